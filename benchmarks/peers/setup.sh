@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Make the peers' environments, .peers/nni28 and .peers/nni30, in the repository root. Safe to run again.
+set -eu
+cd "$(dirname "$0")/../.."
+python=${PYTHON:-python3}
+
+# NNI is installed without its dependencies: what it pins does not fit today's torch, and pruning needs only these.
+common="torch==2.13.0 numpy==2.2.6 astor==0.8.1 cloudpickle==3.1.2 colorama==0.4.6 json-tricks==3.17.3 prettytable==3.18.0
+    psutil==7.2.2 pyyaml==6.0.3 requests==2.34.2 schema==0.7.8 typeguard==4.1.2"
+
+peer() { # peer NAME NNI-VERSION IMPORT-TO-CHECK [REQUIREMENT...]
+    local home=.peers/$1 version=$2 check="import nni; assert nni.__version__ == '$2'; import $3"
+    shift 3
+    if [ -x "$home/bin/python" ] && "$home/bin/python" -c "$check" >/dev/null 2>&1; then
+        echo "$home: in place"
+        return
+    fi
+    "$python" -m venv --clear "$home"
+    # shellcheck disable=SC2086 # a list of words
+    "$home/bin/python" -m pip install --quiet --disable-pip-version-check $common "$@"
+    "$home/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "nni==$version"
+    "$home/bin/python" -c "$check"
+    echo "$home: made"
+}
+
+peer nni28 2.8 nni.algorithms.compression.v2.pytorch.pruning.tools tensorboard==2.21.0
+peer nni30 3.0 nni.compression.pruning scipy==1.17.1

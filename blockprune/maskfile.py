@@ -1,0 +1,90 @@
+"""Masks in a file: safetensors, one bit a block, safe to load from a stranger."""
+
+import json
+import os
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from blockprune.blocks import BlockGrid
+from blockprune.types import BlockMask, Masks
+
+FORMAT, VERSION = "blockprune.masks", "1"
+
+
+def save_masks(masks: Masks, path: str | os.PathLike[str]) -> None:
+    """Write masks to a safetensors file: one bit a block, and the grids in its header; an interrupted write leaves the old file.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     bp.save_masks({"w": bp.BlockMask(torch.tensor([True, False]), bp.BlockGrid((6,), (3,)))}, f"{folder}/masks.safetensors")
+        ...     bp.load_masks(f"{folder}/masks.safetensors")["w"].keep
+        tensor([ True, False])
+    """
+    grids = {name: {"shape": mask.grid.shape, "block": mask.grid.block} for name, mask in masks.items()}
+    metadata = {"format": FORMAT, "version": VERSION, "grids": json.dumps(grids)}
+    unfinished = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    try:
+        save_file({name: _pack(mask.keep) for name, mask in masks.items()}, unfinished, metadata=metadata)
+        os.replace(unfinished, path)
+    finally:
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
+
+
+def load_masks(path: str | os.PathLike[str]) -> Masks:
+    """Read masks that `save_masks` wrote; nothing in the file is executed, and no more is allocated than eight times its size.
+
+    Raises:
+        ValueError: a file that is not one of ours, of an unknown version, or whose grids and bits disagree.
+        FileNotFoundError: no such file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path} holds no masks (format {metadata.get('format')!r}, not {FORMAT!r}); write it with save_masks")
+            if metadata.get("version") != VERSION:
+                raise ValueError(
+                    f"{path} is of version {metadata.get('version')!r}, this blockprune reads {VERSION!r}; load it with a newer one"
+                )
+            grids = _grids(path, metadata.get("grids", ""))
+            if set(grids) != set(file.keys()):
+                odd = sorted(set(grids) ^ set(file.keys()))
+                raise ValueError(f"{path} is corrupt: the grids and the bits name different parameters, such as {odd[0]!r}")
+            bits = {name: file.get_tensor(name) for name in grids}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or is truncated: {error}") from None
+    return {name: BlockMask(_unpack(path, name, bits[name], grid), grid) for name, grid in grids.items()}
+
+
+def _grids(path: Any, text: str) -> dict[str, BlockGrid]:
+    try:
+        grids = {name: BlockGrid(tuple(grid["shape"]), tuple(grid["block"])) for name, grid in json.loads(text).items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is corrupt: its grids cannot be read: {type(error).__name__}: {error}") from None
+    return grids
+
+
+def _pack(keep: Tensor) -> Tensor:
+    """[*size] bool -> [blocks / 8] uint8, the first block in the lowest bit."""
+    bits = keep.flatten().cpu().to(torch.uint8)
+    bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def _unpack(path: Any, name: str, packed: Tensor, grid: BlockGrid) -> Tensor:
+    if packed.dtype != torch.uint8 or tuple(packed.shape) != (-(-grid.blocks // 8),):
+        raise ValueError(
+            f"{path} is corrupt: {name} has {grid.blocks} blocks and needs {-(-grid.blocks // 8)} bytes, "
+            f"but holds {tuple(packed.shape)} {packed.dtype}"
+        )
+    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1  # [blocks / 8, 8]
+    keep = bits.flatten().bool()
+    if keep[grid.blocks :].any():
+        raise ValueError(f"{path} is corrupt: {name} has bits set behind its {grid.blocks} blocks")
+    return keep[: grid.blocks].clone().view(grid.size)

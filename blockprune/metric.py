@@ -1,0 +1,166 @@
+"""The second stage: one number a block, higher = keep.
+
+Budgets count elements, so every score here is a *benefit per element*: a mean (or root mean square) over the elements
+that the block has. A ragged block and a whole one, a 4x4 and a 16x16, then compete at the price they cost. Half types
+are summed in float32.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from blockprune.blocks import block_elements, pool
+from blockprune.types import BlockScore, Data, Param, Scores
+
+
+def l1(data: Data) -> Scores:
+    """Mean of ``|w|`` over the block (magnitude pruning, Han et al. 1506.02626; of filters, Li et al. 1608.08710).
+
+    Example:
+        >>> w = torch.tensor([[1.0, -3.0, 5.0]])
+        >>> bp.metric.l1({"w": bp.Param(w, bp.BlockGrid((1, 3), (1, 2)))})["w"].value
+        tensor([[2., 5.]])
+    """
+    return _each(data, lambda p: pool(p.weight, p.grid, reduce="mean", each=torch.abs))
+
+
+def l2(data: Data) -> Scores:
+    """Root mean square of ``w`` over the block.
+
+    Example:
+        >>> w = torch.tensor([[3.0, 4.0]])
+        >>> bp.metric.l2({"w": bp.Param(w, bp.BlockGrid((1, 2), (1, 2)))})["w"].value
+        tensor([[3.5355]])
+    """
+    return _each(data, lambda p: pool(p.weight, p.grid, reduce="mean", each=torch.square).sqrt())
+
+
+def lp(data: Data, *, p: float) -> Scores:
+    """``(mean |w|^p)^(1/p)`` over the block; ``p=inf`` is the largest ``|w|``.
+
+    Raises:
+        ValueError: ``p`` is not above 0.
+
+    Example:
+        >>> w = torch.tensor([[3.0, -4.0]])
+        >>> bp.metric.lp({"w": bp.Param(w, bp.BlockGrid((1, 2), (1, 2)))}, p=math.inf)["w"].value
+        tensor([[4.]])
+    """
+    if not p > 0:
+        raise ValueError(f"p={p} must be above 0; use p=1 for l1, p=2 for l2, p=inf for the largest")
+    if p == math.inf:
+        return _each(data, lambda x: pool(x.weight, x.grid, reduce="amax", each=torch.abs))
+    power = partial(_abs_power, p=p)
+    return _each(data, lambda x: pool(x.weight, x.grid, reduce="mean", each=power) ** (1 / p))
+
+
+def _abs_power(w: Tensor, *, p: float) -> Tensor:
+    return w.abs() ** p
+
+
+def random(data: Data, *, generator: torch.Generator | int | None = None) -> Scores:
+    """Uniform random scores in [0, 1): the baseline that a criterion must beat.
+
+    Args:
+        data: only its grids are used.
+        generator: a seed gives the same scores at every call; a ``torch.Generator`` is advanced; None draws from torch's global one.
+
+    Example:
+        >>> data = {"w": bp.Param(torch.zeros(4, 4), bp.BlockGrid((4, 4), (2, 2)))}
+        >>> bp.metric.random(data, generator=0)["w"] == bp.metric.random(data, generator=0)["w"]
+        True
+    """
+    if isinstance(generator, int):
+        generator = torch.Generator().manual_seed(generator)
+    at = generator.device if generator else None
+    return _each(data, lambda p: torch.rand(p.grid.size, generator=generator, device=at).to(p.weight.device))
+
+
+def fpgm(data: Data) -> Scores:
+    """Mean distance of a row (filter) to all others, an element's share of it (FPGM, He et al. 1811.00250, eq. 4 to 6).
+
+    Rows near the geometric median are replaceable by the others and score low. A block of several rows scores their mean.
+
+    Raises:
+        ValueError: blocks that are not whole rows.
+
+    Example:
+        >>> w = torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, 5.0]])
+        >>> bp.metric.fpgm({"w": bp.Param(w, bp.BlockGrid((3, 2), (1,)))})["w"].value.argmin()     # the middle one
+        tensor(1)
+    """
+    for name, p in data.items():
+        if p.grid.block[1:] != p.grid.shape[1:]:
+            raise ValueError(
+                f"{name}: fpgm compares whole rows (filters), but block={p.grid.block} of shape={p.grid.shape} cuts them; use (1,)"
+            )
+    return _each(
+        data,
+        lambda p: pool(
+            _mean_distance(p.weight.flatten(1)).view(-1, *[1] * (p.weight.ndim - 1)).expand(p.weight.shape), p.grid, reduce="mean"
+        ),
+    )
+
+
+def _mean_distance(rows: Tensor) -> Tensor:
+    """[R, C] -> [R]: root-mean-square distance of each row to the others; chunks bound the memory to about a million distances."""
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    rows = rows - rows.mean(0)  # distances are the same; the products below cancel less
+    chunks = rows.split(max(1, (1 << 20) // len(rows)))
+    total = torch.cat([torch.cdist(chunk, rows).sum(1) for chunk in chunks])
+    return total / (max(1, len(rows) - 1) * math.sqrt(rows.shape[1]))
+
+
+def lamp(data: Data) -> Scores:
+    """Block energy over that of all blocks ranked no lower in its parameter, an element's share (LAMP, Lee et al. 2010.07611, eq. 3).
+
+    Made to be ranked over the whole model (`allocate.global_`).
+
+    Example:
+        >>> w = torch.tensor([[1.0, 2.0, 3.0]])
+        >>> bp.metric.lamp({"w": bp.Param(w, bp.BlockGrid((1, 3), (1, 1)))})["w"].value       # 1/14, 4/13, 9/9
+        tensor([[0.0714, 0.3077, 1.0000]])
+    """
+    return _each(data, _lamp)
+
+
+def _lamp(p: Param) -> Tensor:
+    mean = pool(p.weight, p.grid, reduce="mean", each=torch.square).flatten()  # [blocks]
+    energy = mean.double() * block_elements(p.grid, device=mean.device).reshape(-1)
+    order = mean.argsort(stable=True)
+    rest = energy[order].flip(0).cumsum(0).flip(0)  # of this block and all that rank above it
+    share = torch.empty_like(energy)
+    share[order] = mean[order] / rest.clamp_min(torch.finfo(rest.dtype).tiny)
+    return share.to(mean.dtype).view(p.grid.size)
+
+
+def batchnorm_scale(data: Data) -> Scores:
+    """``|gamma|`` of the batch norm that scales a filter's output (network slimming, Liu et al. 1708.06519).
+
+    Reads the statistic that `collect.batchnorm_scales` adds to each convolution, or, of a 1-D parameter (a batch norm's
+    own weight), the weight itself. A block of several filters scores their mean.
+
+    Raises:
+        ValueError: a parameter of more than one axis without the statistic, or blocks that are not whole filters.
+
+    Example:
+        >>> gamma = torch.tensor([0.5, -2.0])
+        >>> bp.metric.batchnorm_scale({"bn.weight": bp.Param(gamma, bp.BlockGrid((2,), (1,)))})["bn.weight"].value
+        tensor([0.5000, 2.0000])
+    """
+    for name, p in data.items():
+        if p.weight.ndim > 1 and "batchnorm_scale" not in p.stats:
+            raise ValueError(f"{name} {p.grid.shape} has no statistic 'batchnorm_scale'; collect with `collect.batchnorm_scales`")
+        if sum(n > 1 for n in p.grid.size) > 1:
+            raise ValueError(
+                f"{name}: batchnorm_scale ranks whole filters, but block={p.grid.block} of shape={p.grid.shape} cuts them; use (1,)"
+            )
+    return _each(data, lambda p: pool(p.stats.get("batchnorm_scale", p.weight).expand(p.grid.shape), p.grid, reduce="mean", each=torch.abs))
+
+
+def _each(data: Data, score: Callable[[Param], Tensor]) -> Scores:
+    with torch.no_grad():
+        return {name: BlockScore(score(p), p.grid) for name, p in data.items()}

@@ -1,0 +1,50 @@
+"""Ranking: which blocks of a group fall for a budget, by one rounding rule.
+
+Blocks fall in ascending order of score, the earlier position first among equals, and one falls if that brings the group
+closer to its budget. So the order does not depend on the budget, and what falls for a smaller one falls for a larger.
+"""
+
+import torch
+from torch import Tensor
+
+
+def drop_lowest(value: Tensor, elements: Tensor, budget: float, *, down: bool = False) -> Tensor:
+    """Drop the lowest blocks ``[B]`` of one group.
+
+    Sorting all is slow, so blocks are counted into buckets by the leading bits of their score; only the bucket in which
+    the budget runs out is sorted.
+    """
+    bucket = _leading_bits(value)
+    alike = elements.stride(0) == 0 and elements.numel() > 0
+    counts = (
+        torch.bincount(bucket, minlength=1 << 16) * elements[0]
+        if alike
+        else torch.bincount(bucket, weights=elements.double(), minlength=1 << 16)
+    )
+    fallen = counts.double().cumsum(0)
+    last = int(torch.searchsorted(fallen, budget))  # the first bucket with which the budget is met
+    drop = bucket < last
+    if last < len(fallen):
+        inside = (bucket == last).nonzero()[:, 0]
+        inside = inside[value[inside].argsort(stable=True)]
+        before = float(fallen[last] - counts[last])
+        drop[inside] = falls(
+            elements[inside][None], torch.tensor([[budget - before]], dtype=torch.float64, device=value.device), down=down
+        )[0]
+    return drop
+
+
+def falls(elements: Tensor, budget: Tensor, *, down: bool) -> Tensor:
+    """Which blocks fall, of rows ``[G, B]`` in the order of falling and budgets ``[G, 1]`` in elements: the rounding rule."""
+    after = elements.cumsum(1)
+    if down:
+        return after <= budget + 1e-6
+    return (2 * after - elements < 2 * budget) & (elements > 0)  # falling halfway to the budget brings closer, halfway beyond it does not
+
+
+def _leading_bits(value: Tensor) -> Tensor:
+    """The order of floats in 16 bits: ``[B]`` int in [0, 65536); equal numbers share one, and so do near ones."""
+    bits = (value + 0.0).view(torch.int32 if value.dtype == torch.float32 else torch.int64)  # + 0.0 makes -0.0 equal 0.0
+    width = 8 * value.dtype.itemsize
+    bits = bits ^ ((bits >> (width - 1)) & ((1 << (width - 1)) - 1))  # negative floats order backwards
+    return (bits >> (width - 16)) + (1 << 15)

@@ -1,0 +1,68 @@
+"""Schedules: step -> sparsity. Bind the options with ``functools.partial``; the step is the user's own loop's."""
+
+import bisect
+from collections.abc import Mapping
+
+
+def constant(step: int, *, value: float) -> float:
+    """The same sparsity at every step.
+
+    Example:
+        >>> bp.schedule.constant(7, value=0.5)
+        0.5
+    """
+    return value
+
+
+def linear(step: int, *, final: float, end: int, begin: int = 0, initial: float = 0.0) -> float:
+    """From ``initial`` at step ``begin`` to ``final`` at step ``end``, in equal increments; flat before and after.
+
+    Example:
+        >>> [bp.schedule.linear(step, final=0.8, begin=100, end=300) for step in (0, 200, 1000)]
+        [0.0, 0.4, 0.8]
+    """
+    return initial + (final - initial) * _progress(step, begin, end)
+
+
+def cubic(step: int, *, final: float, end: int, begin: int = 0, initial: float = 0.0) -> float:
+    """Fast at first: ``final + (initial - final) (1 - t)^3`` (AGP, Zhu & Gupta 1710.01878, eq. 1).
+
+    Example:
+        >>> [bp.schedule.cubic(step, final=0.8, begin=100, end=300) for step in (0, 200, 1000)]
+        [0.0, 0.7000000000000001, 0.8]
+    """
+    return final + (initial - final) * (1 - _progress(step, begin, end)) ** 3
+
+
+def exponential(step: int, *, final: float, end: int, begin: int = 0, initial: float = 0.0) -> float:
+    """The same fraction of what is left goes at every step (lottery ticket rounds, Frankle & Carbin 1803.03635).
+
+    Raises:
+        ValueError: ``initial`` or ``final`` of 1, which no fraction of the rest reaches.
+
+    Example:
+        >>> [round(bp.schedule.exponential(step, final=0.75, end=2), 3) for step in (0, 1, 2)]
+        [0.0, 0.5, 0.75]
+    """
+    if not (initial < 1 and final < 1):
+        raise ValueError(f"initial={initial} and final={final} must be below 1, which no fraction of the rest reaches; use linear or cubic")
+    t = _progress(step, begin, end)
+    return float(1 - (1 - initial) ** (1 - t) * (1 - final) ** t)
+
+
+def steps(step: int, *, milestones: Mapping[int, float], initial: float = 0.0) -> float:
+    """Piecewise constant: the sparsity of the last milestone reached.
+
+    Example:
+        >>> [bp.schedule.steps(step, milestones={100: 0.5, 200: 0.8}) for step in (0, 150, 200)]
+        [0.0, 0.5, 0.8]
+    """
+    reached = bisect.bisect_right(sorted(milestones), step)
+    return milestones[sorted(milestones)[reached - 1]] if reached else initial
+
+
+def _progress(step: int, begin: int, end: int) -> float:
+    """0 until begin, 1 from end on."""
+    if not begin <= end:
+        raise ValueError(f"begin={begin} must not be after end={end}")
+    return min(1.0, max(0.0, (step - begin) / (end - begin))) if end > begin else float(step >= end)

@@ -1,0 +1,15 @@
+"""Examples in docstrings assume these imports."""
+
+from functools import partial
+
+import attrs
+import pytest
+import torch
+from torch import nn
+
+import blockprune as bp
+
+
+@pytest.fixture(autouse=True)
+def _imports(doctest_namespace: dict[str, object]) -> None:
+    doctest_namespace.update(torch=torch, nn=nn, bp=bp, partial=partial, attrs=attrs)
