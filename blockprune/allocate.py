@@ -228,7 +228,7 @@ def _units(scores: Scores, coupled: Coupled) -> list[_Unit]:
     for name, score in scores.items():
         if not score.value.is_floating_point():
             raise TypeError(f"{name}: scores {tuple(score.value.shape)} are {score.value.dtype}; they must be floating point")
-        if score.value.isnan().any():
+        if score.value.amin().isnan():
             raise ValueError(
                 f"{name}: {int(score.value.isnan().sum())} of the scores {tuple(score.value.shape)} are NaN and have no rank; "
                 "look at the metric"
@@ -290,8 +290,15 @@ def _per_bank(  # noqa: PLR0917 (the options of three public functions, in their
 
 
 def _masks(scores: Scores, keep: Mapping[_Unit, Tensor]) -> Masks:
-    found = {name: part & (unit.value != -math.inf) for unit, part in keep.items() for name in unit.names}
+    found = {name: _alive(unit, part) for unit, part in keep.items() for name in unit.names}
     return {name: BlockMask(found[name].reshape(score.grid.size), score.grid) for name, score in scores.items()}
+
+
+def _alive(unit: _Unit, keep: Tensor) -> Tensor:
+    """Without the blocks whose score says that they are pruned already; memory of its own for each of several parameters."""
+    if unit.value.amin() == -math.inf:
+        return keep & (unit.value != -math.inf)
+    return keep if len(unit.names) == 1 else keep.clone()
 
 
 def _spread(scores: Scores, sparsity: Sparsity, distribute: Distribute) -> dict[str, float]:

@@ -8,6 +8,8 @@ import attrs
 import torch
 from torch import Tensor
 
+from blockprune import native
+
 BlockShape = Sequence[int]
 
 CHUNK_ELEMENTS = 1 << 18  # `pool` works through so many elements at a time, so that its temporaries stay in the L2 cache
@@ -151,6 +153,10 @@ def pool(x: Tensor, grid: BlockGrid, *, reduce: str = "sum", each: Callable[[Ten
         return total / block_elements(grid, device=x.device)
     if reduce not in _REDUCERS:
         raise ValueError(f'reduce={reduce!r} is not a reduction; use "sum", "mean", "amax" (or "max") or "amin" (or "min")')
+    if reduce == "sum" and (matrix := _as_matrix(grid)) is not None:
+        shape, block = matrix
+        if (fast := native.pool_sum(x, shape, block, each)) is not None:
+            return fast.view(grid.size)
     combine, wide = _REDUCERS[reduce], _accumulator(x.dtype)
 
     def reduced(rows: Tensor, block: tuple[int, ...]) -> Tensor:
@@ -225,6 +231,17 @@ def _reduce_axis(x: Tensor, axis: int, b: int, reducer: Reducer) -> Tensor:
     for piece in rest:
         out += piece
     return out
+
+
+def _as_matrix(grid: BlockGrid) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """The grid as one of a matrix ``(rows, cols), block``, if at most its two leading axes are cut."""
+    named = max((axis + 1 for axis, n in enumerate(grid.size) if n > 1), default=0)
+    if named > 2:
+        return None
+    rest = math.prod(grid.shape[2:])
+    if len(grid.shape) == 1:
+        return (1, grid.shape[0]), (1, grid.block[0])
+    return (grid.shape[0], grid.shape[1] * rest), (grid.block[0], grid.block[1] * rest)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

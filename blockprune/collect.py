@@ -5,11 +5,10 @@ from collections.abc import Mapping
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from blockprune.blocks import CHUNK_ELEMENTS
 from blockprune.names import find
-from blockprune.types import Data, Param, Where
+from blockprune.types import Data, Param, Where, check_finite, check_kind
 from blockprune.where import select
 
 
@@ -21,8 +20,9 @@ def weights(model: nn.Module, *, where: Where, masked: bool = False, lazy: bool 
         where: which parameters, in what blocks, such as ``linears((4, 4))``.
         masked: of an already masked parameter, read the weight as the model uses it (zeros in pruned blocks) instead of
             the dense weight in storage. Dense, the default, lets a pruned block come back; `restrict` forbids it.
-        lazy: share memory with the model until either side writes (copy on write), instead of copying. Only writes that
-            torch makes count, so this is for data that does not outlive a call; `Pipeline` uses it for its own.
+        lazy: share memory with the model until either side writes (copy on write) and leave NaN and inf for the scores to show,
+            instead of copying and looking. Only writes that torch makes count, so this is for data that does not outlive a call;
+            `Pipeline` uses it for its own.
 
     Raises:
         ValueError: a rule that matches nothing, a block that does not fit, a weight with NaN or inf, or on the meta device.
@@ -39,7 +39,9 @@ def weights(model: nn.Module, *, where: Where, masked: bool = False, lazy: bool 
     with torch.no_grad():
         for name, (slot, grid) in chosen.items():
             weight = slot.masked if masked else slot.dense
-            check_weight(name, weight)
+            check_kind(name, weight)
+            if not lazy:
+                check_finite(name, weight)
             data[name] = Param(copy(weight.detach()), grid)
     return data
 
@@ -91,20 +93,3 @@ def _neighbours(model: nn.Module) -> dict[str, str]:
         if isinstance(behind, nn.modules.batchnorm._BatchNorm) and behind.affine and behind.num_features == channels:
             pairs[f"{name}.weight"] = f"{norm}.weight"
     return pairs
-
-
-def check_weight(name: str, weight: Tensor) -> None:
-    """Raise unless a weight is a dense floating tensor of finite numbers."""
-    here = f"{name}: the weight {tuple(weight.shape)}"
-    if weight.layout != torch.strided:
-        raise TypeError(f"{here} is sparse ({weight.layout}); prune the dense weight, `.to_dense()`")
-    if not weight.is_floating_point() or weight.is_quantized:
-        raise TypeError(f"{here} is {weight.dtype}; blocks are scored in floating point: leave it out with `excluding`, or convert it")
-    if weight.device.type == "meta":
-        raise ValueError(f"{here} is on the meta device and has no numbers to look at; load the weights first")
-    if not weight.sum().isfinite():  # one read; the pieces are looked at only when something may be wrong
-        pieces = weight.split(max(1, CHUNK_ELEMENTS // weight[0].numel()))
-        if bad := sum(int((~rows.isfinite()).sum()) for rows in pieces):
-            raise ValueError(
-                f"{here} has {bad} NaN or inf values; no score can rank them: repair the weight or leave it out with `excluding`"
-            )

@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from blockprune.types import Allocate, BlockScore, Collect, Masks, Metric, Scores, Sparsity
+from blockprune.types import Allocate, BlockScore, Collect, Masks, Metric, Scores, Sparsity, check_finite
 
 
 @attrs.frozen(repr=False)
@@ -49,8 +49,12 @@ class Pipeline:
         # the data dies with this call, so a collector that can share memory with the model (copy on write) need not copy it
         lazy = {"lazy": True} if "lazy" in signature(self.collect).parameters else {}
         data = self.collect(model, **lazy)
+        scores = self.metric(data)
+        for name, score in scores.items():
+            if lazy and name in data and not score.value.isfinite().all():
+                check_finite(name, data[name].weight)
         held = {param.weight.untyped_storage()._cdata for param in data.values()}
-        return {name: _own(score, held) for name, score in self.metric(data).items()}
+        return {name: _own(score, held) for name, score in scores.items()}
 
     def __repr__(self) -> str:
         return f"Pipeline(collect={_text(self.collect)}, metric={_text(self.metric)}, allocate={_text(self.allocate)})"

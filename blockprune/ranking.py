@@ -15,22 +15,18 @@ def drop_lowest(value: Tensor, elements: Tensor, budget: float, *, down: bool = 
     the budget runs out is sorted.
     """
     bucket = _leading_bits(value)
-    alike = elements.stride(0) == 0 and elements.numel() > 0
-    counts = (
-        torch.bincount(bucket, minlength=1 << 16) * elements[0]
-        if alike
-        else torch.bincount(bucket, weights=elements.double(), minlength=1 << 16)
-    )
-    fallen = counts.double().cumsum(0)
+    if elements.stride(0) == 0 and len(elements):  # blocks of one size
+        counts = torch.bincount(bucket, minlength=1 << 16).double() * elements[0]
+    else:
+        counts = torch.bincount(bucket, weights=elements.double(), minlength=1 << 16)
+    fallen = counts.cumsum(0)
     last = int(torch.searchsorted(fallen, budget))  # the first bucket with which the budget is met
     drop = bucket < last
     if last < len(fallen):
         inside = (bucket == last).nonzero()[:, 0]
         inside = inside[value[inside].argsort(stable=True)]
-        before = float(fallen[last] - counts[last])
-        drop[inside] = falls(
-            elements[inside][None], torch.tensor([[budget - before]], dtype=torch.float64, device=value.device), down=down
-        )[0]
+        left = budget - (fallen[last] - counts[last])
+        drop[inside] = falls(elements[inside][None], left.view(1, 1), down=down)[0]
     return drop
 
 
@@ -46,5 +42,7 @@ def _leading_bits(value: Tensor) -> Tensor:
     """The order of floats in 16 bits: ``[B]`` int in [0, 65536); equal numbers share one, and so do near ones."""
     bits = (value + 0.0).view(torch.int32 if value.dtype == torch.float32 else torch.int64)  # + 0.0 makes -0.0 equal 0.0
     width = 8 * value.dtype.itemsize
-    bits = bits ^ ((bits >> (width - 1)) & ((1 << (width - 1)) - 1))  # negative floats order backwards
-    return (bits >> (width - 16)) + (1 << 15)
+    bits ^= (bits >> (width - 1)).bitwise_and_((1 << (width - 1)) - 1)  # negative floats order backwards
+    bits >>= width - 16
+    bits += 1 << 15
+    return bits

@@ -73,3 +73,25 @@ Metric = Callable[[Data], Scores]
 Allocate = Callable[[Scores, Any], Masks]  # (scores, sparsity)
 Distribute = Callable[[Scores, float], Mapping[str, float]]  # one sparsity for all -> one for each parameter
 Schedule = Callable[[int], float]  # step -> sparsity
+
+
+def check_kind(name: str, weight: Tensor) -> None:
+    """Raise unless a weight is a dense floating tensor that holds numbers."""
+    here = f"{name}: the weight {tuple(weight.shape)}"
+    if weight.layout != torch.strided:
+        raise TypeError(f"{here} is sparse ({weight.layout}); prune the dense weight, `.to_dense()`")
+    if not weight.is_floating_point() or weight.is_quantized:
+        raise TypeError(f"{here} is {weight.dtype}; blocks are scored in floating point: leave it out with `excluding`, or convert it")
+    if weight.device.type == "meta":
+        raise ValueError(f"{here} is on the meta device and has no numbers to look at; load the weights first")
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raise if a weight has NaN or inf: one read, and a second only when something may be wrong."""
+    if weight.sum().isfinite():
+        return
+    if bad := sum(int((~rows.isfinite()).sum()) for rows in weight.split(max(1, (1 << 20) // weight[0].numel()))):
+        raise ValueError(
+            f"{name}: the weight {tuple(weight.shape)} has {bad} NaN or inf values, which no score can rank; "
+            "repair it or leave it out with `excluding`"
+        )

@@ -1,0 +1,187 @@
+"""The first five minutes: train a small network, prune it in blocks several ways, and see what each way costs.
+
+python benchmarks/demo.py [--quick] [--out demo.png]
+"""
+
+import argparse
+import copy
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import digits
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from torch import nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+import blockprune as bp
+from blockprune import allocate, metric, schedule
+
+BLOCKS = ((2, 2), (4, 4), (8, 8), (1, 8))
+COLUMNS = (0.25, 0.5, 0.75, 0.9)
+SPARSITIES = (0.0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)  # of the picture; the table shows COLUMNS
+LOOK = {  # colour (Okabe and Ito's, safe for colour-blind readers) and marker of a line
+    "l1 per_layer": ("#0072B2", "o"),
+    "l1 global_": ("#D55E00", "s"),
+    "l2 per_row": ("#009E73", "^"),
+    "lamp global_": ("#CC79A7", "D"),
+    "random per_layer": ("#555555", "x"),
+}
+
+
+def pipelines(block: Sequence[int], *, seed: int) -> Mapping[str, bp.Pipeline]:
+    pipeline = partial(bp.Pipeline, partial(bp.collect.weights, where=bp.linears(block)))
+    return {
+        "l1 per_layer": pipeline(metric.l1, allocate.per_layer),
+        "l1 global_": pipeline(metric.l1, allocate.global_),
+        "l2 per_row": pipeline(metric.l2, allocate.per_row),
+        "lamp global_": pipeline(metric.lamp, allocate.global_),
+        "random per_layer": pipeline(partial(metric.random, generator=seed), allocate.per_layer),  # the baseline to beat
+    }
+
+
+Curves = Mapping[tuple[int, ...], Mapping[str, Mapping[float, float]]]  # block -> pipeline -> sparsity -> mean accuracy
+
+
+def measure(models: Sequence[nn.Module], blocks: Sequence[tuple[int, ...]], done: Callable[[], object]) -> Curves:
+    """Mean accuracy over the models, each pruned in one shot; the models stay dense."""
+
+    def curve(model: nn.Module, prune: bp.Pipeline) -> list[float]:
+        scores = prune.scores(model)  # once, for all sparsities
+        masks = (prune.allocate(scores, sparsity) for sparsity in SPARSITIES)
+        return [digits.accuracy(model, bp.masked_parameters(model, m)) for m in masks]
+
+    curves: dict[tuple[int, ...], dict[str, dict[float, float]]] = {}
+    for block in blocks:
+        for name in LOOK:
+            each = [curve(model, pipelines(block, seed=seed)[name]) for seed, model in enumerate(models)]
+            curves.setdefault(block, {})[name] = dict(zip(SPARSITIES, map(statistics.mean, zip(*each, strict=True)), strict=True))
+            done()
+    return curves
+
+
+def table(curves: Curves) -> str:
+    """One line a block and pipeline; * marks the best of a block at a sparsity."""
+    lines = ["block  pipeline          " + "".join(f"{sparsity:8.0%} " for sparsity in COLUMNS)]
+    for block, named in curves.items():
+        best = {sparsity: max(curve[sparsity] for curve in named.values()) for sparsity in COLUMNS}
+        for name, curve in named.items():
+            cells = (f"{curve[s]:8.3f}{'*' if curve[s] == best[s] else ' '}" for s in COLUMNS)
+            lines.append(f"{'x'.join(map(str, block)):5}  {name:18}{''.join(cells)}".rstrip())
+    return "\n".join(lines)
+
+
+def seed_masks() -> str:
+    """The masks of the tutorial this library grew from: 2x2 blocks of Linear(4, 8) and Linear(8, 4) at 50 %."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+    masks = pipelines((2, 2), seed=0)["l1 per_layer"](model, 0.5)
+    drawn = [["".join(".#"[kept] * 2 for kept in row) for row in bp.expand(m.keep, m.grid).tolist()] for m in masks.values()]
+    one, two = drawn
+    return "\n".join(f"    {left:8}      {right}".rstrip() for left, right in zip(one, two + [""] * (len(one) - len(two)), strict=True))
+
+
+def pruned_gradually(dense: nn.Module, prune: bp.Pipeline, *, final: float, epochs: int) -> nn.Module:
+    """A plain model, pruned while it trains: everything but the `apply_masks` line is a training loop as you know it."""
+    model = copy.deepcopy(dense)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    steps = list(digits.batches(epochs=epochs, seed=0))
+    target = partial(schedule.cubic, final=final, end=len(steps) // 2)
+    for step, (images, labels) in enumerate(steps):
+        if step % 10 == 0:
+            bp.apply_masks(model, prune(model, target(step)))
+        optimizer.zero_grad()
+        cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    return bp.finalize(model)
+
+
+def zeros(model: nn.Module) -> float:
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+
+
+def picture(curves: Curves, mask: bp.BlockMask, *, dense: float, title: str, mask_title: str) -> Figure:
+    figure = Figure(figsize=(10.5, 4.8), layout="constrained", dpi=150)
+    left, right = figure.subplots(1, 2, width_ratios=[2.6, 1])
+    left.axhline(dense, color="0.6", lw=1, ls="--")
+    left.annotate("dense", (0.95, dense), xytext=(0, 4), textcoords="offset points", color="0.4", ha="right")
+    for name, (colour, marker) in LOOK.items():
+        curve = curves[2, 2][name]
+        left.plot(list(curve), list(curve.values()), color=colour, marker=marker, ms=5, lw=1.8, label=name)
+    left.set(title=title, xlabel="sparsity (weights removed)", ylabel="test accuracy", xlim=(-0.01, 0.96), ylim=(0, 1.05))
+    for axis in (left.xaxis, left.yaxis):
+        axis.set_major_formatter(PercentFormatter(1))
+    left.grid(alpha=0.25)
+    left.legend(loc="lower left", frameon=False)
+    left.spines[["top", "right"]].set_visible(False)
+    right.imshow(bp.expand(mask.keep, mask.grid), cmap="Blues", vmin=0, vmax=1.2, interpolation="nearest", aspect="equal")
+    right.set(title=mask_title, xlabel="input pixel", ylabel="hidden unit", xticks=range(0, 65, 16), yticks=range(0, 129, 32))
+    return figure
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    options.add_argument("--quick", action="store_true", help="one network and two block shapes, for the tests")
+    options.add_argument("--out", type=Path, default=Path("demo.png"), help="where the picture goes")
+    args = options.parse_args()
+    networks, blocks, epochs = (1, BLOCKS[:2], 5) if args.quick else (5, BLOCKS, 30)
+
+    with tqdm(total=networks + len(blocks) * len(LOOK) + 1, desc="train", leave=False) as bar:
+        models = []
+        for seed in range(networks):
+            models.append(digits.trained(seed=seed))
+            bar.update()
+        accuracies = [digits.accuracy(model) for model in models]
+        dense = statistics.mean(accuracies)
+        bar.set_description("prune")
+        curves = measure(models, blocks, bar.update)
+        bar.set_description("prune while training")
+        prune = pipelines((2, 2), seed=0)["l1 per_layer"]
+        masks = prune(models[0], 0.9)
+        recovered = pruned_gradually(models[0], prune, final=0.9, epochs=epochs)
+        bar.update()
+    assert [digits.accuracy(model) for model in models] == accuracies, "pruning must not touch the dense models"
+
+    print(f"A pipeline is a value:\n    {prune}")
+    print("\nIts masks for Linear(4, 8) and Linear(8, 4) at 50 % (# kept, . pruned):")
+    print(seed_masks())
+    few = "one network" if networks == 1 else f"mean of {networks} networks"
+    print(f"\nTest accuracy on digits against sparsity: MLP 64-128-128-10, one shot, no retraining, {few}; dense {dense:.3f}")
+    print("(* best of its block shape)\n")
+    print(table(curves))
+
+    once = digits.accuracy(models[0], bp.masked_parameters(models[0], masks))
+    print(
+        f"\nPruned while training, l1 in 2x2 blocks to 90 %: accuracy {digits.accuracy(recovered):.3f} "
+        f"(one shot {once:.3f}, dense {accuracies[0]:.3f}); {zeros(recovered):.1%} of the finalized weights are zero"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "masks.safetensors")
+        bp.save_masks(masks, path)
+        assert bp.load_masks(path) == masks
+        dense_bytes = sum(p.numel() * p.element_size() for p in models[0].parameters())
+        print(f"Masks saved and loaded again, equal: {path.stat().st_size:,} bytes (the dense parameters: {dense_bytes:,})")
+
+    shown = "0.weight"
+    figure = picture(
+        curves,
+        prune(models[0], 0.75)[shown],
+        dense=dense,
+        title=f"Digits, 2x2 blocks, no retraining ({few})",
+        mask_title=f"{shown}: l1 per_layer, 75 %\n(blue = kept)",
+    )
+    figure.savefig(args.out)
+    print(f"Picture: {args.out}\n")
+    print("Next: write your own metric in five lines        notebooks/01_your_own_pruner.ipynb")
+    print('      prune your own model                       bp.apply_masks(model, prune(model, 0.5)), or {"head.*": 0.2, "*": 0.8}')
+    print("      another shape or scope                     bp.linears((16, 16)), bp.convs((1,)), partial(allocate.n_of_m, m=4)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The optional compiled loops: what they are, whether this machine has them, and why not.
+
+Set ``BLOCKPRUNE_NATIVE=0`` to do without them.
+"""
+
+import ctypes
+import importlib
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PER_THREAD = 1 << 18  # elements that pay for starting a thread
+_EACH = {None: 0, torch.abs: 1, torch.square: 2}
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    if os.environ.get("BLOCKPRUNE_NATIVE") == "0":
+        return None, "switched off by BLOCKPRUNE_NATIVE=0"
+    try:
+        module: ModuleType = importlib.import_module("blockprune.native.kernels")
+        library = ctypes.CDLL(str(module.__file__))
+    except (ImportError, OSError) as error:
+        return None, f"not built ({error}): install a C++ compiler, then reinstall blockprune"
+    count, pointer, choice = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
+    library.pool_sum.argtypes = [pointer, choice, choice, count, count, count, count, pointer, count]
+    library.pool_sum.restype = ctypes.c_int32
+    return library, "built"
+
+
+_library, status = _load()
+
+
+def pool_sum(x: Tensor, shape: tuple[int, int], block: tuple[int, int], each: object) -> Tensor | None:
+    """Block sums of ``each(x)``, ``x`` seen as a matrix of this shape: float32 ``[rows / block, cols / block]``; None where it cannot."""
+    if _library is None or each not in _EACH or x.dtype not in (torch.float32, torch.bfloat16) or not _plain(x):
+        return None
+    (rows, cols), (r, c) = shape, block
+    out = torch.empty(-(-rows // r), -(-cols // c))
+    threads = min(torch.get_num_threads(), 1 + x.numel() // _PER_THREAD)
+    failed = _library.pool_sum(_address(x), x.dtype == torch.bfloat16, _EACH[each], rows, cols, r, c, out.data_ptr(), threads)
+    return None if failed else out
+
+
+def _address(x: Any) -> int:
+    """Where the numbers start; asking a tensor that is shared until written for its `data_ptr` would copy it."""
+    torch_c: Any = torch._C
+    if torch_c._is_cow_tensor(x):
+        return int(torch_c._data_address(x)) + int(x.storage_offset() * x.element_size())
+    return int(x.data_ptr())
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether a tensor is nothing but numbers in CPU memory: no gradient to record, no tracing, no transform."""
+    recording = torch.is_grad_enabled() and x.requires_grad
+    wrapped = (
+        torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+    return x.device.type == "cpu" and not recording and not wrapped and x.is_contiguous()
