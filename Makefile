@@ -22,7 +22,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/masked_forward.py
 
 notebooks: $(READY)
-	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
+	$(BIN)/python benchmarks/execute_notebooks.py
 
 # Other libraries, each in an environment of its own under .peers, for `make bench` to compare with.
 peers: $(READY)

@@ -5,7 +5,7 @@
 See ARCHITECTURE.md for which file holds which idea.
 """
 
-from blockprune import allocate, collect, metric, schedule
+from blockprune import allocate, collect, metric, schedule, statistics
 from blockprune.apply import apply_masks, finalize, masked_parameters, read_masks
 from blockprune.blocks import BlockGrid, block_elements, expand, pool
 from blockprune.maskfile import load_masks, save_masks
@@ -51,6 +51,7 @@ __all__ = [
     "save_masks",
     "schedule",
     "sparsity",
+    "statistics",
     "summary",
     "union",
 ]

@@ -7,7 +7,9 @@ consecutive blocks (`n_of_m`). Everything else is how the budget is spread (`uni
 Rounding is one rule in one place, ranking.py: what is removed is the closest reachable to the budget, and masks nest.
 """
 
+import functools
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -179,12 +181,12 @@ def global_(
         >>> masks["low"].keep.tolist(), masks["high"].keep.tolist()
         ([False, False, False, True], [False, True, True, True])
     """
-    yields = max_sparsity is None and min_keep is None
     units = _units(scores, coupled)
     _check_sparsity(sparsity)
     pool_of = {name: "" if not isinstance(sparsity, Mapping) else key_for(sparsity, name) for name in scores}
     wanted = _spread(scores, sparsity, uniform)
-    caps, least = _clamps(scores, 0.9 if max_sparsity is None else max_sparsity, 1 if min_keep is None else min_keep)
+    given = _clamps(scores, max_sparsity, 0 if min_keep is None else min_keep)
+    default = _clamps(scores, 0.9 if max_sparsity is None else None, 1 if min_keep is None else 0)
     pools: dict[str | None, list[_Unit]] = {}
     for unit in units:
         if len({pool_of[name] for name in unit.names}) > 1:
@@ -194,13 +196,15 @@ def global_(
     for members in pools.values():
         value = torch.cat([unit.value.flatten() for unit in members])
         elements = _cat([unit.elements.flatten() for unit in members])
-        clamped = torch.cat([_clamped(unit, caps, least).flatten() for unit in members])
+        fixed, clamped = (torch.cat([_clamped(unit, *clamps).flatten() for unit in members]) for clamps in (given, default))
         budget = sum(unit.share(wanted) * unit.total for unit in members)
         drop = torch.zeros_like(clamped)
-        free = ~clamped
+        pruned = value == -math.inf  # falls first, clamp or no clamp
+        free = pruned | ~(clamped | fixed)
         drop[free] = drop_lowest(value[free], _take(elements, free), budget)
-        if yields and (left := budget - int(_take(elements, free).sum())) > 0:
-            drop[clamped] = drop_lowest(value[clamped], _take(elements, clamped), left)
+        if (left := budget - int(_take(elements, free).sum())) > 0:
+            yields = clamped & ~(free | fixed)
+            drop[yields] = drop_lowest(value[yields], _take(elements, yields), left)
         for unit, part in zip(members, drop.split([unit.value.numel() for unit in members]), strict=True):
             keep[unit] = ~part.view(unit.value.shape)
     return _masks(scores, keep)
@@ -238,7 +242,7 @@ def _units(scores: Scores, coupled: Coupled) -> list[_Unit]:
         names = tuple(name for name in scores if any(name == p or matches(p, name) for p in patterns))
         for p in patterns:
             if not any(name == p or matches(p, name) for name in names):
-                raise KeyError(f"coupled has {p!r}, which fits no parameter{near(p, scores)}")
+                raise KeyError(f"coupled has {p!r}, which fits no parameter{near(str(p), scores)}")
         for name in names:
             if len(groups[name]) > 1:
                 raise ValueError(f"coupled has {name!r} in two groups; a parameter has one mask")
@@ -248,7 +252,8 @@ def _units(scores: Scores, coupled: Coupled) -> list[_Unit]:
 
 def _unit(scores: Scores, names: tuple[str, ...]) -> _Unit:
     first, *others = (scores[name] for name in names)
-    value = first.value if first.value.dtype.itemsize >= 4 else first.value.float()
+    wide = functools.reduce(torch.promote_types, (scores[name].value.dtype for name in names), torch.float32)
+    value = first.value.to(wide)
     elements = block_elements(first.grid, device=value.device)
     for name, other in zip(names[1:], others, strict=True):
         if _axes(other.grid.size) != _axes(first.grid.size):
@@ -256,7 +261,8 @@ def _unit(scores: Scores, names: tuple[str, ...]) -> _Unit:
                 f"coupled parameters share one mask, but {names[0]} has {first.grid.size} blocks and {name} {other.grid.size}; "
                 "choose blocks so that they agree"
             )
-        value = value + other.value.to(value).reshape(value.shape)
+        share = other.value.to(value).reshape(value.shape)
+        value = torch.where((value == -math.inf) | (share == -math.inf), -math.inf, value + share)  # pruned in one is pruned in all
         elements = elements + block_elements(other.grid, device=value.device).reshape(value.shape)
     return _Unit(names, value, elements, tuple(scores[name].grid.elements for name in names))
 
@@ -320,7 +326,7 @@ def _check_sparsity(sparsity: Sparsity) -> None:
 
 
 def _check_fraction(what: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
             f"{what}={value!r} must be a number from 0 (keep all) to 1 (remove all), or a mapping of parameter names to numbers"
         )

@@ -42,7 +42,7 @@ class BlockGrid:
     block: tuple[int, ...]
 
     def __init__(self, shape: Sequence[int], block: BlockShape) -> None:
-        sizes, named = _integers("shape", shape), _integers("block", block)
+        sizes, named = integers("shape", shape), integers("block", block)
         fix = "a block names leading axes with 1 <= block[i] <= shape[i]; -1 or leaving an axis out takes it whole"
         if not sizes or 0 in sizes or min(sizes) < 0:
             raise ValueError(f"shape={sizes} has no elements to cut into blocks; give at least one axis and no empty one")
@@ -75,13 +75,15 @@ class BlockGrid:
         return any(s % b for s, b in zip(self.shape, self.block, strict=True))
 
 
-def _integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
+def integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    """A tuple of integers, or a TypeError that names the argument."""
     try:
-        if isinstance(values, (str, bytes)) or any(isinstance(v, bool) for v in values):
+        if isinstance(values, (str, bytes, Tensor)) or any(isinstance(v, bool) for v in values):
             raise TypeError
         return tuple(operator.index(v) for v in values)
     except TypeError:
-        raise TypeError(f"{name}={values!r} must be a sequence of integers, such as (4, 4)") from None
+        given = f"{type(values).__name__} of shape {tuple(values.shape)}" if isinstance(values, Tensor) else repr(values)
+        raise TypeError(f"{name}={given} must be a sequence of integers, such as (4, 4)") from None
 
 
 def block_elements(grid: BlockGrid, *, device: torch.device | str | None = None) -> Tensor:
@@ -157,7 +159,7 @@ def pool(x: Tensor, grid: BlockGrid, *, reduce: str = "sum", each: Callable[[Ten
         shape, block = matrix
         if (fast := native.pool_sum(x, shape, block, each)) is not None:
             return fast.view(grid.size)
-    combine, wide = _REDUCERS[reduce], _accumulator(x.dtype)
+    combine, wide = _REDUCERS[reduce], _accumulator(x.dtype, reduce)
 
     def reduced(rows: Tensor, block: tuple[int, ...]) -> Tensor:
         return _reduce(each(rows.to(wide)) if each else rows.to(wide), block, combine)
@@ -244,7 +246,9 @@ def _as_matrix(grid: BlockGrid) -> tuple[tuple[int, int], tuple[int, int]] | Non
     return (grid.shape[0], grid.shape[1] * rest), (grid.block[0], grid.block[1] * rest)
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
+def _accumulator(dtype: torch.dtype, reduce: str) -> torch.dtype:
+    if reduce == "sum" and not dtype.is_floating_point and not dtype.is_complex:
+        return torch.int64
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 

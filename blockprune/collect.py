@@ -1,15 +1,20 @@
-"""The first stage: what is seen of a model."""
+"""The first stage: what is seen of a model, and of data flowing through it."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import attrs
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from blockprune.fold import Fold, Forward, How, Loss, default_forward, default_token_weights, finish, merge, run, start
 from blockprune.names import find
+from blockprune.statistics import Statistic
 from blockprune.types import Data, Param, Where, check_finite, check_kind
 from blockprune.where import select
+
+__all__ = ["Fold", "batchnorm_scales", "finish", "fold", "merge", "movement", "weights", "with_statistics"]
 
 
 def weights(model: nn.Module, *, where: Where, masked: bool = False, lazy: bool = False) -> Data:
@@ -44,6 +49,34 @@ def weights(model: nn.Module, *, where: Where, masked: bool = False, lazy: bool 
                 check_finite(name, weight)
             data[name] = Param(copy(weight.detach()), grid)
     return data
+
+
+def movement(model: nn.Module, *, where: Where, previous: Data | None = None) -> Data:
+    """`weights`, with the statistic ``movement``: the previous one minus weight times gradient (Sanh et al. 2005.07683).
+
+    Call it in the training loop after ``backward``; a parameter without a gradient adds nothing.
+
+    Args:
+        model: any module, masked or not; it is not changed.
+        where: which parameters, in what blocks.
+        previous: what the last call returned.
+
+    Example:
+        >>> model = nn.Linear(4, 4)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> data = bp.collect.movement(model, where=bp.linears((2, 2)))
+        >>> torch.equal(data["weight"].stats["movement"], -model.weight.detach())
+        True
+    """
+    data = weights(model, where=where)
+    stored = find(model, data, what="where")
+    found: dict[str, Param] = {}
+    for name, param in data.items():
+        gradient = stored[name][0].stored.grad
+        step = torch.zeros_like(param.weight) if gradient is None else -(param.weight * gradient)
+        before = previous[name].stats["movement"] if previous else 0
+        found[name] = attrs.evolve(param, stats={"movement": step.to(torch.promote_types(step.dtype, torch.float32)) + before})
+    return found
 
 
 def batchnorm_scales(model: nn.Module, *, where: Where, pairs: Mapping[str, str] | None = None, lazy: bool = False) -> Data:
@@ -82,6 +115,100 @@ def batchnorm_scales(model: nn.Module, *, where: Where, pairs: Mapping[str, str]
             raise ValueError(f"{name} {param.grid.shape} and {pairs[name]} {tuple(scale.shape)} differ in channels; mend `pairs`")
         found[name] = attrs.evolve(param, stats={"batchnorm_scale": scale.view([-1 if a == axis else 1 for a in range(param.weight.ndim)])})
     return found
+
+
+def with_statistics(
+    model: nn.Module,
+    *,
+    where: Where,
+    statistics: Sequence[Statistic],
+    batches: Iterable[Any],
+    forward: Forward = default_forward,
+    loss: Loss | None = None,
+    reduce: Callable[[Fold], Fold] | None = None,
+    token_weights: Callable[[Any], Tensor | None] = default_token_weights,
+    per_sample: str = "vmap",
+    chunk: int = 8,
+    progress: bool = True,
+    lazy: bool = False,
+) -> Data:
+    """`weights`, each with statistics folded over batches; the model is run in evaluation mode and left as it was.
+
+    Args:
+        model: any module, masked or not (a masked one runs masked).
+        where: which parameters, in what blocks.
+        statistics: what to fold, from `blockprune.statistics`; all share one forward, and one backward where any needs it.
+        batches: tensors, tuples or mappings, an iterable that is gone through once; moved to the model's device and dtype.
+        forward: (model, batch) -> output; by default a tensor is passed on, a mapping spread as keywords, of a tuple the first element.
+        loss: (output, batch) -> one number; by default the output's own ``loss`` (Hugging Face, given labels).
+        reduce: applied to the sums before they are divided, such as `blockprune.distributed.all_reduce`.
+        token_weights: batch -> how much each token counts, ``[batch, positions]``; by default an ``attention_mask`` in the batch.
+        per_sample: "vmap", or "loop" for models that vmap cannot run, with the same result.
+        chunk: samples at a time under vmap.
+        progress: show a bar on a terminal.
+        lazy: as in `weights`.
+
+    Raises:
+        ValueError: no batches, a chosen layer that the forward never calls, NaN or inf in what is seen, a loss that is not one
+            number with a gradient, and what `weights` raises.
+        TypeError: batches that are one tensor or mapping instead of an iterable of them.
+        RuntimeError: an operation that vmap cannot run.
+
+    Example:
+        >>> data = bp.collect.with_statistics(nn.Linear(4, 2), where=bp.linears((2, 2)),
+        ...     statistics=[bp.statistics.input_sq], batches=[torch.ones(8, 4), torch.zeros(8, 4)])
+        >>> data["weight"].stats["input_sq"]
+        tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
+    """
+    one = fold(
+        model,
+        where=where,
+        statistics=statistics,
+        batches=batches,
+        forward=forward,
+        loss=loss,
+        token_weights=token_weights,
+        per_sample=per_sample,
+        chunk=chunk,
+        progress=progress,
+        lazy=lazy,
+    )
+    return finish(reduce(one) if reduce else one)
+
+
+def fold(
+    model: nn.Module,
+    *,
+    where: Where,
+    statistics: Sequence[Statistic],
+    batches: Iterable[Any],
+    forward: Forward = default_forward,
+    loss: Loss | None = None,
+    token_weights: Callable[[Any], Tensor | None] = default_token_weights,
+    per_sample: str = "vmap",
+    chunk: int = 8,
+    progress: bool = True,
+    lazy: bool = False,
+) -> Fold:
+    """`with_statistics` before the sums are divided, for `merge` and `finish`; options and errors as there.
+
+    Example:
+        >>> model, options = nn.Linear(4, 2), dict(where=bp.linears((2, 2)), statistics=[bp.statistics.input_sq])
+        >>> a, b = (bp.collect.fold(model, batches=[x], **options) for x in (torch.ones(8, 4), torch.zeros(24, 4)))
+        >>> bp.collect.finish(bp.collect.merge(a, b))["weight"].stats["input_sq"]
+        tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+    """
+    if isinstance(batches, (Tensor, Mapping)):
+        raise TypeError(f"batches is one {type(batches).__name__}; give an iterable of batches, such as [batch]")
+    if per_sample not in ("vmap", "loop"):
+        raise ValueError(f"per_sample={per_sample!r} must be 'vmap' or 'loop'")
+    names = [s.name for s in statistics]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"statistics={names} must be at least one, each of another name")
+    data = weights(model, where=where, lazy=lazy)
+    slots = {name: find(model, [name], what="where")[name][0] for name in data}
+    how = How(forward, loss, token_weights, per_sample, chunk)
+    return run(model, start(data, slots, statistics), batches, how, progress=progress)
 
 
 def _neighbours(model: nn.Module) -> dict[str, str]:

@@ -37,11 +37,18 @@ def save_masks(masks: Masks, path: str | os.PathLike[str]) -> None:
 
 
 def load_masks(path: str | os.PathLike[str]) -> Masks:
-    """Read masks that `save_masks` wrote; nothing in the file is executed, and no more is allocated than eight times its size.
+    """Read masks that `save_masks` wrote; nothing in the file is executed, and no more is allocated than a few times its bits.
 
     Raises:
         ValueError: a file that is not one of ours, of an unknown version, or whose grids and bits disagree.
         FileNotFoundError: no such file.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     bp.save_masks({}, f"{folder}/masks.safetensors")
+        ...     bp.load_masks(f"{folder}/masks.safetensors")
+        {}
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -64,10 +71,17 @@ def load_masks(path: str | os.PathLike[str]) -> Masks:
 
 def _grids(path: Any, text: str) -> dict[str, BlockGrid]:
     try:
-        grids = {name: BlockGrid(tuple(grid["shape"]), tuple(grid["block"])) for name, grid in json.loads(text).items()}
+        grids = {name: _grid(grid["shape"], grid["block"]) for name, grid in json.loads(text).items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is corrupt: its grids cannot be read: {type(error).__name__}: {error}") from None
     return grids
+
+
+def _grid(shape: list[int], block: list[int]) -> BlockGrid:
+    grid = BlockGrid(tuple(shape), tuple(block))
+    if grid.block != tuple(block) or grid.elements >= 1 << 63 or len(shape) > 64:
+        raise ValueError("a parameter needs fewer than 2^63 elements, at most 64 axes, and a block as long as its shape")
+    return grid
 
 
 def _pack(keep: Tensor) -> Tensor:

@@ -83,7 +83,9 @@ def restrict(scores: Scores, masks: Masks) -> Scores:
             raise KeyError(f"masks name {name!r}, which has no scores; the scores are of {', '.join(map(repr, scores))}")
         _same_grid(name, scores[name].grid, mask.grid)
     return {
-        name: attrs.evolve(s, value=torch.where(masks[name].keep.to(s.value.device), s.value, -math.inf)) if name in masks else s
+        name: attrs.evolve(
+            s, value=torch.where(masks[name].keep.to(s.value.device), s.value, -math.inf) if name in masks else s.value.clone()
+        )
         for name, s in scores.items()
     }
 
@@ -136,7 +138,7 @@ class Summary:
     rows: tuple[Row, ...]
     total: Row
 
-    _HEAD = ("parameter", "shape", "block", "blocks", "kept", "elements", "kept", "sparsity", "mask bytes")
+    _HEAD = ("parameter", "shape", "block", "blocks", "blocks kept", "elements", "elements kept", "sparsity", "mask bytes")
 
     def __repr__(self) -> str:
         table = [self._HEAD, *(row.cells for row in self.rows), self.total.cells]
@@ -163,11 +165,11 @@ def summary(masks: Masks) -> Summary:
 
     Example:
         >>> bp.summary({"w": bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((4, 8), (4, 4)))})
-        parameter  shape  block  blocks  kept  elements  kept  sparsity  mask bytes
-        ---------------------------------------------------------------------------
-        w          4x8    4x4         2     1        32    16     50.0%           1
-        ---------------------------------------------------------------------------
-        total                         2     1        32    16     50.0%           1
+        parameter  shape  block  blocks  blocks kept  elements  elements kept  sparsity  mask bytes
+        -------------------------------------------------------------------------------------------
+        w          4x8    4x4         2            1        32             16     50.0%           1
+        -------------------------------------------------------------------------------------------
+        total                         2            1        32             16     50.0%           1
     """
     rows = tuple(
         Row(name, _by(m.grid.shape), _by(m.grid.block), m.grid.blocks, int(m.keep.sum()), m.grid.elements, _kept(m), -(-m.grid.blocks // 8))
@@ -187,9 +189,13 @@ def _combine(a: Masks, b: Masks, rule: Callable[[Tensor, Tensor], Tensor]) -> di
     return {
         name: BlockMask(rule(a[name].keep, b[name].keep.to(a[name].keep.device)), a[name].grid)
         if name in a and name in b
-        else (a[name] if name in a else b[name])
+        else _copy(a[name] if name in a else b[name])
         for name in dict.fromkeys((*a, *b))
     }
+
+
+def _copy(mask: BlockMask) -> BlockMask:
+    return attrs.evolve(mask, keep=mask.keep.clone())
 
 
 def _same_grid(name: str, one: BlockGrid, two: BlockGrid) -> None:

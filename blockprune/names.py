@@ -4,6 +4,7 @@ A parameter keeps the name it has in the plain model (``encoder.0.weight``), nev
 A tensor that several modules share (tied weights) goes by its first name, and all its users are known.
 """
 
+import contextlib
 import difflib
 import fnmatch
 import re
@@ -37,9 +38,19 @@ class Slot:
 
     @property
     def masking(self) -> MaskBlocks | None:
-        """Our parametrization on it, if any; it is always the last."""
-        last = None if self.chain is None else self.chain[-1]
-        return last if isinstance(last, MaskBlocks) else None
+        """Our parametrization on it, if any."""
+        return next((p for p in self.chain or () if isinstance(p, MaskBlocks)), None)
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other parametrization computes the weight from what is stored."""
+        return self.chain is None or (len(self.chain) == 1 and self.masking is not None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape; several tensors (weight_norm) are stored in other shapes than the weight's."""
+        chain = self.chain
+        return tuple(self.stored.shape if chain is None or chain.is_tensor else self.masked.shape)
 
     @property
     def stored(self) -> Tensor:
@@ -57,16 +68,31 @@ class Slot:
             return self.masked
         if len(chain) == 1:
             return self.stored
-        first, *others = [p for p in chain if p is not self.masking]
-        weight = first(self.stored) if chain.is_tensor else first(*[getattr(chain, f"original{i}") for i in range(chain.ntensors)])
-        for parametrization in others:
-            weight = parametrization(weight)
+        with _still(chain):
+            first, *others = [p for p in chain if not isinstance(p, MaskBlocks)]
+            weight = first(self.stored) if chain.is_tensor else first(*[getattr(chain, f"original{i}") for i in range(chain.ntensors)])
+            for parametrization in others:
+                weight = parametrization(weight)
         return cast(Tensor, weight)
 
     @property
     def masked(self) -> Tensor:
         """The weight as the model uses it."""
-        return cast(Tensor, getattr(self.owner, self.attr))
+        with _still(self.chain):
+            return cast(Tensor, getattr(self.owner, self.attr))
+
+
+@contextlib.contextmanager
+def _still(chain: nn.Module | None) -> Iterator[None]:
+    """Parametrizations in evaluation mode: in training a read of spectral_norm moves its buffers."""
+    modes = [(module, module.training) for module in chain.modules()] if chain is not None else []
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def slots(model: nn.Module) -> dict[str, list[Slot]]:
@@ -78,21 +104,18 @@ def slots(model: nn.Module) -> dict[str, list[Slot]]:
 
 
 def _walk(model: nn.Module) -> Iterator[Slot]:
-    for prefix, module in model.named_modules():
+    for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, parametrize.ParametrizationList):
             continue
         attrs_here = [name for name, value in module._parameters.items() if value is not None]
         if parametrize.is_parametrized(module):
             moved = [Slot("", module, attr) for attr in cast(nn.ModuleDict, module.parametrizations)]
             moved = [slot for slot in moved if isinstance(slot.stored, nn.Parameter)]
-            for slot in sorted(moved, key=_position):  # parametrizing put them last: back to where the plain module had them
-                attrs_here.insert(min(_position(slot), len(attrs_here)), slot.attr)
+            attrs_here += [slot.attr for slot in moved]
+            order = next((slot.masking.order for slot in moved if slot.masking), ())
+            attrs_here.sort(key=lambda attr: order.index(attr) if attr in order else len(order))  # the plain module's order
         for attr in attrs_here:
             yield Slot(f"{prefix}.{attr}" if prefix else attr, module, attr)
-
-
-def _position(slot: Slot) -> int:
-    return slot.masking.position if slot.masking else len(slot.owner._parameters)
 
 
 def find(model: nn.Module, names: Iterable[str], *, what: str) -> dict[str, list[Slot]]:
@@ -106,7 +129,7 @@ def find(model: nn.Module, names: Iterable[str], *, what: str) -> dict[str, list
     found: dict[str, list[Slot]] = {}
     for name in names:
         if name not in canonical:
-            raise KeyError(f"{what} names {name!r}, which is not a parameter of the model{near(name, canonical)}")
+            raise KeyError(f"{what} names {name!r}, which is not a parameter of the model{near(str(name), canonical)}")
         if canonical[name] in found:
             raise KeyError(f"{what} names one tied tensor twice: {name!r} is {canonical[name]!r}; give it once")
         found[canonical[name]] = known[canonical[name]]

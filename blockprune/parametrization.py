@@ -1,6 +1,7 @@
 """`MaskBlocks`: the torch parametrization that zeroes pruned blocks whenever a weight is read."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,19 +21,26 @@ class MaskBlocks(nn.Module):
     Args:
         keep: ``[*grid.size]`` bool, True = kept; copied.
         grid: the blocks.
-        position: the parameter's place in its plain owner, so that `finalize` can put it back there.
+        order: the parameters of the plain owner in their order, which parametrizing loses.
     """
 
     keep: Tensor
 
-    def __init__(self, keep: Tensor, grid: BlockGrid, *, position: int = 0) -> None:
+    def __init__(self, keep: Tensor, grid: BlockGrid, *, order: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.register_buffer("keep", keep.clone())
         self.grid = grid
-        self.position = position
+        self.order = order
 
     def forward(self, weight: Tensor) -> Tensor:
-        return mask_blocks(weight, self.keep, self.grid)
+        return mask_blocks(weight, self.keep if self.keep.device == weight.device else self.keep.to(weight.device), self.grid)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MaskBlocks":
+        """Follow the model to another device, but keep the bits: ``to_empty`` and the meta device would lose them."""
+        device = fn(self.keep).device
+        if device.type != "meta":
+            self.keep = self.keep.to(device)
+        return self
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Assigning to a masked parameter (``layer.weight = w``) stores the dense weight."""
@@ -49,12 +57,12 @@ def mask_blocks(weight: Tensor, keep: Tensor, grid: BlockGrid) -> Tensor:
         >>> mask_blocks(torch.tensor([[1.0, float("nan")]]), torch.tensor([[True, False]]), bp.BlockGrid((1, 2), (1, 1)))
         tensor([[1., 0.]])
     """
-    shape, mask = _broadcastable(keep, grid)
     plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu"
     if not plain or torch.compiler.is_compiling():
+        shape, mask = _broadcastable(keep, grid)
         return torch.where(mask, weight.reshape(shape), 0).reshape(weight.shape)
     # torch.where has no vector code on a CPU; AND with all ones or all zeros gives the same bits in half the time
-    bits = mask.to(_INTEGER[weight.dtype.itemsize]).neg()
+    shape, bits = _broadcastable(keep.to(_INTEGER[weight.dtype.itemsize]).neg_(), grid)
     masked: Tensor = _AndBits.apply(weight.reshape(shape), bits)  # type: ignore[no-untyped-call]
     return masked.reshape(weight.shape)
 
@@ -92,17 +100,21 @@ class _AndBits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        bits = ctx.saved_tensors[0]
-        if torch._C._functorch.is_legacy_batchedtensor(grad):  # torch.autograd.grad(is_grads_batched=True) has no rule for `view`
-            return torch.where(bits != 0, grad, 0), None
-        return _AndBits.apply(grad, bits), None  # type: ignore[no-untyped-call]
+        return _and(grad, ctx.saved_tensors[0]), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return _AndBits.apply(tangent, ctx.saved_tensors[0])  # type: ignore[no-any-return, no-untyped-call]
+        return _and(tangent, ctx.saved_tensors[0])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, int | None], weight: Tensor, bits: Tensor) -> tuple[Tensor, int]:
         batched = zip((weight, bits), in_dims, strict=True)
         weight, bits = (x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in batched)
         return _AndBits.apply(weight, bits), 0  # type: ignore[no-untyped-call]
+
+
+def _and(x: Tensor, bits: Tensor) -> Tensor:
+    if torch._C._functorch.is_legacy_batchedtensor(x):  # torch.autograd.grad(is_grads_batched=True) has no rule for `view`
+        return torch.where(bits != 0, x, 0)
+    masked: Tensor = _AndBits.apply(x, bits)  # type: ignore[no-untyped-call]
+    return masked

@@ -4,13 +4,15 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from blockprune.types import Allocate, BlockScore, Collect, Masks, Metric, Scores, Sparsity, check_finite
+from blockprune.types import Allocate, BlockMask, BlockScore, Collect, Masks, Metric, Param, Scores, Sparsity, check_finite
+
+V = TypeVar("V")
 
 
 @attrs.frozen(repr=False)
@@ -42,14 +44,14 @@ class Pipeline:
     allocate: Allocate = attrs.field(validator=attrs.validators.is_callable())
 
     def __call__(self, model: nn.Module, sparsity: Sparsity) -> Masks:
-        return self.allocate(self.scores(model), sparsity)
+        return _checked("allocate", self.allocate(self.scores(model), sparsity), BlockMask, "BlockMask(keep, grid)")
 
     def scores(self, model: nn.Module) -> Scores:
         """Collect and score; pass the result to ``allocate`` at as many sparsities as you like."""
         # the data dies with this call, so a collector that can share memory with the model (copy on write) need not copy it
         lazy = {"lazy": True} if "lazy" in signature(self.collect).parameters else {}
-        data = self.collect(model, **lazy)
-        scores = self.metric(data)
+        data = _checked("collect", self.collect(model, **lazy), Param, "Param(weight, grid)")
+        scores = _checked("metric", self.metric(data), BlockScore, "BlockScore(value, grid)")
         for name, score in scores.items():
             if lazy and name in data and not score.value.isfinite().all():
                 check_finite(name, data[name].weight)
@@ -58,6 +60,16 @@ class Pipeline:
 
     def __repr__(self) -> str:
         return f"Pipeline(collect={_text(self.collect)}, metric={_text(self.metric)}, allocate={_text(self.allocate)})"
+
+
+def _checked(stage: str, found: Mapping[str, V], kind: type[V], build: str) -> Mapping[str, V]:
+    """What a stage returned, if it is a mapping of the right values."""
+    if not isinstance(found, Mapping):
+        raise TypeError(f"{stage} must return a mapping from parameter names to {kind.__name__}, not a {type(found).__name__}")
+    for name, value in found.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{stage} must return {kind.__name__} values, but gave a {type(value).__name__} for {name!r}; wrap it: {build}")
+    return found
 
 
 def _own(score: BlockScore, held: set[int]) -> BlockScore:

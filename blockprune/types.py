@@ -14,7 +14,12 @@ _same = attrs.cmp_using(eq=torch.equal)  # records compare by value: `masks == o
 
 @attrs.frozen(unsafe_hash=False)
 class Param:
-    """What was seen of one parameter: its weight, its blocks, and statistics by name (empty when none were collected)."""
+    """What was seen of one parameter: its weight, its blocks, and statistics by name (empty when none were collected).
+
+    Example:
+        >>> bp.Param(torch.ones(4, 4), bp.BlockGrid((4, 4), (2, 2))).grid.size
+        (2, 2)
+    """
 
     weight: Tensor = attrs.field(eq=_same)  # [*grid.shape]
     grid: BlockGrid

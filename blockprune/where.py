@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from blockprune.blocks import BlockGrid, BlockShape
+from blockprune.blocks import BlockGrid, BlockShape, integers
 from blockprune.names import Pattern, Slot, matches, near, slots
 from blockprune.types import Where
 
@@ -23,7 +23,7 @@ def linears(block: BlockShape) -> Where:
         >>> bp.linears((4, 4))("encoder.weight", nn.Linear(8, 8))
         (4, 4)
     """
-    return partial(_linears, block=_tuple(block))
+    return partial(_linears, block=integers("block", block))
 
 
 def convs(block: BlockShape) -> Where:
@@ -33,7 +33,7 @@ def convs(block: BlockShape) -> Where:
         >>> bp.convs((1,))("stem.weight", nn.Conv2d(3, 8, 3))
         (1,)
     """
-    return partial(_convs, block=_tuple(block))
+    return partial(_convs, block=integers("block", block))
 
 
 def named(pattern: Pattern, block: BlockShape) -> Where:
@@ -45,7 +45,7 @@ def named(pattern: Pattern, block: BlockShape) -> Where:
     """
     if not isinstance(pattern, (str, re.Pattern)):
         raise TypeError(f'pattern={pattern!r} must be a glob such as "*.mlp.*.weight" or re.compile(...)')
-    return partial(_named, pattern=pattern, block=_tuple(block))
+    return partial(_named, pattern=pattern, block=integers("block", block))
 
 
 def first_of(*rules: Where) -> Where:
@@ -105,11 +105,13 @@ def select(model: nn.Module, where: Where) -> dict[str, tuple[Slot, BlockGrid]]:
         block = where(name, slot.owner)
         if block is not None:
             try:
-                chosen[name] = slot, BlockGrid(tuple(slot.stored.shape), block)
+                chosen[name] = slot, BlockGrid(slot.shape, block)
             except (ValueError, TypeError) as error:
-                raise type(error)(f"{name}: {error}") from None
+                raise type(error)(
+                    f"{name}: {error}; or give this parameter blocks of its own with `first_of`, or leave it out with `excluding`"
+                ) from None
     if not chosen:
-        seen = [f"{name!r} {tuple(s.stored.shape)} of {_plain_type(s.owner)}" for name, (s, *_) in known.items()]
+        seen = [f"{name!r} {s.shape} of {_plain_type(s.owner)}" for name, (s, *_) in known.items()]
         listed = ", ".join(seen[:8] + ["..."] * (len(seen) > 8)) or "no parameters"
         raise ValueError(f"where={where!r} matches no parameter of {_plain_type(model)}; it has {listed}{_tied(known)}")
     return chosen
@@ -132,7 +134,3 @@ def _tied(known: dict[str, list[Slot]]) -> str:
 
 def _plain_type(module: nn.Module) -> str:
     return nn.utils.parametrize.type_before_parametrizations(module).__name__
-
-
-def _tuple(block: BlockShape) -> tuple[int, ...]:
-    return block if isinstance(block, tuple) else tuple(block) if isinstance(block, list) else block  # type: ignore[return-value]

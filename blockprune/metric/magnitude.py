@@ -1,19 +1,14 @@
-"""The second stage: one number a block, higher = keep.
-
-Budgets count elements, so every score here is a *benefit per element*: a mean (or root mean square) over the elements
-that the block has. A ragged block and a whole one, a 4x4 and a 16x16, then compete at the price they cost. Half types
-are summed in float32.
-"""
+"""Scores from weights alone."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from blockprune.blocks import block_elements, pool
-from blockprune.types import BlockScore, Data, Param, Scores
+from blockprune.metric.scoring import each
+from blockprune.types import Data, Param, Scores, check_finite
 
 
 def l1(data: Data) -> Scores:
@@ -24,7 +19,7 @@ def l1(data: Data) -> Scores:
         >>> bp.metric.l1({"w": bp.Param(w, bp.BlockGrid((1, 3), (1, 2)))})["w"].value
         tensor([[2., 5.]])
     """
-    return _each(data, lambda p: pool(p.weight, p.grid, reduce="mean", each=torch.abs))
+    return each(data, lambda p: pool(p.weight, p.grid, reduce="mean", each=torch.abs))
 
 
 def l2(data: Data) -> Scores:
@@ -35,7 +30,7 @@ def l2(data: Data) -> Scores:
         >>> bp.metric.l2({"w": bp.Param(w, bp.BlockGrid((1, 2), (1, 2)))})["w"].value
         tensor([[3.5355]])
     """
-    return _each(data, lambda p: pool(p.weight, p.grid, reduce="mean", each=torch.square).sqrt())
+    return each(data, lambda p: pool(p.weight, p.grid, reduce="mean", each=torch.square).sqrt())
 
 
 def lp(data: Data, *, p: float) -> Scores:
@@ -52,9 +47,9 @@ def lp(data: Data, *, p: float) -> Scores:
     if not p > 0:
         raise ValueError(f"p={p} must be above 0; use p=1 for l1, p=2 for l2, p=inf for the largest")
     if p == math.inf:
-        return _each(data, lambda x: pool(x.weight, x.grid, reduce="amax", each=torch.abs))
+        return each(data, lambda x: pool(x.weight, x.grid, reduce="amax", each=torch.abs))
     power = partial(_abs_power, p=p)
-    return _each(data, lambda x: pool(x.weight, x.grid, reduce="mean", each=power) ** (1 / p))
+    return each(data, lambda x: pool(x.weight, x.grid, reduce="mean", each=power) ** (1 / p))
 
 
 def _abs_power(w: Tensor, *, p: float) -> Tensor:
@@ -76,7 +71,9 @@ def random(data: Data, *, generator: torch.Generator | int | None = None) -> Sco
     if isinstance(generator, int):
         generator = torch.Generator().manual_seed(generator)
     at = generator.device if generator else None
-    return _each(data, lambda p: torch.rand(p.grid.size, generator=generator, device=at).to(p.weight.device))
+    for name, p in data.items():
+        check_finite(name, p.weight)  # which the scores of other metrics show
+    return each(data, lambda p: torch.rand(p.grid.size, generator=generator, device=at).to(p.weight.device))
 
 
 def fpgm(data: Data) -> Scores:
@@ -97,7 +94,7 @@ def fpgm(data: Data) -> Scores:
             raise ValueError(
                 f"{name}: fpgm compares whole rows (filters), but block={p.grid.block} of shape={p.grid.shape} cuts them; use (1,)"
             )
-    return _each(
+    return each(
         data,
         lambda p: pool(
             _mean_distance(p.weight.flatten(1)).view(-1, *[1] * (p.weight.ndim - 1)).expand(p.weight.shape), p.grid, reduce="mean"
@@ -124,7 +121,7 @@ def lamp(data: Data) -> Scores:
         >>> bp.metric.lamp({"w": bp.Param(w, bp.BlockGrid((1, 3), (1, 1)))})["w"].value       # 1/14, 4/13, 9/9
         tensor([[0.0714, 0.3077, 1.0000]])
     """
-    return _each(data, _lamp)
+    return each(data, _lamp)
 
 
 def _lamp(p: Param) -> Tensor:
@@ -154,13 +151,9 @@ def batchnorm_scale(data: Data) -> Scores:
     for name, p in data.items():
         if p.weight.ndim > 1 and "batchnorm_scale" not in p.stats:
             raise ValueError(f"{name} {p.grid.shape} has no statistic 'batchnorm_scale'; collect with `collect.batchnorm_scales`")
+        check_finite(name, p.weight)
         if sum(n > 1 for n in p.grid.size) > 1:
             raise ValueError(
                 f"{name}: batchnorm_scale ranks whole filters, but block={p.grid.block} of shape={p.grid.shape} cuts them; use (1,)"
             )
-    return _each(data, lambda p: pool(p.stats.get("batchnorm_scale", p.weight).expand(p.grid.shape), p.grid, reduce="mean", each=torch.abs))
-
-
-def _each(data: Data, score: Callable[[Param], Tensor]) -> Scores:
-    with torch.no_grad():
-        return {name: BlockScore(score(p), p.grid) for name, p in data.items()}
+    return each(data, lambda p: pool(p.stats.get("batchnorm_scale", p.weight).expand(p.grid.shape), p.grid, reduce="mean", each=torch.abs))

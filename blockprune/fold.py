@@ -1,0 +1,348 @@
+"""The fold: one pass over batches that adds up statistics and leaves the model as it was."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.utils._pytree import tree_map
+from tqdm import tqdm
+
+from blockprune.blocks import expand
+from blockprune.layers import listens_to, rows
+from blockprune.names import Slot
+from blockprune.statistics import Call, Gates, Statistic, Sums
+from blockprune.types import Data, Param
+
+Forward = Callable[[Callable[..., Any], Any], Any]  # (model, batch) -> output
+Loss = Callable[[Any, Any], Tensor]  # (output, batch) -> scalar
+
+
+@attrs.frozen(eq=False)
+class Fold:
+    """Sums so far: what `merge` adds up and `finish` divides.
+
+    Example:
+        >>> one = bp.collect.fold(nn.Linear(2, 2), where=bp.linears((1,)), statistics=[bp.statistics.input_sq], batches=[torch.ones(3, 2)])
+        >>> one.sums["weight", "input_sq"]
+        {'sum': tensor([[3., 3.]]), 'n': tensor(3.)}
+    """
+
+    data: Data
+    slots: Mapping[str, Slot]
+    statistics: tuple[Statistic, ...]
+    sums: Mapping[tuple[str, str], Sums]  # by parameter and statistic
+
+
+def merge(a: Fold, b: Fold) -> Fold:
+    """The fold over the batches of both.
+
+    Raises:
+        ValueError: folds of other parameters or statistics.
+
+    Example:
+        >>> one = bp.collect.fold(nn.Linear(2, 2), where=bp.linears((1,)), statistics=[bp.statistics.input_sq], batches=[torch.ones(3, 2)])
+        >>> bp.collect.merge(one, one).sums["weight", "input_sq"]["n"]
+        tensor(6.)
+    """
+    if a.sums.keys() != b.sums.keys():
+        odd = sorted(a.sums.keys() ^ b.sums.keys())
+        raise ValueError(f"only folds of the same parameters and statistics can be merged; {odd[0]} is in one of them only")
+    return attrs.evolve(a, sums={key: {k: v + b.sums[key][k] for k, v in sums.items()} for key, sums in a.sums.items()})
+
+
+def finish(fold: Fold) -> Data:
+    """Divide the sums: data with ``stats`` by name.
+
+    Raises:
+        ValueError: no batch at all, or a layer that no batch reached.
+
+    Example:
+        >>> one = bp.collect.fold(nn.Linear(2, 2), where=bp.linears((1,)), statistics=[bp.statistics.input_sq], batches=[torch.ones(3, 2)])
+        >>> bp.collect.finish(one)["weight"].stats["input_sq"]
+        tensor([[1., 1.]])
+    """
+    for (name, statistic), sums in fold.sums.items():
+        if "n" in sums and float(sums["n"]) == 0:
+            if all(float(other["n"]) == 0 for other in fold.sums.values() if "n" in other):
+                raise ValueError("batches is empty: statistics need at least one batch (a generator can be used once only)")
+            owner = type(fold.slots[name].owner).__name__.removeprefix("Parametrized")
+            raise ValueError(
+                f"{name} {fold.data[name].grid.shape}: the forward never calls its {owner}, so {statistic!r} saw nothing; "
+                "leave it out with `excluding`"
+            )
+    return {
+        name: attrs.evolve(param, stats={s.name: s.finalize(fold.sums[name, s.name], fold.slots[name], param) for s in fold.statistics})
+        for name, param in fold.data.items()
+    }
+
+
+def start(data: Data, slots: Mapping[str, Slot], statistics: Sequence[Statistic]) -> Fold:
+    """A fold over no batches."""
+    sums = {(name, s.name): s.init(slots[name], param) for name, param in data.items() for s in statistics}
+    return Fold(data, slots, tuple(statistics), sums)
+
+
+@attrs.frozen(eq=False)
+class How:
+    """How a batch becomes an output and a loss, and how samples are told apart."""
+
+    forward: Forward
+    loss: Loss | None
+    token_weights: Callable[[Any], Tensor | None]
+    per_sample: str  # "vmap" or "loop"
+    chunk: int
+
+
+def run(model: nn.Module, fold: Fold, batches: Iterable[Any], how: How, *, progress: bool) -> Fold:
+    """Add the batches to a fold; the model's mode, gradients, hooks and the RNG are as before afterwards, whatever happens."""
+    sees = {s.sees for s in fold.statistics}
+    needs = sorted(s.name for s in fold.statistics if s.sees in ("output_grad", "weight_grad"))
+    with _undisturbed(model, fold):
+        like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+        for number, given in enumerate(tqdm(batches, desc="collect", disable=None if progress else True, leave=False)):
+            batch = _to(given, like)
+            if sees - {"gates"}:
+                seen = _layers(model, fold, batch, how, needs)
+                fold = _add(fold, seen, number)
+            if "gates" in sees:
+                fold = _add(fold, _gates(model, fold, batch, how), number)
+    return fold
+
+
+Seen = Iterable[tuple[str, str, Any]]  # (parameter, what is seen, the evidence)
+
+
+def _add(fold: Fold, seen: Seen, number: int) -> Fold:
+    sums = dict(fold.sums)
+    for name, kind, evidence in seen:
+        for s in fold.statistics:
+            if s.sees == kind:
+                new = s.update(sums[name, s.name], evidence)
+                if not all(bool(v.isfinite().all()) for v in new.values()):
+                    shape = fold.data[name].grid.shape
+                    raise ValueError(
+                        f"{name} {shape}: NaN or inf reached {s.name!r} in batch {number}; look at that batch and the layers before"
+                    )
+                sums[name, s.name] = new
+    return attrs.evolve(fold, sums=sums)
+
+
+def _layers(model: nn.Module, fold: Fold, batch: Any, how: How, needs_grad: list[str]) -> Seen:
+    """One forward, and one backward if a statistic needs it; what every chosen layer saw."""
+    calls: list[tuple[str, Call, Tensor]] = []
+    token_weights = how.token_weights(batch)
+    handles = []
+    kinds = {s.sees for s in fold.statistics}
+
+    def listen(name: str, slot: Slot) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            raw: Tensor = output[0] if isinstance(output, tuple) else output
+            views = [x.detach() for x in rows(slot, module, args, kwargs)] if "inputs" in kinds else []
+            calls.append((name, _call(slot, views, raw, token_weights), raw))
+
+        return hook
+
+    if kinds & {"inputs", "output", "output_grad"}:
+        for name, slot in fold.slots.items():
+            handles.append(listens_to(model, slot).register_forward_hook(listen(name, slot), with_kwargs=True))
+    try:
+        with torch.set_grad_enabled(bool(needs_grad)):
+            output = how.forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    seen: list[tuple[str, str, Any]] = []
+    if needs_grad:
+        loss = _scalar(how, output, batch, needs_grad)
+        weights = {name: slot.stored for name, slot in fold.slots.items()}
+        grads = torch.autograd.grad(loss, [*weights.values(), *[raw for _, _, raw in calls]], allow_unused=True)
+        of_outputs = grads[len(weights) :]
+        seen += [(name, "weight_grad", g) for name, g in zip(weights, grads, strict=False) if g is not None]
+        calls = [
+            (name, attrs.evolve(call, output_grad=None if g is None else g.reshape(call.output.shape)), raw)
+            for (name, call, raw), g in zip(calls, of_outputs, strict=True)
+        ]
+    for name, call, _ in calls:
+        seen += [(name, "inputs", call), (name, "output", call)]
+        if call.output_grad is not None:
+            seen.append((name, "output_grad", call))
+    return seen
+
+
+def _call(slot: Slot, views: list[Tensor], raw: Tensor, token_weights: Tensor | None) -> Call:
+    """What a hook saw as matrices, one row a token; tokens are weighed where their layout is that of the weights, transposed or not."""
+    if isinstance(slot.owner, nn.modules.conv._ConvNd):
+        return Call([x.flatten(0, -2) for x in views], raw.detach().movedim(-len(slot.owner.kernel_size) - 1, -1).flatten(0, -2), None)
+    leading = (views[0] if views else raw).shape[:-1]
+    candidates = [] if token_weights is None else [token_weights, token_weights.mT if token_weights.ndim == 2 else token_weights]
+    weights = next((w.flatten() for w in candidates if w.shape == leading), None)
+    return Call([x.flatten(0, -2) for x in views], raw.detach().flatten(0, -2), weights)
+
+
+def _scalar(how: How, output: Any, batch: Any, needs: Sequence[str]) -> Tensor:
+    what = f"statistics {', '.join(needs)} need a loss"
+    if how.loss is not None:
+        loss = how.loss(output, batch)
+    else:
+        own: Tensor | None = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if own is None:
+            raise ValueError(f"{what}: pass loss=(output, batch) -> scalar; the model's output ({type(output).__name__}) has none")
+        loss = own
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"{what} that is one number, but loss(output, batch) gave {given}; take its mean or sum")
+    if not loss.requires_grad and not torch._C._functorch.is_functorch_wrapped_tensor(loss):
+        raise ValueError(f"{what} with a gradient, but loss(output, batch) has none; is something detached or under no_grad?")
+    return loss.reshape(())
+
+
+def _gates(model: nn.Module, fold: Fold, batch: Any, how: How) -> Seen:
+    """Derivatives with respect to one gate a block, through `torch.func`: memory is samples x blocks, not samples x weights."""
+    needs = sorted(s.name for s in fold.statistics if s.sees == "gates")
+    ones = {name: torch.ones(p.grid.size, dtype=slot.stored.dtype, device=slot.stored.device) for (name, p), slot in _both(fold)}
+    weights = {name: slot.stored.detach() for name, slot in fold.slots.items()}
+    frozen = {name: p.detach() for name, p in model.named_parameters()}  # so that no graph is kept but that of the gates
+
+    def loss_of(gates: Mapping[str, Tensor], batch: Any) -> Tensor:
+        gated = {_key(fold.slots[name]): weights[name] * expand(gate, fold.data[name].grid) for name, gate in gates.items()}
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(model, {**frozen, **gated}, args, kwargs)
+
+        return _scalar(how, how.forward(call, batch), batch, needs)
+
+    def single(gates: Mapping[str, Tensor], sample: Any) -> Tensor:
+        return loss_of(gates, tree_map(lambda x: x[None] if isinstance(x, Tensor) else x, sample))
+
+    @cache
+    def per_sample() -> dict[str, Tensor]:
+        if how.per_sample == "loop":
+            samples = [_sample(batch, i) for i in range(_samples(batch))]
+            each = [grad(single)(ones, sample) for sample in samples]
+            return {name: torch.stack([g[name] for g in each]) for name in ones}
+        dims = tree_map(lambda x: 0 if isinstance(x, Tensor) else None, batch)
+        try:
+            return vmap(grad(single), (None, dims), randomness="different", chunk_size=how.chunk)(ones, batch)  # type: ignore[no-any-return]
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RuntimeError(f"vmap cannot run this model: {reason}. Pass per_sample='loop': slower, with the same result") from error
+
+    @cache
+    def gradient() -> dict[str, Tensor]:
+        return grad(loss_of)(ones, batch)  # type: ignore[no-any-return]
+
+    def times_hessian(vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        def along(gates: Mapping[str, Tensor]) -> Tensor:
+            slope = grad(loss_of)(gates, batch)
+            return torch.stack([(slope[name] * vector[name]).sum() for name in gates]).sum()
+
+        return grad(along)(ones)  # type: ignore[no-any-return]
+
+    @cache
+    def hg() -> dict[str, Tensor]:
+        return times_hessian(gradient())
+
+    @cache
+    def curvature(probes: int, seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        found: list[dict[str, Tensor]] = []
+        for _ in range(probes):
+            v = {name: (torch.randint(2, g.shape, generator=generator) * 2 - 1).to(g) for name, g in ones.items()}
+            found.append({name: v[name] * h for name, h in times_hessian(v).items()})
+        return {name: torch.stack([f[name] for f in found]) for name in ones}
+
+    @cache
+    def flow() -> dict[str, Tensor]:
+        linear = {name: p.detach().abs() for name, p in model.named_parameters()}
+
+        def summed(gates: Mapping[str, Tensor]) -> Tensor:
+            gated = {_key(fold.slots[name]): weights[name].abs() * expand(gate, fold.data[name].grid) for name, gate in gates.items()}
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                return functional_call(model, {**linear, **gated}, args, kwargs)
+
+            first = tree_map(lambda x: torch.ones_like(x[:1]) if isinstance(x, Tensor) else x, batch)
+            output = how.forward(call, first)
+            output = output if isinstance(output, Tensor) else output[0]
+            return output.sum()
+
+        return grad(summed)(ones)  # type: ignore[no-any-return]
+
+    def of(name: str) -> Gates:
+        return Gates(
+            lambda: per_sample()[name], lambda: hg()[name], lambda probes, seed: curvature(probes, seed)[name], lambda: flow()[name]
+        )
+
+    return [(name, "gates", of(name)) for name in ones]
+
+
+def _both(fold: Fold) -> Iterator[tuple[tuple[str, Param], Slot]]:
+    return zip(fold.data.items(), fold.slots.values(), strict=True)
+
+
+def _key(slot: Slot) -> str:
+    """The name under which `functional_call` replaces the stored weight."""
+    return slot.name if slot.chain is None else f"{slot.name.removesuffix(slot.attr)}parametrizations.{slot.attr}.original"
+
+
+def _samples(batch: Any) -> int:
+    sizes: list[int] = []
+    tree_map(lambda x: sizes.append(len(x)) if isinstance(x, Tensor) else None, batch)
+    return sizes[0] if sizes else 0
+
+
+def _sample(batch: Any, index: int) -> Any:
+    return tree_map(lambda x: x[index] if isinstance(x, Tensor) else x, batch)
+
+
+def default_forward(model: Callable[..., Any], batch: Any) -> Any:
+    """A tensor is passed on, a mapping spread as keywords, of a tuple or list the first element (itself spread, if it is a tuple)."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        first = batch[0]
+        return model(**first) if isinstance(first, Mapping) else model(*first) if isinstance(first, (tuple, list)) else model(first)
+    return model(batch)
+
+
+def default_token_weights(batch: Any) -> Tensor | None:
+    """The ``attention_mask`` of a mapping: padding does not count."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _to(batch: Any, like: Tensor) -> Any:
+    """The batch on the model's device, floats in its dtype, mappings as plain dicts."""
+    if isinstance(batch, Tensor):
+        return batch.to(like.device, like.dtype) if batch.is_floating_point() else batch.to(like.device)
+    if isinstance(batch, Mapping):
+        return {key: _to(value, like) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(*[_to(v, like) for v in batch]) if hasattr(batch, "_fields") else type(batch)(_to(v, like) for v in batch)
+    return batch
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module, fold: Fold) -> Iterator[None]:
+    """Evaluation mode, gradients on for the chosen weights; afterwards all as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    stored = [slot.stored for slot in fold.slots.values()]
+    flags = [(p, p.requires_grad) for p in stored]
+    devices = sorted({p.device.index or 0 for p in itertools.chain(model.parameters(), model.buffers()) if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices):
+        try:
+            model.eval()
+            for p in stored:
+                p.requires_grad_(True)
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for p, flag in flags:
+                p.requires_grad_(flag)

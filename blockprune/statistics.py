@@ -1,0 +1,262 @@
+"""What can be learnt of a parameter from data, each a triple of pure functions: init, update, finalize.
+
+Sums add up (over batches, folds and processes); only ``finalize`` divides. Write your own in a notebook cell: a `Statistic` is a value.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import attrs
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from blockprune.layers import along_weight, input_axis
+from blockprune.names import Slot
+from blockprune.types import Param
+
+Sums = Mapping[str, Tensor]  # float32 or wider; what is added up, and by convention "n", what to divide by
+
+
+@attrs.frozen(eq=False)
+class Call:
+    """One call of a layer: the rows that multiply the weight and the output, flattened over batch and positions.
+
+    ``inputs`` has one ``[n, k]`` matrix for each group of output rows (one but for grouped convolutions and attention's in_proj);
+    ``weights`` is how much each row counts, None = 1 (padding masks).
+
+    Example:
+        >>> bp.statistics.Call([torch.ones(3, 2)], torch.zeros(3, 4), None).output.shape
+        torch.Size([3, 4])
+    """
+
+    inputs: list[Tensor]
+    output: Tensor  # [n, outputs]
+    weights: Tensor | None  # [n]
+    output_grad: Tensor | None = None  # [n, outputs], of the summed loss
+
+
+@attrs.frozen(eq=False)
+class Gates:
+    """Derivatives of one batch's loss with respect to one gate a block (a factor on its weights, at 1), for one parameter.
+
+    Example:
+        >>> curved = bp.statistics.Statistic(
+        ...     "largest_slope", sees="gates", init=lambda slot, param: {"sum": torch.zeros(param.grid.size), "n": torch.zeros(())},
+        ...     update=lambda sums, gates: {"sum": sums["sum"] + gates.per_sample().abs().amax(0), "n": sums["n"] + 1},
+        ...     finalize=lambda sums, slot, param: sums["sum"] / sums["n"])
+    """
+
+    per_sample: Callable[[], Tensor]  # [samples, *size] gradient of each sample's loss
+    hg: Callable[[], Tensor]  # [*size] Hessian of the batch's loss times its gradient
+    curvature: Callable[[int, int], Tensor]  # (probes, seed) -> [probes, *size] v * (H v), v = +-1, the same in every batch
+    flow: Callable[[], Tensor]  # [*size] gradient of the summed output of the network of |weights| on ones
+
+
+Sees = Literal["inputs", "output", "output_grad", "weight_grad", "gates"]
+
+
+@attrs.frozen
+class Statistic:
+    """A sum folded over batches.
+
+    Args:
+        name: its key in ``Param.stats``.
+        sees: what ``update`` is given: a `Call` ("inputs", "output", "output_grad"), the gradient of a batch's loss with respect to the
+            weight ("weight_grad"), or `Gates` ("gates").
+        init: (slot, param) -> zero sums, of full shape.
+        update: (sums, seen) -> sums.
+        finalize: (sums, slot, param) -> the statistic.
+
+    Example:
+        >>> count = bp.statistics.Statistic(
+        ...     "calls", sees="inputs", init=lambda slot, param: {"n": torch.zeros(())},
+        ...     update=lambda sums, call: {"n": sums["n"] + 1}, finalize=lambda sums, slot, param: sums["n"])
+        >>> data = bp.collect.with_statistics(nn.Linear(2, 2), where=bp.linears((1,)), statistics=[count], batches=[torch.ones(3, 2)])
+        >>> data["weight"].stats["calls"]
+        tensor(1.)
+    """
+
+    name: str
+    sees: Sees
+    init: Callable[[Slot, Param], Sums]
+    update: Callable[[Sums, Any], Sums]
+    finalize: Callable[[Sums, Slot, Param], Tensor]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _features(slot: Slot, param: Param) -> tuple[int, int]:
+    """Groups of output rows, and input features of each."""
+    shape = param.grid.shape
+    if input_axis(slot) == 0:
+        groups: int = getattr(slot.owner, "groups", 1)
+        return groups, shape[0] // groups
+    if slot.attr == "in_proj_weight":
+        return 3, shape[1]
+    return getattr(slot.owner, "groups", 1), param.weight[0].numel()
+
+
+def _zeros(*size: int, like: Param) -> Tensor:
+    return torch.zeros(size, dtype=torch.promote_types(like.weight.dtype, torch.float32), device=like.weight.device)
+
+
+def _total(call: Call, x: Tensor) -> Tensor:
+    """[n, k] -> [k]: the weighted sum over rows."""
+    x = _wide(x)
+    return x.sum(0) if call.weights is None else call.weights.to(x) @ x
+
+
+def _rows(call: Call, like: Tensor) -> Tensor:
+    return like.new_tensor(float(len(call.output))) if call.weights is None else call.weights.to(like).sum()
+
+
+def _per_feature(name: str, contribution: Callable[[Tensor], Tensor]) -> Statistic:
+    def init(slot: Slot, param: Param) -> Sums:
+        return {"sum": _zeros(*_features(slot, param), like=param), "n": _zeros(like=param)}
+
+    def update(sums: Sums, call: Call) -> Sums:
+        batch = torch.stack([_total(call, contribution(_wide(x))) for x in call.inputs])  # [groups, k]
+        return {"sum": sums["sum"] + batch, "n": sums["n"] + _rows(call, sums["n"])}
+
+    def finalize(sums: Sums, slot: Slot, param: Param) -> Tensor:
+        return along_weight(sums["sum"] / sums["n"], param.grid.shape, input_axis(slot))
+
+    return Statistic(name, "inputs", init, update, finalize)
+
+
+input_sq = _per_feature("input_sq", torch.square)
+"""Mean square of each input feature, in a shape that broadcasts to the weight (Wanda's ||X||_2^2 / n, Sun et al. 2306.11695)."""
+
+input_mean = _per_feature("input_mean", lambda x: x)
+"""Mean of each input feature, in a shape that broadcasts to the weight."""
+
+
+def _gram_init(slot: Slot, param: Param) -> Sums:
+    if input_axis(slot) == 0:
+        raise NotImplementedError(f"{slot.name}: input_gram is of weights whose input lies along axis 1; use input_sq for this one")
+    groups, k = _features(slot, param)
+    return {"sum": _zeros(groups, k, k, like=param), "n": _zeros(like=param)}
+
+
+def _gram_update(sums: Sums, call: Call) -> Sums:
+    def gram(x: Tensor) -> Tensor:
+        x = _wide(x)
+        return x.mT @ (x if call.weights is None else x * call.weights.to(x)[:, None])
+
+    batch = torch.stack([gram(x) for x in call.inputs])
+    return {"sum": sums["sum"] + batch, "n": sums["n"] + _rows(call, sums["n"])}
+
+
+input_gram = Statistic("input_gram", "inputs", _gram_init, _gram_update, lambda sums, slot, param: sums["sum"] / sums["n"])
+"""X^T X / n, ``[groups, k, k]`` over the flattened input features (channels * taps of a convolution): the layer's Hessian."""
+
+
+def _per_output(name: str, contribution: Callable[[Tensor], Tensor], of: Literal["output", "output_grad"] = "output") -> Statistic:
+    def init(slot: Slot, param: Param) -> Sums:
+        return {"sum": _zeros(_outputs(slot, param), like=param), "n": _zeros(like=param)}
+
+    def update(sums: Sums, call: Call) -> Sums:
+        seen = call.output if of == "output" else call.output_grad
+        assert seen is not None
+        return {"sum": sums["sum"] + _total(call, contribution(_wide(seen))), "n": sums["n"] + _rows(call, sums["n"])}
+
+    def finalize(sums: Sums, slot: Slot, param: Param) -> Tensor:
+        mean = sums["sum"] / sums["n"]
+        if input_axis(slot) == 0:  # outputs lie along axis 1
+            return mean.view(1, -1, *[1] * (param.weight.ndim - 2))[:, : param.grid.shape[1]]
+        return mean.view(-1, *[1] * (param.weight.ndim - 1))
+
+    return Statistic(name, of, init, update, finalize)
+
+
+def _outputs(slot: Slot, param: Param) -> int:
+    return param.grid.shape[input_axis(slot) == 0] * (getattr(slot.owner, "groups", 1) if input_axis(slot) == 0 else 1)
+
+
+output_sq = _per_output("output_sq", torch.square)
+"""Mean square of each output of the layer, ``[outputs, 1, ...]``."""
+
+output_mean = _per_output("output_mean", lambda x: x)
+"""Mean of each output of the layer, ``[outputs, 1, ...]``."""
+
+output_grad_sq = _per_output("output_grad_sq", torch.square, of="output_grad")
+"""Mean square of the summed loss's gradient with respect to each output: the diagonal of K-FAC's G (Martens & Grosse 1503.05671)."""
+
+
+def activation(name: str, function: Callable[[Tensor], Tensor] = F.relu) -> Statistic:
+    """Mean of ``function(output)`` of each output, `mean_activation` with ReLU (Molchanov et al. 1611.06440, eq. 4).
+
+    Example:
+        >>> bp.statistics.activation("mean_activation").name
+        'mean_activation'
+    """
+    return _per_output(name, function)
+
+
+mean_activation = activation("mean_activation")
+"""Mean of each output behind a ReLU (Molchanov et al. 1611.06440)."""
+
+apoz = activation("apoz", lambda x: (x <= 0).to(x.dtype))
+"""Average percentage of zeros of each output behind a ReLU (Hu et al. 1607.03250, eq. 1)."""
+
+
+def _like_weight(param: Param) -> Sums:
+    return {"sum": _zeros(*param.grid.shape, like=param), "n": _zeros(like=param)}
+
+
+weight_grad = Statistic(
+    "weight_grad",
+    "weight_grad",
+    lambda slot, param: _like_weight(param),
+    lambda sums, grad: {"sum": sums["sum"] + grad, "n": sums["n"] + 1},
+    lambda sums, slot, param: sums["sum"] / sums["n"],
+)
+"""Mean over batches of the gradient of the batch's loss with respect to the weight (first-order Taylor)."""
+
+weight_grad_sq = Statistic(
+    "weight_grad_sq",
+    "weight_grad",
+    lambda slot, param: _like_weight(param),
+    lambda sums, grad: {"sum": sums["sum"] + grad.square(), "n": sums["n"] + 1},
+    lambda sums, slot, param: sums["sum"] / sums["n"],
+)
+"""Mean over batches of the squared gradient with respect to the weight."""
+
+
+def _of_gates(name: str, contribution: Callable[[Gates], Tensor]) -> Statistic:
+    """The mean of ``contribution(gates)`` ``[samples, *size]`` over samples."""
+
+    def update(sums: Sums, gates: Gates) -> Sums:
+        batch = _wide(contribution(gates))
+        return {"sum": sums["sum"] + batch.sum(0), "n": sums["n"] + len(batch)}
+
+    def init(slot: Slot, param: Param) -> Sums:
+        return {"sum": _zeros(*param.grid.size, like=param), "n": _zeros(like=param)}
+
+    return Statistic(name, "gates", init, update, lambda sums, slot, param: sums["sum"] / sums["n"])
+
+
+gate_grad = _of_gates("gate_grad", lambda gates: gates.per_sample())
+"""Mean over samples of dL/dgate: the first-order loss change of removing the block is its negative."""
+
+gate_fisher = _of_gates("gate_fisher", lambda gates: gates.per_sample().square())
+"""Mean over samples of (dL/dgate)^2: the diagonal of the empirical Fisher of the gates (Theis et al. 1801.05787)."""
+
+gate_hg = _of_gates("gate_hg", lambda gates: gates.hg()[None])
+"""Mean over batches of the Hessian of the gates times their gradient (GraSP, Wang et al. 2002.07376)."""
+
+gate_flow = _of_gates("gate_flow", lambda gates: gates.flow()[None])
+"""dR/dgate of R = the summed output of the network of |weights| on ones (SynFlow, Tanaka et al. 2006.05467, eq. 3)."""
+
+
+def gate_hvp(*, probes: int = 1, seed: int = 0) -> Statistic:
+    """Diagonal of the gates' Hessian by Hutchinson: the mean over batches and probes of v * (H v), v = +-1 (Bekas et al. 2007).
+
+    Example:
+        >>> bp.statistics.gate_hvp(probes=4).name
+        'gate_hvp'
+    """
+    return _of_gates("gate_hvp", lambda gates: gates.curvature(probes, seed).mean(0, keepdim=True))
