@@ -5,12 +5,13 @@
 See ARCHITECTURE.md for which file holds which idea.
 """
 
-from blockprune import allocate, collect, metric, schedule, statistics
+from blockprune import allocate, collect, distributed, metric, schedule, statistics
 from blockprune.apply import apply_masks, finalize, masked_parameters, read_masks
 from blockprune.blocks import BlockGrid, block_elements, expand, pool
 from blockprune.maskfile import load_masks, save_masks
 from blockprune.masks import agreement, difference, intersect, restrict, sparsity, summary, union
 from blockprune.pipeline import Pipeline
+from blockprune.sensitivity import Sensitivity, sensitivity
 from blockprune.types import BlockMask, BlockScore, Data, Masks, Param, Scores, Sparsity, Weights, Where
 from blockprune.where import convs, excluding, first_of, linears, named
 
@@ -25,6 +26,7 @@ __all__ = [
     "Param",
     "Pipeline",
     "Scores",
+    "Sensitivity",
     "Sparsity",
     "Weights",
     "Where",
@@ -35,6 +37,7 @@ __all__ = [
     "collect",
     "convs",
     "difference",
+    "distributed",
     "excluding",
     "expand",
     "finalize",
@@ -50,6 +53,7 @@ __all__ = [
     "restrict",
     "save_masks",
     "schedule",
+    "sensitivity",
     "sparsity",
     "statistics",
     "summary",

@@ -39,6 +39,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "maskfile": {"blocks", "types"},
     "schedule": set(),
     "pipeline": {"types"},
+    # above the stages
+    "distributed": {"fold"},
+    "sensitivity": {"apply", "pipeline"},
 }
 STAGES = {"collect", "metric", "allocate", "apply", "schedule", "pipeline", "masks", "maskfile"}
 

@@ -1,0 +1,31 @@
+"""Folds over several processes: the same sums, and so the same masks, on every rank."""
+
+import attrs
+import torch.distributed as dist
+
+from blockprune.fold import Fold
+
+
+def all_reduce(fold: Fold) -> Fold:
+    """Add up a fold over all ranks of the default process group (gloo or nccl); ranks may have had different batches, or none.
+
+    Pass it as ``reduce`` to `collect.with_statistics`.
+
+    Raises:
+        RuntimeError: no process group.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> data = bp.collect.with_statistics(nn.Linear(4, 2), where=bp.linears((2, 2)), statistics=[bp.statistics.input_sq],
+        ...                                   batches=[torch.ones(8, 4)], reduce=bp.distributed.all_reduce)
+        >>> dist.destroy_process_group()
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError("distributed.all_reduce needs a process group: call torch.distributed.init_process_group first")
+    reduced = {}
+    for key in sorted(fold.sums):  # one order on every rank
+        reduced[key] = {name: total.detach().clone() for name, total in fold.sums[key].items()}
+        for total in reduced[key].values():
+            dist.all_reduce(total)
+    return attrs.evolve(fold, sums={key: reduced[key] for key in fold.sums})
