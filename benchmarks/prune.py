@@ -117,4 +117,4 @@ if __name__ == "__main__":
     tiny = parser.parse_args().tiny
     print(machine())
     scoring(2 if tiny else 12, 256 if tiny else 4096, 1 if tiny else 7)
-    whole_call(2 if tiny else 12, 256 if tiny else 4096, 1 if tiny else 3, [(4, 4)] if tiny else [(4, 4), (16, 16), (32, 32)])
+    whole_call(2 if tiny else 12, 256 if tiny else 4096, 1 if tiny else 3, [(4, 4)] if tiny else [(4, 4), (32, 32)])

@@ -126,7 +126,7 @@ def n_of_m(scores: Scores, sparsity: Sparsity, *, m: int, axis: int = 1, coupled
         >>> bp.allocate.n_of_m({"w": score}, 0.5, m=4)["w"].keep
         tensor([[False,  True,  True, False]])
     """
-    if not isinstance(m, int) or m < 1:
+    if not isinstance(m, int) or isinstance(m, bool) or m < 1:
         raise ValueError(f"m={m!r} must be a whole number of blocks, at least 1")
     units = _units(scores, coupled)
     wanted = _spread(scores, sparsity, uniform)
@@ -238,7 +238,10 @@ def _units(scores: Scores, coupled: Coupled) -> list[_Unit]:
                 "look at the metric"
             )
     groups: dict[str, tuple[str, ...]] = {name: (name,) for name in scores}
-    for patterns in map(tuple, coupled):
+    for group in coupled:
+        if isinstance(group, str):
+            raise TypeError(f"coupled holds groups of names, and {group!r} is no group; write coupled=[({group!r}, ...)]")
+        patterns = tuple(group)
         names = tuple(name for name in scores if any(name == p or matches(p, name) for p in patterns))
         for p in patterns:
             if not any(name == p or matches(p, name) for name in names):
@@ -316,6 +319,8 @@ def _spread(scores: Scores, sparsity: Sparsity, distribute: Distribute) -> dict[
         return lookup(sparsity, scores, what="sparsity", default=0.0)
     spread = distribute(scores, float(sparsity))
     for name in scores:
+        if name not in spread:
+            raise KeyError(f"distribute gives no sparsity for {name!r}; it must give one for each parameter")
         _check_fraction(f"the sparsity that distribute gives {name}", spread[name])
     return dict(spread)
 

@@ -96,7 +96,7 @@ def finalize(model: M) -> M:
                 slot.stored.copy_(slot.masked)
                 _unmask(slot)
             else:  # behind another's parametrization there is no stored weight to write to: bake both
-                weight, trained = slot.masked.detach().clone(), slot.stored.requires_grad
+                weight, trained = slot.masked.detach().clone(), any(p.requires_grad for p in slot.originals)
                 parametrize.remove_parametrizations(slot.owner, slot.attr, leave_parametrized=True)
                 delattr(slot.owner, slot.attr)
                 slot.owner.register_parameter(slot.attr, nn.Parameter(weight, requires_grad=trained))
@@ -108,7 +108,8 @@ def masked_parameters(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
     """Masked weights for ``torch.func.functional_call``: try masks on a model, masked or not, without touching it.
 
     The result is differentiable with respect to the model's parameters. Of a parameter that is masked already the dense weight is
-    masked anew.
+    masked anew. With a module used under two names pass ``tie_weights=False`` to `functional_call`: torch would leave its tensors in
+    it. Inside ``torch.compile(fullgraph=True)`` compile the `functional_call` and make the masks outside.
 
     Raises:
         KeyError, ValueError, TypeError: as `apply_masks`; a parameter behind another's parametrization.
@@ -159,6 +160,8 @@ def _check(name: str, mask: Any, slot: Slot) -> None:
         raise ValueError(f"{here} has a mask for shape {mask.grid.shape}; make the masks from this model")
     if stored.layout != torch.strided or not stored.is_floating_point():
         raise TypeError(f"{here} is {stored.dtype}, {stored.layout}; only dense floating parameters can be masked")
+    if getattr(slot.owner, "sparse", False):
+        raise TypeError(f"{here} has sparse gradients, which a masked read cannot pass on; build the layer with sparse=False")
 
 
 def _checked_weights(model: nn.Module, weights: Weights) -> list[tuple[Slot, Tensor]]:

@@ -152,7 +152,7 @@ def pool(x: Tensor, grid: BlockGrid, *, reduce: str = "sum", each: Callable[[Ten
     if reduce == "mean":
         total = pool(x, grid, reduce="sum", each=each)
         total = total if total.is_floating_point() or total.is_complex() else total.to(torch.get_default_dtype())
-        return total / block_elements(grid, device=x.device)
+        return total.div_(block_elements(grid, device=x.device) if grid.ragged else math.prod(grid.block))
     if reduce not in _REDUCERS:
         raise ValueError(f'reduce={reduce!r} is not a reduction; use "sum", "mean", "amax" (or "max") or "amin" (or "min")')
     if reduce == "sum" and (matrix := _as_matrix(grid)) is not None:

@@ -200,6 +200,8 @@ def fold(
     """
     if isinstance(batches, (Tensor, Mapping)):
         raise TypeError(f"batches is one {type(batches).__name__}; give an iterable of batches, such as [batch]")
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches is one {type(batches).__name__}, which is no iterable; give an iterable of batches, such as [batch]")
     if per_sample not in ("vmap", "loop"):
         raise ValueError(f"per_sample={per_sample!r} must be 'vmap' or 'loop'")
     names = [s.name for s in statistics]

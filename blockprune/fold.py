@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -14,8 +15,8 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from blockprune.blocks import expand
-from blockprune.layers import listens_to, rows
-from blockprune.names import Slot
+from blockprune.layers import input_axis, listens_to, rows
+from blockprune.names import Slot, find
 from blockprune.statistics import Call, Gates, Statistic, Sums
 from blockprune.types import Data, Param
 
@@ -68,8 +69,8 @@ def finish(fold: Fold) -> Data:
         tensor([[1., 1.]])
     """
     for (name, statistic), sums in fold.sums.items():
-        if "n" in sums and float(sums["n"]) == 0:
-            if all(float(other["n"]) == 0 for other in fold.sums.values() if "n" in other):
+        if "n" in sums and not sums.get("reached", sums["n"]).any():
+            if all(not other["n"].any() for other in fold.sums.values() if "n" in other):
                 raise ValueError("batches is empty: statistics need at least one batch (a generator can be used once only)")
             owner = type(fold.slots[name].owner).__name__.removeprefix("Parametrized")
             raise ValueError(
@@ -84,6 +85,12 @@ def finish(fold: Fold) -> Data:
 
 def start(data: Data, slots: Mapping[str, Slot], statistics: Sequence[Statistic]) -> Fold:
     """A fold over no batches."""
+    for name, slot in slots.items():
+        if bad := [s.name for s in statistics if s.sees in ("weight_grad", "gates") and not slot.alone]:
+            raise NotImplementedError(
+                f"{name} {data[name].grid.shape}: {', '.join(bad)} is of a stored weight, but another parametrization computes this one; "
+                "remove that one, use a statistic of activations, or leave it out with `excluding`"
+            )
     sums = {(name, s.name): s.init(slots[name], param) for name, param in data.items() for s in statistics}
     return Fold(data, slots, tuple(statistics), sums)
 
@@ -106,10 +113,11 @@ def run(model: nn.Module, fold: Fold, batches: Iterable[Any], how: How, *, progr
     with _undisturbed(model, fold):
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
         for number, given in enumerate(tqdm(batches, desc="collect", disable=None if progress else True, leave=False)):
+            if not isinstance(given, (Tensor, Mapping, tuple, list)) and how.forward is default_forward:
+                raise TypeError(f"batch {number} is a {type(given).__name__}; give tensors, tuples or mappings, or pass forward=")
             batch = _to(given, like)
             if sees - {"gates"}:
-                seen = _layers(model, fold, batch, how, needs)
-                fold = _add(fold, seen, number)
+                fold = _layers(model, fold, batch, how, needs, number=number)
             if "gates" in sees:
                 fold = _add(fold, _gates(model, fold, batch, how), number)
     return fold
@@ -124,6 +132,8 @@ def _add(fold: Fold, seen: Seen, number: int) -> Fold:
         for s in fold.statistics:
             if s.sees == kind:
                 new = s.update(sums[name, s.name], evidence)
+                if isinstance(evidence, Gates) and not evidence.called():
+                    continue  # a gradient of 0 that is no evidence: `finish` names the layer
                 if not all(bool(v.isfinite().all()) for v in new.values()):
                     shape = fold.data[name].grid.shape
                     raise ValueError(
@@ -133,56 +143,68 @@ def _add(fold: Fold, seen: Seen, number: int) -> Fold:
     return attrs.evolve(fold, sums=sums)
 
 
-def _layers(model: nn.Module, fold: Fold, batch: Any, how: How, needs_grad: list[str]) -> Seen:
-    """One forward, and one backward if a statistic needs it; what every chosen layer saw."""
-    calls: list[tuple[str, Call, Tensor]] = []
+def _layers(model: nn.Module, fold: Fold, batch: Any, how: How, needs_grad: list[str], *, number: int) -> Fold:
+    """One forward, and one backward if a statistic needs it; what a layer sees is added at once, before the forward writes into it."""
     token_weights = how.token_weights(batch)
     handles = []
     kinds = {s.sees for s in fold.statistics}
+
+    def add(name: str, kind: str, evidence: Any) -> None:
+        nonlocal fold
+        fold = _add(fold, [(name, kind, evidence)], number)
 
     def listen(name: str, slot: Slot) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             raw: Tensor = output[0] if isinstance(output, tuple) else output
             views = [x.detach() for x in rows(slot, module, args, kwargs)] if "inputs" in kinds else []
-            calls.append((name, _call(slot, views, raw, token_weights), raw))
+            call = _call(slot, module, views, raw, token_weights)
+            with torch.no_grad():
+                add(name, "inputs", call)
+                add(name, "output", call)
+            if "output_grad" in kinds and raw.requires_grad:  # the gradient of this value, also if it is overwritten later
+                raw.register_hook(lambda g: add(name, "output_grad", attrs.evolve(call, output_grad=_matrix(slot, g))))
 
         return hook
 
     if kinds & {"inputs", "output", "output_grad"}:
-        for name, slot in fold.slots.items():
-            handles.append(listens_to(model, slot).register_forward_hook(listen(name, slot), with_kwargs=True))
+        for name, places in find(model, fold.slots, what="where").items():
+            for slot in places:
+                if input_axis(slot) == input_axis(fold.slots[name]):  # not a head tied to an embedding
+                    handles.append(listens_to(model, slot).register_forward_hook(listen(name, slot), with_kwargs=True))
     try:
         with torch.set_grad_enabled(bool(needs_grad)):
             output = how.forward(model, batch)
+            loss = _scalar(how, output, batch, needs_grad) if needs_grad else None
     finally:
         for handle in handles:
             handle.remove()
-    seen: list[tuple[str, str, Any]] = []
-    if needs_grad:
-        loss = _scalar(how, output, batch, needs_grad)
+    if loss is not None:
         weights = {name: slot.stored for name, slot in fold.slots.items()}
-        grads = torch.autograd.grad(loss, [*weights.values(), *[raw for _, _, raw in calls]], allow_unused=True)
-        of_outputs = grads[len(weights) :]
-        seen += [(name, "weight_grad", g) for name, g in zip(weights, grads, strict=False) if g is not None]
-        calls = [
-            (name, attrs.evolve(call, output_grad=None if g is None else g.reshape(call.output.shape)), raw)
-            for (name, call, raw), g in zip(calls, of_outputs, strict=True)
-        ]
-    for name, call, _ in calls:
-        seen += [(name, "inputs", call), (name, "output", call)]
-        if call.output_grad is not None:
-            seen.append((name, "output_grad", call))
-    return seen
+        grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        for name, g in zip(weights, grads, strict=True):
+            add(name, "weight_grad", g)  # None: this batch does not reach the weight
+    return fold
 
 
-def _call(slot: Slot, views: list[Tensor], raw: Tensor, token_weights: Tensor | None) -> Call:
-    """What a hook saw as matrices, one row a token; tokens are weighed where their layout is that of the weights, transposed or not."""
+def _matrix(slot: Slot, raw: Tensor) -> Tensor:
+    """A layer's output, or its gradient, as ``[n, outputs]``."""
+    raw = raw.detach()
     if isinstance(slot.owner, nn.modules.conv._ConvNd):
-        return Call([x.flatten(0, -2) for x in views], raw.detach().movedim(-len(slot.owner.kernel_size) - 1, -1).flatten(0, -2), None)
+        raw = raw.movedim(-len(slot.owner.kernel_size) - 1, -1)
+    return raw.flatten(0, -2)
+
+
+def _call(slot: Slot, module: nn.Module, views: list[Tensor], raw: Tensor, token_weights: Tensor | None) -> Call:
+    """What a hook saw as matrices, one row a token; tokens are weighed where their layout is that of the weights, transposed or flat."""
+    inputs = [x.flatten(0, -2) for x in views]
+    if isinstance(slot.owner, nn.modules.conv._ConvNd):
+        return Call(inputs, _matrix(slot, raw), None)
     leading = (views[0] if views else raw).shape[:-1]
-    candidates = [] if token_weights is None else [token_weights, token_weights.mT if token_weights.ndim == 2 else token_weights]
+    candidates = [] if token_weights is None else [token_weights, token_weights.mT, token_weights.flatten()]
+    if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+        candidates = candidates[1:]
     weights = next((w.flatten() for w in candidates if w.shape == leading), None)
-    return Call([x.flatten(0, -2) for x in views], raw.detach().flatten(0, -2), weights)
+    return Call(inputs, _matrix(slot, raw), weights)
 
 
 def _scalar(how: How, output: Any, batch: Any, needs: Sequence[str]) -> Tensor:
@@ -197,7 +219,7 @@ def _scalar(how: How, output: Any, batch: Any, needs: Sequence[str]) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"{what} that is one number, but loss(output, batch) gave {given}; take its mean or sum")
-    if not loss.requires_grad and not torch._C._functorch.is_functorch_wrapped_tensor(loss):
+    if not loss.requires_grad:
         raise ValueError(f"{what} with a gradient, but loss(output, batch) has none; is something detached or under no_grad?")
     return loss.reshape(())
 
@@ -209,11 +231,21 @@ def _gates(model: nn.Module, fold: Fold, batch: Any, how: How) -> Seen:
     weights = {name: slot.stored.detach() for name, slot in fold.slots.items()}
     frozen = {name: p.detach() for name, p in model.named_parameters()}  # so that no graph is kept but that of the gates
 
+    called: set[str] = set()
+
+    def functional(weights: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for name, places in find(model, fold.slots, what="where").items():
+                for slot in places:
+                    handle = listens_to(model, slot).register_forward_hook(lambda *_, name=name: called.add(name))
+                    stack.callback(handle.remove)
+            return functional_call(model, dict(weights), args, kwargs)
+
     def loss_of(gates: Mapping[str, Tensor], batch: Any) -> Tensor:
         gated = {_key(fold.slots[name]): weights[name] * expand(gate, fold.data[name].grid) for name, gate in gates.items()}
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(model, {**frozen, **gated}, args, kwargs)
+            return functional({**frozen, **gated}, args, kwargs)
 
         return _scalar(how, how.forward(call, batch), batch, needs)
 
@@ -228,7 +260,9 @@ def _gates(model: nn.Module, fold: Fold, batch: Any, how: How) -> Seen:
             return {name: torch.stack([g[name] for g in each]) for name in ones}
         dims = tree_map(lambda x: 0 if isinstance(x, Tensor) else None, batch)
         try:
-            return vmap(grad(single), (None, dims), randomness="different", chunk_size=how.chunk)(ones, batch)  # type: ignore[no-any-return]
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "There is a performance drop")  # an operation without a batching rule
+                return vmap(grad(single), (None, dims), randomness="different", chunk_size=how.chunk)(ones, batch)  # type: ignore[no-any-return]
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise RuntimeError(f"vmap cannot run this model: {reason}. Pass per_sample='loop': slower, with the same result") from error
@@ -265,7 +299,7 @@ def _gates(model: nn.Module, fold: Fold, batch: Any, how: How) -> Seen:
             gated = {_key(fold.slots[name]): weights[name].abs() * expand(gate, fold.data[name].grid) for name, gate in gates.items()}
 
             def call(*args: Any, **kwargs: Any) -> Any:
-                return functional_call(model, {**linear, **gated}, args, kwargs)
+                return functional({**linear, **gated}, args, kwargs)
 
             first = tree_map(lambda x: torch.ones_like(x[:1]) if isinstance(x, Tensor) else x, batch)
             output = how.forward(call, first)
@@ -276,7 +310,11 @@ def _gates(model: nn.Module, fold: Fold, batch: Any, how: How) -> Seen:
 
     def of(name: str) -> Gates:
         return Gates(
-            lambda: per_sample()[name], lambda: hg()[name], lambda probes, seed: curvature(probes, seed)[name], lambda: flow()[name]
+            lambda: per_sample()[name],
+            lambda: hg()[name],
+            lambda probes, seed: curvature(probes, seed)[name],
+            lambda: flow()[name],
+            lambda: name in called,
         )
 
     return [(name, "gates", of(name)) for name in ones]
@@ -334,6 +372,7 @@ def _undisturbed(model: nn.Module, fold: Fold) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     stored = [slot.stored for slot in fold.slots.values()]
     flags = [(p, p.requires_grad) for p in stored]
+    buffers = [(b, b._version, b.clone()) for b in model.buffers()]
     devices = sorted({p.device.index or 0 for p in itertools.chain(model.parameters(), model.buffers()) if p.device.type == "cuda"})
     with torch.random.fork_rng(devices):
         try:
@@ -346,3 +385,7 @@ def _undisturbed(model: nn.Module, fold: Fold) -> Iterator[None]:
                 module.training = training
             for p, flag in flags:
                 p.requires_grad_(flag)
+            with torch.no_grad():
+                for b, version, value in buffers:
+                    if b._version != version:
+                        b.copy_(value)

@@ -61,6 +61,12 @@ class Slot:
         return chain.original if chain.is_tensor else cast(Tensor, chain.original0)
 
     @property
+    def originals(self) -> list[Tensor]:
+        """All tensors in storage behind the weight."""
+        chain = self.chain
+        return [self.stored] if chain is None or chain.is_tensor else [getattr(chain, f"original{i}") for i in range(chain.ntensors)]
+
+    @property
     def dense(self) -> Tensor:
         """The weight without our mask (with the parametrizations of others, such as weight_norm)."""
         chain = self.chain
@@ -70,7 +76,7 @@ class Slot:
             return self.stored
         with _still(chain):
             first, *others = [p for p in chain if not isinstance(p, MaskBlocks)]
-            weight = first(self.stored) if chain.is_tensor else first(*[getattr(chain, f"original{i}") for i in range(chain.ntensors)])
+            weight = first(*self.originals)
             for parametrization in others:
                 weight = parametrization(weight)
         return cast(Tensor, weight)
@@ -153,6 +159,8 @@ def lookup(values: Mapping[str, V], names: Iterable[str], *, what: str, default:
     """
     names = list(names)
     for key in values:
+        if not isinstance(key, (str, re.Pattern)):
+            raise KeyError(f"{what} has a key {key!r} that is not a parameter name or pattern{near(str(key), names)}")
         if not any(matches(key, name) for name in names) and key not in names:
             raise KeyError(f"{what} has a key {key!r} that fits no parameter{near(str(key), names)}")
     return {name: default if (chosen := key_for(values, name)) is None else values[chosen] for name in names}

@@ -51,6 +51,7 @@ class Gates:
     hg: Callable[[], Tensor]  # [*size] Hessian of the batch's loss times its gradient
     curvature: Callable[[int, int], Tensor]  # (probes, seed) -> [probes, *size] v * (H v), v = +-1, the same in every batch
     flow: Callable[[], Tensor]  # [*size] gradient of the summed output of the network of |weights| on ones
+    called: Callable[[], bool] = lambda: True  # whether the forward reached the layer, once a derivative was taken
 
 
 Sees = Literal["inputs", "output", "output_grad", "weight_grad", "gates"]
@@ -63,7 +64,7 @@ class Statistic:
     Args:
         name: its key in ``Param.stats``.
         sees: what ``update`` is given: a `Call` ("inputs", "output", "output_grad"), the gradient of a batch's loss with respect to the
-            weight ("weight_grad"), or `Gates` ("gates").
+            weight or None ("weight_grad"), or `Gates` ("gates").
         init: (slot, param) -> zero sums, of full shape.
         update: (sums, seen) -> sums.
         finalize: (sums, slot, param) -> the statistic.
@@ -113,13 +114,26 @@ def _rows(call: Call, like: Tensor) -> Tensor:
     return like.new_tensor(float(len(call.output))) if call.weights is None else call.weights.to(like).sum()
 
 
+def _input_rows(call: Call, like: Tensor) -> Tensor:
+    """As many as inputs, not outputs (transposed convolutions); of attention's in_proj, those of query, key and value."""
+    if call.weights is not None:
+        return call.weights.to(like).sum()
+    return (
+        like.new_tensor([float(len(x)) for x in call.inputs]).view(like.shape) if like.ndim else like.new_tensor(float(len(call.inputs[0])))
+    )
+
+
+def _input_count(slot: Slot, param: Param, ndim: int) -> Tensor:
+    return _zeros(*([3] + [1] * (ndim - 1) if slot.attr == "in_proj_weight" else []), like=param)
+
+
 def _per_feature(name: str, contribution: Callable[[Tensor], Tensor]) -> Statistic:
     def init(slot: Slot, param: Param) -> Sums:
-        return {"sum": _zeros(*_features(slot, param), like=param), "n": _zeros(like=param)}
+        return {"sum": _zeros(*_features(slot, param), like=param), "n": _input_count(slot, param, 2)}
 
     def update(sums: Sums, call: Call) -> Sums:
         batch = torch.stack([_total(call, contribution(_wide(x))) for x in call.inputs])  # [groups, k]
-        return {"sum": sums["sum"] + batch, "n": sums["n"] + _rows(call, sums["n"])}
+        return {"sum": sums["sum"] + batch, "n": sums["n"] + _input_rows(call, sums["n"])}
 
     def finalize(sums: Sums, slot: Slot, param: Param) -> Tensor:
         return along_weight(sums["sum"] / sums["n"], param.grid.shape, input_axis(slot))
@@ -138,7 +152,7 @@ def _gram_init(slot: Slot, param: Param) -> Sums:
     if input_axis(slot) == 0:
         raise NotImplementedError(f"{slot.name}: input_gram is of weights whose input lies along axis 1; use input_sq for this one")
     groups, k = _features(slot, param)
-    return {"sum": _zeros(groups, k, k, like=param), "n": _zeros(like=param)}
+    return {"sum": _zeros(groups, k, k, like=param), "n": _input_count(slot, param, 3)}
 
 
 def _gram_update(sums: Sums, call: Call) -> Sums:
@@ -147,7 +161,7 @@ def _gram_update(sums: Sums, call: Call) -> Sums:
         return x.mT @ (x if call.weights is None else x * call.weights.to(x)[:, None])
 
     batch = torch.stack([gram(x) for x in call.inputs])
-    return {"sum": sums["sum"] + batch, "n": sums["n"] + _rows(call, sums["n"])}
+    return {"sum": sums["sum"] + batch, "n": sums["n"] + _input_rows(call, sums["n"])}
 
 
 input_gram = Statistic("input_gram", "inputs", _gram_init, _gram_update, lambda sums, slot, param: sums["sum"] / sums["n"])
@@ -156,6 +170,10 @@ input_gram = Statistic("input_gram", "inputs", _gram_init, _gram_update, lambda 
 
 def _per_output(name: str, contribution: Callable[[Tensor], Tensor], of: Literal["output", "output_grad"] = "output") -> Statistic:
     def init(slot: Slot, param: Param) -> Sums:
+        if slot.attr not in ("weight",):
+            raise NotImplementedError(
+                f"{slot.name}: {name} is of a layer's outputs, which are not those of {slot.attr!r}; use another statistic"
+            )
         return {"sum": _zeros(_outputs(slot, param), like=param), "n": _zeros(like=param)}
 
     def update(sums: Sums, call: Call) -> Sums:
@@ -166,7 +184,9 @@ def _per_output(name: str, contribution: Callable[[Tensor], Tensor], of: Literal
     def finalize(sums: Sums, slot: Slot, param: Param) -> Tensor:
         mean = sums["sum"] / sums["n"]
         if input_axis(slot) == 0:  # outputs lie along axis 1
-            return mean.view(1, -1, *[1] * (param.weight.ndim - 2))[:, : param.grid.shape[1]]
+            groups = getattr(slot.owner, "groups", 1)
+            mean = mean.view(groups, -1) if groups == 1 else mean.view(groups, -1).repeat_interleave(param.grid.shape[0] // groups, dim=0)
+            return mean.view(*mean.shape, *[1] * (param.weight.ndim - 2))
         return mean.view(-1, *[1] * (param.weight.ndim - 1))
 
     return Statistic(name, of, init, update, finalize)
@@ -199,30 +219,26 @@ def activation(name: str, function: Callable[[Tensor], Tensor] = F.relu) -> Stat
 mean_activation = activation("mean_activation")
 """Mean of each output behind a ReLU (Molchanov et al. 1611.06440)."""
 
-apoz = activation("apoz", lambda x: (x <= 0).to(x.dtype))
+apoz = activation("apoz", lambda x: torch.where(x.isnan(), x, (x <= 0).to(x.dtype)))
 """Average percentage of zeros of each output behind a ReLU (Hu et al. 1607.03250, eq. 1)."""
 
 
-def _like_weight(param: Param) -> Sums:
-    return {"sum": _zeros(*param.grid.shape, like=param), "n": _zeros(like=param)}
+def _of_weight(name: str, contribution: Callable[[Tensor], Tensor]) -> Statistic:
+    def init(slot: Slot, param: Param) -> Sums:
+        return {"sum": _zeros(*param.grid.shape, like=param), "n": _zeros(like=param), "reached": _zeros(like=param)}
+
+    def update(sums: Sums, grad: Tensor | None) -> Sums:
+        if grad is None:  # a batch that does not reach the weight counts, with a gradient of 0
+            return {**sums, "n": sums["n"] + 1}
+        return {"sum": sums["sum"] + contribution(_wide(grad)), "n": sums["n"] + 1, "reached": sums["reached"] + 1}
+
+    return Statistic(name, "weight_grad", init, update, lambda sums, slot, param: sums["sum"] / sums["n"])
 
 
-weight_grad = Statistic(
-    "weight_grad",
-    "weight_grad",
-    lambda slot, param: _like_weight(param),
-    lambda sums, grad: {"sum": sums["sum"] + grad, "n": sums["n"] + 1},
-    lambda sums, slot, param: sums["sum"] / sums["n"],
-)
+weight_grad = _of_weight("weight_grad", lambda grad: grad)
 """Mean over batches of the gradient of the batch's loss with respect to the weight (first-order Taylor)."""
 
-weight_grad_sq = Statistic(
-    "weight_grad_sq",
-    "weight_grad",
-    lambda slot, param: _like_weight(param),
-    lambda sums, grad: {"sum": sums["sum"] + grad.square(), "n": sums["n"] + 1},
-    lambda sums, slot, param: sums["sum"] / sums["n"],
-)
+weight_grad_sq = _of_weight("weight_grad_sq", torch.square)
 """Mean over batches of the squared gradient with respect to the weight."""
 
 

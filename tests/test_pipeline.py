@@ -77,10 +77,15 @@ def test_a_call_leaves_the_model_alone_and_its_masks_share_nothing_with_it(
     assert not any(shares_memory(s.value, *model.state_dict().values()) for s in scores.values())
 
 
-def test_scores_do_not_follow_the_model_nor_the_model_the_scores() -> None:
+def _live(model: nn.Module) -> bp.Data:
+    """A careless collector: the model's own memory."""
+    return {"0.weight": bp.Param(model[0].weight.detach(), bp.BlockGrid(model[0].weight.shape, (1, 1)))}
+
+
+@pytest.mark.parametrize("collected", [partial(collect.weights, where=bp.linears((1, 1))), _live], ids=["lazy", "live"])
+def test_scores_do_not_follow_the_model_nor_the_model_the_scores(collected: bp.types.Collect) -> None:
     model = net()
-    views = attrs.evolve(PRUNE, collect=partial(collect.weights, where=bp.linears((1, 1))), metric=_views)
-    scores = views.scores(model)
+    scores = attrs.evolve(PRUNE, collect=collected, metric=_views).scores(model)
     frozen, weight = scores["0.weight"].value.clone(), model[0].weight.detach().clone()
     with torch.no_grad():
         model[0].weight.add_(1)

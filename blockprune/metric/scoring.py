@@ -20,9 +20,13 @@ def needs(data: Data, *statistics: str, metric: str) -> None:
     for name, p in data.items():
         for statistic in statistics:
             if statistic not in p.stats:
+                code = {"gate_hvp": "gate_hvp()"}.get(statistic, statistic)
+                remedy = f"collect.with_statistics(model, where=..., statistics=[statistics.{code}], batches=...)"
+                if statistic == "movement":
+                    remedy = "collect.movement(model, where=..., previous=...) after each backward"
                 raise ValueError(
                     f"{name} {p.grid.shape}: metric.{metric} needs the statistic {statistic!r}; the data has {sorted(p.stats) or 'none'}; "
-                    f"collect it: collect.with_statistics(model, where=..., statistics=[statistics.{statistic}], batches=...)"
+                    f"collect it: {remedy}"
                 )
 
 

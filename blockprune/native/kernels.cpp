@@ -52,6 +52,28 @@ template <int EACH, int C, class T> INLINE void add_row(const T* x, float* acc, 
     }
 }
 
+// the same for short blocks of bfloat16, two to a 32-bit word: splitting words keeps whole vectors busy
+template <int EACH, int C> INLINE void add_row_words(const bf16* x, float* acc, int64_t blocks) {
+    const uint32_t* words = (const uint32_t*)x;
+    const int64_t per = C / 2;
+    for (int64_t j = 0; j < blocks; j++) {
+        float sum = 0;
+        for (int64_t k = 0; k < per; k++) {
+            uint32_t word, low, high;
+            std::memcpy(&word, words + j * per + k, 4);
+            low = word << 16, high = word & 0xffff0000u;
+            float a, b;
+            std::memcpy(&a, &low, 4);
+            std::memcpy(&b, &high, 4);
+            sum += each<EACH>(a) + each<EACH>(b);
+        }
+        acc[j] += sum;
+    }
+}
+
+template <int EACH, int C> INLINE void add_short_row(const float* x, float* acc, int64_t blocks) { add_row<EACH, C>(x, acc, blocks, C); }
+template <int EACH, int C> INLINE void add_short_row(const bf16* x, float* acc, int64_t blocks) { add_row_words<EACH, C>(x, acc, blocks); }
+
 template <int EACH, class T>
 INLINE void pool_part(const T* x, int64_t stride, int64_t rows, int64_t cols, int64_t r, int64_t c, float* out, int64_t out_stride) {
     const int64_t whole = cols / c, tail = cols % c, blocks = whole + (tail > 0);
@@ -67,8 +89,8 @@ INLINE void pool_part(const T* x, int64_t stride, int64_t rows, int64_t cols, in
                 const T* row = x + i * stride;
                 switch (c) {
                     case 1: add_row<EACH, 1>(row, part.data(), whole, c); break;
-                    case 2: add_row<EACH, 2>(row, part.data(), whole, c); break;
-                    case 4: add_row<EACH, 4>(row, part.data(), whole, c); break;
+                    case 2: add_short_row<EACH, 2>(row, part.data(), whole); break;
+                    case 4: add_short_row<EACH, 4>(row, part.data(), whole); break;
                     case 8: add_row<EACH, 8>(row, part.data(), whole, c); break;
                     case 16: add_row<EACH, 16>(row, part.data(), whole, c); break;
                     case 32: add_row<EACH, 32>(row, part.data(), whole, c); break;
