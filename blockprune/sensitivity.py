@@ -55,7 +55,7 @@ class Sensitivity:
 
         axis = axis or plt.subplots(figsize=(2 + 0.6 * len(self.sparsities), 1 + 0.22 * len(self.losses)), layout="constrained")[1]
         rise = torch.tensor(list(self.losses.values())) - self.dense
-        image = axis.imshow(rise.clamp_min(1e-4).log10(), aspect="auto", cmap="viridis")
+        image = axis.imshow(rise.clamp_min(1e-4).log10().tolist(), aspect="auto", cmap="viridis")
         axis.set_xticks(range(len(self.sparsities)), [f"{s:.0%}" for s in self.sparsities])
         axis.set_yticks(range(len(self.losses)), list(self.losses), fontsize=7)
         axis.set(xlabel="sparsity of this parameter alone", title="log10 of the loss above dense")
