@@ -39,7 +39,7 @@ def weights(model: nn.Module, *, where: Where, masked: bool = False, lazy: bool 
         (torch.Size([6, 4]), (3, 2))
     """
     chosen = select(model, where)
-    copy = torch._lazy_clone if lazy else torch.clone
+    copy = _lazy_copy if lazy else torch.clone
     data: dict[str, Param] = {}
     with torch.no_grad():
         for name, (slot, grid) in chosen.items():
@@ -49,6 +49,13 @@ def weights(model: nn.Module, *, where: Where, masked: bool = False, lazy: bool 
                 check_finite(name, weight)
             data[name] = Param(copy(weight.detach()), grid)
     return data
+
+
+def _lazy_copy(weight: Tensor) -> Tensor:
+    try:
+        return torch._lazy_clone(weight)
+    except RuntimeError:  # memory that is not torch's own: numpy's, or a mapped file's, as loaders of checkpoints give
+        return weight.clone()
 
 
 def movement(model: nn.Module, *, where: Where, previous: Data | None = None) -> Data:

