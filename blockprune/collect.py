@@ -108,6 +108,7 @@ def batchnorm_scales(model: nn.Module, *, where: Where, pairs: Mapping[str, str]
     data = weights(model, where=where, lazy=lazy)
     pairs = _neighbours(model) if pairs is None else pairs
     norms = find(model, set(pairs.values()), what="pairs")
+    places = find(model, data, what="where")
     found: dict[str, Param] = {}
     for name, param in data.items():
         if param.weight.ndim == 1:
@@ -116,8 +117,7 @@ def batchnorm_scales(model: nn.Module, *, where: Where, pairs: Mapping[str, str]
         if name not in pairs:
             raise ValueError(f"{name} {param.grid.shape}: no batch norm is registered behind it; name it: pairs={{{name!r}: 'bn1.weight'}}")
         scale = norms[pairs[name]][0].dense.detach().clone()
-        (slot,) = find(model, [name], what="where")[name]
-        axis = 1 if isinstance(slot.owner, nn.modules.conv._ConvTransposeNd) else 0  # of the output channels
+        axis = 1 if isinstance(places[name][0].owner, nn.modules.conv._ConvTransposeNd) else 0  # of the output channels
         if param.grid.shape[axis] != len(scale):
             raise ValueError(f"{name} {param.grid.shape} and {pairs[name]} {tuple(scale.shape)} differ in channels; mend `pairs`")
         found[name] = attrs.evolve(param, stats={"batchnorm_scale": scale.view([-1 if a == axis else 1 for a in range(param.weight.ndim)])})
@@ -215,7 +215,7 @@ def fold(
     if not names or len(set(names)) < len(names):
         raise ValueError(f"statistics={names} must be at least one, each of another name")
     data = weights(model, where=where, lazy=lazy)
-    slots = {name: find(model, [name], what="where")[name][0] for name in data}
+    slots = {name: places[0] for name, places in find(model, data, what="where").items()}
     how = How(forward, loss, token_weights, per_sample, chunk)
     return run(model, start(data, slots, statistics), batches, how, progress=progress)
 

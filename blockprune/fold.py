@@ -231,14 +231,15 @@ def _gates(model: nn.Module, fold: Fold, batch: Any, how: How) -> Seen:
     weights = {name: slot.stored.detach() for name, slot in fold.slots.items()}
     frozen = {name: p.detach() for name, p in model.named_parameters()}  # so that no graph is kept but that of the gates
 
+    places = find(model, fold.slots, what="where")
+    listeners = [(name, listens_to(model, slot)) for name, shared in places.items() for slot in shared]
     called: set[str] = set()
 
     def functional(weights: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
         with contextlib.ExitStack() as stack:
-            for name, places in find(model, fold.slots, what="where").items():
-                for slot in places:
-                    handle = listens_to(model, slot).register_forward_hook(lambda *_, name=name: called.add(name))
-                    stack.callback(handle.remove)
+            for name, module in listeners:
+                handle = module.register_forward_hook(lambda *_, name=name: called.add(name))
+                stack.callback(handle.remove)
             return functional_call(model, dict(weights), args, kwargs)
 
     def loss_of(gates: Mapping[str, Tensor], batch: Any) -> Tensor:
