@@ -5,13 +5,18 @@
 See ARCHITECTURE.md for which file holds which idea.
 """
 
-from blockprune import allocate, collect, distributed, metric, schedule, statistics
+from blockprune import allocate, collect, distribute, distributed, metric, reconstruct, schedule, statistics
 from blockprune.apply import apply_masks, finalize, masked_parameters, read_masks
 from blockprune.blocks import BlockGrid, block_elements, expand, pool
+from blockprune.blockwise import blockwise
 from blockprune.maskfile import load_masks, save_masks
 from blockprune.masks import agreement, difference, intersect, restrict, sparsity, summary, union
+from blockprune.pareto import Pareto, pareto
+from blockprune.permute import Shuffle, permute, weakest_first
 from blockprune.pipeline import Pipeline
+from blockprune.quadratic import Conditioning, conditioning
 from blockprune.sensitivity import Sensitivity, sensitivity
+from blockprune.sequential import Repaired, sequential
 from blockprune.types import BlockMask, BlockScore, Data, Masks, Param, Scores, Sparsity, Weights, Where
 from blockprune.where import convs, excluding, first_of, linears, named
 
@@ -21,12 +26,16 @@ __all__ = [
     "BlockGrid",
     "BlockMask",
     "BlockScore",
+    "Conditioning",
     "Data",
     "Masks",
     "Param",
+    "Pareto",
     "Pipeline",
+    "Repaired",
     "Scores",
     "Sensitivity",
+    "Shuffle",
     "Sparsity",
     "Weights",
     "Where",
@@ -34,9 +43,12 @@ __all__ = [
     "allocate",
     "apply_masks",
     "block_elements",
+    "blockwise",
     "collect",
+    "conditioning",
     "convs",
     "difference",
+    "distribute",
     "distributed",
     "excluding",
     "expand",
@@ -48,14 +60,19 @@ __all__ = [
     "masked_parameters",
     "metric",
     "named",
+    "pareto",
+    "permute",
     "pool",
     "read_masks",
+    "reconstruct",
     "restrict",
     "save_masks",
     "schedule",
     "sensitivity",
+    "sequential",
     "sparsity",
     "statistics",
     "summary",
     "union",
+    "weakest_first",
 ]

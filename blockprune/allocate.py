@@ -9,7 +9,6 @@ Rounding is one rule in one place, ranking.py: what is removed is the closest re
 
 import functools
 import math
-import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from blockprune.blocks import BlockGrid, block_elements, tiles, untile
-from blockprune.distribute import erk, uniform
+from blockprune.distribute import check_fraction, clamps, erk, uniform
 from blockprune.names import key_for, lookup, matches, near
 from blockprune.ranking import drop_lowest, falls
 from blockprune.types import BlockMask, Distribute, Masks, Scores, Sparsity
@@ -185,8 +184,8 @@ def global_(
     _check_sparsity(sparsity)
     pool_of = {name: "" if not isinstance(sparsity, Mapping) else key_for(sparsity, name) for name in scores}
     wanted = _spread(scores, sparsity, uniform)
-    given = _clamps(scores, max_sparsity, 0 if min_keep is None else min_keep)
-    default = _clamps(scores, 0.9 if max_sparsity is None else None, 1 if min_keep is None else 0)
+    given = clamps(scores, max_sparsity, 0 if min_keep is None else min_keep)
+    default = clamps(scores, 0.9 if max_sparsity is None else None, 1 if min_keep is None else 0)
     pools: dict[str | None, list[_Unit]] = {}
     for unit in units:
         if len({pool_of[name] for name in unit.names}) > 1:
@@ -286,7 +285,7 @@ def _per_bank(  # noqa: PLR0917 (the options of three public functions, in their
 ) -> Masks:
     units = _units(scores, coupled)
     wanted = _spread(scores, sparsity, distribute)
-    caps, least = _clamps(scores, max_sparsity, min_keep)
+    caps, least = clamps(scores, max_sparsity, min_keep)
     keep: dict[_Unit, Tensor] = {}
     for unit in units:
         drop = _drop_in_banks(unit, unit.share(wanted), bank)
@@ -321,36 +320,13 @@ def _spread(scores: Scores, sparsity: Sparsity, distribute: Distribute) -> dict[
     for name in scores:
         if name not in spread:
             raise KeyError(f"distribute gives no sparsity for {name!r}; it must give one for each parameter")
-        _check_fraction(f"the sparsity that distribute gives {name}", spread[name])
+        check_fraction(f"the sparsity that distribute gives {name}", spread[name])
     return dict(spread)
 
 
 def _check_sparsity(sparsity: Sparsity) -> None:
     for key, s in sparsity.items() if isinstance(sparsity, Mapping) else [("", sparsity)]:
-        _check_fraction(f"sparsity[{key!r}]" if key else "sparsity", s)
-
-
-def _check_fraction(what: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"{what}={value!r} must be a number from 0 (keep all) to 1 (remove all), or a mapping of parameter names to numbers"
-        )
-    if not 0 <= value <= 1:
-        raise ValueError(f"{what}={value!r} must be from 0 (keep all) to 1 (remove all); 50 % is 0.5")
-
-
-def _clamps(scores: Scores, max_sparsity: MaxSparsity, min_keep: MinKeep) -> tuple[dict[str, float], dict[str, int]]:
-    caps = _by_name(scores, 1.0 if max_sparsity is None else max_sparsity, what="max_sparsity", default=1.0)
-    least = _by_name(scores, min_keep, what="min_keep", default=0)
-    for name in scores:
-        _check_fraction(f"max_sparsity of {name}", caps[name])
-        if isinstance(least[name], bool) or not isinstance(least[name], int) or least[name] < 0:
-            raise ValueError(f"min_keep={least[name]!r} of {name} must be a number of blocks, 0 or more")
-    return caps, least
-
-
-def _by_name(scores: Scores, value: N | Mapping[str, N], *, what: str, default: N) -> dict[str, N]:
-    return lookup(value, scores, what=what, default=default) if isinstance(value, Mapping) else dict.fromkeys(scores, value)
+        check_fraction(f"sparsity[{key!r}]" if key else "sparsity", s)
 
 
 def _clamped(unit: _Unit, caps: Mapping[str, float], least: Mapping[str, int]) -> Tensor:

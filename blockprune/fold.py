@@ -110,12 +110,11 @@ def run(model: nn.Module, fold: Fold, batches: Iterable[Any], how: How, *, progr
     """Add the batches to a fold; the model's mode, gradients, hooks and the RNG are as before afterwards, whatever happens."""
     sees = {s.sees for s in fold.statistics}
     needs = sorted(s.name for s in fold.statistics if s.sees in ("output_grad", "weight_grad"))
-    with _undisturbed(model, fold):
-        like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    with undisturbed(model, [slot.stored for slot in fold.slots.values()]):
         for number, given in enumerate(tqdm(batches, desc="collect", disable=None if progress else True, leave=False)):
             if not isinstance(given, (Tensor, Mapping, tuple, list)) and how.forward is default_forward:
                 raise TypeError(f"batch {number} is a {type(given).__name__}; give tensors, tuples or mappings, or pass forward=")
-            batch = _to(given, like)
+            batch = moved(model, given)
             if sees - {"gates"}:
                 fold = _layers(model, fold, batch, how, needs, number=number)
             if "gates" in sees:
@@ -356,8 +355,12 @@ def default_token_weights(batch: Any) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def _to(batch: Any, like: Tensor) -> Any:
+def moved(model: nn.Module, batch: Any) -> Any:
     """The batch on the model's device, floats in its dtype, mappings as plain dicts."""
+    return _to(batch, next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(())))
+
+
+def _to(batch: Any, like: Tensor) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(like.device, like.dtype) if batch.is_floating_point() else batch.to(like.device)
     if isinstance(batch, Mapping):
@@ -368,17 +371,16 @@ def _to(batch: Any, like: Tensor) -> Any:
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module, fold: Fold) -> Iterator[None]:
-    """Evaluation mode, gradients on for the chosen weights; afterwards all as before."""
+def undisturbed(model: nn.Module, weights: Sequence[Tensor] = ()) -> Iterator[None]:
+    """Evaluation mode, gradients on for these weights; afterwards all as before: modes, flags, buffers, random numbers."""
     modes = [(module, module.training) for module in model.modules()]
-    stored = [slot.stored for slot in fold.slots.values()]
-    flags = [(p, p.requires_grad) for p in stored]
+    flags = [(p, p.requires_grad) for p in weights]
     buffers = [(b, b._version, b.clone()) for b in model.buffers()]
     devices = sorted({p.device.index or 0 for p in itertools.chain(model.parameters(), model.buffers()) if p.device.type == "cuda"})
     with torch.random.fork_rng(devices):
         try:
             model.eval()
-            for p in stored:
+            for p in weights:
                 p.requires_grad_(True)
             yield
         finally:

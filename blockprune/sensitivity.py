@@ -1,14 +1,16 @@
 """Each layer's loss against sparsity, alone, without touching the model."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 from tqdm import tqdm
 
+from blockprune import tables
 from blockprune.apply import masked_parameters
 from blockprune.pipeline import Pipeline
 
@@ -37,17 +39,10 @@ class Sensitivity:
         return [head, dense, *((name, *(f"{loss:.3f}" for loss in losses)) for name, losses in self.losses.items())]
 
     def __repr__(self) -> str:
-        widths = [max(map(len, column)) for column in zip(*self.rows(), strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-            for row in self.rows()
-        )
+        return tables.text(self.rows())
 
     def _repr_html_(self) -> str:
-        head, *body = self.rows()
-        cells = "".join(f"<th>{cell}</th>" for cell in head)
-        lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body)
-        return f"<table><tr>{cells}</tr>{lines}</table>"
+        return tables.html(self.rows())
 
     def plot(self, axis: Any = None) -> Any:
         """A heat map of the loss above dense, on a matplotlib axis (extra ``plot``), which is returned."""
@@ -64,16 +59,23 @@ class Sensitivity:
 
 
 def sensitivity(
-    model: nn.Module, pipeline: Pipeline, sparsities: Sequence[float], evaluate: Evaluate, *, progress: bool = True
+    model: nn.Module, pipeline: Pipeline, sparsities: Sequence[float], evaluate: Evaluate, *, chunk: int = 8, progress: bool = True
 ) -> Sensitivity:
     """The loss when one parameter alone is pruned to each sparsity, all others dense, by `functional_call`; the model is not touched.
+
+    The sparsities of a parameter run together, by `vmap` over its stacked masks, so what comes before it runs once. Where the model or
+    ``evaluate`` does not allow that (``.item()``, control flow on values) they run one at a time, and a warning says so.
 
     Args:
         model: any module; run as it is, so put it in evaluation mode.
         pipeline: its scores are computed once and allocated at every sparsity.
         sparsities: to try.
-        evaluate: (model) -> loss; it is given a callable in the model's place.
+        evaluate: (model) -> loss, a tensor rather than a float; it is given a callable in the model's place.
+        chunk: sparsities at a time under vmap; 1 runs them one at a time.
         progress: show a bar on a terminal.
+
+    Raises:
+        ValueError: chunk below 1, no sparsities, and what the pipeline raises.
 
     Example:
         >>> model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(16, 4)
@@ -83,20 +85,30 @@ def sensitivity(
         >>> [round(losses[0], 6) for losses in table.losses.values()]
         [0.0, 0.0]
     """
+    if chunk < 1 or not sparsities:
+        raise ValueError(f"chunk={chunk} and sparsities={list(sparsities)}: give chunk of at least 1 and at least one sparsity")
     scores = pipeline.scores(model)
-    losses: dict[str, list[float]] = {name: [] for name in scores}
+    masks = [pipeline.allocate(scores, sparsity) for sparsity in sparsities]
+    together = chunk > 1 and len(sparsities) > 1
+    losses: dict[str, tuple[float, ...]] = {}
+
+    def loss_with(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.as_tensor(evaluate(lambda *args, **kwargs: functional_call(model, parameters, args, kwargs)))
+
     with torch.no_grad():
         dense = float(evaluate(model))
-        for sparsity in tqdm(sparsities, desc="sensitivity", disable=None if progress else True, leave=False):
-            masks = pipeline.allocate(scores, sparsity)
-            for name, found in losses.items():
-                tried = masked_parameters(model, {name: masks[name]})
-                found.append(float(evaluate(_with(model, tried))))
-    return Sensitivity(tuple(sparsities), dense, {name: tuple(found) for name, found in losses.items()})
-
-
-def _with(model: nn.Module, parameters: dict[str, Tensor]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return functional_call(model, parameters, args, kwargs)
-
-    return call
+        for name in tqdm(scores, desc="sensitivity", disable=None if progress else True, leave=False):
+            tried = [masked_parameters(model, {name: at[name]}) for at in masks]
+            if together:
+                stacked = {key: torch.stack([parameters[key] for parameters in tried]) for key in tried[0]}
+                try:
+                    with warnings.catch_warnings():
+                        warnings.filterwarnings("ignore", "There is a performance drop")  # an operation without a batching rule
+                        losses[name] = tuple(vmap(loss_with, randomness="same", chunk_size=chunk)(stacked).tolist())
+                    continue
+                except (RuntimeError, ValueError, TypeError) as error:  # whatever a model's own code makes of batched tensors
+                    together = False
+                    reason = str(error).strip().splitlines()[0]
+                    warnings.warn(f"sensitivity runs its sparsities one at a time: vmap cannot run this model ({reason})", stacklevel=2)
+            losses[name] = tuple(loss_with(parameters).item() for parameters in tried)
+    return Sensitivity(tuple(sparsities), dense, losses)

@@ -168,6 +168,41 @@ input_gram = Statistic("input_gram", "inputs", _gram_init, _gram_update, lambda 
 """X^T X / n, ``[groups, k, k]`` over the flattened input features (channels * taps of a convolution): the layer's Hessian."""
 
 
+def of_half(statistic: Statistic, half: Literal[0, 1], *, name: str = "") -> Statistic:
+    """A statistic of the first or second half of each batch: `sequential` runs dense inputs in front of those of the repaired model.
+
+    Raises:
+        NotImplementedError: a statistic that needs gradients.
+
+    Example:
+        >>> bp.statistics.of_half(bp.statistics.input_mean, 0, name="target_mean").name
+        'target_mean'
+    """
+    if statistic.sees not in ("inputs", "output"):
+        raise NotImplementedError(f"{statistic.name} needs gradients, which halves of a batch do not have")
+    return attrs.evolve(statistic, name=name or statistic.name, update=lambda sums, call: statistic.update(sums, _half(call, half)))
+
+
+def _half(call: Call, half: int) -> Call:
+    weights = None if call.weights is None else call.weights.chunk(2)[half]
+    return Call([x.chunk(2)[half] for x in call.inputs], call.output.chunk(2)[half], weights)
+
+
+def _cross_update(sums: Sums, call: Call) -> Sums:
+    weights = _half(call, 0).weights
+
+    def cross(x: Tensor) -> Tensor:
+        dense, repaired = _wide(x).chunk(2)
+        return dense.mT @ (repaired if weights is None else repaired * weights.to(repaired)[:, None])
+
+    return {"sum": sums["sum"] + torch.stack([cross(x) for x in call.inputs]), "n": sums["n"] + _input_rows(_half(call, 0), sums["n"])}
+
+
+input_cross = Statistic("input_cross", "inputs", _gram_init, _cross_update, lambda sums, slot, param: sums["sum"] / sums["n"])
+"""X^T Y / n, ``[groups, k, k]``: X the first half of each batch, the inputs of the dense layer, Y the second, those of the repaired one.
+With it `reconstruct.least_squares` and `metric.obs` aim at the dense layer's outputs on dense inputs."""
+
+
 def _per_output(name: str, contribution: Callable[[Tensor], Tensor], of: Literal["output", "output_grad"] = "output") -> Statistic:
     def init(slot: Slot, param: Param) -> Sums:
         if slot.attr not in ("weight",):
@@ -204,6 +239,44 @@ output_mean = _per_output("output_mean", lambda x: x)
 
 output_grad_sq = _per_output("output_grad_sq", torch.square, of="output_grad")
 """Mean square of the summed loss's gradient with respect to each output: the diagonal of K-FAC's G (Martens & Grosse 1503.05671)."""
+
+
+def _grad_gram_init(slot: Slot, param: Param) -> Sums:
+    if input_axis(slot) == 0 or slot.attr != "weight":
+        raise NotImplementedError(f"{slot.name}: output_grad_gram is of outputs along axis 0 of a weight; use gate_fisher for this one")
+    bands, height = param.grid.size[0], param.grid.block[0]
+    return {"sum": _zeros(bands, height, height, like=param), "n": _zeros(like=param)}
+
+
+def _grad_gram_update(sums: Sums, call: Call) -> Sums:
+    assert call.output_grad is not None
+    bands, height, _ = sums["sum"].shape
+    g = _wide(call.output_grad)  # [n, outputs]
+    g = F.pad(g, (0, bands * height - g.shape[1])).unflatten(1, (bands, height)).movedim(1, 0)  # [bands, n, height]
+    weighed = g if call.weights is None else g * call.weights.to(g)[:, None]
+    return {"sum": sums["sum"] + g.mT @ weighed, "n": sums["n"] + _rows(call, sums["n"])}
+
+
+output_grad_gram = Statistic(
+    "output_grad_gram", "output_grad", _grad_gram_init, _grad_gram_update, lambda sums, slot, param: sums["sum"] / sums["n"]
+)
+"""Second moments of the summed loss's gradient with respect to the outputs that share a row of blocks, ``[rows of blocks, M, M]``:
+K-FAC's G within a band (Martens & Grosse 1503.05671; LLM Surgeon 2312.17244)."""
+
+
+def _layer_bias(slot: Slot, param: Param) -> Tensor:
+    found = getattr(slot.owner, slot.attr.removesuffix("weight") + "bias", None)
+    return found.detach().clone() if isinstance(found, Tensor) else param.weight.new_empty(0)
+
+
+def _bias_init(slot: Slot, param: Param) -> Sums:
+    if input_axis(slot) == 0:
+        raise NotImplementedError(f"{slot.name}: bias is of layers whose outputs lie along axis 0; leave this one out with `excluding`")
+    return {}
+
+
+bias = Statistic("bias", "inputs", _bias_init, lambda sums, call: sums, lambda sums, slot, param: _layer_bias(slot, param))
+"""The layer's bias as it is, empty where there is none: with ``input_mean``, what `reconstruct` needs to repair it."""
 
 
 def activation(name: str, function: Callable[[Tensor], Tensor] = F.relu) -> Statistic:

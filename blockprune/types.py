@@ -76,6 +76,7 @@ Where = Callable[[str, nn.Module], BlockShape | None]  # (parameter name, owner)
 Collect = Callable[[nn.Module], Data]
 Metric = Callable[[Data], Scores]
 Allocate = Callable[[Scores, Any], Masks]  # (scores, sparsity)
+Reconstruct = Callable[[Data, Masks], Weights]
 Distribute = Callable[[Scores, float], Mapping[str, float]]  # one sparsity for all -> one for each parameter
 Schedule = Callable[[int], float]  # step -> sparsity
 

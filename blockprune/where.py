@@ -59,14 +59,14 @@ def first_of(*rules: Where) -> Where:
     return partial(_first_of, rules=rules)
 
 
-def excluding(rule: Where, pattern: Pattern) -> Where:
-    """A rule without the parameters whose name fits the pattern.
+def excluding(rule: Where, pattern: Pattern, *others: Pattern) -> Where:
+    """A rule without the parameters whose name fits the pattern, or one of several.
 
     Example:
         >>> bp.excluding(bp.linears((4, 4)), "head.*")("head.weight", nn.Linear(8, 8)) is None
         True
     """
-    return partial(_excluding, rule=rule, pattern=pattern)
+    return partial(_excluding, rule=rule, pattern=pattern) if not others else excluding(excluding(rule, pattern), *others)
 
 
 def _linears(name: str, owner: nn.Module, *, block: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -241,3 +241,231 @@ def closest(value: Sequence[float], elements: Sequence[int], budget: float) -> f
     """The smallest distance to the budget that any number of the lowest blocks reaches (law 2)."""
     sums = itertools.accumulate((elements[i] for i in order_of(value)), initial=0)
     return min(abs(s - budget) for s in sums)
+
+
+# Budgets across parameters.
+
+
+def owl(scores: Scores, sparsity: float, *, m: float = 5.0, lam: float = 0.08, key: Callable[[str], str] = str) -> dict[str, float]:
+    """Outlier ratios scaled to [0, 2 lam] and shifted; the shift that spends the budget is found by halving."""
+    ratio, low, high = {}, {}, {}
+    for name in scores:
+        blocks = [block for other in scores if key(other) == key(name) for block in _valued(scores, other)]
+        whole = sum(e for _, e in blocks)
+        mean = sum(max(v, 0.0) * e for v, e in blocks) / whole
+        ratio[name] = sum(e for v, e in blocks if v > m * mean) / whole
+        pruned = sum(e for v, e in _valued(scores, name) if v == -math.inf) / scores[name].grid.elements
+        low[name] = max(0.0, sparsity - lam, pruned)
+        high[name] = max(low[name], min(1.0, sparsity + lam))
+    span = max(ratio.values()) - min(ratio.values())
+    scaled = {name: (r - min(ratio.values())) / span * 2 * lam if span else 0.0 for name, r in ratio.items()}
+    budget = sparsity * sum(score.grid.elements for score in scores.values())
+
+    def spread(shift: float) -> dict[str, float]:
+        return {name: min(max(shift - scaled[name], low[name]), high[name]) for name in scores}
+
+    few, many = -4.0, 4.0
+    for _ in range(200):
+        middle = (few + many) / 2
+        spent = sum(s * scores[name].grid.elements for name, s in spread(middle).items())
+        few, many = (middle, many) if spent < budget else (few, middle)
+    return spread(many)
+
+
+def _valued(scores: Scores, name: str) -> list[tuple[float, int]]:
+    """Each block's score and elements."""
+    return list(zip(scores[name].value.flatten().tolist(), block_elements(scores[name].grid).flatten().tolist(), strict=True))
+
+
+@attrs.frozen
+class Priced:
+    """A block of the model: its place, its error per cost, what it adds to the error, its elements and its cost."""
+
+    name: str
+    index: int
+    rank: float
+    error: float
+    elements: int
+    cost: float
+
+
+def falling(scores: Scores, *, cost: Mapping[str, float] | None = None, relative: bool = False) -> list[Priced]:
+    """All blocks of the model in the order of falling."""
+    found = []
+    for name in scores:
+        total = sum(v * e for v, e in _valued(scores, name) if abs(v) != math.inf) if relative else 1.0
+        each = cost[name] if cost else 1.0
+        for i, (v, e) in enumerate(_valued(scores, name)):
+            found.append(Priced(name, i, v / (total or 1.0) / each, 0.0 if v == -math.inf else v * e, e, e * each))
+    return [found[i] for i in order_of([block.rank for block in found])]
+
+
+def lagrangian(
+    scores: Scores,
+    sparsity: float,
+    *,
+    cost: Mapping[str, float] | None = None,
+    relative: bool = True,
+    max_sparsity: float = 0.9,
+    min_keep: int = 0,
+) -> dict[str, float] | None:
+    """Blocks fall one after the other as long as that brings the cost removed closer; None where the bounds leave too little."""
+    order = falling(scores, cost=cost, relative=relative)
+    total = sum(block.cost for block in order)
+    may_fall, reachable = set(), 0.0
+    for name in scores:
+        own = [block for block in order if block.name == name]
+        removed = pruned = spare = 0
+        for place, block in enumerate(own):
+            removed += block.elements
+            last_ones = place >= len(own) - min_keep
+            pruned += block.elements * (block.rank == -math.inf)
+            spare += block.elements * (not last_ones)
+            if block.rank == -math.inf or (not last_ones and removed <= max_sparsity * scores[name].grid.elements + 1e-6):
+                may_fall.add((name, block.index))
+        reachable += max(pruned, min(max_sparsity * scores[name].grid.elements, spare)) * own[0].cost / own[0].elements
+    if sparsity * total > reachable * (1 + 1e-9):
+        return None
+    gone, done = dict.fromkeys(scores, 0), 0.0
+    for block in order:
+        if (block.name, block.index) in may_fall:
+            if block.rank != -math.inf and 2 * done + block.cost >= 2 * sparsity * total:
+                break
+            gone[block.name] += block.elements
+            done += block.cost
+    return {name: gone[name] / score.grid.elements for name, score in scores.items()}
+
+
+def pareto(scores: Scores, *, cost: Mapping[str, float] | None = None) -> list[tuple[float, float, float]]:
+    """Sparsity, kept cost and error before the first and after each block that falls; pruned ones have fallen already."""
+    order = falling(scores, cost=cost)
+    elements, kept = sum(block.elements for block in order), sum(block.cost for block in order)
+    removed, error, points = 0, 0.0, []
+    for block in order:
+        if block.rank != -math.inf:
+            points.append((removed / elements, kept, error))
+        removed, kept, error = removed + block.elements, kept - block.cost, error + block.error
+    return [*points, (1.0, kept, error)]
+
+
+# Optimal Brain Surgeon and least squares: every error and every inverse from scratch, in float64.
+
+
+@attrs.frozen
+class Band:
+    """A row of blocks: its rows of the weight, the group of inputs that they see, and the input features of each of its blocks."""
+
+    at: slice
+    group: int
+    blocks: list[list[int]]
+
+
+def bands(p: Param) -> list[Band]:
+    groups = len(p.stats["input_gram"])
+    found: list[Band] = []
+    for index, at in cells(p.grid):
+        touched = torch.zeros(p.grid.shape[1:], dtype=torch.bool)
+        touched[at[1:]] = True
+        if index[0] == len(found):
+            found.append(Band(at[0], at[0].start * groups // p.grid.shape[0], []))
+        found[-1].blocks.append(touched.flatten().nonzero().flatten().tolist())
+    return found
+
+
+def hessians(p: Param, damping: float) -> Tensor:
+    """[groups, k, k]"""
+    found = []
+    for group, given in enumerate(p.stats["input_gram"].double()):
+        gram = given.clone()
+        if "input_mean" in p.stats and p.stats["bias"].numel():
+            row = group * p.grid.shape[0] // len(p.stats["input_gram"])
+            mean = p.stats["input_mean"].double().expand(p.grid.shape)[row].flatten()
+            gram -= torch.outer(mean, mean)
+        found.append(gram + damping * gram.diagonal().mean() * torch.eye(len(gram)).double())
+    return torch.stack(found)
+
+
+def best_on(rows: Tensor, hessian: Tensor, kept: Sequence[int], gain: Tensor | None = None) -> Tensor:
+    """The V, zero but in the kept inputs, of least ``tr(gain (W - V) H (W - V)^T)``: one least-squares problem for all rows."""
+    right = torch.linalg.cholesky(hessian)  # H = right right^T
+    left = torch.eye(len(rows)).double() if gain is None else _root(gain)
+    v = torch.zeros_like(rows)
+    if len(kept):
+        design = (left[:, None, :, None] * right[kept].mT[None, :, None, :]).reshape(rows.numel(), -1)  # of left V right, row after row
+        aim = (left @ rows @ right).flatten()[:, None]
+        v[:, kept] = torch.linalg.lstsq(design, aim, driver="gelsd").solution.view(len(rows), -1)
+    return v
+
+
+def _root(gain: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(gain)
+    return vectors @ values.clamp_min(0).sqrt().diag() @ vectors.mT
+
+
+def error_of(rows: Tensor, v: Tensor, hessian: Tensor, gain: Tensor | None = None) -> float:
+    e = (rows - v) @ hessian @ (rows - v).mT
+    return float((e if gain is None else gain @ e).trace())
+
+
+def removals(
+    rows: Tensor, hessian: Tensor, blocks: Sequence[Sequence[int]], gone: Sequence[int], gain: Tensor | None = None
+) -> list[float]:
+    """The total error when, beside those that are gone, each block goes (those that are gone: inf)."""
+    found = []
+    for j in range(len(blocks)):
+        lost = {i for b in (*gone, j) for i in blocks[b]}
+        kept = [i for i in range(rows.shape[1]) if i not in lost]
+        found.append(math.inf if j in gone else error_of(rows, best_on(rows, hessian, kept, gain), hessian, gain))
+    return found
+
+
+def obs_weights(rows: Tensor, hessian: Tensor, blocks: Sequence[Sequence[int]], order: Sequence[int]) -> Tensor:
+    """``W -= W_B ([H^-1]_BB)^-1 [H^-1]_B:`` for each block of the order, H^-1 of what is left anew each time."""
+    rows, left = rows.clone(), list(range(rows.shape[1]))
+    for j in order:
+        inverse = torch.linalg.inv(hessian[left][:, left])
+        at = [left.index(i) for i in blocks[j]]
+        rows[:, left] -= rows[:, blocks[j]] @ torch.linalg.inv(inverse[at][:, at]) @ inverse[at]
+        rows[:, blocks[j]] = 0
+        left = [i for i in left if i not in blocks[j]]
+    return rows
+
+
+def least_squares(p: Param, keep: Tensor, damping: float) -> Tensor:
+    """Each row alone, on the inputs that ``keep [*shape]`` keeps of it."""
+    rows, kept = p.weight.double().flatten(1), keep.flatten(1)
+    all_hessians = hessians(p, damping)
+    out = [
+        best_on(rows[r][None], all_hessians[r * len(all_hessians) // len(rows)], kept[r].nonzero().flatten().tolist())
+        for r in range(len(rows))
+    ]
+    return torch.cat(out).view(p.grid.shape)
+
+
+def sparsegpt(p: Param, sparsity: float, group: int, damping: float) -> Tensor:
+    """Groups of columns from left to right; every inverse is of the Hessian of the columns that are left, computed anew."""
+    weight, value = p.weight.double().flatten(1).clone(), torch.zeros(p.grid.size).double().flatten(1)
+    elements, every, all_hessians = block_elements(p.grid).flatten(1), bands(p), hessians(p, damping)
+    width = max(len(block) for block in every[0].blocks)
+    step, count = max(1, group // width), len(every[0].blocks)
+
+    def inverse_from(band: Band, j: int) -> tuple[Tensor, list[int]]:
+        right = [i for block in band.blocks[j:] for i in block]
+        return torch.linalg.inv(all_hessians[band.group][right][:, right]), right
+
+    for first in range(0, count, step):
+        chosen = range(first, min(count, first + step))
+        for b, band in enumerate(every):
+            for j in chosen:
+                inverse, _ = inverse_from(band, j)
+                n, w = len(band.blocks[j]), weight[band.at][:, band.blocks[j]]
+                value[b, j] = (w @ torch.linalg.inv(inverse[:n, :n]) @ w.mT).trace() / elements[b, j]
+        ranked = sorted((float(value[b, j]), b, j) for b in range(len(every)) for j in chosen)
+        falls = {(b, j) for _, b, j in ranked[: round(sparsity * len(ranked))]}
+        for j in chosen:
+            for b, band in enumerate(every):
+                if (b, j) in falls:
+                    inverse, right = inverse_from(band, j)
+                    n, rows = len(band.blocks[j]), weight[band.at]
+                    rows[:, right] -= rows[:, band.blocks[j]] @ torch.linalg.inv(inverse[:n, :n]) @ inverse[:n]
+    return value.view(p.grid.size)

@@ -19,6 +19,7 @@ INIT = ROOT / "__init__.py"
 MAY_IMPORT: dict[str, set[str]] = {
     # geometry, values, names: what the stages meet in
     "native": set(),
+    "tables": set(),
     "blocks": {"native"},
     "types": {"blocks"},
     "parametrization": {"blocks"},
@@ -28,12 +29,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": {"names"},
     "statistics": {"layers", "names", "types"},
     "fold": {"blocks", "layers", "names", "statistics", "types"},
+    "quadratic": {"tables", "types"},
     "ranking": set(),
-    "distribute": {"types"},
+    "distribute": {"blocks", "names", "ranking", "types"},
     # stages
     "collect": {"blocks", "fold", "names", "statistics", "types", "where"},
-    "metric": {"blocks", "types"},
+    "metric": {"blocks", "native", "quadratic", "types"},
     "allocate": {"blocks", "distribute", "names", "ranking", "types"},
+    "reconstruct": {"blocks", "quadratic", "types"},
     "apply": {"names", "parametrization", "types"},
     "masks": {"blocks", "types"},
     "maskfile": {"blocks", "types"},
@@ -41,9 +44,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline": {"types"},
     # above the stages
     "distributed": {"fold"},
-    "sensitivity": {"apply", "pipeline"},
+    "sensitivity": {"apply", "pipeline", "tables"},
+    "blockwise": {"parametrization", "types"},
+    "sequential": {"apply", "blocks", "fold", "names", "parametrization", "pipeline", "statistics", "types", "where"},
+    "pareto": {"distribute", "tables", "types"},
+    "permute": {"blocks", "names", "types"},
 }
-STAGES = {"collect", "metric", "allocate", "apply", "schedule", "pipeline", "masks", "maskfile"}
+STAGES = {"collect", "metric", "allocate", "reconstruct", "apply", "schedule", "pipeline", "masks", "maskfile"}
 
 
 def module_of(path: Path) -> str:

@@ -236,3 +236,9 @@ def test_masks_put_on_and_taken_off_in_any_order_leave_the_names_in_theirs(round
         bp.apply_masks(model, {name: bp.BlockMask(torch.ones(grid.size).bool(), grid) for name, grid in grids.items()})
         assert list(slots(model)) == plain
     assert [name for name, _ in bp.apply_masks(model, {}).named_parameters()] == plain
+
+
+def test_excluding_takes_several_patterns() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    rule = bp.excluding(bp.linears((2, 2)), "0.*", re.compile(r"^2\."))
+    assert list(bp.collect.weights(model, where=rule)) == ["1.weight"]

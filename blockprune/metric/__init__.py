@@ -8,6 +8,7 @@ are summed in float32.
 from blockprune.metric.activations import apoz, correlated, mean_activation, wanda
 from blockprune.metric.gradients import fisher, grasp, movement, obd, snip, synflow, taylor
 from blockprune.metric.magnitude import batchnorm_scale, fpgm, l1, l2, lamp, lp, random
+from blockprune.metric.obs import obs, sparsegpt
 
 __all__ = [
     "apoz",
@@ -23,8 +24,10 @@ __all__ = [
     "mean_activation",
     "movement",
     "obd",
+    "obs",
     "random",
     "snip",
+    "sparsegpt",
     "synflow",
     "taylor",
     "wanda",

@@ -27,6 +27,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     count, pointer, choice = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
     library.pool_sum.argtypes = [pointer, choice, choice, count, count, count, count, pointer, count]
     library.pool_sum.restype = ctypes.c_int32
+    library.obs_sweep.argtypes = [pointer, pointer, pointer, choice, count, count, count, count, count, pointer, pointer, count]
+    library.obs_sweep.restype = count
     return library, "built"
 
 
@@ -42,6 +44,27 @@ def pool_sum(x: Tensor, shape: tuple[int, int], block: tuple[int, int], each: ob
     threads = min(torch.get_num_threads(), 1 + x.numel() // _PER_THREAD)
     failed = _library.pool_sum(_address(x), x.dtype == torch.bfloat16, _EACH[each], rows, cols, r, c, out.data_ptr(), threads)
     return None if failed else out
+
+
+def obs_sweep(rows: Tensor, inverse: Tensor, group: Tensor, width: int, stop: int) -> tuple[Tensor, Tensor] | None:
+    """Optimal Brain Surgeon over blocks of some columns: of ``rows [bands, M, k]`` with ``inverse [groups, k, k]`` the error that each
+    removal adds and its block, ``[bands, k / width]`` in the order of removal; None where it cannot.
+
+    Raises:
+        torch.linalg.LinAlgError: an inverse that lost positive definiteness.
+    """
+    if _library is None or rows.dtype not in (torch.float32, torch.float64) or not (_plain(inverse) and rows.device.type == "cpu"):
+        return None
+    bands, height, k = rows.shape
+    transposed, group = rows.mT.contiguous(), group.contiguous()
+    errors, order = rows.new_empty(bands, k // width), torch.empty(bands, k // width, dtype=torch.long)
+    pointers = [x.data_ptr() for x in (transposed, inverse, group)]
+    sizes, threads = (bands, k, height, width, stop), torch.get_num_threads()
+    failed = _library.obs_sweep(*pointers, rows.dtype == torch.float64, *sizes, errors.data_ptr(), order.data_ptr(), threads)
+    if failed:
+        message = f"band {failed - 1}: the inverse lost positive definiteness in {rows.dtype}"
+        raise torch.linalg.LinAlgError(message)  # type: ignore[attr-defined]  # public, though torch does not say so to mypy
+    return errors, order
 
 
 def _address(x: Any) -> int:

@@ -5,28 +5,12 @@
 #define Py_LIMITED_API 0x030b0000
 #include <Python.h>
 
-#include <algorithm>
+#include "common.h"
+
 #include <cmath>
-#include <cstdint>
 #include <cstring>
-#include <thread>
-#include <vector>
-
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
-
-#if defined(__x86_64__) && defined(__linux__) && (defined(__GNUC__) || defined(__clang__))
-#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))  // chosen by the processor at load time
-#else
-#define CLONES
-#endif
-#if defined(_MSC_VER)
-#define INLINE static __forceinline
-#else
-#define INLINE static inline __attribute__((always_inline))
+#if defined(__linux__)
+#include <sys/mman.h>
 #endif
 
 typedef struct { uint16_t bits; } bf16;
@@ -120,15 +104,6 @@ PART(bf16_identity, bf16, IDENTITY)
 PART(bf16_abs, bf16, ABS)
 PART(bf16_square, bf16, SQUARE)
 
-// run part(begin, end) over [0, n) on some threads, the calling one included
-template <class F> static void parallel(int64_t n, int64_t threads, F part) {
-    threads = std::max<int64_t>(1, std::min(threads, n));
-    std::vector<std::thread> others;
-    for (int64_t t = 1; t < threads; t++) others.emplace_back(part, n * t / threads, n * (t + 1) / threads);
-    part(0, n / threads);
-    for (auto& other : others) other.join();
-}
-
 template <class T, class F>
 static void pool(F part, const T* x, int64_t rows, int64_t cols, int64_t r, int64_t c, float* out, int64_t threads) {
     const int64_t down = (rows + r - 1) / r, across = (cols + c - 1) / c;
@@ -141,6 +116,16 @@ static void pool(F part, const T* x, int64_t rows, int64_t cols, int64_t r, int6
     }
 }
 
+// ask for large pages before a large result is first written: a page fault for each 4 KiB costs as much as the sums that fill it
+static void large_pages(float* out, int64_t n) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t page = (uintptr_t)1 << 21, begin = ((uintptr_t)out + page - 1) & ~(page - 1), end = (uintptr_t)(out + n) & ~(page - 1);
+    if (end > begin) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#else
+    (void)out, (void)n;
+#endif
+}
+
 // x [rows, cols] -> out [ceil(rows / r), ceil(cols / c)]: sums over blocks of r x c, ragged at the ends. Returns 0, or 1 for an unknown type.
 EXPORT int32_t pool_sum(const void* x, int32_t is_bf16, int32_t each, int64_t rows, int64_t cols, int64_t r, int64_t c, float* out, int64_t threads) {
     typedef void (*F32)(const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float*, int64_t);
@@ -148,6 +133,7 @@ EXPORT int32_t pool_sum(const void* x, int32_t is_bf16, int32_t each, int64_t ro
     static const F32 f32[] = {f32_identity, f32_abs, f32_square};
     static const BF16 half[] = {bf16_identity, bf16_abs, bf16_square};
     if (each < 0 || each > 2 || rows < 1 || cols < 1 || r < 1 || c < 1) return 1;
+    large_pages(out, ((rows + r - 1) / r) * ((cols + c - 1) / c));
     if (is_bf16) pool(half[each], (const bf16*)x, rows, cols, r, c, out, threads);
     else pool(f32[each], (const float*)x, rows, cols, r, c, out, threads);
     return 0;

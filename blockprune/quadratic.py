@@ -1,0 +1,167 @@
+"""A layer's squared output error as a quadratic in its weight: the damped Hessian, factored and checked, and the rows that share it."""
+
+import warnings
+from collections.abc import Mapping
+
+import attrs
+import torch
+from torch import Tensor
+
+from blockprune import tables
+from blockprune.types import Data, Param
+
+TENFOLDS = 3  # dampings that are tried, each ten times the one before, before giving up
+LEAST = 1e-5  # what damping=0 counts as for that
+
+
+@attrs.frozen(eq=False)
+class Quadratic:
+    """``tr((V - best) H (V - best)^T)``, up to a constant the mean squared error that weights V make; one H for each group of rows.
+
+    Without another target ``best`` is the weight itself; damping is a ridge that draws V to the weight it had.
+    """
+
+    rows: Tensor  # [groups, rows, k] the weight
+    goal: Tensor  # [groups, rows, k] best @ hessian
+    hessian: Tensor  # [groups, k, k] damped
+    damping: float  # the share of the mean diagonal that was added
+    moved: bool  # whether ``best`` is not the weight
+    means: tuple[Tensor, Tensor] | None  # [groups, k] of the inputs of the target and of the repaired layer, where a bias absorbs them
+
+    @property
+    def inverse(self) -> Tensor:
+        """H^-1 in float64."""
+        return torch.cholesky_inverse(torch.linalg.cholesky(self.hessian.double()))
+
+    @property
+    def best(self) -> Tensor:
+        """The best weights without any mask, ``[groups, rows, k]``."""
+        if not self.moved:
+            return self.rows
+        return torch.cholesky_solve(self.goal.double().mT, torch.linalg.cholesky(self.hessian.double())).mT.to(self.rows.dtype)
+
+
+def quadratic(name: str, p: Param, *, damping: float) -> Quadratic:
+    """The quadratic of one parameter with the statistic ``input_gram``.
+
+    With ``input_mean`` and ``bias`` too, inputs count from their mean, which the bias absorbs. ``damping`` grows tenfold, with a warning,
+    until H is positive definite in its own precision, beyond what rounding alone could make of a singular one.
+
+    Raises:
+        ValueError: damping below 0, inputs that are all zero, NaN, or no damping up to 1000 times the given one that helps.
+    """
+    if not damping >= 0:
+        raise ValueError(f"damping={damping} must be at least 0: the share of H's mean diagonal that is added to it")
+    gram = p.stats["input_gram"]  # [groups, k, k]
+    groups, k, _ = gram.shape
+    rows = p.weight.to(gram).reshape(groups, -1, k)
+    cross, means = gram, None
+    if "input_mean" in p.stats and p.stats.get("bias", gram.new_empty(0)).numel():
+        mean = _mean(p, "input_mean", groups, k).to(gram)
+        means = mean, mean
+    if "input_cross" in p.stats:
+        cross = p.stats["input_cross"].to(gram)
+        if means:
+            means = _mean(p, "target_mean", groups, k).to(gram), means[1]
+    if means:
+        gram = gram - means[1][:, :, None] * means[1][:, None, :]
+        cross = cross - means[0][:, :, None] * means[1][:, None, :]
+    level = gram.diagonal(dim1=1, dim2=2).mean(1)  # [groups]
+    here = f"{name} {p.grid.shape}"
+    if not gram.isfinite().all():
+        raise ValueError(f"{here}: its input_gram has NaN or inf; look at the batches")
+    if (level <= 0).all():
+        raise ValueError(
+            f"{here}: its inputs are all zero, so no weight of it matters; leave it out with `excluding`, or look at the batches"
+        )
+    level = torch.where(level > 0, level, level.max())  # a group of dead inputs
+    eye = torch.eye(k, dtype=gram.dtype, device=gram.device)
+    share = damping
+    for share in (damping, *(max(damping, LEAST) * 10**i for i in range(1, TENFOLDS + 1))):
+        ridge = (share * level)[:, None, None]
+        hessian = gram + ridge * eye
+        if _definite(hessian):
+            if share != damping:
+                warnings.warn(
+                    f"{here}: H is singular in {str(gram.dtype)[6:]} with damping={damping:g}; {share:g} was used instead "
+                    "(more batches, or a larger damping, make this certain)",
+                    stacklevel=4,
+                )
+            return Quadratic(rows, rows @ cross + ridge * rows, hessian, share, "input_cross" in p.stats, means)
+    raise ValueError(
+        f"{here}: H = X^T X / n is not positive definite with damping={damping:g}, nor with {share:g}; "
+        "give more batches, float64 statistics or a larger damping"
+    )
+
+
+def _definite(hessian: Tensor) -> bool:
+    """Whether each input keeps, beside those before it, a share of its own that is more than rounding."""
+    factor, info = torch.linalg.cholesky_ex(hessian)
+    own = factor.diagonal(dim1=1, dim2=2).square() / hessian.diagonal(dim1=1, dim2=2)
+    return not info.any() and bool((own > max(16 * torch.finfo(hessian.dtype).eps, 1e-11)).all())
+
+
+def _mean(p: Param, statistic: str, groups: int, k: int) -> Tensor:
+    """[groups, k], from the shape in which `statistics.input_mean` broadcasts to the weight."""
+    mean = p.stats[statistic]
+    return mean.reshape(1, k) if groups == 1 else mean.reshape(groups, -1, k)[:, 0]
+
+
+@attrs.frozen
+class Conditioning:
+    """How well each parameter's Hessian is determined; prints in a terminal, renders in a notebook.
+
+    Example:
+        >>> bp.Conditioning({"fc.weight": (64, 60, 2, 1.5e4, 0.01)})
+        parameter  inputs  rank  dead  condition  damping
+        fc.weight      64    60     2    1.5e+04     0.01
+    """
+
+    rows: Mapping[str, tuple[int, int, int, float, float]]  # inputs, rank without damping, inputs always 0, condition, damping
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        head = ("parameter", "inputs", "rank", "dead", "condition", "damping")
+        return [
+            head,
+            *((name, str(k), str(rank), str(dead), f"{cond:.1e}", f"{damp:g}") for name, (k, rank, dead, cond, damp) in self.rows.items()),
+        ]
+
+    def __repr__(self) -> str:
+        return tables.text(self._cells())
+
+    def _repr_html_(self) -> str:
+        return tables.html(self._cells())
+
+
+def conditioning(data: Data, *, damping: float = 0.01) -> Conditioning:
+    """What `metric.obs` and `reconstruct.least_squares` have to work with: rank, dead inputs and condition of each damped Hessian.
+
+    Args:
+        data: with the statistic ``input_gram``.
+        damping: as you give it to them; the table shows what was needed.
+
+    Raises:
+        ValueError: data without ``input_gram``; a Hessian that no damping saves.
+
+    Example:
+        >>> data = bp.collect.with_statistics(nn.Linear(3, 2), where=bp.linears((1, 1)), statistics=[bp.statistics.input_gram],
+        ...                                   batches=[torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]])])
+        >>> bp.conditioning(data)
+        parameter  inputs  rank  dead  condition  damping
+        weight          3     2     1    2.4e+02     0.01
+    """
+    found = {}
+    for name, p in data.items():
+        if "input_gram" not in p.stats:
+            raise ValueError(
+                f"{name} {p.grid.shape}: conditioning needs the statistic 'input_gram'; the data has {sorted(p.stats) or 'none'}"
+            )
+        q = quadratic(name, p, damping=damping)
+        gram = p.stats["input_gram"].double()
+        values = torch.linalg.eigvalsh(gram).clamp_min(0)  # [groups, k]
+        damped = torch.linalg.eigvalsh(q.hessian.double())
+        k = gram.shape[-1]
+        rank = int((values > values.amax(1, keepdim=True) * k * torch.finfo(q.hessian.dtype).eps).sum(1).min())
+        dead = int((gram.diagonal(dim1=1, dim2=2) == 0).sum(1).max())
+        found[name] = (k, rank, dead, float((damped[:, -1] / damped[:, 0]).max()), q.damping)
+    return Conditioning(found)

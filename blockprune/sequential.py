@@ -1,0 +1,304 @@
+"""Layer after layer: each is pruned and repaired on the inputs that the layers before it, pruned already, give it."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, cast
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
+from tqdm import tqdm
+
+from blockprune import statistics
+from blockprune.apply import read_masks
+from blockprune.blocks import BlockShape
+from blockprune.fold import Forward, default_forward, default_token_weights, moved, undisturbed
+from blockprune.names import find, lookup, near
+from blockprune.parametrization import mask_blocks
+from blockprune.pipeline import Pipeline
+from blockprune.types import Data, Masks, Reconstruct, Sparsity, Weights, Where
+from blockprune.where import select
+
+
+@attrs.frozen(eq=False)
+class Repaired:
+    """Masks and repaired weights of the layers that are done; give both to `apply_masks`.
+
+    Example:
+        >>> bp.Repaired(masks={}, weights={}, layers=()).layers
+        ()
+    """
+
+    masks: Masks
+    weights: Weights
+    layers: tuple[str, ...]
+
+
+def sequential(
+    model: nn.Module,
+    pipeline: Pipeline,
+    reconstruct: Reconstruct,
+    batches: Iterable[Any],
+    sparsity: Sparsity,
+    *,
+    layers: Sequence[str] | None = None,
+    evidence: Data | None = None,
+    target: Literal["pruned", "dense"] = "pruned",
+    tune: Callable[..., Mapping[str, Tensor]] | None = None,
+    forward: Forward = default_forward,
+    token_weights: Callable[[Any], Tensor | None] = default_token_weights,
+    done: Repaired | None = None,
+    each: Callable[[Repaired], None] | None = None,
+    progress: bool = True,
+) -> Repaired:
+    """Prune and repair layers in order, each calibrated on what the pruned ones before it give (SparseGPT 2301.00774); pure.
+
+    One layer's statistics are held at a time. Interrupted, nothing is half-written: give what ``each`` saw last as ``done`` to go on.
+
+    Args:
+        model: a model without masks whose layers follow each other: the output of one is the (first) input of the next.
+        pipeline: its ``collect`` is ``partial(collect.with_statistics, where=..., statistics=[...])``, without batches.
+        reconstruct: (data, masks) -> weights, such as `reconstruct.least_squares`.
+        batches: calibration data, as for `collect.with_statistics`; gone through once, and the layers' inputs of all of it are kept.
+        sparsity: a fraction, or a mapping by parameter name or pattern, such as a budget from `distribute`.
+        layers: names of the modules, in order; by default the children of the largest ModuleList or Sequential (Hugging Face's decoder
+            and encoder layers).
+        evidence: statistics collected before, such as ``output_grad_gram`` of the dense model; added to each layer's own.
+        target: make up for errors of this layer alone ("pruned": match the dense layer on the inputs it now gets), or for those before it
+            too ("dense": match the dense layer's outputs on its dense inputs; twice the work).
+        tune: a last step after ``reconstruct``, such as `blockwise`, that moves a layer's kept weights towards the dense layer's outputs
+            on its dense inputs.
+        forward: as in `collect.with_statistics`.
+        token_weights: as in `collect.with_statistics`.
+        done: what an earlier, interrupted call had done.
+        each: called with all that is done after each layer.
+        progress: show a bar on a terminal.
+
+    Raises:
+        ValueError: a masked model, layers that do not follow each other, a chosen parameter that lies in no layer, no batches.
+        KeyError: a layer or a sparsity for a parameter that does not exist.
+        TypeError: a pipeline that does not collect statistics.
+
+    Example:
+        >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(64, 8)
+        >>> collect = partial(bp.collect.with_statistics, where=bp.linears((2, 2)), statistics=[bp.statistics.input_gram])
+        >>> pipeline = bp.Pipeline(collect, bp.metric.obs, bp.allocate.per_row)
+        >>> found = bp.sequential(model, pipeline, bp.reconstruct.least_squares, [x], 0.5)
+        >>> pruned = bp.apply_masks(model, found.masks, found.weights)
+        >>> round(bp.sparsity(found.masks), 2)
+        0.5
+    """
+    rule, wanted = _asked(pipeline, target)
+    if read_masks(model):
+        raise ValueError("the model is masked; prune a plain one: bp.finalize(model)")
+    names = list(select(model, rule))
+    order = _layers(model, layers, names)
+    share = lookup(sparsity, names, what="sparsity", default=0.0) if isinstance(sparsity, Mapping) else dict.fromkeys(names, sparsity)
+    masks, weights = (dict(done.masks), dict(done.weights)) if done else ({}, {})
+    with undisturbed(model), torch.no_grad():
+        calls = [_capture(model, order, forward, moved(model, batch)) for batch in batches]
+        if not calls:
+            raise ValueError("batches is empty: calibration needs at least one")
+        scales = [token_weights(call.batch) for call in calls]
+        pruned = [call.hidden for call in calls]
+        dense = list(pruned) if target == "dense" or tune else None
+        for number, layer in enumerate(tqdm(order, desc="sequential", disable=None if progress else True)):
+            if layer.inside and not (done and layer.name in done.layers):
+                twice = target == "dense"
+                given = [torch.cat(both) for both in zip(dense or [], pruned, strict=True)] if twice else pruned
+                collect = partial(cast(Any, pipeline.collect), where=partial(_only, rule, layer.inside), statistics=wanted, progress=False)
+                data = _collect(model, collect, layer, given, calls, [_twice(x) for x in scales] if twice else scales)
+                data = {name: attrs.evolve(p, stats={**_known(evidence, name), **p.stats}) for name, p in data.items()}
+                scores = pipeline.metric(data)
+                same = not isinstance(sparsity, Mapping)
+                found = pipeline.allocate(scores, sparsity if same else {name: share[name] for name in layer.inside})
+                masks |= found
+                weights |= reconstruct(data, found)
+                del data, scores, given
+            if dense:
+                dense = [layer.run({}, x, call) for x, call in zip(dense, calls, strict=True)]
+            changed = _pruned(model, layer.name, masks, weights)
+            if tune and dense and layer.inside and not (done and layer.name in done.layers):
+                changed |= _tuned(tune, layer, changed, masks, pruned, calls, dense)
+                weights |= {name: changed[layer.local(name)] for name in layer.inside}
+            pruned = [layer.run(changed, x, call) for x, call in zip(pruned, calls, strict=True)]
+            if each:
+                each(Repaired(dict(masks), dict(weights), tuple(done.name for done in order[: number + 1])))
+    return Repaired(masks, weights, tuple(layer.name for layer in order))
+
+
+def _collect(  # noqa: PLR0917 (of one caller)
+    model: nn.Module, collect: Callable[..., Data], layer: "_Layer", given: list[Tensor], calls: list["_Calls"], scales: list[Tensor | None]
+) -> Data:
+    """Statistics of one layer on the hidden states it is given."""
+
+    def forward(_: Any, i: int) -> Tensor:
+        return layer.run({}, given[i], calls[i])
+
+    return collect(model, batches=range(len(calls)), forward=forward, token_weights=scales.__getitem__)
+
+
+def _tuned(  # noqa: PLR0917 (of one caller)
+    tune: Callable[..., Mapping[str, Tensor]],
+    layer: "_Layer",
+    parameters: Mapping[str, Tensor],
+    masks: Masks,
+    given: list[Tensor],
+    calls: list["_Calls"],
+    targets: list[Tensor],
+) -> Mapping[str, Tensor]:
+    def run(changed: Mapping[str, Tensor], i: int) -> Tensor:
+        return layer.run(changed, given[i], calls[i])
+
+    return tune(run, parameters, {layer.local(name): masks[name] for name in layer.inside}, targets)
+
+
+def _only(rule: Where, inside: Sequence[str], name: str, owner: nn.Module) -> BlockShape | None:
+    return rule(name, owner) if name in inside else None
+
+
+def _asked(pipeline: Pipeline, target: str) -> tuple[Any, list[statistics.Statistic]]:
+    bound = pipeline.collect.keywords if isinstance(pipeline.collect, partial) else {}
+    if "where" not in bound or "statistics" not in bound:
+        raise TypeError(
+            "sequential gives each layer's batches to pipeline.collect itself; bind the rest: "
+            "collect=partial(collect.with_statistics, where=..., statistics=[...])"
+        )
+    wanted = list(bound["statistics"])
+    if bad := [s.name for s in wanted if s.sees not in ("inputs", "output")]:
+        raise ValueError(
+            f"{', '.join(bad)} needs gradients, which a layer alone has not; collect it of the whole model and pass it as evidence="
+        )
+    if target == "dense":
+        means = [statistics.of_half(s, 0, name="target_mean") for s in wanted if s.name == "input_mean"]
+        wanted = [statistics.of_half(s, 1) for s in wanted] + means + [statistics.input_cross]
+    elif target != "pruned":
+        raise ValueError(f"target={target!r} must be 'pruned' or 'dense'")
+    return bound["where"], wanted
+
+
+def _layers(model: nn.Module, layers: Sequence[str] | None, names: Sequence[str]) -> list["_Layer"]:
+    """The layers in order, each with the chosen parameters that lie in it."""
+    modules = dict(model.named_modules())
+    if layers is None:
+        lists = {name: m for name, m in modules.items() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m)}
+        if not lists:
+            raise ValueError(
+                f"{type(model).__name__} has no ModuleList or Sequential whose children are the layers; name them: layers=[...]"
+            )
+        largest = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
+        layers = [f"{largest}.{child}".removeprefix(".") for child, _ in lists[largest].named_children()]
+    for layer in layers:
+        if layer not in modules:
+            raise KeyError(f"layers names {layer!r}, which is not a module of the model{near(layer, modules)}")
+    if not layers:
+        raise ValueError("layers is empty; name at least one, or leave it out")
+    order = [_Layer(layer, modules[layer], [name for name in names if not layer or name.startswith(f"{layer}.")]) for layer in layers]
+    if outside := set(names).difference(*(layer.inside for layer in order)):
+        raise ValueError(
+            f"{sorted(outside)[0]} lies in none of the layers {layers[0]!r} to {layers[-1]!r}; leave it out (`excluding`) or give layers"
+        )
+    return order
+
+
+@attrs.frozen(eq=False)
+class _Calls:
+    """One batch: the first layer's input, and with what else each layer is called."""
+
+    batch: Any
+    hidden: Tensor
+    rest: Mapping[str, tuple[str, tuple[Any, ...], dict[str, Any]]]
+
+
+@attrs.frozen(eq=False)
+class _Layer:
+    name: str
+    module: nn.Module
+    inside: list[str]  # the chosen parameters in it
+
+    def local(self, name: str) -> str:
+        """A parameter's name in the layer."""
+        return name.removeprefix(f"{self.name}.") if self.name else name
+
+    def run(self, parameters: Mapping[str, Tensor], hidden: Tensor, call: _Calls) -> Tensor:
+        """The layer on hidden states, of a batch or of two behind each other, some of its parameters replaced."""
+        named, args, kwargs = call.rest[self.name]
+        n = len(call.hidden)
+        if len(hidden) == 2 * n > 2:
+            args, kwargs = tree_map(lambda x: _twice(x) if isinstance(x, Tensor) and x.ndim > 1 and len(x) == n else x, (args, kwargs))
+        given = ((), {named: hidden, **kwargs}) if named else ((hidden, *args), kwargs)
+        return _tensor(functional_call(self.module, dict(parameters), *given))
+
+
+class _Enough(Exception):
+    pass
+
+
+def _capture(model: nn.Module, order: Sequence[_Layer], forward: Forward, batch: Any) -> _Calls:
+    """One forward up to the last layer, listening."""
+    rest: dict[str, Any] = {}
+    first: list[Tensor] = []
+    last: list[Tensor] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any, *, layer: str) -> None:
+        if layer in rest:
+            raise ValueError(f"layer {layer!r} is called twice in a forward; name layers that are called once: layers=[...]")
+        named = next(iter(kwargs)) if not args and kwargs else ""
+        hidden = args[0] if args else kwargs.get(named)
+        if not isinstance(hidden, Tensor):
+            raise ValueError(f"layer {layer!r} is not given a tensor first but a {type(hidden).__name__}; name other layers: layers=[...]")
+        if last and (hidden.shape != last[0].shape or not torch.equal(hidden, last[0])):
+            raise ValueError(f"layer {layer!r} is not given the output of the one before; name layers that follow each other: layers=[...]")
+        first.append(hidden.detach().clone()) if not rest else None
+        others = {k: None if k.startswith("past_key_value") else v for k, v in kwargs.items() if k != named}
+        rest[layer] = (named, args[1:], others)
+        if layer == order[-1].name:
+            raise _Enough
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        last[:] = [_tensor(output)]
+
+    handles = []
+    for layer in order:
+        handles.append(layer.module.register_forward_pre_hook(partial(before, layer=layer.name), with_kwargs=True))
+        handles.append(layer.module.register_forward_hook(after))
+    try:
+        forward(model, batch)
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missing := [layer.name for layer in order if layer.name not in rest]:
+        raise ValueError(
+            f"the forward never calls layer {missing[0]!r} in the order given; name layers that follow each other: layers=[...]"
+        )
+    return _Calls(batch, first[0], rest)
+
+
+def _tensor(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _twice(x: Tensor | None) -> Tensor | None:
+    return None if x is None else torch.cat([x, x])
+
+
+def _known(evidence: Data | None, name: str) -> Mapping[str, Tensor]:
+    return evidence[name].stats if evidence and name in evidence else {}
+
+
+def _pruned(model: nn.Module, layer: str, masks: Masks, weights: Weights) -> dict[str, Tensor]:
+    """The parameters of a layer that are masked or new, by their names in it."""
+    prefix = f"{layer}." if layer else ""
+    inside = {name for name in {**masks, **weights} if name.startswith(prefix)}
+    found: dict[str, Tensor] = {}
+    for name, places in find(model, inside, what="weights").items():
+        stored = places[0].stored
+        value = weights[name].to(stored) if name in weights else stored
+        if name in masks:
+            value = mask_blocks(value, masks[name].keep.to(stored.device), masks[name].grid)
+        found |= {slot.name.removeprefix(prefix): value for slot in places if slot.name.startswith(prefix)}
+    return found
