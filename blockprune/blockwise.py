@@ -32,7 +32,7 @@ def blockwise(
         targets: the dense layer's output, one a batch.
         epochs: passes over the batches at most.
         lr: Adam's learning rate; it falls to 0 along a cosine.
-        held_out: share of the batches, the last ones, that only say when to stop; 0 tunes on all and keeps the last epoch.
+        held_out: share of the batches, the last ones and at least one, that only say when to stop; 0 tunes on all and keeps the last epoch.
         patience: epochs without a lower error on them before it stops; the best epoch's weights are returned, the given ones if none is.
         seed: of the order of batches.
 
@@ -47,15 +47,26 @@ def blockwise(
         >>> tuned["weight"][:2, 2:].count_nonzero().item()
         0
     """
-    learn = len(targets) - round(held_out * len(targets)) if held_out else len(targets)
-    if not 0 <= held_out < 1 or learn < 1:
-        raise ValueError(f"held_out={held_out} of {len(targets)} batches leaves none to learn from; give more batches or a smaller share")
+    share = held_out if 0 <= held_out < 1 else 1
+    learn = len(targets) - (max(1, round(share * len(targets))) if held_out else 0)
+    if learn < 1:
+        raise ValueError(
+            f"held_out={held_out} of {len(targets)} batches leaves none to learn from; give more batches, or held_out=0 to hold none out"
+        )
+    if not masks or not epochs:
+        return {
+            name: mask_blocks(parameters[name].detach(), mask.keep.to(parameters[name].device), mask.grid) for name, mask in masks.items()
+        }
     generator = torch.Generator().manual_seed(seed)
-    leaves = {name: parameters[name].detach().clone().requires_grad_(True) for name in masks}
+    wide = {name: torch.promote_types(parameters[name].dtype, torch.float32) for name in masks}  # small steps round away in half
+    leaves = {name: parameters[name].detach().to(wide[name], copy=True).requires_grad_(True) for name in masks}
     keep = {name: mask.keep.to(parameters[name].device) for name, mask in masks.items()}
 
+    def weight(name: str, leaf: Tensor) -> Tensor:
+        return mask_blocks(leaf.to(parameters[name].dtype), keep[name], masks[name].grid)
+
     def masked() -> dict[str, Tensor]:
-        return {**parameters, **{name: mask_blocks(leaf, keep[name], masks[name].grid) for name, leaf in leaves.items()}}
+        return {**parameters, **{name: weight(name, leaf) for name, leaf in leaves.items()}}
 
     def error(i: int) -> Tensor:
         return (run(masked(), i) - targets[i]).float().square().mean()
@@ -70,8 +81,9 @@ def blockwise(
     with torch.enable_grad():
         for _ in range(epochs):
             for i in torch.randperm(learn, generator=generator).tolist():
-                optimizer.zero_grad()
-                error(i).backward()
+                gradients = torch.autograd.grad(error(i), list(leaves.values()), allow_unused=True)  # not of what else the layer has
+                for leaf, gradient in zip(leaves.values(), gradients, strict=True):
+                    leaf.grad = gradient
                 optimizer.step()
                 schedule.step()
             now = held_out_error()
@@ -80,4 +92,4 @@ def blockwise(
                 best, least = {name: leaf.detach().clone() for name, leaf in leaves.items()}, now
             elif waited > patience:
                 break
-    return {name: mask_blocks(weight, keep[name], masks[name].grid) for name, weight in best.items()}
+    return {name: weight(name, leaf) for name, leaf in best.items()}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any, Literal, cast
 
 import attrs
@@ -91,12 +92,19 @@ def sequential(
         0.5
     """
     rule, wanted = _asked(pipeline, target)
+    if isinstance(batches, (Tensor, Mapping)):
+        raise TypeError(f"batches is one {type(batches).__name__}; give an iterable of batches, such as [batch]")
     if read_masks(model):
         raise ValueError("the model is masked; prune a plain one: bp.finalize(model)")
-    names = list(select(model, rule))
+    chosen = select(model, rule)
+    if computed := [name for name, (slot, _) in chosen.items() if not slot.alone]:
+        raise ValueError(f"{computed[0]} is computed by another parametrization, so it cannot be repaired; remove that first")
+    names = list(chosen)
     order = _layers(model, layers, names)
     share = lookup(sparsity, names, what="sparsity", default=0.0) if isinstance(sparsity, Mapping) else dict.fromkeys(names, sparsity)
-    masks, weights = (dict(done.masks), dict(done.weights)) if done else ({}, {})
+    masks, weights, before = (dict(done.masks), dict(done.weights), done.layers) if done else ({}, {}, ())
+    if before != tuple(layer.name for layer in order[: len(before)]):
+        raise ValueError(f"done is of layers {', '.join(map(repr, before))}, which are not the first ones here; give the same layers")
     with undisturbed(model), torch.no_grad():
         calls = [_capture(model, order, forward, moved(model, batch)) for batch in batches]
         if not calls:
@@ -105,11 +113,12 @@ def sequential(
         pruned = [call.hidden for call in calls]
         dense = list(pruned) if target == "dense" or tune else None
         for number, layer in enumerate(tqdm(order, desc="sequential", disable=None if progress else True)):
-            if layer.inside and not (done and layer.name in done.layers):
+            new = number >= len(before)
+            if new and layer.inside:
                 twice = target == "dense"
                 given = [torch.cat(both) for both in zip(dense or [], pruned, strict=True)] if twice else pruned
                 collect = partial(cast(Any, pipeline.collect), where=partial(_only, rule, layer.inside), statistics=wanted, progress=False)
-                data = _collect(model, collect, layer, given, calls, [_twice(x) for x in scales] if twice else scales)
+                data = _collect(model, collect, layer, given, calls, scales, twice=twice)
                 data = {name: attrs.evolve(p, stats={**_known(evidence, name), **p.stats}) for name, p in data.items()}
                 scores = pipeline.metric(data)
                 same = not isinstance(sparsity, Mapping)
@@ -120,24 +129,34 @@ def sequential(
             if dense:
                 dense = [layer.run({}, x, call) for x, call in zip(dense, calls, strict=True)]
             changed = _pruned(model, layer.name, masks, weights)
-            if tune and dense and layer.inside and not (done and layer.name in done.layers):
-                changed |= _tuned(tune, layer, changed, masks, pruned, calls, dense)
+            if tune and dense and new and layer.inside:
+                changed |= _tuned(tune, layer, changed, masks, pruned, calls, dense, scales)
                 weights |= {name: changed[layer.local(name)] for name in layer.inside}
             pruned = [layer.run(changed, x, call) for x, call in zip(pruned, calls, strict=True)]
-            if each:
-                each(Repaired(dict(masks), dict(weights), tuple(done.name for done in order[: number + 1])))
+            if each and new:
+                each(Repaired(dict(masks), dict(weights), tuple(layer.name for layer in order[: number + 1])))
     return Repaired(masks, weights, tuple(layer.name for layer in order))
 
 
 def _collect(  # noqa: PLR0917 (of one caller)
-    model: nn.Module, collect: Callable[..., Data], layer: "_Layer", given: list[Tensor], calls: list["_Calls"], scales: list[Tensor | None]
+    model: nn.Module,
+    collect: Callable[..., Data],
+    layer: "_Layer",
+    given: list[Tensor],
+    calls: list["_Calls"],
+    scales: list[Tensor | None],
+    *,
+    twice: bool,
 ) -> Data:
     """Statistics of one layer on the hidden states it is given."""
 
     def forward(_: Any, i: int) -> Tensor:
-        return layer.run({}, given[i], calls[i])
+        return layer.run({}, given[i], calls[i], twice=twice)
 
-    return collect(model, batches=range(len(calls)), forward=forward, token_weights=scales.__getitem__)
+    if twice:
+        layer.check_halves(given[0], calls[0])
+    weights = [_twice(x) for x in scales] if twice else scales
+    return collect(model, batches=range(len(calls)), forward=forward, token_weights=weights.__getitem__)
 
 
 def _tuned(  # noqa: PLR0917 (of one caller)
@@ -148,11 +167,21 @@ def _tuned(  # noqa: PLR0917 (of one caller)
     given: list[Tensor],
     calls: list["_Calls"],
     targets: list[Tensor],
+    scales: list[Tensor | None],
 ) -> Mapping[str, Tensor]:
     def run(changed: Mapping[str, Tensor], i: int) -> Tensor:
-        return layer.run(changed, given[i], calls[i])
+        return _counted(layer.run(changed, given[i], calls[i]), scales[i])
 
-    return tune(run, parameters, {layer.local(name): masks[name] for name in layer.inside}, targets)
+    aims = [_counted(x, scale) for x, scale in zip(targets, scales, strict=True)]
+    return tune(run, parameters, {layer.local(name): masks[name] for name in layer.inside}, aims)
+
+
+def _counted(x: Tensor, scale: Tensor | None) -> Tensor:
+    """The tokens that count, times the root of how much: the squared error of what is left is the weighed one."""
+    if scale is None or x.shape[: scale.ndim] != scale.shape:
+        return x
+    here = scale > 0
+    return x[here] * scale[here].to(x).sqrt().view(-1, *[1] * (x.ndim - scale.ndim))
 
 
 def _only(rule: Where, inside: Sequence[str], name: str, owner: nn.Module) -> BlockShape | None:
@@ -166,7 +195,11 @@ def _asked(pipeline: Pipeline, target: str) -> tuple[Any, list[statistics.Statis
             "sequential gives each layer's batches to pipeline.collect itself; bind the rest: "
             "collect=partial(collect.with_statistics, where=..., statistics=[...])"
         )
+    if own := [key for key in ("batches", "forward", "token_weights") if key in bound]:
+        raise TypeError(f"pipeline.collect binds {', '.join(own)}, which sequential would not use; give it to sequential instead")
     wanted = list(bound["statistics"])
+    if any(s.name == statistics.input_cross.name for s in wanted):
+        raise ValueError("input_cross is of two models' inputs; leave it out of the statistics: target='dense' adds it")
     if bad := [s.name for s in wanted if s.sees not in ("inputs", "output")]:
         raise ValueError(
             f"{', '.join(bad)} needs gradients, which a layer alone has not; collect it of the whole model and pass it as evidence="
@@ -182,6 +215,8 @@ def _asked(pipeline: Pipeline, target: str) -> tuple[Any, list[statistics.Statis
 def _layers(model: nn.Module, layers: Sequence[str] | None, names: Sequence[str]) -> list["_Layer"]:
     """The layers in order, each with the chosen parameters that lie in it."""
     modules = dict(model.named_modules())
+    if isinstance(layers, str):
+        raise TypeError(f"layers={layers!r} is one name; give a sequence of the layers' names, such as [{layers!r}]")
     if layers is None:
         lists = {name: m for name, m in modules.items() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m)}
         if not lists:
@@ -222,14 +257,29 @@ class _Layer:
         """A parameter's name in the layer."""
         return name.removeprefix(f"{self.name}.") if self.name else name
 
-    def run(self, parameters: Mapping[str, Tensor], hidden: Tensor, call: _Calls) -> Tensor:
+    def run(self, parameters: Mapping[str, Tensor], hidden: Tensor, call: _Calls, *, twice: bool = False) -> Tensor:
         """The layer on hidden states, of a batch or of two behind each other, some of its parameters replaced."""
         named, args, kwargs = call.rest[self.name]
-        n = len(call.hidden)
-        if len(hidden) == 2 * n > 2:
+        n = len(hidden) // 2
+        if twice and n > 1:
             args, kwargs = tree_map(lambda x: _twice(x) if isinstance(x, Tensor) and x.ndim > 1 and len(x) == n else x, (args, kwargs))
+        hidden = hidden.clone()  # a layer may write into its input
         given = ((), {named: hidden, **kwargs}) if named else ((hidden, *args), kwargs)
-        return _tensor(functional_call(self.module, dict(parameters), *given))
+        return _tensor(self.name, functional_call(self.module, dict(parameters), *given))
+
+    def check_halves(self, hidden: Tensor, call: _Calls) -> None:
+        """That two batches behind each other give what each gives alone."""
+        alone = self.run({}, hidden.chunk(2)[0], call)
+        half = self.run({}, hidden, call, twice=True)[: len(alone)]
+        digits = torch.finfo(alone.dtype).eps ** 0.5 if alone.is_floating_point() else 0.0
+        if half.shape != alone.shape or (half - alone).norm() > digits * alone.norm():
+            raise ValueError(
+                f"layer {self.name!r} mixes the samples of a batch, or they do not lie along the first axis: "
+                "target='dense' needs them apart; use target='pruned'"
+            )
+
+
+CACHES = ("past_key_value", "layer_past", "cache_params")  # Hugging Face's: a layer adds to them whenever it is called
 
 
 class _Enough(Exception):
@@ -249,21 +299,23 @@ def _capture(model: nn.Module, order: Sequence[_Layer], forward: Forward, batch:
         hidden = args[0] if args else kwargs.get(named)
         if not isinstance(hidden, Tensor):
             raise ValueError(f"layer {layer!r} is not given a tensor first but a {type(hidden).__name__}; name other layers: layers=[...]")
-        if last and (hidden.shape != last[0].shape or not torch.equal(hidden, last[0])):
+        if rest and not (last and hidden.shape == last[0].shape and torch.equal(hidden, last[0])):
             raise ValueError(f"layer {layer!r} is not given the output of the one before; name layers that follow each other: layers=[...]")
         first.append(hidden.detach().clone()) if not rest else None
-        others = {k: None if k.startswith("past_key_value") else v for k, v in kwargs.items() if k != named}
-        rest[layer] = (named, args[1:], others)
+        last.clear()
+        positions = [*signature(module.forward).parameters, *[""] * len(args)]
+        others = {k: None if k.startswith(CACHES) else v for k, v in kwargs.items() if k != named}
+        rest[layer] = (named, tuple(None if k.startswith(CACHES) else v for k, v in zip(positions[1:], args[1:], strict=False)), others)
         if layer == order[-1].name:
             raise _Enough
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        last[:] = [_tensor(output)]
+    def after(module: nn.Module, args: Any, output: Any, *, layer: str) -> None:
+        last[:] = [_tensor(layer, output).clone()]  # what comes between may write into it
 
     handles = []
     for layer in order:
         handles.append(layer.module.register_forward_pre_hook(partial(before, layer=layer.name), with_kwargs=True))
-        handles.append(layer.module.register_forward_hook(after))
+        handles.append(layer.module.register_forward_hook(partial(after, layer=layer.name)))
     try:
         forward(model, batch)
     except _Enough:
@@ -278,8 +330,12 @@ def _capture(model: nn.Module, order: Sequence[_Layer], forward: Forward, batch:
     return _Calls(batch, first[0], rest)
 
 
-def _tensor(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
+def _tensor(layer: str, output: Any) -> Tensor:
+    found = next(iter(output.values()), None) if isinstance(output, Mapping) else output
+    found = found[0] if isinstance(found, (tuple, list)) and found else found
+    if not isinstance(found, Tensor):
+        raise ValueError(f"layer {layer!r} does not give a tensor first but a {type(found).__name__}; name other layers: layers=[...]")
+    return found
 
 
 def _twice(x: Tensor | None) -> Tensor | None:
@@ -291,14 +347,15 @@ def _known(evidence: Data | None, name: str) -> Mapping[str, Tensor]:
 
 
 def _pruned(model: nn.Module, layer: str, masks: Masks, weights: Weights) -> dict[str, Tensor]:
-    """The parameters of a layer that are masked or new, by their names in it."""
+    """The parameters of a layer that are masked or new, each by its first name in it."""
     prefix = f"{layer}." if layer else ""
-    inside = {name for name in {**masks, **weights} if name.startswith(prefix)}
+    names = {**masks, **weights}
     found: dict[str, Tensor] = {}
-    for name, places in find(model, inside, what="weights").items():
-        stored = places[0].stored
-        value = weights[name].to(stored) if name in weights else stored
-        if name in masks:
-            value = mask_blocks(value, masks[name].keep.to(stored.device), masks[name].grid)
-        found |= {slot.name.removeprefix(prefix): value for slot in places if slot.name.startswith(prefix)}
+    for name, places in zip(names, find(model, names, what="weights").values(), strict=True):
+        if here := [slot.name for slot in places if slot.name.startswith(prefix)]:
+            stored = places[0].stored
+            value = weights[name].to(stored) if name in weights else stored
+            if name in masks:
+                value = mask_blocks(value, masks[name].keep.to(stored.device), masks[name].grid)
+            found[here[0].removeprefix(prefix)] = value
     return found

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the peers' environments, .peers/nni28 and .peers/nni30, in the repository root. Safe to run again.
+# Make the peers' environments, .peers/nni28, nni30, torchao and llmcompressor, in the repository root. Safe to run again.
 set -eu
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
@@ -25,3 +25,20 @@ peer() { # peer NAME NNI-VERSION IMPORT-TO-CHECK [REQUIREMENT...]
 
 peer nni28 2.8 nni.algorithms.compression.v2.pytorch.pruning.tools tensorboard==2.21.0
 peer nni30 3.0 nni.compression.pruning scipy==1.17.1
+
+other() { # other NAME CHECK PIP-ARGUMENT...
+    local home=.peers/$1 check=$2
+    shift 2
+    if [ -x "$home/bin/python" ] && "$home/bin/python" -c "$check" >/dev/null 2>&1; then
+        echo "$home: in place"
+        return
+    fi
+    "$python" -m venv --clear "$home"
+    "$home/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+    "$home/bin/python" -c "$check" 2>/dev/null
+    echo "$home: made"
+}
+
+# torchao 0.18 is its last release with sparsity; llm-compressor pins much, so all of it is written down.
+other torchao "from torchao.sparsity import WandaSparsifier" torch==2.13.0 numpy==2.2.6 torchao==0.18.0
+other llmcompressor "from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier" -r benchmarks/peers/llmcompressor.txt
