@@ -177,7 +177,7 @@ def budgeted(task: Task, pattern: Pattern, sparsity: float, **options: Any) -> F
         lazy=True,
         progress=False,
     )
-    budget = distribute.by_score(OBS(data), sparsity, max_sparsity=max(CAP, (1 + sparsity) / 2))
+    budget = distribute.loss_weighted(OBS(data), sparsity, max_sparsity=max(CAP, (1 + sparsity) / 2))
     evidence = {name: attrs.evolve(p, stats={"output_grad_gram": p.stats["output_grad_gram"]}) for name, p in data.items()}
     del data
     return repaired(OBS, GRAM, SQUARES, task, pattern, sparsity, rank=allocate.per_layer, budget=budget, evidence=evidence, **options)

@@ -2,7 +2,8 @@
 
 One idea: rank blocks within a group and drop the lowest until the group's budget of *elements* is met. A group is a
 parameter (`per_layer`), the whole model (`global_`), a row of blocks (`per_row`), a tile of blocks (`per_bank`), or m
-consecutive blocks (`n_of_m`). Everything else is how the budget is spread (`uniform`, `erk`).
+consecutive blocks (`n_of_m`). Everything else is how the budget is spread
+(distribute.py: `uniform`, `erk`, `owl`, `lagrangian`, `loss_weighted`).
 
 Rounding is one rule in one place, ranking.py: what is removed is the closest reachable to the budget, and masks nest.
 """
@@ -17,12 +18,12 @@ import torch
 from torch import Tensor
 
 from blockprune.blocks import BlockGrid, block_elements, tiles, untile
-from blockprune.distribute import check_fraction, clamps, erk, uniform
+from blockprune.distribute import check_fraction, clamps, erk, lagrangian, loss_weighted, owl, uniform
 from blockprune.names import key_for, lookup, matches, near
 from blockprune.ranking import drop_lowest, falls
 from blockprune.types import BlockMask, Distribute, Masks, Scores, Sparsity
 
-__all__ = ["erk", "global_", "n_of_m", "per_bank", "per_layer", "per_row", "uniform"]
+__all__ = ["erk", "global_", "lagrangian", "loss_weighted", "n_of_m", "owl", "per_bank", "per_layer", "per_row", "uniform"]
 
 N = TypeVar("N", int, float)
 Coupled = Iterable[Iterable[str]]  # groups of parameter names or patterns

@@ -69,7 +69,8 @@ def blockwise(
         return {**parameters, **{name: weight(name, leaf) for name, leaf in leaves.items()}}
 
     def error(i: int) -> Tensor:
-        return (run(masked(), i) - targets[i]).float().square().mean()
+        gap = run(masked(), i) - targets[i]
+        return gap.to(torch.promote_types(gap.dtype, torch.float32)).square().mean()
 
     def held_out_error() -> float:
         with torch.no_grad():

@@ -176,11 +176,11 @@ def lagrangian(
     return {name: int(gone.sum()) / score.grid.elements for (name, score), gone in zip(scores.items(), fallen, strict=True)}
 
 
-def by_score(scores: Scores, sparsity: float, *, max_sparsity: float | Mapping[str, float] = 0.9) -> dict[str, float]:
+def loss_weighted(scores: Scores, sparsity: float, *, max_sparsity: float | Mapping[str, float] = 0.9) -> dict[str, float]:
     """What each parameter loses when all blocks of the model are ranked together: `lagrangian` of errors taken as they are.
 
-    It suits scores of one quantity for all parameters, such as the loss in `metric.obs` weighted by output gradients. The bound
-    is there because an emptied layer cuts the network, which no sum of errors sees.
+    It suits scores of one quantity for all parameters: the loss, in `metric.obs` weighed by output gradients or in `metric.fisher`. The
+    bound is there because an emptied layer cuts the network, which no sum of errors sees.
 
     Args:
         scores: comparable between parameters.
@@ -191,10 +191,10 @@ def by_score(scores: Scores, sparsity: float, *, max_sparsity: float | Mapping[s
         ValueError, KeyError: as `lagrangian`.
 
     Example:
-        >>> from blockprune.distribute import by_score
+        >>> from blockprune.distribute import loss_weighted
         >>> grid = bp.BlockGrid((4,), (1,))
         >>> low, high = bp.BlockScore(torch.tensor([1.0, 2.0, 3.0, 4.0]), grid), bp.BlockScore(torch.tensor([5.0, 6.0, 7.0, 8.0]), grid)
-        >>> by_score({"low": low, "high": high}, 0.5)
+        >>> loss_weighted({"low": low, "high": high}, 0.5)
         {'low': 0.75, 'high': 0.25}
     """
     return lagrangian(scores, sparsity, relative=False, max_sparsity=max_sparsity)

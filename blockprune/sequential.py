@@ -154,7 +154,7 @@ def _collect(  # noqa: PLR0917 (of one caller)
         return layer.run({}, given[i], calls[i], twice=twice)
 
     if twice:
-        layer.check_halves(given[0], calls[0])
+        layer.check_twice(given[0], calls[0])
     weights = [_twice(x) for x in scales] if twice else scales
     return collect(model, batches=range(len(calls)), forward=forward, token_weights=weights.__getitem__)
 
@@ -261,21 +261,39 @@ class _Layer:
         """The layer on hidden states, of a batch or of two behind each other, some of its parameters replaced."""
         named, args, kwargs = call.rest[self.name]
         n = len(hidden) // 2
-        if twice and n > 1:
+        if twice:
             args, kwargs = tree_map(lambda x: _twice(x) if isinstance(x, Tensor) and x.ndim > 1 and len(x) == n else x, (args, kwargs))
         hidden = hidden.clone()  # a layer may write into its input
         given = ((), {named: hidden, **kwargs}) if named else ((hidden, *args), kwargs)
         return _tensor(self.name, functional_call(self.module, dict(parameters), *given))
 
-    def check_halves(self, hidden: Tensor, call: _Calls) -> None:
-        """That two batches behind each other give what each gives alone."""
-        alone = self.run({}, hidden.chunk(2)[0], call)
-        half = self.run({}, hidden, call, twice=True)[: len(alone)]
-        digits = torch.finfo(alone.dtype).eps ** 0.5 if alone.is_floating_point() else 0.0
-        if half.shape != alone.shape or (half - alone).norm() > digits * alone.norm():
+    def check_twice(self, hidden: Tensor, call: _Calls) -> None:
+        """That two batches behind each other give, to every chosen weight and at the end, what each gives alone."""
+        owners = {name.rpartition(".")[0] for name in map(self.local, self.inside)}
+
+        def seen(hidden: Tensor, *, twice: bool) -> list[Tensor]:
+            found: list[Tensor] = []
+
+            def listen(module: nn.Module, args: Any, kwargs: Any) -> None:
+                found.extend([x.detach().clone() for x in (*args, *kwargs.values()) if isinstance(x, Tensor)][:1])
+
+            handles = [self.module.get_submodule(name).register_forward_pre_hook(listen, with_kwargs=True) for name in owners]
+            try:
+                return [self.run({}, hidden, call, twice=twice), *found]
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+        alone = [seen(half, twice=False) for half in hidden.chunk(2)]
+        why = ""
+        try:
+            both = seen(hidden, twice=True)
+        except (RuntimeError, AssertionError) as error:
+            both, why = [], f" ({error})"
+        if not len(both) == len(alone[0]) == len(alone[1]) or not all(map(_alike, both, *alone)):
             raise ValueError(
-                f"layer {self.name!r} mixes the samples of a batch, or they do not lie along the first axis: "
-                "target='dense' needs them apart; use target='pruned'"
+                f"layer {self.name!r} mixes the samples of a batch, or they do not lie along the first axis{why}: "
+                "target='dense' runs two batches behind each other; use target='pruned'"
             )
 
 
@@ -299,6 +317,10 @@ def _capture(model: nn.Module, order: Sequence[_Layer], forward: Forward, batch:
         hidden = args[0] if args else kwargs.get(named)
         if not isinstance(hidden, Tensor):
             raise ValueError(f"layer {layer!r} is not given a tensor first but a {type(hidden).__name__}; name other layers: layers=[...]")
+        if hidden.is_nested:
+            raise ValueError(
+                f"layer {layer!r} is given a nested tensor; switch that off (enable_nested_tensor=False) or leave out the padding"
+            )
         if rest and not (last and hidden.shape == last[0].shape and torch.equal(hidden, last[0])):
             raise ValueError(f"layer {layer!r} is not given the output of the one before; name layers that follow each other: layers=[...]")
         first.append(hidden.detach().clone()) if not rest else None
@@ -336,6 +358,16 @@ def _tensor(layer: str, output: Any) -> Tensor:
     if not isinstance(found, Tensor):
         raise ValueError(f"layer {layer!r} does not give a tensor first but a {type(found).__name__}; name other layers: layers=[...]")
     return found
+
+
+def _alike(both: Tensor, first: Tensor, second: Tensor) -> bool:
+    """Whether the first is the others behind each other, but for rounding."""
+    wanted = torch.cat([first, second])
+    digits = torch.finfo(both.dtype).eps ** 0.5 if both.is_floating_point() else 0.0
+    if both.shape != wanted.shape:
+        return False
+    wide = torch.promote_types(both.dtype, torch.float32)
+    return bool((both - wanted).to(wide).norm() <= digits * wanted.to(wide).norm())
 
 
 def _twice(x: Tensor | None) -> Tensor | None:

@@ -13,6 +13,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import DTYPES, PALETTES, drawn, dtypes, dyadic, grids, inf, scores, seeds, shares_memory, sparsities
+from torch import nn
 
 import blockprune as bp
 from blockprune.allocate import erk, global_, n_of_m, per_bank, per_layer, per_row, uniform
@@ -556,3 +557,31 @@ def test_scores_and_masks_of_another_size_than_their_grid_are_refused(data: st.D
         assert not [part for part in (f"{make.__name__}.", str(size), str(grid.size), str(grid.shape)) if part not in str(caught.value)]
     with pytest.raises(TypeError, match=r"BlockMask\.keep must be bool.*float32.*keep\.bool\(\)"):
         bp.BlockMask(torch.ones(grid.size), grid)
+
+
+def test_mixed_patterns_in_one_plan_share_a_budget_by_cost() -> None:
+    """Tiles in one Linear, whole columns in the other, chosen by `where`: one ranking, the sum of what is removed is what was asked."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)), torch.randn(256, 16)
+    where = bp.first_of(bp.named("0.weight", (4, 4)), bp.named("2.weight", (-1, 1)))
+    data = bp.collect.with_statistics(
+        model,
+        where=where,
+        statistics=[bp.statistics.input_gram, bp.statistics.output_grad_gram],
+        batches=[x],
+        loss=lambda output, batch: output.square().mean(),
+    )
+    assert data["0.weight"].grid.block == (4, 4)
+    assert data["2.weight"].grid.block == (8, 1)
+    scores = bp.metric.obs(data, progress=False)
+    masks = bp.allocate.global_(scores, 0.5)
+    assert abs(bp.sparsity(masks) - 0.5) <= 16 / (16 * 32 + 32 * 8)
+    weights = bp.reconstruct.least_squares(data, masks, progress=False)
+    before = model(x).detach()
+    after = bp.apply_masks(model, masks, weights)(x)
+    assert (after - before).square().mean() < before.square().mean()
+    cost = {"0.weight": 1.0, "2.weight": 4.0}
+    shares = bp.allocate.lagrangian(scores, 0.5, cost=cost, relative=False)
+    paid = sum(shares[name] * score.grid.elements * cost[name] for name, score in scores.items())
+    total = sum(score.grid.elements * cost[name] for name, score in scores.items())
+    assert abs(paid / total - 0.5) <= 32 / total

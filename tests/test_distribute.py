@@ -15,14 +15,14 @@ from strategies import dyadic, inf, scores, sparsities
 
 import blockprune as bp
 from blockprune.allocate import global_, per_layer
-from blockprune.distribute import by_score, lagrangian, owl, priced
+from blockprune.distribute import lagrangian, loss_weighted, owl, priced
 
 ERRORS = ("constant", "zeros", "ties", "near")  # 0 or more, and finite
 errors = scores(palettes=ERRORS)
 some_pruned = scores(palettes=ERRORS, pruned=True)
 caps, least = st.sampled_from([0.25, 0.5, 0.7, 0.9, 1.0]), st.integers(0, 3)
 lams = st.sampled_from([0.0, 0.08, 0.3, 1.0])
-ANY = {"owl": owl, "lagrangian": partial(lagrangian, max_sparsity=1), "by_score": partial(by_score, max_sparsity=1)}
+ANY = {"owl": owl, "lagrangian": partial(lagrangian, max_sparsity=1), "loss_weighted": partial(loss_weighted, max_sparsity=1)}
 every = pytest.mark.parametrize("distribute", ANY.values(), ids=ANY)
 
 
@@ -195,7 +195,7 @@ def test_what_per_layer_removes_costs_the_asked_to_half_a_block(found: bp.Scores
 @given(scores(palettes=("many", "signs", "edges", "ties")), dyadic, caps)
 def test_by_score_within_parameters_is_global(found: bp.Scores, sparsity: float, cap: float) -> None:
     assume(sparsity <= cap)
-    assert per_layer(found, sparsity, distribute=partial(by_score, max_sparsity=cap)) == global_(
+    assert per_layer(found, sparsity, distribute=partial(loss_weighted, max_sparsity=cap)) == global_(
         found, sparsity, max_sparsity=cap, min_keep=0
     )
 
@@ -239,7 +239,7 @@ def test_a_dearer_parameter_loses_more_and_a_pattern_names_the_rest() -> None:
 
 def test_bounds_are_by_name_too() -> None:
     found = {"a.w": score([1.0, 2.0, 3.0, 4.0]), "b.w": score([5.0, 6.0, 7.0, 8.0])}
-    assert by_score(found, 0.5, max_sparsity={"a.*": 0.25}) == {"a.w": 0.25, "b.w": 0.75}
+    assert loss_weighted(found, 0.5, max_sparsity={"a.*": 0.25}) == {"a.w": 0.25, "b.w": 0.75}
     assert lagrangian(found, 0.5, relative=False, min_keep={"a.*": 2}) == {"a.w": 0.5, "b.w": 0.5}
 
 
@@ -301,7 +301,7 @@ def test_scores_without_a_rank_name_their_parameter_and_shape(distribute: Callab
         (lambda: lagrangian(GOOD, 0.5, max_sparsity=1.5), ValueError, "max_sparsity of fc.weight=1.5"),
         (lambda: lagrangian(GOOD, 0.5, min_keep=-1), ValueError, "min_keep=-1 of fc.weight"),
         (lambda: lagrangian(GOOD, 0.75, min_keep=2), ValueError, "sparsity=0.75 cannot be met: .* at most 0.5 of the cost"),
-        (lambda: by_score(GOOD, 0.95), ValueError, "sparsity=0.95 cannot be met: max_sparsity=0.9 .* at most 0.9 of the cost"),
+        (lambda: loss_weighted(GOOD, 0.95), ValueError, "sparsity=0.95 cannot be met: max_sparsity=0.9 .* at most 0.9 of the cost"),
     ],
 )
 def test_an_option_that_cannot_be_met_says_so(call: Callable[[], object], error: type[Exception], message: str) -> None:

@@ -170,8 +170,23 @@ class Sheared(nn.Module):
         return self.fc(x + x.mean(0, keepdim=True))  # type: ignore[no-any-return]
 
 
-def test_a_layer_that_mixes_samples_is_refused_by_a_dense_target_only() -> None:
-    model, x = seeded(lambda: nn.Sequential(Sheared(), Sheared())).double(), [normal((6, 2, 4), i) for i in range(3)]
+class Routed(nn.Module):
+    """Two experts, each for some of the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        mine, out = rows[:, 0] > 0, rows.clone()
+        out[mine], out[~mine] = self.fc(rows[mine]), self.other(rows[~mine])
+        return out.view(x.shape)
+
+
+@pytest.mark.parametrize("layer", [Sheared, Routed])
+def test_a_layer_that_mixes_samples_is_refused_by_a_dense_target_only(layer: type[nn.Module]) -> None:
+    model, x = seeded(lambda: nn.Sequential(layer(), layer())).double(), [normal((6, 2, 4), i) for i in range(3)]
     assert bp.sequential(model, pipeline(), reconstruct.least_squares, x, 0.5).layers == ("0", "1")
     with pytest.raises(ValueError, match=r"layer '1' mixes the samples.*use target='pruned'"):
         bp.sequential(model, pipeline(), reconstruct.least_squares, x, 0.5, target="dense")
@@ -406,6 +421,21 @@ def test_a_layer_may_be_given_its_input_by_keyword_and_give_more_than_a_tensor(k
     model = seeded(Chain).double()
     found = bp.sequential(model, pipeline(), reconstruct.least_squares, inputs(), 0.5, target="dense")
     assert list(found.weights) == ["layers.0.fc.weight", "layers.1.fc.weight"]
+
+
+@pytest.mark.parametrize(("length", "samples"), [(5, 3), (4, 4), (5, 1)])
+@pytest.mark.parametrize("target", ["pruned", "dense"])
+def test_torchs_encoder_with_its_masks(length: int, samples: int, target: Any) -> None:
+    """Batch by batch as sample by sample; the square mask has no batch axis, also where it is as long as there are samples."""
+    layer = partial(nn.TransformerEncoderLayer, 16, 4, 24, batch_first=True)
+    model = seeded(lambda: nn.TransformerEncoder(layer(), 2, enable_nested_tensor=False)).double()
+    go = partial(bp.sequential, model, pipeline(where=bp.named("*linear*.weight", (4, 4))), reconstruct.least_squares, sparsity=0.5)
+    x, square = normal((samples, length, 16), 0), nn.Transformer.generate_square_subsequent_mask(length, dtype=torch.float64)
+    one = go(batches=[{"src": x, "mask": square}], target=target)
+    two = go(batches=[{"src": x[i : i + 1], "mask": square} for i in range(samples)], target=target)
+    assert one.masks == two.masks
+    for key, weight in one.weights.items():
+        close(two.weights[key], weight, atol=1e-8)
 
 
 # Hugging Face, with padding.
@@ -652,6 +682,14 @@ def keyed() -> nn.Module:
     return nn.Sequential(Keyed(), nn.Linear(8, 8)).double()
 
 
+def nested() -> dict[str, Any]:
+    """What torch's own encoder makes of padding."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), 1).double()
+    padding = torch.tensor([[False, False], [False, True]])
+    where = bp.named("*linear*.weight", (2, 2))
+    return {"model": model, "pipeline": pipeline(where=where), "batches": [{"src": normal((2, 2, 8), 0), "src_key_padding_mask": padding}]}
+
+
 def masked() -> nn.Module:
     model = mlp()
     return bp.apply_masks(model, {"0.weight": bp.BlockMask(torch.ones(6, 4).bool(), bp.BlockGrid((12, 8), (2, 2)))})
@@ -689,9 +727,10 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], dict[str, Any]]]] =
     "branches": (ValueError, r"layer 'layers.1' is not given the output of the one before", lambda: {"model": branching()}),
     "written into between": (ValueError, r"layer 'layers.1' is not given", lambda: {"model": Overwritten().double()}),
     "out of order": (ValueError, r"never calls layer '2' in the order", lambda: {"layers": ["2", "3", "4", "0", "1"]}),
-    "nested": (ValueError, r"layer '0' is not given the output of the one before", lambda: {"layers": ["", "0"]}),
     "twice": (ValueError, r"layer '1' is called twice.*layers=", lambda: {"model": shared()}),
     "no tensor": (ValueError, r"layer '0' does not give a tensor first but a int", lambda: {"model": keyed(), "pipeline": pipeline()}),
+    "nested": (ValueError, r"layer 'layers.0' is given a nested tensor; .*enable_nested_tensor=False", nested),
+    "layer in a layer": (ValueError, r"layer '0' is not given the output of the one before", lambda: {"layers": ["", "0"]}),
     "unknown layer": (KeyError, r"layers names '5'.*near it", lambda: {"layers": ["0", "5"]}),
     "one name": (TypeError, r"layers='model' is one name.*\['model'\]", lambda: {"layers": "model"}),
     "no layers": (ValueError, r"layers is empty; name at least one", lambda: {"layers": []}),
