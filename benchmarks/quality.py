@@ -43,6 +43,7 @@ class Task:
     per_sample: str
     figure: Callable[[nn.Module], float]
     down: str  # pattern of the MLP's second projection
+    ups: tuple[tuple[str, str], ...]  # how its name becomes those of the projections before it
 
 
 @attrs.frozen
@@ -71,7 +72,7 @@ PATTERNS = {
     "MLP units": Pattern((-1, 1), only="down"),
     "2:4": Pattern((1, 1), m=4),
 }
-Found = tuple[bp.Masks, bp.Weights]
+Found = tuple[nn.Module, bp.Masks, bp.Weights]  # the model that they are of
 
 
 def smollm_task(windows: int, held_out: int, gradients: int) -> Task:
@@ -93,6 +94,7 @@ def smollm_task(windows: int, held_out: int, gradients: int) -> Task:
         per_sample="vmap",
         figure=partial(smollm.perplexity, held_out=held),
         down="*.down_proj.weight",
+        ups=(("down_proj", "gate_proj"), ("down_proj", "up_proj")),
     )
 
 
@@ -111,7 +113,8 @@ def minilm_task(texts: int) -> Task:
         loss=loss,
         per_sample="loop",
         figure=partial(minilm.pearson, batches=judged),
-        down="encoder.layer.*.output.dense.weight",
+        down="encoder.layer.*[0-9].output.dense.weight",
+        ups=(("output.dense", "intermediate.dense"),),
     )
 
 
@@ -123,7 +126,7 @@ def one_shot(score: Callable[..., bp.Scores], seen: list[Any], task: Task, patte
         if seen
         else collect.weights(task.model, where=where, lazy=True)
     )
-    return pattern.rows(score(data), sparsity), {}
+    return task.model, pattern.rows(score(data), sparsity), {}
 
 
 def fisher(task: Task, pattern: Pattern, sparsity: float) -> Found:
@@ -139,7 +142,7 @@ def fisher(task: Task, pattern: Pattern, sparsity: float) -> Found:
         progress=False,
     )
     scores = metric.fisher(data)
-    return pattern.rows(scores, sparsity) if pattern.m else allocate.global_(scores, sparsity, max_sparsity=CAP), {}
+    return task.model, pattern.rows(scores, sparsity) if pattern.m else allocate.global_(scores, sparsity, max_sparsity=CAP), {}
 
 
 def repaired(  # noqa: PLR0917 (the first three are bound)
@@ -149,7 +152,7 @@ def repaired(  # noqa: PLR0917 (the first three are bound)
     rank = options.pop("rank", pattern.rows)
     pipeline = bp.Pipeline(partial(collect.with_statistics, where=pattern.where(task), statistics=seen), score, rank)
     found = bp.sequential(task.model, pipeline, repair, task.batches, options.pop("budget", sparsity), progress=False, **options)
-    return found.masks, found.weights
+    return task.model, found.masks, found.weights
 
 
 GRAM = [statistics.input_gram]
@@ -183,6 +186,18 @@ def budgeted(task: Task, pattern: Pattern, sparsity: float, **options: Any) -> F
     return repaired(OBS, GRAM, SQUARES, task, pattern, sparsity, rank=allocate.per_layer, budget=budget, evidence=evidence, **options)
 
 
+def permuted(task: Task, pattern: Pattern, sparsity: float) -> Found:
+    """`budgeted` after the MLPs' hidden units are sorted by what dropping one adds to the error, so that weak ones share blocks."""
+    down = bp.named(task.down, (-1, 1))
+    data = collect.with_statistics(task.model, where=down, statistics=GRAM, batches=task.batches, lazy=True, progress=False)
+    scores, known = metric.correlated(data), dict(task.model.named_parameters())
+    plan = []
+    for name in scores:
+        rows = [found for up in task.ups for found in (name.replace(*up), name.replace(*up).replace("weight", "bias")) if found in known]
+        plan.append(bp.weakest_first(scores, units=known[name].shape[1], rows=rows, columns=[name]))
+    return budgeted(attrs.evolve(task, model=bp.permute(task.model, plan)), pattern, sparsity)
+
+
 METHODS: dict[str, Callable[[Task, Pattern, float], Found]] = {
     "magnitude": partial(one_shot, metric.l1, []),
     "Wanda": partial(one_shot, metric.wanda, [statistics.input_sq]),
@@ -191,6 +206,7 @@ METHODS: dict[str, Callable[[Task, Pattern, float], Found]] = {
     "SparseGPT": sparsegpt,
     "OBS": partial(repaired, OBS, GRAM, SQUARES),
     "OBS + budget": budgeted,
+    "OBS + budget + permute": permuted,
     "OBS + budget + tune": partial(budgeted, tune=bp.blockwise),
 }
 
@@ -214,7 +230,7 @@ def main(options: argparse.Namespace) -> None:
         print(f"all-MiniLM-L6-v2: Pearson correlation with people (Lee50), calibration {8 * len(task.batches)} texts", end="")
     print(f", gradients of {len(task.asked)} batches; seed {SEED}; damping {DAMPING}; dense {task.figure(task.model):.3f}")
     print(f"Budgets take at most {CAP:.0%} of a layer (above 20 % sparsity half of what stays)")
-    print(f"{'pattern':10}{'sparsity':>9}  {'method':22}{'figure':>12}{'pruned':>8}{'seconds':>9}{'peak MiB':>10}")
+    print(f"{'pattern':10}{'sparsity':>9}  {'method':24}{'figure':>12}{'pruned':>8}{'seconds':>9}{'peak MiB':>10}")
     for name in options.patterns:
         for sparsity in options.sparsities:
             for method in options.methods:
@@ -222,13 +238,13 @@ def main(options: argparse.Namespace) -> None:
                     continue
                 peak_mib(reset=True)
                 start = time.perf_counter()
-                masks, weights = METHODS[method](task, PATTERNS[name], sparsity)
+                model, masks, weights = METHODS[method](task, PATTERNS[name], sparsity)
                 seconds, peak = time.perf_counter() - start, peak_mib()
-                before = {key: p.detach().clone() for key, p in task.model.named_parameters() if key in weights}
-                figure = task.figure(bp.apply_masks(task.model, masks, weights))
-                bp.apply_masks(task.model, {}, before)
+                before = {key: p.detach().clone() for key, p in model.named_parameters() if key in weights}
+                figure = task.figure(bp.apply_masks(model, masks, weights))
+                bp.apply_masks(model, {}, before)
                 print(
-                    f"{name:10}{sparsity:>9.0%}  {method:22}{figure:>12,.3f}{bp.sparsity(masks):>8.1%}{seconds:>9.0f}{peak:>10,.0f}",
+                    f"{name:10}{sparsity:>9.0%}  {method:24}{figure:>12,.3f}{bp.sparsity(masks):>8.1%}{seconds:>9.0f}{peak:>10,.0f}",
                     flush=True,
                 )
 

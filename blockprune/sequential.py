@@ -74,13 +74,14 @@ def sequential(
         forward: as in `collect.with_statistics`.
         token_weights: as in `collect.with_statistics`.
         done: what an earlier, interrupted call had done.
-        each: called with all that is done after each layer.
+        each: called with all that is done after each new layer; the model is in evaluation mode meanwhile.
         progress: show a bar on a terminal.
 
     Raises:
-        ValueError: a masked model, layers that do not follow each other, a chosen parameter that lies in no layer, no batches.
+        ValueError: a masked model, layers that do not follow each other, a chosen parameter that lies in no layer, no batches, what was
+            done of other layers, under a dense target layers whose first axis is not that of independent samples.
         KeyError: a layer or a sparsity for a parameter that does not exist.
-        TypeError: a pipeline that does not collect statistics.
+        TypeError: a pipeline that does not collect statistics, batches that are one tensor or mapping.
 
     Example:
         >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(64, 8)
@@ -154,7 +155,7 @@ def _collect(  # noqa: PLR0917 (of one caller)
         return layer.run({}, given[i], calls[i], twice=twice)
 
     if twice:
-        layer.check_twice(given[0], calls[0])
+        layer.check_twice(given[0].chunk(2)[0], calls[0])
     weights = [_twice(x) for x in scales] if twice else scales
     return collect(model, batches=range(len(calls)), forward=forward, token_weights=weights.__getitem__)
 
@@ -284,15 +285,16 @@ class _Layer:
                 for handle in handles:
                     handle.remove()
 
-        alone = [seen(half, twice=False) for half in hidden.chunk(2)]
+        other = hidden.flip(-1)  # that a router of tokens, say, sends elsewhere
+        alone = [seen(x, twice=False) for x in (hidden, other)]
         why = ""
         try:
-            both = seen(hidden, twice=True)
+            both = seen(torch.cat([hidden, other]), twice=True)
         except (RuntimeError, AssertionError) as error:
             both, why = [], f" ({error})"
         if not len(both) == len(alone[0]) == len(alone[1]) or not all(map(_alike, both, *alone)):
             raise ValueError(
-                f"layer {self.name!r} mixes the samples of a batch, or they do not lie along the first axis{why}: "
+                f"layer {self.name!r} mixes or routes the samples of a batch, or they do not lie along the first axis{why}: "
                 "target='dense' runs two batches behind each other; use target='pruned'"
             )
 
@@ -361,12 +363,12 @@ def _tensor(layer: str, output: Any) -> Tensor:
 
 
 def _alike(both: Tensor, first: Tensor, second: Tensor) -> bool:
-    """Whether the first is the others behind each other, but for rounding."""
-    wanted = torch.cat([first, second])
-    digits = torch.finfo(both.dtype).eps ** 0.5 if both.is_floating_point() else 0.0
-    if both.shape != wanted.shape:
+    """Whether these are two of a size, and the first is both behind each other, but for rounding."""
+    if first.shape != second.shape or both.shape != (2 * len(first), *first.shape[1:]):
         return False
     wide = torch.promote_types(both.dtype, torch.float32)
+    wanted = torch.cat([first, second])
+    digits = torch.finfo(both.dtype).eps ** 0.5 if both.is_floating_point() else 0.0
     return bool((both - wanted).to(wide).norm() <= digits * wanted.to(wide).norm())
 
 

@@ -186,9 +186,9 @@ class Routed(nn.Module):
 
 @pytest.mark.parametrize("layer", [Sheared, Routed])
 def test_a_layer_that_mixes_samples_is_refused_by_a_dense_target_only(layer: type[nn.Module]) -> None:
-    model, x = seeded(lambda: nn.Sequential(layer(), layer())).double(), [normal((6, 2, 4), i) for i in range(3)]
+    model, x = seeded(lambda: nn.Sequential(layer(), layer())).double(), [normal((40, 2, 4), i) for i in range(3)]
     assert bp.sequential(model, pipeline(), reconstruct.least_squares, x, 0.5).layers == ("0", "1")
-    with pytest.raises(ValueError, match=r"layer '1' mixes the samples.*use target='pruned'"):
+    with pytest.raises(ValueError, match=r"layer '[01]' mixes or routes the samples.*use target='pruned'"):
         bp.sequential(model, pipeline(), reconstruct.least_squares, x, 0.5, target="dense")
 
 
@@ -643,6 +643,20 @@ def test_batches_may_be_a_generator_and_mixed_in_size() -> None:
     assert all(torch.allclose(one.weights[k], two.weights[k]) for k in one.weights)
 
 
+def test_batches_may_be_pairs_or_go_through_a_forward_of_ones_own() -> None:
+    x = inputs()
+    one, two, three = (
+        bp.sequential(mlp(), pipeline(), reconstruct.least_squares, batches, 0.5, **how)
+        for batches, how in (
+            (x, {}),
+            ([(b, 0) for b in x], {}),
+            ([{"x": b} for b in x], {"forward": lambda model, batch: model(batch["x"])}),
+        )
+    )
+    assert same(one, two)
+    assert same(one, three)
+
+
 # Mistakes.
 
 
@@ -750,6 +764,7 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], dict[str, Any]]]] =
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_named_and_the_model_left_alone(mistake: str) -> None:
     error, message, change = MISTAKES[mistake]

@@ -1,0 +1,209 @@
+"""What seeing data costs: statistics against plain passes over the same batches, and Wanda and Taylor against other libraries.
+
+python benchmarks/calibration.py            # SmolLM2-135M; `make peers` first to compare side by side
+python benchmarks/calibration.py --tiny     # seconds, a random model, for the test command
+"""
+
+import argparse
+import itertools
+import json
+import statistics as numbers
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attrs
+import smollm
+import torch
+from prune import HERE, ROOT, interleaved
+from timing import machine, medians
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import blockprune as bp
+from blockprune import collect, statistics
+
+WHERE = bp.excluding(bp.linears((16, 16)), "lm_head*")
+FORWARD, BACKWARD = "forward", "forward + backward"
+GOALS = {  # of each statistic: the pass that it is compared with, and at most how many times as long it may take
+    "input_sq": (FORWARD, 1.15),
+    "input_gram": (FORWARD, 2.0),
+    "weight_grad": (BACKWARD, None),
+    "output_grad_gram": (BACKWARD, None),
+    "gate_fisher": (BACKWARD, 4.0),
+}
+Pruners = dict[str, list[str]]  # the command of each worker: an interpreter, a script and its arguments
+
+
+@attrs.frozen(eq=False)
+class Task:
+    """A language model, batches of one window each for statistics of activations, and one batch of samples for gradients."""
+
+    model: nn.Module
+    batches: list[Tensor]
+    samples: list[Tensor]
+
+
+def smollm_task(windows: int, samples: int) -> Task:
+    """SmolLM2 on the first articles of Wikipedia."""
+    model, tokenizer = smollm.load()
+    tokens = smollm.windows(tokenizer, smollm.articles()[:20], windows)
+    return Task(model, list(tokens[:, None]), [tokens[:samples]])
+
+
+def tiny_task() -> Task:
+    """The same architecture, random and small."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 (an extra)
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=128, tie_word_embeddings=True, **sizes)).eval()
+    tokens = torch.randint(128, (4, 32))
+    return Task(model, list(tokens[:, None]), [tokens[:2]])
+
+
+def next_token_loss(output: Any, batch: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+
+
+def forward(task: Task) -> None:
+    with torch.no_grad():
+        for batch in task.batches:
+            task.model(batch)
+
+
+def forward_backward(task: Task, weights: list[nn.Parameter]) -> None:
+    """Gradients of the same weights as the statistics', dropped after each batch."""
+    for batch in task.samples:
+        torch.autograd.grad(next_token_loss(task.model(batch), batch), weights)
+
+
+def calls(task: Task) -> dict[str, Callable[[], object]]:
+    """Both plain passes and every statistic, each a call without arguments."""
+    parameters = dict(task.model.named_parameters())
+    weights = [parameters[name] for name in collect.weights(task.model, where=WHERE, lazy=True)]
+    found: dict[str, Callable[[], object]] = {FORWARD: partial(forward, task), BACKWARD: partial(forward_backward, task, weights)}
+    for name, (against, _) in GOALS.items():
+        found[name] = partial(
+            collect.with_statistics,
+            task.model,
+            where=WHERE,
+            statistics=[getattr(statistics, name)],
+            batches=task.batches if against == FORWARD else task.samples,
+            loss=next_token_loss,
+            progress=False,
+            lazy=True,  # as `Pipeline` calls it
+        )
+    return found
+
+
+def cost(task: Task, rounds: dict[str, int], memory: Callable[[str], float]) -> None:
+    """Seconds of each statistic over those of its plain pass, one thread and all, and peak memory above the model."""
+    count, size = sum(p.numel() for p in task.model.parameters()), task.batches[0].shape[1]
+    print(
+        f"\nCollecting from a model of {count / 1e6:.1f} M parameters (its Linears but lm_head, 16x16 blocks): {FORWARD} of "
+        f"{len(task.batches)} batches of 1 x {size} tokens, {BACKWARD} of one of {len(task.samples[0])} x {size}; median seconds, extra peak MiB"
+    )
+    print(f"{'threads':>8}  {'what':20}{'seconds':>9}{'x pass':>8}{'goal':>7}{'met':>5}{'extra MiB':>11}")
+    every = torch.get_num_threads()
+    extra = {name: memory(name) for name in tqdm((FORWARD, BACKWARD, *GOALS), desc="memory", leave=False, disable=None)}
+    available = calls(task)
+    for threads in sorted({1, every}):
+        torch.set_num_threads(threads)
+        for base in (FORWARD, BACKWARD):
+            names = [base, *(name for name, (against, _) in GOALS.items() if against == base)]
+            seen = medians({name: available[name] for name in names}, rounds=rounds[base])
+            for name, seconds in seen.items():
+                ratio, goal = seconds / seen[base], GOALS[name][1] if name in GOALS else None
+                judged = f"{goal:>7.2f}{'yes' if ratio <= goal else 'no':>5}" if goal else " " * 12
+                print(f"{threads:>8}  {name:20}{seconds:>9.3f}{ratio:>8.2f}{judged}{extra[name]:>11.1f}", flush=True)
+    torch.set_num_threads(every)
+
+
+def extra_peak(name: str, tiny: bool) -> float:
+    """Peak memory of one call above what is resident before it, measured in a process of its own."""
+    command = [sys.executable, __file__, "--memory", name, *(["--tiny"] if tiny else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr[-1000:]}")
+    return float(json.loads(done.stdout)["extra_peak_mib"])
+
+
+def measure_memory(name: str, task: Task) -> None:
+    """The child's part: once on a few tokens, for what is loaded on first use, and once measured."""
+    sys.path.insert(0, str(HERE / "peers"))
+    import _worker  # noqa: PLC0415 (takes stdout for its protocol)
+
+    few = attrs.evolve(task, batches=[task.batches[0][:, :16]], samples=[task.samples[0][:, :16]])
+    calls(few)[name]()
+    call = calls(task)[name]
+    with _worker.PeakMemory() as memory:
+        call()
+    _worker._answer({"extra_peak_mib": memory.extra_mib})
+
+
+def others(layers: int, width: int, count: int, rows: int, rounds: int) -> None:
+    """All from a dense MLP to masks at 50 %, each library in a process of its own, asked in turn; and whether the masks agree."""
+    ours, home = [sys.executable, "ours_calibrated.py"], ROOT / ".peers"
+    compared: dict[str, Pruners] = {
+        "Wanda": {
+            "blockprune": [*ours, "Wanda"],
+            "twin": [*ours, "Wanda-torchao"],
+            "torchao": [str(home / "torchao/bin/python"), "torchao_wanda.py"],
+            "llm-compressor": [str(home / "llmcompressor/bin/python"), "llmcompressor_wanda.py"],
+        },
+        "Taylor": {
+            "blockprune": [*ours, "Taylor"],
+            "twin": [*ours, "Taylor-squared"],
+            "NNI 3.0": [str(home / "nni30/bin/python"), "nni30_taylor.py"],
+        },
+    }
+    print(
+        f"\nMasks at 50 % of {layers} x Linear({width}, {width}) with ReLU ({layers * width * width / 2**18:.0f} MiB), float32, from {count} "
+        f"batches of {rows}, passes included: Wanda 1x1, Taylor rows; median seconds, extra peak MiB, share of weights masked as the first two do"
+    )
+    if missing := [name for workers in compared.values() for name, command in workers.items() if not Path(command[0]).exists()]:
+        print(f"(not installed: {', '.join(missing)}; `make peers` adds them to this table)")
+    print(
+        f"{'threads':>8}  {'method':8}{'library':38}{'seconds':>9}{'x ours':>8}{'extra MiB':>11}{'sparsity':>10}{'as first':>10}{'as second':>11}"
+    )
+    for threads, (method, workers) in itertools.product(sorted({1, torch.get_num_threads()}), compared.items()):
+        present = {name: command for name, command in workers.items() if Path(command[0]).exists()}
+        with tempfile.TemporaryDirectory() as folder:
+            config = {"layers": layers, "width": width, "batches": count, "rows": rows, "threads": threads, "seed": 0, "masks": folder}
+            seen = interleaved(present, {**config, "block": method}, rounds)
+            masks = {name: torch.load(Path(folder) / f"{name}.pt") for name in seen}
+        first, second = itertools.islice(seen, 2)
+        for name, runs in seen.items():
+            seconds, extra, sparsity = (numbers.median(run[key] for run in runs) for key in ("seconds", "extra_peak_mib", "sparsity"))
+            ratio = seconds / numbers.median(run["seconds"] for run in seen[first])
+            same = "".join(f"{agreement(masks[name], masks[other]):>{space}.3%}" for other, space in ((first, 10), (second, 11)))
+            print(f"{threads:>8}  {method:8}{name:38}{seconds:>9.3f}{ratio:>8.2f}{extra:>11.1f}{sparsity:>10.2%}{same}", flush=True)
+
+
+def agreement(a: list[Tensor], b: list[Tensor]) -> float:
+    """The share of weights that both keep or both prune; a mask may have one entry a row."""
+    pairs = [torch.broadcast_tensors(x.view(len(x), -1), y.view(len(y), -1)) for x, y in zip(a, b, strict=True)]
+    return sum(int((x == y).sum()) for x, y in pairs) / sum(x.numel() for x, _ in pairs)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a random Llama of 2 layers, one round")
+    parser.add_argument("--windows", type=int, default=4, help="of 512 tokens, for statistics of activations")
+    parser.add_argument("--samples", type=int, default=2, help="of 512 tokens, for gradients")
+    parser.add_argument("--rounds", type=int, nargs=2, default=[3, 2], help="of both")
+    parser.add_argument("--memory", metavar="WHAT", help="only the peak memory of this, as JSON")
+    options = parser.parse_args()
+    task = tiny_task() if options.tiny else smollm_task(options.windows, options.samples)
+    if options.memory:
+        measure_memory(options.memory, task)
+    else:
+        print(machine())
+        rounds = dict(zip((FORWARD, BACKWARD), [1, 1] if options.tiny else options.rounds, strict=True))
+        cost(task, rounds, partial(extra_peak, tiny=options.tiny))
+        others(*((3, 64, 2, 16, 1) if options.tiny else (6, 1024, 32, 128, 3)))
