@@ -101,16 +101,16 @@ def calls(task: Task) -> dict[str, Callable[[], object]]:
     return found
 
 
-def cost(task: Task, rounds: dict[str, int], memory: Callable[[str], float]) -> None:
+def cost(task: Task, rounds: dict[str, int], extra: dict[str, float]) -> None:
     """Seconds of each statistic over those of its plain pass, one thread and all, and peak memory above the model."""
     count, size = sum(p.numel() for p in task.model.parameters()), task.batches[0].shape[1]
     print(
         f"\nCollecting from a model of {count / 1e6:.1f} M parameters (its Linears but lm_head, 16x16 blocks): {FORWARD} of "
-        f"{len(task.batches)} batches of 1 x {size} tokens, {BACKWARD} of one of {len(task.samples[0])} x {size}; median seconds, extra peak MiB"
+        f"{len(task.batches)} batches of 1 x {size} tokens, {BACKWARD} of one of {len(task.samples[0])} x {size}; "
+        "median seconds, extra peak MiB"
     )
     print(f"{'threads':>8}  {'what':20}{'seconds':>9}{'x pass':>8}{'goal':>7}{'met':>5}{'extra MiB':>11}")
     every = torch.get_num_threads()
-    extra = {name: memory(name) for name in tqdm((FORWARD, BACKWARD, *GOALS), desc="memory", leave=False, disable=None)}
     available = calls(task)
     for threads in sorted({1, every}):
         torch.set_num_threads(threads)
@@ -120,13 +120,14 @@ def cost(task: Task, rounds: dict[str, int], memory: Callable[[str], float]) -> 
             for name, seconds in seen.items():
                 ratio, goal = seconds / seen[base], GOALS[name][1] if name in GOALS else None
                 judged = f"{goal:>7.2f}{'yes' if ratio <= goal else 'no':>5}" if goal else " " * 12
-                print(f"{threads:>8}  {name:20}{seconds:>9.3f}{ratio:>8.2f}{judged}{extra[name]:>11.1f}", flush=True)
+                print(f"{threads:>8}  {name:20}{seconds:>9.3f}{ratio:>8.2f}{judged}{extra.get(name, float('nan')):>11.1f}", flush=True)
     torch.set_num_threads(every)
 
 
-def extra_peak(name: str, tiny: bool) -> float:
+def extra_peak(name: str, options: argparse.Namespace) -> float:
     """Peak memory of one call above what is resident before it, measured in a process of its own."""
-    command = [sys.executable, __file__, "--memory", name, *(["--tiny"] if tiny else [])]
+    sizes = ["--tiny"] if options.tiny else ["--windows", str(options.windows), "--samples", str(options.samples)]
+    command = [sys.executable, __file__, "--memory", name, *sizes]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr[-1000:]}")
@@ -146,7 +147,7 @@ def measure_memory(name: str, task: Task) -> None:
     _worker._answer({"extra_peak_mib": memory.extra_mib})
 
 
-def others(layers: int, width: int, count: int, rows: int, rounds: int) -> None:
+def others(layers: int, width: int, count: int, rows: int, rounds: int, every: int) -> None:
     """All from a dense MLP to masks at 50 %, each library in a process of its own, asked in turn; and whether the masks agree."""
     ours, home = [sys.executable, "ours_calibrated.py"], ROOT / ".peers"
     compared: dict[str, Pruners] = {
@@ -163,15 +164,17 @@ def others(layers: int, width: int, count: int, rows: int, rounds: int) -> None:
         },
     }
     print(
-        f"\nMasks at 50 % of {layers} x Linear({width}, {width}) with ReLU ({layers * width * width / 2**18:.0f} MiB), float32, from {count} "
-        f"batches of {rows}, passes included: Wanda 1x1, Taylor rows; median seconds, extra peak MiB, share of weights masked as the first two do"
+        f"\nMasks at 50 % of {layers} x Linear({width}, {width}) with ReLU, float32 ({layers * width * width / 2**18:.1f} MiB), "
+        f"from {count} batches of {rows}, passes included: Wanda on 1x1, Taylor on rows; "
+        "median seconds, extra peak MiB, share of weights masked as the first and the second line do"
     )
     if missing := [name for workers in compared.values() for name, command in workers.items() if not Path(command[0]).exists()]:
         print(f"(not installed: {', '.join(missing)}; `make peers` adds them to this table)")
     print(
-        f"{'threads':>8}  {'method':8}{'library':38}{'seconds':>9}{'x ours':>8}{'extra MiB':>11}{'sparsity':>10}{'as first':>10}{'as second':>11}"
+        f"{'threads':>8}  {'method':8}{'library':38}{'seconds':>9}{'x ours':>8}{'extra MiB':>11}{'sparsity':>10}"
+        f"{'as first':>10}{'as second':>11}"
     )
-    for threads, (method, workers) in itertools.product(sorted({1, torch.get_num_threads()}), compared.items()):
+    for threads, (method, workers) in itertools.product(sorted({1, every}), compared.items()):
         present = {name: command for name, command in workers.items() if Path(command[0]).exists()}
         with tempfile.TemporaryDirectory() as folder:
             config = {"layers": layers, "width": width, "batches": count, "rows": rows, "threads": threads, "seed": 0, "masks": folder}
@@ -199,11 +202,12 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, nargs=2, default=[3, 2], help="of both")
     parser.add_argument("--memory", metavar="WHAT", help="only the peak memory of this, as JSON")
     options = parser.parse_args()
-    task = tiny_task() if options.tiny else smollm_task(options.windows, options.samples)
+    load = tiny_task if options.tiny else partial(smollm_task, options.windows, options.samples)
     if options.memory:
-        measure_memory(options.memory, task)
+        measure_memory(options.memory, load())
     else:
         print(machine())
-        rounds = dict(zip((FORWARD, BACKWARD), [1, 1] if options.tiny else options.rounds, strict=True))
-        cost(task, rounds, partial(extra_peak, tiny=options.tiny))
-        others(*((3, 64, 2, 16, 1) if options.tiny else (6, 1024, 32, 128, 3)))
+        whats = [FORWARD, BACKWARD, *GOALS][-1 if options.tiny else 0 :]
+        extra = {what: extra_peak(what, options) for what in tqdm(whats, desc="memory", leave=False, disable=None)}
+        cost(load(), dict(zip((FORWARD, BACKWARD), [1, 1] if options.tiny else options.rounds, strict=True)), extra)
+        others(*((3, 64, 2, 16, 1, 1) if options.tiny else (6, 1024, 32, 128, 3, torch.get_num_threads())))

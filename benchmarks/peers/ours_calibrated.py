@@ -14,7 +14,7 @@ from blockprune import allocate, collect, metric, statistics
 
 
 def layer_wide(data: bp.Data) -> bp.Scores:
-    """torchao's rule: the norm squared. Ranked by `per_layer`."""
+    """The weight times the norm *squared*: torchao's rule, ranked by `per_layer`."""
     return {name: bp.BlockScore(p.weight.abs() * p.stats["input_sq"], p.grid) for name, p in data.items()}
 
 
