@@ -20,11 +20,12 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/prune.py
 	$(BIN)/python benchmarks/masked_forward.py
+	$(BIN)/python benchmarks/calibration.py
 
 notebooks: $(READY)
 	$(BIN)/python benchmarks/execute_notebooks.py
 
-# Other libraries, each in an environment of its own under .peers, for `make bench` to compare with.
+# Other libraries (NNI, torchao, llm-compressor), each in an environment of its own under .peers, for `make bench` to compare with.
 peers: $(READY)
 	bash benchmarks/peers/setup.sh
 

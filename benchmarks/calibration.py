@@ -147,7 +147,7 @@ def measure_memory(name: str, task: Task) -> None:
     _worker._answer({"extra_peak_mib": memory.extra_mib})
 
 
-def others(layers: int, width: int, count: int, rows: int, rounds: int, every: int) -> None:
+def others(layers: int, width: int, count: int, rows: int, *, rounds: int, every: int) -> None:
     """All from a dense MLP to masks at 50 %, each library in a process of its own, asked in turn; and whether the masks agree."""
     ours, home = [sys.executable, "ours_calibrated.py"], ROOT / ".peers"
     compared: dict[str, Pruners] = {
@@ -196,7 +196,7 @@ def agreement(a: list[Tensor], b: list[Tensor]) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="a random Llama of 2 layers, one round")
+    parser.add_argument("--tiny", action="store_true", help="a random Llama of 2 layers, one round, peak memory of one statistic only")
     parser.add_argument("--windows", type=int, default=4, help="of 512 tokens, for statistics of activations")
     parser.add_argument("--samples", type=int, default=2, help="of 512 tokens, for gradients")
     parser.add_argument("--rounds", type=int, nargs=2, default=[3, 2], help="of both")
@@ -210,4 +210,7 @@ if __name__ == "__main__":
         whats = [FORWARD, BACKWARD, *GOALS][-1 if options.tiny else 0 :]
         extra = {what: extra_peak(what, options) for what in tqdm(whats, desc="memory", leave=False, disable=None)}
         cost(load(), dict(zip((FORWARD, BACKWARD), [1, 1] if options.tiny else options.rounds, strict=True)), extra)
-        others(*((3, 64, 2, 16, 1, 1) if options.tiny else (6, 1024, 32, 128, 3, torch.get_num_threads())))
+        if options.tiny:
+            others(3, 64, 2, 16, rounds=1, every=1)
+        else:
+            others(6, 1024, 32, 128, rounds=3, every=torch.get_num_threads())

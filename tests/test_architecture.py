@@ -46,7 +46,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distributed": {"fold"},
     "sensitivity": {"apply", "pipeline", "tables"},
     "blockwise": {"parametrization", "types"},
-    "sequential": {"apply", "blocks", "fold", "names", "parametrization", "pipeline", "statistics", "types", "where"},
+    "layerwise": {"fold", "names"},
+    "sequential": {"apply", "blocks", "fold", "layerwise", "names", "parametrization", "pipeline", "statistics", "types", "where"},
     "pareto": {"distribute", "tables", "types"},
     "permute": {"blocks", "names", "types"},
 }

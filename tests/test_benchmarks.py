@@ -9,7 +9,10 @@ import pytest
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
-@pytest.mark.parametrize(("script", "said"), [("prune.py", "blockprune"), ("masked_forward.py", "A masked Linear(256, 256)")])
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [("prune.py", "blockprune"), ("masked_forward.py", "A masked Linear(256, 256)"), ("calibration.py", "gate_fisher")],
+)
 def test_a_benchmark_runs_tiny(script: str, said: str) -> None:
     done = subprocess.run([sys.executable, script, "--tiny"], cwd=FOLDER, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
