@@ -7,10 +7,12 @@ python benchmarks/calibration.py --tiny     # seconds, a random model, for the t
 import argparse
 import itertools
 import json
+import os
 import statistics as numbers
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,6 @@ import torch
 from prune import HERE, ROOT, interleaved
 from timing import machine, medians
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import blockprune as bp
 from blockprune import collect, statistics
@@ -124,27 +125,39 @@ def cost(task: Task, rounds: dict[str, int], extra: dict[str, float]) -> None:
     torch.set_num_threads(every)
 
 
-def extra_peak(name: str, options: argparse.Namespace) -> float:
-    """Peak memory of one call above what is resident before it, measured in a process of its own."""
+def extra_peaks(whats: list[str], options: argparse.Namespace) -> dict[str, float]:
+    """Peak memory of each call above what is resident before it, measured in processes of their own."""
     sizes = ["--tiny"] if options.tiny else ["--windows", str(options.windows), "--samples", str(options.samples)]
-    command = [sys.executable, __file__, "--memory", name, *sizes]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, __file__, *sizes, "--memory", *whats]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr[-1000:]}")
-    return float(json.loads(done.stdout)["extra_peak_mib"])
+    return {what: extra for line in done.stdout.splitlines() for what, extra in json.loads(line).items()}
 
 
-def measure_memory(name: str, task: Task) -> None:
-    """The child's part: once on a few tokens, for what is loaded on first use, and once measured."""
+def measure_memory(whats: list[str], task: Task) -> None:
+    """The child's part: the model is loaded once, without threads, so that every measurement can be a fork of this process."""
     sys.path.insert(0, str(HERE / "peers"))
     import _worker  # noqa: PLC0415 (takes stdout for its protocol)
 
     few = attrs.evolve(task, batches=[task.batches[0][:, :16]], samples=[task.samples[0][:, :16]])
-    calls(few)[name]()
-    call = calls(task)[name]
-    with _worker.PeakMemory() as memory:
-        call()
-    _worker._answer({"extra_peak_mib": memory.extra_mib})
+    for what in whats:
+        if child := os.fork():
+            if os.waitpid(child, 0)[1]:
+                sys.exit(f"{what} failed, see above")
+            continue
+        failed = 1
+        try:
+            calls(few)[what]()  # what is loaded on first use belongs to no measurement
+            call = calls(task)[what]
+            with _worker.PeakMemory() as memory:
+                call()
+            _worker._answer({what: memory.extra_mib})
+            failed = 0
+        finally:
+            if failed:
+                traceback.print_exc()
+            os._exit(failed)
 
 
 def others(layers: int, width: int, count: int, rows: int, *, rounds: int, every: int) -> None:
@@ -196,19 +209,18 @@ def agreement(a: list[Tensor], b: list[Tensor]) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="a random Llama of 2 layers, one round, peak memory of one statistic only")
+    parser.add_argument("--tiny", action="store_true", help="a random Llama of 2 layers, one round")
     parser.add_argument("--windows", type=int, default=4, help="of 512 tokens, for statistics of activations")
     parser.add_argument("--samples", type=int, default=2, help="of 512 tokens, for gradients")
     parser.add_argument("--rounds", type=int, nargs=2, default=[3, 2], help="of both")
-    parser.add_argument("--memory", metavar="WHAT", help="only the peak memory of this, as JSON")
+    parser.add_argument("--memory", nargs="+", metavar="WHAT", help="only the peak memory of these, as JSON")
     options = parser.parse_args()
     load = tiny_task if options.tiny else partial(smollm_task, options.windows, options.samples)
     if options.memory:
         measure_memory(options.memory, load())
     else:
         print(machine())
-        whats = [FORWARD, BACKWARD, *GOALS][-1 if options.tiny else 0 :]
-        extra = {what: extra_peak(what, options) for what in tqdm(whats, desc="memory", leave=False, disable=None)}
+        extra = extra_peaks([FORWARD, BACKWARD, *GOALS], options)
         cost(load(), dict(zip((FORWARD, BACKWARD), [1, 1] if options.tiny else options.rounds, strict=True)), extra)
         if options.tiny:
             others(3, 64, 2, 16, rounds=1, every=1)

@@ -8,7 +8,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from blockprune.fold import Fold, Forward, How, Loss, default_forward, default_token_weights, finish, merge, run, start
+from blockprune.fold import Fold, default_forward, default_token_weights, finish, merge, run, start
+from blockprune.gates import Forward, How, Loss
 from blockprune.names import find
 from blockprune.statistics import Statistic
 from blockprune.types import Data, Param, Where, check_finite, check_kind

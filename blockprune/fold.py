@@ -2,26 +2,19 @@
 
 import contextlib
 import itertools
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-from blockprune.blocks import expand
+from blockprune.gates import How, gates, scalar
 from blockprune.layers import input_axis, listens_to, rows
 from blockprune.names import Slot, find
 from blockprune.statistics import Call, Gates, Statistic, Sums
-from blockprune.types import Data, Param
-
-Forward = Callable[[Callable[..., Any], Any], Any]  # (model, batch) -> output
-Loss = Callable[[Any, Any], Tensor]  # (output, batch) -> scalar
+from blockprune.types import Data
 
 
 @attrs.frozen(eq=False)
@@ -95,21 +88,11 @@ def start(data: Data, slots: Mapping[str, Slot], statistics: Sequence[Statistic]
     return Fold(data, slots, tuple(statistics), sums)
 
 
-@attrs.frozen(eq=False)
-class How:
-    """How a batch becomes an output and a loss, and how samples are told apart."""
-
-    forward: Forward
-    loss: Loss | None
-    token_weights: Callable[[Any], Tensor | None]
-    per_sample: str  # "vmap" or "loop"
-    chunk: int
-
-
 def run(model: nn.Module, fold: Fold, batches: Iterable[Any], how: How, *, progress: bool) -> Fold:
     """Add the batches to a fold; the model's mode, gradients, hooks and the RNG are as before afterwards, whatever happens."""
     sees = {s.sees for s in fold.statistics}
     needs = sorted(s.name for s in fold.statistics if s.sees in ("output_grad", "weight_grad"))
+    per_block = sorted(s.name for s in fold.statistics if s.sees == "gates")
     with undisturbed(model, [slot.stored for slot in fold.slots.values()]):
         for number, given in enumerate(tqdm(batches, desc="collect", disable=None if progress else True, leave=False)):
             if not isinstance(given, (Tensor, Mapping, tuple, list)) and how.forward is default_forward:
@@ -118,7 +101,8 @@ def run(model: nn.Module, fold: Fold, batches: Iterable[Any], how: How, *, progr
             if sees - {"gates"}:
                 fold = _layers(model, fold, batch, how, needs, number=number)
             if "gates" in sees:
-                fold = _add(fold, _gates(model, fold, batch, how), number)
+                found = gates(model, {name: p.grid for name, p in fold.data.items()}, fold.slots, batch, how, needs=per_block)
+                fold = _add(fold, [(name, "gates", one) for name, one in found.items()], number)
     return fold
 
 
@@ -173,7 +157,7 @@ def _layers(model: nn.Module, fold: Fold, batch: Any, how: How, needs_grad: list
     try:
         with torch.set_grad_enabled(bool(needs_grad)):
             output = how.forward(model, batch)
-            loss = _scalar(how, output, batch, needs_grad) if needs_grad else None
+            loss = scalar(how, output, batch, needs_grad) if needs_grad else None
     finally:
         for handle in handles:
             handle.remove()
@@ -204,139 +188,6 @@ def _call(slot: Slot, module: nn.Module, views: list[Tensor], raw: Tensor, token
         candidates = candidates[1:]
     weights = next((w.flatten() for w in candidates if w.shape == leading), None)
     return Call(inputs, _matrix(slot, raw), weights)
-
-
-def _scalar(how: How, output: Any, batch: Any, needs: Sequence[str]) -> Tensor:
-    what = f"statistics {', '.join(needs)} need a loss"
-    if how.loss is not None:
-        loss = how.loss(output, batch)
-    else:
-        own: Tensor | None = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if own is None:
-            raise ValueError(f"{what}: pass loss=(output, batch) -> scalar; the model's output ({type(output).__name__}) has none")
-        loss = own
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"{what} that is one number, but loss(output, batch) gave {given}; take its mean or sum")
-    if not loss.requires_grad:
-        raise ValueError(f"{what} with a gradient, but loss(output, batch) has none; is something detached or under no_grad?")
-    return loss.reshape(())
-
-
-def _gates(model: nn.Module, fold: Fold, batch: Any, how: How) -> Seen:
-    """Derivatives with respect to one gate a block, through `torch.func`: memory is samples x blocks, not samples x weights."""
-    needs = sorted(s.name for s in fold.statistics if s.sees == "gates")
-    ones = {name: torch.ones(p.grid.size, dtype=slot.stored.dtype, device=slot.stored.device) for (name, p), slot in _both(fold)}
-    weights = {name: slot.stored.detach() for name, slot in fold.slots.items()}
-    frozen = {name: p.detach() for name, p in model.named_parameters()}  # so that no graph is kept but that of the gates
-
-    places = find(model, fold.slots, what="where")
-    listeners = [(name, listens_to(model, slot)) for name, shared in places.items() for slot in shared]
-    called: set[str] = set()
-
-    def functional(weights: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
-        with contextlib.ExitStack() as stack:
-            for name, module in listeners:
-                handle = module.register_forward_hook(lambda *_, name=name: called.add(name))
-                stack.callback(handle.remove)
-            return functional_call(model, dict(weights), args, kwargs)
-
-    def loss_of(gates: Mapping[str, Tensor], batch: Any) -> Tensor:
-        gated = {_key(fold.slots[name]): weights[name] * expand(gate, fold.data[name].grid) for name, gate in gates.items()}
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return functional({**frozen, **gated}, args, kwargs)
-
-        return _scalar(how, how.forward(call, batch), batch, needs)
-
-    def single(gates: Mapping[str, Tensor], sample: Any) -> Tensor:
-        return loss_of(gates, tree_map(lambda x: x[None] if isinstance(x, Tensor) else x, sample))
-
-    @cache
-    def per_sample() -> dict[str, Tensor]:
-        if how.per_sample == "loop":
-            samples = [_sample(batch, i) for i in range(_samples(batch))]
-            each = [grad(single)(ones, sample) for sample in samples]
-            return {name: torch.stack([g[name] for g in each]) for name in ones}
-        dims = tree_map(lambda x: 0 if isinstance(x, Tensor) else None, batch)
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "There is a performance drop")  # an operation without a batching rule
-                return vmap(grad(single), (None, dims), randomness="different", chunk_size=how.chunk)(ones, batch)  # type: ignore[no-any-return]
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise RuntimeError(f"vmap cannot run this model: {reason}. Pass per_sample='loop': slower, with the same result") from error
-
-    @cache
-    def gradient() -> dict[str, Tensor]:
-        return grad(loss_of)(ones, batch)  # type: ignore[no-any-return]
-
-    def times_hessian(vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        def along(gates: Mapping[str, Tensor]) -> Tensor:
-            slope = grad(loss_of)(gates, batch)
-            return torch.stack([(slope[name] * vector[name]).sum() for name in gates]).sum()
-
-        return grad(along)(ones)  # type: ignore[no-any-return]
-
-    @cache
-    def hg() -> dict[str, Tensor]:
-        return times_hessian(gradient())
-
-    @cache
-    def curvature(probes: int, seed: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        found: list[dict[str, Tensor]] = []
-        for _ in range(probes):
-            v = {name: (torch.randint(2, g.shape, generator=generator) * 2 - 1).to(g) for name, g in ones.items()}
-            found.append({name: v[name] * h for name, h in times_hessian(v).items()})
-        return {name: torch.stack([f[name] for f in found]) for name in ones}
-
-    @cache
-    def flow() -> dict[str, Tensor]:
-        linear = {name: p.detach().abs() for name, p in model.named_parameters()}
-
-        def summed(gates: Mapping[str, Tensor]) -> Tensor:
-            gated = {_key(fold.slots[name]): weights[name].abs() * expand(gate, fold.data[name].grid) for name, gate in gates.items()}
-
-            def call(*args: Any, **kwargs: Any) -> Any:
-                return functional({**linear, **gated}, args, kwargs)
-
-            first = tree_map(lambda x: torch.ones_like(x[:1]) if isinstance(x, Tensor) else x, batch)
-            output = how.forward(call, first)
-            output = output if isinstance(output, Tensor) else output[0]
-            return output.sum()
-
-        return grad(summed)(ones)  # type: ignore[no-any-return]
-
-    def of(name: str) -> Gates:
-        return Gates(
-            lambda: per_sample()[name],
-            lambda: hg()[name],
-            lambda probes, seed: curvature(probes, seed)[name],
-            lambda: flow()[name],
-            lambda: name in called,
-        )
-
-    return [(name, "gates", of(name)) for name in ones]
-
-
-def _both(fold: Fold) -> Iterator[tuple[tuple[str, Param], Slot]]:
-    return zip(fold.data.items(), fold.slots.values(), strict=True)
-
-
-def _key(slot: Slot) -> str:
-    """The name under which `functional_call` replaces the stored weight."""
-    return slot.name if slot.chain is None else f"{slot.name.removesuffix(slot.attr)}parametrizations.{slot.attr}.original"
-
-
-def _samples(batch: Any) -> int:
-    sizes: list[int] = []
-    tree_map(lambda x: sizes.append(len(x)) if isinstance(x, Tensor) else None, batch)
-    return sizes[0] if sizes else 0
-
-
-def _sample(batch: Any, index: int) -> Any:
-    return tree_map(lambda x: x[index] if isinstance(x, Tensor) else x, batch)
 
 
 def default_forward(model: Callable[..., Any], batch: Any) -> Any:

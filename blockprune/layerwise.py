@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from blockprune.fold import Forward
+from blockprune.gates import Forward
 from blockprune.names import near
 
 CACHES = ("past_key_value", "layer_past", "cache_params")  # Hugging Face's: a layer adds to them whenever it is called

@@ -12,7 +12,8 @@ from tqdm import tqdm
 from blockprune import statistics
 from blockprune.apply import read_masks
 from blockprune.blocks import BlockShape
-from blockprune.fold import Forward, default_forward, default_token_weights, moved, undisturbed
+from blockprune.fold import default_forward, default_token_weights, moved, undisturbed
+from blockprune.gates import Forward
 from blockprune.layerwise import Calls, Layer, capture, find_layers, twice_over
 from blockprune.names import find, lookup
 from blockprune.parametrization import mask_blocks

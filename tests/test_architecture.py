@@ -28,12 +28,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     # helpers of one stage
     "layers": {"names"},
     "statistics": {"layers", "names", "types"},
-    "fold": {"blocks", "layers", "names", "statistics", "types"},
+    "gates": {"blocks", "layers", "names", "statistics"},
+    "fold": {"gates", "layers", "names", "statistics", "types"},
     "quadratic": {"tables", "types"},
     "ranking": set(),
     "distribute": {"blocks", "names", "ranking", "types"},
     # stages
-    "collect": {"blocks", "fold", "names", "statistics", "types", "where"},
+    "collect": {"blocks", "fold", "gates", "names", "statistics", "types", "where"},
     "metric": {"blocks", "native", "quadratic", "types"},
     "allocate": {"blocks", "distribute", "names", "ranking", "types"},
     "reconstruct": {"blocks", "quadratic", "types"},
@@ -46,8 +47,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distributed": {"fold"},
     "sensitivity": {"apply", "pipeline", "tables"},
     "blockwise": {"parametrization", "types"},
-    "layerwise": {"fold", "names"},
-    "sequential": {"apply", "blocks", "fold", "layerwise", "names", "parametrization", "pipeline", "statistics", "types", "where"},
+    "layerwise": {"gates", "names"},
+    "sequential": {"apply", "blocks", "fold", "gates", "layerwise", "names", "parametrization", "pipeline", "statistics", "types", "where"},
     "pareto": {"distribute", "tables", "types"},
     "permute": {"blocks", "names", "types"},
 }
