@@ -41,7 +41,9 @@ def main(widths: tuple[int, ...], bands: int, size: int) -> None:
         torch.set_num_threads(threads)
         peak = product(size)
         print(f"\n{threads} threads; a float32 product of {size} x {size}: {peak / 1e9:.0f} billion operations a second")
-        print(f"{'inputs':>7}{'block':>10}{'ms a band':>11}{'ns a weight':>13}{'billion/s':>11}{'of product':>12}{'to 50 %':>9}")
+        print(
+            f"{'threads':>8}{'inputs':>8}{'block':>10}{'ms a band':>11}{'ns a weight':>13}{'billion/s':>11}{'of product':>12}{'to 50 %':>9}"
+        )
         for width in widths:
             for block in BLOCKS:
                 data = layer(bands * block[0], width, block)
@@ -54,7 +56,7 @@ def main(widths: tuple[int, ...], bands: int, size: int) -> None:
                 seconds = (seen["all"] - seen["prepare"]) / bands
                 rate = width**3 / 3 / seconds
                 print(
-                    f"{width:>7}{block!s:>10}{1e3 * seconds:>11.2f}{1e9 * seconds / (block[0] * width):>13.1f}{rate / 1e9:>11.1f}"
+                    f"{threads:>8}{width:>8}{block!s:>10}{1e3 * seconds:>11.2f}{1e9 * seconds / block[0] / width:>13.1f}{rate / 1e9:>11.1f}"
                     f"{rate / peak:>12.0%}{seen['half'] / seen['all']:>9.0%}",
                     flush=True,
                 )

@@ -11,10 +11,25 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 @pytest.mark.parametrize(
     ("script", "said"),
-    [("prune.py", "blockprune"), ("masked_forward.py", "A masked Linear(256, 256)"), ("calibration.py", "gate_fisher")],
+    [
+        ("prune.py", "blockprune"),
+        ("masked_forward.py", "A masked Linear(256, 256)"),
+        ("calibration.py", "gate_fisher"),
+        ("obs.py", "billion"),
+    ],
 )
 def test_a_benchmark_runs_tiny(script: str, said: str) -> None:
     done = subprocess.run([sys.executable, script, "--tiny"], cwd=FOLDER, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert said in done.stdout
     assert sum(line.split()[:1] in (["1"], ["float32"], ["(4,"]) for line in done.stdout.splitlines()) >= 2
+
+
+def test_the_quality_table_runs_on_one_cell() -> None:
+    options = ["--model", "minilm", "--calibration", "8", "--patterns", "32x32", "--sparsities", "0.5"]
+    methods = ["magnitude", "SparseGPT", "OBS + budget + permute"]
+    command = [sys.executable, "quality.py", *options, "--methods", *methods]
+    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("32x32")]
+    assert [any(method in row and " 50.0%" in row for row in rows) for method in methods] == [True] * 3
