@@ -174,19 +174,19 @@ def _matrix(slot: Slot, raw: Tensor) -> Tensor:
     raw = raw.detach()
     if isinstance(slot.owner, nn.modules.conv._ConvNd):
         raw = raw.movedim(-len(slot.owner.kernel_size) - 1, -1)
-    return raw.flatten(0, -2)
+    return raw.reshape(-1, raw.shape[-1])
 
 
 def _call(slot: Slot, module: nn.Module, views: list[Tensor], raw: Tensor, token_weights: Tensor | None) -> Call:
     """What a hook saw as matrices, one row a token; tokens are weighed where their layout is that of the weights, transposed or flat."""
-    inputs = [x.flatten(0, -2) for x in views]
+    inputs = [x.reshape(-1, x.shape[-1]) for x in views]
     if isinstance(slot.owner, nn.modules.conv._ConvNd):
         return Call(inputs, _matrix(slot, raw), None)
-    leading = (views[0] if views else raw).shape[:-1]
+    leading = {x.shape[:-1] for x in [*views, raw]}
     candidates = [] if token_weights is None else [token_weights, token_weights.mT, token_weights.flatten()]
     if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
         candidates = candidates[1:]
-    weights = next((w.flatten() for w in candidates if w.shape == leading), None)
+    weights = next((w.flatten() for w in candidates if w.shape in leading), None)
     return Call(inputs, _matrix(slot, raw), weights)
 
 

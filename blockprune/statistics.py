@@ -104,23 +104,30 @@ def _zeros(*size: int, like: Param) -> Tensor:
     return torch.zeros(size, dtype=torch.promote_types(like.weight.dtype, torch.float32), device=like.weight.device)
 
 
+def _weights(call: Call, x: Tensor) -> Tensor | None:
+    """How much each row of ``x`` counts; None = 1, also where the weights are of other rows (of keys, say, and these are queries)."""
+    return call.weights.to(_wide(x)) if call.weights is not None and len(call.weights) == len(x) else None
+
+
 def _total(call: Call, x: Tensor) -> Tensor:
     """[n, k] -> [k]: the weighted sum over rows."""
-    x = _wide(x)
-    return x.sum(0) if call.weights is None else call.weights.to(x) @ x
+    weights = _weights(call, x)
+    return _wide(x).sum(0) if weights is None else weights @ _wide(x)
+
+
+def _counted(call: Call, x: Tensor) -> float | Tensor:
+    weights = _weights(call, x)
+    return float(len(x)) if weights is None else weights.sum()
 
 
 def _rows(call: Call, like: Tensor) -> Tensor:
-    return like.new_tensor(float(len(call.output))) if call.weights is None else call.weights.to(like).sum()
+    return torch.as_tensor(_counted(call, call.output)).to(like)
 
 
 def _input_rows(call: Call, like: Tensor) -> Tensor:
     """As many as inputs, not outputs (transposed convolutions); of attention's in_proj, those of query, key and value."""
-    if call.weights is not None:
-        return call.weights.to(like).sum()
-    return (
-        like.new_tensor([float(len(x)) for x in call.inputs]).view(like.shape) if like.ndim else like.new_tensor(float(len(call.inputs[0])))
-    )
+    counts = [torch.as_tensor(_counted(call, x)).to(like) for x in call.inputs]
+    return torch.stack(counts).view(like.shape) if like.ndim else counts[0]
 
 
 def _input_count(slot: Slot, param: Param, ndim: int) -> Tensor:
@@ -157,8 +164,8 @@ def _gram_init(slot: Slot, param: Param) -> Sums:
 
 def _gram_update(sums: Sums, call: Call) -> Sums:
     def gram(x: Tensor) -> Tensor:
-        x = _wide(x)
-        return x.mT @ (x if call.weights is None else x * call.weights.to(x)[:, None])
+        x, weights = _wide(x), _weights(call, x)
+        return x.mT @ (x if weights is None else x * weights[:, None])
 
     batch = torch.stack([gram(x) for x in call.inputs])
     return {"sum": sums["sum"] + batch, "n": sums["n"] + _input_rows(call, sums["n"])}
@@ -189,13 +196,14 @@ def _half(call: Call, half: int) -> Call:
 
 
 def _cross_update(sums: Sums, call: Call) -> Sums:
-    weights = _half(call, 0).weights
+    first = _half(call, 0)
 
     def cross(x: Tensor) -> Tensor:
         dense, repaired = _wide(x).chunk(2)
-        return dense.mT @ (repaired if weights is None else repaired * weights.to(repaired)[:, None])
+        weights = _weights(first, dense)
+        return dense.mT @ (repaired if weights is None else repaired * weights[:, None])
 
-    return {"sum": sums["sum"] + torch.stack([cross(x) for x in call.inputs]), "n": sums["n"] + _input_rows(_half(call, 0), sums["n"])}
+    return {"sum": sums["sum"] + torch.stack([cross(x) for x in call.inputs]), "n": sums["n"] + _input_rows(first, sums["n"])}
 
 
 input_cross = Statistic("input_cross", "inputs", _gram_init, _cross_update, lambda sums, slot, param: sums["sum"] / sums["n"])
@@ -253,7 +261,8 @@ def _grad_gram_update(sums: Sums, call: Call) -> Sums:
     bands, height, _ = sums["sum"].shape
     g = _wide(call.output_grad)  # [n, outputs]
     g = F.pad(g, (0, bands * height - g.shape[1])).unflatten(1, (bands, height)).movedim(1, 0)  # [bands, n, height]
-    weighed = g if call.weights is None else g * call.weights.to(g)[:, None]
+    weights = _weights(call, call.output)
+    weighed = g if weights is None else g * weights[:, None]
     return {"sum": sums["sum"] + g.mT @ weighed, "n": sums["n"] + _rows(call, sums["n"])}
 
 

@@ -528,3 +528,36 @@ def test_a_weight_behind_weight_norm_is_seen_or_refused(s: Statistic) -> None:
         assert "a.weight" in str(refused)  # noqa: PT017
     else:
         close(got["a.weight"][s.name], seen(plain, [x], s, pattern="a.weight", block=BLOCK, loss=loss)["a.weight"][s.name])
+
+
+def test_a_linear_may_be_given_one_vector() -> None:
+    model, x = nn.Linear(4, 2), torch.arange(4.0)
+    seen = [statistics.input_sq, statistics.input_gram, statistics.output_sq, statistics.output_grad_sq, statistics.weight_grad]
+    found = collect.with_statistics(model, where=bp.linears((1, 1)), statistics=seen, batches=[x], loss=lambda out, _: out.sum())
+    wanted = collect.with_statistics(model, where=bp.linears((1, 1)), statistics=seen, batches=[x[None]], loss=lambda out, _: out.sum())
+    for name, value in wanted["weight"].stats.items():
+        torch.testing.assert_close(found["weight"].stats[name], value)
+
+
+def test_padding_of_keys_counts_in_keys_and_not_in_queries() -> None:
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, queries: Tensor, keys: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.attention(queries, keys, keys, key_padding_mask=attention_mask == 0, need_weights=False)[0]
+
+    torch.manual_seed(0)
+    model, queries, keys = Cross().eval(), torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    batch = {"queries": queries, "keys": keys, "attention_mask": mask}
+    data = collect.with_statistics(
+        model, where=bp.named("*weight", (4, 4)), statistics=[statistics.input_gram, statistics.input_sq], batches=[batch]
+    )
+    flat, real = queries.flatten(0, 1), keys[mask.bool()]
+    wanted = torch.stack([flat.mT @ flat / len(flat), *[real.mT @ real / len(real)] * 2])
+    torch.testing.assert_close(data["attention.in_proj_weight"].stats["input_gram"], wanted)
+    before = torch.cat([model(queries[:1], keys[:1], mask[:1]), model(queries[1:], keys[1:, :3], mask[1:, :3])])
+    torch.testing.assert_close(model(**batch), before)
+    assert data["attention.out_proj.weight"].stats["input_gram"].shape == (1, 8, 8)
