@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import attrs
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from blockprune.gates import How, gates, scalar
 from blockprune.layers import input_axis, listens_to, rows
 from blockprune.names import Slot, find
-from blockprune.statistics import Call, Gates, Statistic, Sums
+from blockprune.statistics import Call, Gates, Statistic, Sums, products
 from blockprune.types import Data
 
 
@@ -117,13 +118,18 @@ def _add(fold: Fold, seen: Seen, number: int) -> Fold:
                 new = s.update(sums[name, s.name], evidence)
                 if isinstance(evidence, Gates) and not evidence.called():
                     continue  # a gradient of 0 that is no evidence: `finish` names the layer
-                if not all(bool(v.isfinite().all()) for v in new.values()):
+                if not all(_finite(v) for v in new.values()):
                     shape = fold.data[name].grid.shape
                     raise ValueError(
                         f"{name} {shape}: NaN or inf reached {s.name!r} in batch {number}; look at that batch and the layers before"
                     )
                 sums[name, s.name] = new
     return attrs.evolve(fold, sums=sums)
+
+
+def _finite(x: Tensor) -> bool:
+    """One read; a second only where large numbers add up to inf."""
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
 
 
 def _layers(model: nn.Module, fold: Fold, batch: Any, how: How, needs_grad: list[str], *, number: int) -> Fold:
@@ -136,13 +142,24 @@ def _layers(model: nn.Module, fold: Fold, batch: Any, how: How, needs_grad: list
         nonlocal fold
         fold = _add(fold, [(name, kind, evidence)], number)
 
+    last: tuple[Any, Call, Callable[[], Tensor]] | None = None
+
+    def shared(call: Call) -> Callable[[], Tensor]:
+        """Layers that are given one tensor after each other (queries, keys and values, say) share its products."""
+        nonlocal last
+        seen = [x for x in (*call.inputs, call.weights) if x is not None]
+        key = [(x.data_ptr(), x._version, x.shape, x.stride(), x.dtype) for x in seen]
+        if last is None or last[0] != key:
+            last = key, call, cache(lambda: products(call))  # the call is kept, so that its memory is not another's
+        return last[2]
+
     def listen(name: str, slot: Slot) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             raw: Tensor = output[0] if isinstance(output, tuple) else output
             views = [x.detach() for x in rows(slot, module, args, kwargs)] if "inputs" in kinds else []
             call = _call(slot, module, views, raw, token_weights)
             with torch.no_grad():
-                add(name, "inputs", call)
+                add(name, "inputs", attrs.evolve(call, products=shared(call)))
                 add(name, "output", call)
             if "output_grad" in kinds and raw.requires_grad:  # the gradient of this value, also if it is overwritten later
                 raw.register_hook(lambda g: add(name, "output_grad", attrs.evolve(call, output_grad=_matrix(slot, g))))

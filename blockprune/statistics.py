@@ -15,6 +15,7 @@ from blockprune.layers import along_weight, input_axis
 from blockprune.names import Slot
 from blockprune.types import Param
 
+WIDE = 1024  # inputs from which on half of a symmetric product is worth leaving out
 Sums = Mapping[str, Tensor]  # float32 or wider; what is added up, and by convention "n", what to divide by
 
 
@@ -34,6 +35,7 @@ class Call:
     output: Tensor  # [n, outputs]
     weights: Tensor | None  # [n]
     output_grad: Tensor | None = None  # [n, outputs], of the summed loss
+    products: Callable[[], Tensor] | None = None  # X^T X [groups, k, k], shared by layers that are given the same X
 
 
 @attrs.frozen(eq=False)
@@ -162,12 +164,32 @@ def _gram_init(slot: Slot, param: Param) -> Sums:
     return {"sum": _zeros(groups, k, k, like=param), "n": _input_count(slot, param, 3)}
 
 
-def _gram_update(sums: Sums, call: Call) -> Sums:
-    def gram(x: Tensor) -> Tensor:
-        x, weights = _wide(x), _weights(call, x)
-        return x.mT @ (x if weights is None else x * weights[:, None])
+def products(call: Call) -> Tensor:
+    """The weighted X^T X of each group of inputs, ``[groups, k, k]``.
 
-    batch = torch.stack([gram(x) for x in call.inputs])
+    Example:
+        >>> bp.statistics.products(bp.statistics.Call([torch.ones(3, 2)], torch.zeros(3, 4), None))
+        tensor([[[3., 3.],
+                 [3., 3.]]])
+    """
+    return torch.stack([_product(_wide(x), _weights(call, x)) for x in call.inputs])
+
+
+def _product(x: Tensor, weights: Tensor | None) -> Tensor:
+    """[n, k] -> [k, k]; of a wide one only what lies on and above the diagonal is multiplied."""
+    scaled = x if weights is None else x * weights[:, None]
+    k = x.shape[1]
+    if k < WIDE:
+        return x.mT @ scaled
+    found = x.new_empty(k, k)
+    for i in range(0, k, panel := -(-k // 6)):
+        torch.mm(x[:, i : i + panel].mT, scaled[:, i:], out=found[i : i + panel, i:])
+        found[i + panel :, i : i + panel] = found[i : i + panel, i + panel :].mT
+    return found
+
+
+def _gram_update(sums: Sums, call: Call) -> Sums:
+    batch = call.products() if call.products else products(call)
     return {"sum": sums["sum"] + batch, "n": sums["n"] + _input_rows(call, sums["n"])}
 
 

@@ -561,3 +561,36 @@ def test_padding_of_keys_counts_in_keys_and_not_in_queries() -> None:
     before = torch.cat([model(queries[:1], keys[:1], mask[:1]), model(queries[1:], keys[1:, :3], mask[1:, :3])])
     torch.testing.assert_close(model(**batch), before)
     assert data["attention.out_proj.weight"].stats["input_gram"].shape == (1, 8, 8)
+
+
+def test_layers_that_share_an_input_share_its_products_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = self.a(x) + self.b(x)
+            x = x.clone()
+            return first + self.c(x.mul_(2))
+
+    calls = []
+    from blockprune import fold  # noqa: PLC0415 (patched)
+
+    monkeypatch.setattr(fold, "products", lambda call: calls.append(1) or statistics.products(call))
+    torch.manual_seed(0)
+    x = torch.randn(5, 6)
+    data = collect.with_statistics(Fork(), where=bp.linears((2, 2)), statistics=[statistics.input_gram], batches=[x, 3 * x])
+    wanted = 10 * x.mT @ x / 10
+    for name, factor in (("a", 1), ("b", 1), ("c", 4)):
+        torch.testing.assert_close(data[f"{name}.weight"].stats["input_gram"][0], factor * wanted)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_wide_product_is_worked_out_by_half(weighted: bool) -> None:
+    torch.manual_seed(0)
+    x, weights = torch.randn(9, 1030).double(), torch.rand(9).double() if weighted else None
+    found = statistics.products(statistics.Call([x], torch.zeros(9, 1), weights))[0]
+    torch.testing.assert_close(found, x.mT @ (x if weights is None else x * weights[:, None]))
+    assert torch.equal(found, found.mT)
