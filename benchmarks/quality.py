@@ -58,6 +58,10 @@ class Pattern:
         """The rule that chooses parameters and blocks."""
         return bp.named(task.down, self.block) if self.only else task.linears(bp.linears(self.block))
 
+    def layer(self, scores: bp.Scores, sparsity: Any) -> bp.Masks:
+        """Every layer equally sparse."""
+        return allocate.n_of_m(scores, sparsity, m=self.m) if self.m else allocate.per_layer(scores, sparsity)
+
     def rows(self, scores: bp.Scores, sparsity: Any) -> bp.Masks:
         """Every row of blocks equally sparse."""
         return allocate.n_of_m(scores, sparsity, m=self.m) if self.m else allocate.per_row(scores, sparsity)
@@ -148,8 +152,8 @@ def fisher(task: Task, pattern: Pattern, sparsity: float) -> Found:
 def repaired(  # noqa: PLR0917 (the first three are bound)
     score: Any, seen: list[Any], repair: Any, task: Task, pattern: Pattern, sparsity: float, **options: Any
 ) -> Found:
-    """Layer after layer: score, rank every row of blocks, repair."""
-    rank = options.pop("rank", pattern.rows)
+    """Layer after layer: score, rank the blocks of each Linear, repair."""
+    rank = options.pop("rank", pattern.layer)
     pipeline = bp.Pipeline(partial(collect.with_statistics, where=pattern.where(task), statistics=seen), score, rank)
     found = bp.sequential(task.model, pipeline, repair, task.batches, options.pop("budget", sparsity), progress=False, **options)
     return task.model, found.masks, found.weights
