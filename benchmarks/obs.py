@@ -34,7 +34,7 @@ def product(n: int) -> float:
     return 2 * n**3 / medians({"product": lambda: a @ b}, rounds=5)["product"]
 
 
-def main(widths: tuple[int, ...], bands: int, size: int) -> None:
+def main(widths: tuple[int, ...], most: int, size: int) -> None:
     print(machine(), "; compiled loop:", native.status)
     every = torch.get_num_threads()
     for threads in sorted({1, every}):
@@ -46,6 +46,7 @@ def main(widths: tuple[int, ...], bands: int, size: int) -> None:
         )
         for width in widths:
             for block in BLOCKS:
+                bands = max(2, most * WIDTHS[0] // width)
                 data = layer(bands * block[0], width, block)
                 calls = {
                     "all": partial(bp.metric.obs, data, progress=False),

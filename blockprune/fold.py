@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import attrs
@@ -11,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from blockprune.gates import How, gates, scalar
-from blockprune.layers import input_axis, listens_to, rows
+from blockprune.gates import Heard, How, gates, scalar
+from blockprune.layers import input_axis, listeners, rows
 from blockprune.names import Slot, find
-from blockprune.statistics import Call, Gates, Statistic, Sums, products
+from blockprune.statistics import Call, Gates, Statistic, Sums
 from blockprune.types import Data
 
 
@@ -93,6 +92,7 @@ def run(model: nn.Module, fold: Fold, batches: Iterable[Any], how: How, *, progr
     """Add the batches to a fold; the model's mode, gradients, hooks and the RNG are as before afterwards, whatever happens."""
     sees = {s.sees for s in fold.statistics}
     needs = sorted(s.name for s in fold.statistics if s.sees in ("output_grad", "weight_grad"))
+    heard = listeners(model, find(model, fold.slots, what="where"))
     per_block = sorted(s.name for s in fold.statistics if s.sees == "gates")
     with undisturbed(model, [slot.stored for slot in fold.slots.values()]):
         for number, given in enumerate(tqdm(batches, desc="collect", disable=None if progress else True, leave=False)):
@@ -100,9 +100,10 @@ def run(model: nn.Module, fold: Fold, batches: Iterable[Any], how: How, *, progr
                 raise TypeError(f"batch {number} is a {type(given).__name__}; give tensors, tuples or mappings, or pass forward=")
             batch = moved(model, given)
             if sees - {"gates"}:
-                fold = _layers(model, fold, batch, how, needs, number=number)
+                fold = _layers(model, fold, heard, batch, how, needs, number=number)
             if "gates" in sees:
-                found = gates(model, {name: p.grid for name, p in fold.data.items()}, fold.slots, batch, how, needs=per_block)
+                grids = {name: p.grid for name, p in fold.data.items()}
+                found = gates(model, grids, fold.slots, heard, batch, how, needs=per_block)
                 fold = _add(fold, [(name, "gates", one) for name, one in found.items()], number)
     return fold
 
@@ -132,7 +133,9 @@ def _finite(x: Tensor) -> bool:
     return bool(x.sum().isfinite()) or bool(x.isfinite().all())
 
 
-def _layers(model: nn.Module, fold: Fold, batch: Any, how: How, needs_grad: list[str], *, number: int) -> Fold:
+def _layers(  # noqa: PLR0917 (of one caller)
+    model: nn.Module, fold: Fold, heard: Heard, batch: Any, how: How, needs_grad: list[str], *, number: int
+) -> Fold:
     """One forward, and one backward if a statistic needs it; what a layer sees is added at once, before the forward writes into it."""
     token_weights = how.token_weights(batch)
     handles = []
@@ -142,16 +145,16 @@ def _layers(model: nn.Module, fold: Fold, batch: Any, how: How, needs_grad: list
         nonlocal fold
         fold = _add(fold, [(name, kind, evidence)], number)
 
-    last: tuple[Any, Call, Callable[[], Tensor]] | None = None
+    last: tuple[Any, Call] | None = None
 
-    def shared(call: Call) -> Callable[[], Tensor]:
-        """Layers that are given one tensor after each other (queries, keys and values, say) share its products."""
+    def shared(call: Call) -> Call:
+        """Layers that are given one tensor after each other (queries, keys and values, say) share what is worked out from it."""
         nonlocal last
         seen = [x for x in (*call.inputs, call.weights) if x is not None]
         key = [(x.data_ptr(), x._version, x.shape, x.stride(), x.dtype) for x in seen]
         if last is None or last[0] != key:
-            last = key, call, cache(lambda: products(call))  # the call is kept, so that its memory is not another's
-        return last[2]
+            last = key, attrs.evolve(call, known={})  # kept, so that its memory is not another's
+        return attrs.evolve(call, known=last[1].known)
 
     def listen(name: str, slot: Slot) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -159,7 +162,7 @@ def _layers(model: nn.Module, fold: Fold, batch: Any, how: How, needs_grad: list
             views = [x.detach() for x in rows(slot, module, args, kwargs)] if "inputs" in kinds else []
             call = _call(slot, module, views, raw, token_weights)
             with torch.no_grad():
-                add(name, "inputs", attrs.evolve(call, products=shared(call)))
+                add(name, "inputs", shared(call))
                 add(name, "output", call)
             if "output_grad" in kinds and raw.requires_grad:  # the gradient of this value, also if it is overwritten later
                 raw.register_hook(lambda g: add(name, "output_grad", attrs.evolve(call, output_grad=_matrix(slot, g))))
@@ -167,10 +170,9 @@ def _layers(model: nn.Module, fold: Fold, batch: Any, how: How, needs_grad: list
         return hook
 
     if kinds & {"inputs", "output", "output_grad"}:
-        for name, places in find(model, fold.slots, what="where").items():
-            for slot in places:
-                if input_axis(slot) == input_axis(fold.slots[name]):  # not a head tied to an embedding
-                    handles.append(listens_to(model, slot).register_forward_hook(listen(name, slot), with_kwargs=True))
+        for name, slot, module in heard:
+            if input_axis(slot) == input_axis(fold.slots[name]):  # not a head tied to an embedding
+                handles.append(module.register_forward_hook(listen(name, slot), with_kwargs=True))
     try:
         with torch.set_grad_enabled(bool(needs_grad)):
             output = how.forward(model, batch)

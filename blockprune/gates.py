@@ -13,12 +13,12 @@ from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_map
 
 from blockprune.blocks import BlockGrid, expand
-from blockprune.layers import listens_to
-from blockprune.names import Slot, find
+from blockprune.names import Slot
 from blockprune.statistics import Gates
 
 Forward = Callable[[Callable[..., Any], Any], Any]  # (model, batch) -> output
 Loss = Callable[[Any, Any], Tensor]  # (output, batch) -> scalar
+Heard = Sequence[tuple[str, Slot, nn.Module]]  # parameters, their places, and the modules whose calls show their inputs
 
 
 @attrs.frozen(eq=False)
@@ -66,8 +66,8 @@ def scalar(how: How, output: Any, batch: Any, needs: Sequence[str]) -> Tensor:
     return loss.reshape(())
 
 
-def gates(
-    model: nn.Module, grids: Mapping[str, BlockGrid], slots: Mapping[str, Slot], batch: Any, how: How, *, needs: Sequence[str]
+def gates(  # noqa: PLR0917 (of one caller)
+    model: nn.Module, grids: Mapping[str, BlockGrid], slots: Mapping[str, Slot], heard: Heard, batch: Any, how: How, *, needs: Sequence[str]
 ) -> dict[str, Gates]:
     """Derivatives with respect to one gate a block, through `torch.func`: memory is samples x blocks, not samples x weights.
 
@@ -76,10 +76,12 @@ def gates(
 
     Example:
         >>> from blockprune.gates import How, gates
+        >>> from blockprune.layers import listeners
         >>> from blockprune.names import slots
         >>> model, x = nn.Linear(4, 2, bias=False), torch.ones(3, 4)
         >>> how = How(lambda model, batch: model(batch), lambda output, batch: output.sum(), lambda batch: None, "vmap", 8)
-        >>> found = gates(model, {"weight": bp.BlockGrid((2, 4), (2, 2))}, {"weight": slots(model)["weight"][0]}, x, how, needs=[])
+        >>> grids, slot, heard = {"weight": bp.BlockGrid((2, 4), (2, 2))}, slots(model)["weight"][0], listeners(model, slots(model))
+        >>> found = gates(model, grids, {"weight": slot}, heard, x, how, needs=[])
         >>> found["weight"].per_sample().shape          # one gate a block, one gradient a sample
         torch.Size([3, 1, 2])
     """
@@ -87,13 +89,11 @@ def gates(
     weights = {name: slot.stored.detach() for name, slot in slots.items()}
     frozen = {name: p.detach() for name, p in model.named_parameters()}  # so that no graph is kept but that of the gates
 
-    places = find(model, slots, what="where")
-    listeners = [(name, listens_to(model, slot)) for name, shared in places.items() for slot in shared]
     called: set[str] = set()
 
     def functional(weights: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
         with contextlib.ExitStack() as stack:
-            for name, module in listeners:
+            for name, _, module in heard:
                 handle = module.register_forward_hook(lambda *_, name=name: called.add(name))
                 stack.callback(handle.remove)
             return functional_call(model, dict(weights), args, kwargs)

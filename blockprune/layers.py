@@ -1,6 +1,6 @@
 """How a module's input meets its weight: the rows that multiply it, and where a statistic of the input features goes on it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from blockprune.names import Slot
 
 
-def listens_to(model: nn.Module, slot: Slot) -> nn.Module:
-    """The module whose calls show the input of this parameter: its owner, but the attention of an attention's output projection."""
-    for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention) and module.out_proj is slot.owner:
-            return module  # it passes out_proj's weight on without calling it
-    return slot.owner
+def listeners(model: nn.Module, places: Mapping[str, Sequence[Slot]]) -> list[tuple[str, Slot, nn.Module]]:
+    """For every place of every parameter the module whose calls show its input: its owner, but the attention of an attention's out_proj."""
+    attentions = {id(m.out_proj): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}  # passes the weight on, uncalled
+    return [(name, slot, attentions.get(id(slot.owner), slot.owner)) for name, shared in places.items() for slot in shared]
 
 
 def rows(slot: Slot, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -35,7 +35,7 @@ class Call:
     output: Tensor  # [n, outputs]
     weights: Tensor | None  # [n]
     output_grad: Tensor | None = None  # [n, outputs], of the summed loss
-    products: Callable[[], Tensor] | None = None  # X^T X [groups, k, k], shared by layers that are given the same X
+    known: dict[str, Tensor] | None = None  # what was worked out from these inputs, for layers that are given the same ones
 
 
 @attrs.frozen(eq=False)
@@ -141,7 +141,7 @@ def _per_feature(name: str, contribution: Callable[[Tensor], Tensor]) -> Statist
         return {"sum": _zeros(*_features(slot, param), like=param), "n": _input_count(slot, param, 2)}
 
     def update(sums: Sums, call: Call) -> Sums:
-        batch = torch.stack([_total(call, contribution(_wide(x))) for x in call.inputs])  # [groups, k]
+        batch = _once(call, name, lambda x: _total(call, contribution(_wide(x))))  # [groups, k]
         return {"sum": sums["sum"] + batch, "n": sums["n"] + _input_rows(call, sums["n"])}
 
     def finalize(sums: Sums, slot: Slot, param: Param) -> Tensor:
@@ -164,17 +164,6 @@ def _gram_init(slot: Slot, param: Param) -> Sums:
     return {"sum": _zeros(groups, k, k, like=param), "n": _input_count(slot, param, 3)}
 
 
-def products(call: Call) -> Tensor:
-    """The weighted X^T X of each group of inputs, ``[groups, k, k]``.
-
-    Example:
-        >>> bp.statistics.products(bp.statistics.Call([torch.ones(3, 2)], torch.zeros(3, 4), None))
-        tensor([[[3., 3.],
-                 [3., 3.]]])
-    """
-    return torch.stack([_product(_wide(x), _weights(call, x)) for x in call.inputs])
-
-
 def _product(x: Tensor, weights: Tensor | None) -> Tensor:
     """[n, k] -> [k, k]; of a wide one only what lies on and above the diagonal is multiplied."""
     scaled = x if weights is None else x * weights[:, None]
@@ -188,8 +177,18 @@ def _product(x: Tensor, weights: Tensor | None) -> Tensor:
     return found
 
 
+def _once(call: Call, name: str, work: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a statistic makes of each group of inputs, stacked: once for all layers that are given the same ones."""
+    if call.known is None or name not in call.known:
+        found = torch.stack([work(x) for x in call.inputs])
+        if call.known is None:
+            return found
+        call.known[name] = found
+    return call.known[name]
+
+
 def _gram_update(sums: Sums, call: Call) -> Sums:
-    batch = call.products() if call.products else products(call)
+    batch = _once(call, "products", lambda x: _product(_wide(x), _weights(call, x)))
     return {"sum": sums["sum"] + batch, "n": sums["n"] + _input_rows(call, sums["n"])}
 
 

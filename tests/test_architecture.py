@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # helpers of one stage
     "layers": {"names"},
     "statistics": {"layers", "names", "types"},
-    "gates": {"blocks", "layers", "names", "statistics"},
+    "gates": {"blocks", "names", "statistics"},
     "fold": {"gates", "layers", "names", "statistics", "types"},
     "quadratic": {"tables", "types"},
     "ranking": set(),
