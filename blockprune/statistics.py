@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blockprune import native
 from blockprune.layers import along_weight, input_axis
 from blockprune.names import Slot
 from blockprune.types import Param
@@ -117,6 +118,13 @@ def _total(call: Call, x: Tensor) -> Tensor:
     return _wide(x).sum(0) if weights is None else weights @ _wide(x)
 
 
+def _column_sums(call: Call, x: Tensor, contribution: Callable[[Tensor], Tensor]) -> Tensor:
+    """[n, k] -> [k]: the weighted sum of contributions over rows, in one pass where a compiled loop has it."""
+    if len(x) and _weights(call, x) is None and (found := native.pool_sum(x, (len(x), x.shape[1]), (len(x), 1), contribution)) is not None:
+        return found[0]
+    return _total(call, contribution(_wide(x)))
+
+
 def _counted(call: Call, x: Tensor) -> float | Tensor:
     weights = _weights(call, x)
     return float(len(x)) if weights is None else weights.sum()
@@ -141,7 +149,7 @@ def _per_feature(name: str, contribution: Callable[[Tensor], Tensor]) -> Statist
         return {"sum": _zeros(*_features(slot, param), like=param), "n": _input_count(slot, param, 2)}
 
     def update(sums: Sums, call: Call) -> Sums:
-        batch = _once(call, name, lambda x: _total(call, contribution(_wide(x))))  # [groups, k]
+        batch = _once(call, name, lambda x: _column_sums(call, x, contribution))  # [groups, k]
         return {"sum": sums["sum"] + batch, "n": sums["n"] + _input_rows(call, sums["n"])}
 
     def finalize(sums: Sums, slot: Slot, param: Param) -> Tensor:

@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "where": {"blocks", "names", "types"},
     # helpers of one stage
     "layers": {"names"},
-    "statistics": {"layers", "names", "types"},
+    "statistics": {"layers", "names", "native", "types"},
     "gates": {"blocks", "names", "statistics"},
     "fold": {"gates", "layers", "names", "statistics", "types"},
     "quadratic": {"tables", "types"},
