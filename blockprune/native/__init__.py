@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PER_THREAD = 1 << 18  # elements that pay for starting a thread
+_PER_THREAD = 1 << 20  # elements that pay for starting a thread beside those of torch, which wait for work on the same cores
 _EACH = {None: 0, torch.abs: 1, torch.square: 2}
 
 
