@@ -143,7 +143,8 @@ def _layers(  # noqa: PLR0917 (of one caller)
 
     def add(name: str, kind: str, evidence: Any) -> None:
         nonlocal fold
-        fold = _add(fold, [(name, kind, evidence)], number)
+        if kind in kinds:
+            fold = _add(fold, [(name, kind, evidence)], number)
 
     last: tuple[Any, Call] | None = None
 
@@ -162,7 +163,8 @@ def _layers(  # noqa: PLR0917 (of one caller)
             views = [x.detach() for x in rows(slot, module, args, kwargs)] if "inputs" in kinds else []
             call = _call(slot, module, views, raw, token_weights)
             with torch.no_grad():
-                add(name, "inputs", shared(call))
+                if "inputs" in kinds:
+                    add(name, "inputs", shared(call))
                 add(name, "output", call)
             if "output_grad" in kinds and raw.requires_grad:  # the gradient of this value, also if it is overwritten later
                 raw.register_hook(lambda g: add(name, "output_grad", attrs.evolve(call, output_grad=_matrix(slot, g))))

@@ -79,7 +79,8 @@ def _least_squares(name: str, p: Param, mask: BlockMask, damping: float, memory:
     pending = pending[counts[pending] > 0]
     while len(pending):
         most = int(counts[pending[-1]])
-        chunk, pending = _split(pending, max(1, memory // (2 * q.hessian.itemsize * most * most)))
+        first = max(0, len(pending) - max(1, memory // (2 * q.hessian.itemsize * most * most)))
+        chunk, pending = pending[first:], pending[:first]
         solved[chunk] = _solve(q.hessian, group[chunk], keep[chunk], goal[chunk], most)
     weight = solved.reshape(p.weight.shape)
     found = {name: weight.to(p.weight.dtype)}
@@ -88,11 +89,6 @@ def _least_squares(name: str, p: Param, mask: BlockMask, damping: float, memory:
         shift = (q.rows @ before[:, :, None] - weight.reshape(q.rows.shape) @ after[:, :, None]).flatten()
         found[_bias_of(name)] = (p.stats["bias"].to(shift) + shift).to(p.stats["bias"].dtype)
     return found
-
-
-def _split(pending: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The last few, and the rest."""
-    return pending[-most:], pending[:-most]
 
 
 def _solve(hessian: Tensor, group: Tensor, keep: Tensor, goal: Tensor, most: int) -> Tensor:

@@ -101,7 +101,7 @@ def sequential(
         raise ValueError(f"{computed[0]} is computed by another parametrization, so it cannot be repaired; remove that first")
     names = list(chosen)
     order = find_layers(model, layers, names)
-    share = lookup(sparsity, names, what="sparsity", default=0.0) if isinstance(sparsity, Mapping) else dict.fromkeys(names, sparsity)
+    share = lookup(sparsity, names, what="sparsity", default=0.0) if isinstance(sparsity, Mapping) else None
     masks, weights, before = (dict(done.masks), dict(done.weights), done.layers) if done else ({}, {}, ())
     if before != tuple(layer.name for layer in order[: len(before)]):
         raise ValueError(f"done is of layers {', '.join(map(repr, before))}, which are not the first ones here; give the same layers")
@@ -121,8 +121,7 @@ def sequential(
                 data = _collect(model, collect, layer, given, calls, scales, twice=twice)
                 data = {name: attrs.evolve(p, stats={**_known(evidence, name), **p.stats}) for name, p in data.items()}
                 scores = pipeline.metric(data)
-                same = not isinstance(sparsity, Mapping)
-                found = pipeline.allocate(scores, sparsity if same else {name: share[name] for name in layer.inside})
+                found = pipeline.allocate(scores, {name: share[name] for name in layer.inside} if share else sparsity)
                 masks |= found
                 weights |= reconstruct(data, found)
                 del data, scores, given
