@@ -9,6 +9,7 @@ from blockprune import allocate, collect, distribute, distributed, metric, recon
 from blockprune.apply import apply_masks, finalize, masked_parameters, read_masks
 from blockprune.blocks import BlockGrid, block_elements, expand, pool
 from blockprune.blockwise import blockwise
+from blockprune.cluster import cluster
 from blockprune.maskfile import load_masks, save_masks
 from blockprune.masks import agreement, difference, intersect, restrict, sparsity, summary, union
 from blockprune.pareto import Pareto, pareto
@@ -44,6 +45,7 @@ __all__ = [
     "apply_masks",
     "block_elements",
     "blockwise",
+    "cluster",
     "collect",
     "conditioning",
     "convs",

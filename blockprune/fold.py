@@ -161,7 +161,7 @@ def _layers(  # noqa: PLR0917 (of one caller)
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             raw: Tensor = output[0] if isinstance(output, tuple) else output
             views = [x.detach() for x in rows(slot, module, args, kwargs)] if "inputs" in kinds else []
-            call = _call(slot, module, views, raw, token_weights)
+            call = attrs.evolve(_call(slot, module, views, raw, token_weights), name=name)
             with torch.no_grad():
                 if "inputs" in kinds:
                     add(name, "inputs", shared(call))

@@ -9,7 +9,6 @@ import attrs
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_map
 
 from blockprune.gates import Forward
 from blockprune.names import near
@@ -51,45 +50,12 @@ class Layer:
         """A parameter's name in the layer."""
         return name.removeprefix(f"{self.name}.") if self.name else name
 
-    def run(self, parameters: Mapping[str, Tensor], hidden: Tensor, call: Calls, *, twice: bool = False) -> Tensor:
-        """The layer on hidden states, of a batch or of two behind each other, some of its parameters replaced."""
+    def run(self, parameters: Mapping[str, Tensor], hidden: Tensor, call: Calls) -> Tensor:
+        """The layer on hidden states, some of its parameters replaced."""
         named, args, kwargs = call.rest[self.name]
-        n = len(hidden) // 2
-        if twice:
-            args, kwargs = tree_map(lambda x: twice_over(x) if isinstance(x, Tensor) and x.ndim > 1 and len(x) == n else x, (args, kwargs))
         hidden = hidden.clone()  # a layer may write into its input
         given = ((), {named: hidden, **kwargs}) if named else ((hidden, *args), kwargs)
         return _tensor(self.name, functional_call(self.module, dict(parameters), *given))
-
-    def check_twice(self, hidden: Tensor, call: Calls) -> None:
-        """That two batches behind each other give, to every chosen weight and at the end, what each gives alone."""
-        owners = {name.rpartition(".")[0] for name in map(self.local, self.inside)}
-
-        def seen(hidden: Tensor, *, twice: bool) -> list[Tensor]:
-            found: list[Tensor] = []
-
-            def listen(module: nn.Module, args: Any, kwargs: Any) -> None:
-                found.extend([x.detach().clone() for x in (*args, *kwargs.values()) if isinstance(x, Tensor)][:1])
-
-            handles = [self.module.get_submodule(name).register_forward_pre_hook(listen, with_kwargs=True) for name in owners]
-            try:
-                return [self.run({}, hidden, call, twice=twice), *found]
-            finally:
-                for handle in handles:
-                    handle.remove()
-
-        other = hidden.flip(-1)  # that a router of tokens, say, sends elsewhere
-        alone = [seen(x, twice=False) for x in (hidden, other)]
-        why = ""
-        try:
-            both = seen(torch.cat([hidden, other]), twice=True)
-        except (RuntimeError, AssertionError) as error:
-            both, why = [], f" ({error})"
-        if not len(both) == len(alone[0]) == len(alone[1]) or not all(map(_alike, both, *alone)):
-            raise ValueError(
-                f"layer {self.name!r} mixes or routes the samples of a batch, or they do not lie along the first axis{why}: "
-                "target='dense' runs two batches behind each other; use target='pruned'"
-            )
 
 
 def find_layers(model: nn.Module, layers: Sequence[str] | None, names: Sequence[str]) -> list["Layer"]:
@@ -127,8 +93,8 @@ def find_layers(model: nn.Module, layers: Sequence[str] | None, names: Sequence[
     return order
 
 
-class _Enough(Exception):
-    pass
+class Enough(Exception):
+    """Ends a forward that has shown what was asked."""
 
 
 def capture(model: nn.Module, order: Sequence[Layer], forward: Forward, batch: Any) -> Calls:
@@ -166,7 +132,7 @@ def capture(model: nn.Module, order: Sequence[Layer], forward: Forward, batch: A
         others = {k: None if k.startswith(CACHES) else v for k, v in kwargs.items() if k != named}
         rest[layer] = (named, tuple(None if k.startswith(CACHES) else v for k, v in zip(positions[1:], args[1:], strict=False)), others)
         if layer == order[-1].name:
-            raise _Enough
+            raise Enough
 
     def after(module: nn.Module, args: Any, output: Any, *, layer: str) -> None:
         last[:] = [_tensor(layer, output).clone()]  # what comes between may write into it
@@ -177,7 +143,7 @@ def capture(model: nn.Module, order: Sequence[Layer], forward: Forward, batch: A
         handles.append(layer.module.register_forward_hook(partial(after, layer=layer.name)))
     try:
         forward(model, batch)
-    except _Enough:
+    except Enough:
         pass
     finally:
         for handle in handles:
@@ -195,24 +161,3 @@ def _tensor(layer: str, output: Any) -> Tensor:
     if not isinstance(found, Tensor):
         raise ValueError(f"layer {layer!r} does not give a tensor first but a {type(found).__name__}; name other layers: layers=[...]")
     return found
-
-
-def _alike(both: Tensor, first: Tensor, second: Tensor) -> bool:
-    """Whether these are two of a size, and the first is both behind each other, but for rounding."""
-    if first.shape != second.shape or both.shape != (2 * len(first), *first.shape[1:]):
-        return False
-    wide = torch.promote_types(both.dtype, torch.float32)
-    wanted = torch.cat([first, second])
-    digits = torch.finfo(both.dtype).eps ** 0.5 if both.is_floating_point() else 0.0
-    return bool((both - wanted).to(wide).norm() <= digits * wanted.to(wide).norm())
-
-
-def twice_over(x: Tensor | None) -> Tensor | None:
-    """A batch behind itself.
-
-    Example:
-        >>> from blockprune.layerwise import twice_over
-        >>> twice_over(torch.ones(1))
-        tensor([1., 1.])
-    """
-    return None if x is None else torch.cat([x, x])

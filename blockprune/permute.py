@@ -1,7 +1,7 @@
 """Reorder hidden units, heads or channels so that weak ones fall into the same blocks; what the model computes stays the same."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import attrs
@@ -49,9 +49,12 @@ class Shuffle:
         order: int64 ``[units]``, each of 0..units-1 once.
         rows: parameters and buffers whose axis 0 is made of the units: weights that compute them, biases, batch norm's running_mean.
         columns: those whose axis 1 is made of the units: weights that read them.
+        within: equal groups of consecutive units that none may leave, such as heads whose channels are the units.
+        copies: names on whose axis each group stands several times, one copy behind the other: the output projection where so many
+            query heads share the values of one head.
 
     Raises:
-        TypeError, ValueError: an order that is not a permutation, a string in place of a tuple of names.
+        TypeError, ValueError: an order that is not a permutation or leaves its groups, a string in place of a tuple of names.
 
     Example:
         >>> from blockprune.permute import Shuffle
@@ -62,6 +65,25 @@ class Shuffle:
     order: Tensor = attrs.field(eq=_same, converter=_permutation)  # [units] int64
     rows: tuple[str, ...] = attrs.field(default=(), converter=_names, kw_only=True)
     columns: tuple[str, ...] = attrs.field(default=(), converter=_names, kw_only=True)
+    within: int = attrs.field(default=1, kw_only=True)
+    copies: Mapping[str, int] = attrs.field(factory=dict, converter=dict, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        units = len(self.order)
+        if self.within < 1 or units % self.within:
+            raise ValueError(f"Shuffle.within={self.within} must divide the units, which are {units}")
+        size = units // self.within
+        if leaves := [i for i, was in enumerate(self.order.tolist()) if i // size != was // size]:
+            raise ValueError(f"Shuffle.order takes units {leaves[:6]} out of their groups of {size} (within={self.within})")
+        if bad := {name: times for name, times in self.copies.items() if times < 1 or name not in (*self.rows, *self.columns)}:
+            raise ValueError(f"Shuffle.copies={bad} must be names of rows or columns and how often each has the units, 1 or more")
+
+    def along(self, name: str) -> Tensor:
+        """The order on a tensor's axis: of all copies, each group's behind each other."""
+        times, size = self.copies.get(name, 1), len(self.order) // self.within
+        inside = self.order.view(self.within, 1, size) % size  # [groups, 1, units of one]
+        first = torch.arange(self.within * times).view(self.within, times, 1) * size
+        return (first + inside).flatten()
 
     @property
     def inverse(self) -> "Shuffle":
@@ -136,7 +158,7 @@ def weakest_first(
         raise KeyError(f"weakest_first has no scores for any of {wanted}{near(wanted[0] if wanted else '', scores)}")
     total = sum((_by_unit(name, scores[name], axis, units) for name, axis in found), torch.zeros(units, dtype=torch.float64))
     inside = total.view(within, -1).argsort(dim=1, descending=descending, stable=True)  # [within, units of a group]
-    return Shuffle((inside + torch.arange(0, units, units // within)[:, None]).flatten(), rows=rows, columns=columns)
+    return Shuffle((inside + torch.arange(0, units, units // within)[:, None]).flatten(), rows=rows, columns=columns, within=within)
 
 
 def _by_unit(name: str, score: BlockScore, axis: int, units: int) -> Tensor:
@@ -184,11 +206,12 @@ def _moves(model: nn.Module, plan: Sequence[Shuffle]) -> dict[tuple[str, int], T
                 tensor, here = tensors[name], f"{name}: {tuple(tensors[name].shape)}"
                 if name in computed:
                     raise ValueError(f"{here} is computed by a parametrization; remove that first (`remove_parametrizations`)")
-                _check_axis(name, tensor.shape, axis, len(shuffle.order))
+                order = shuffle.along(name)
+                _check_axis(name, tensor.shape, axis, len(order))
                 if missing := [other for other, t in tensors.items() if t is tensor and other not in names]:
                     raise ValueError(f"{here} is tied to {missing}, which plan[{number}] would change too; name all, or untie them")
                 if (first := taken.get((id(tensor), axis))) is None:
-                    taken[id(tensor), axis], moves[name, axis] = number, shuffle.order
+                    taken[id(tensor), axis], moves[name, axis] = number, order
                 elif first != number:
                     raise ValueError(f"{here} is moved along axis {axis} by plan[{first}] and plan[{number}]; permute twice instead")
     return moves

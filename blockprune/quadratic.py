@@ -26,7 +26,9 @@ class Quadratic:
     hessian: Tensor  # [groups, k, k] damped
     damping: float  # the share of the mean diagonal that was added
     moved: bool  # whether ``best`` is not the weight
-    means: tuple[Tensor, Tensor] | None  # [groups, k] of the inputs of the target and of the repaired layer, where a bias absorbs them
+    means: (
+        tuple[Tensor, Tensor] | None
+    )  # of the target's output [groups, rows] and the layer's inputs [groups, k], where a bias absorbs them
 
     @property
     def inverse(self) -> Tensor:
@@ -55,17 +57,16 @@ def quadratic(name: str, p: Param, *, damping: float) -> Quadratic:
     gram = p.stats["input_gram"]  # [groups, k, k]
     groups, k, _ = gram.shape
     rows = p.weight.to(gram).reshape(groups, -1, k)
-    cross, means = gram, None
+    moved, means = "input_cross" in p.stats, None
+    goal = rows @ (p.stats["input_cross"].to(gram) if moved else gram)  # [groups, rows, k (+ 1)] the output aimed at, times the inputs
+    if p.stats.get("stream_cross", gram.new_empty(0)).numel():
+        goal = goal + p.stats["stream_cross"].to(gram)
+    aim, goal = (goal[..., -1], goal[..., :-1]) if moved else (None, goal)
     if "input_mean" in p.stats and p.stats.get("bias", gram.new_empty(0)).numel():
         mean = _mean(p, "input_mean", groups, k).to(gram)
-        means = mean, mean
-    if "input_cross" in p.stats:
-        cross = p.stats["input_cross"].to(gram)
-        if means:
-            means = _mean(p, "target_mean", groups, k).to(gram), means[1]
-    if means:
-        gram = gram - means[1][:, :, None] * means[1][:, None, :]
-        cross = cross - means[0][:, :, None] * means[1][:, None, :]
+        means = (rows @ mean[:, :, None])[..., 0] if aim is None else aim, mean
+        gram = gram - mean[:, :, None] * mean[:, None, :]
+        goal = goal - means[0][:, :, None] * mean[:, None, :]
     level = gram.diagonal(dim1=1, dim2=2).mean(1)  # [groups]
     here = f"{name} {p.grid.shape}"
     if not gram.isfinite().all():
@@ -87,7 +88,7 @@ def quadratic(name: str, p: Param, *, damping: float) -> Quadratic:
                     "(more batches, or a larger damping, make this certain)",
                     stacklevel=4,
                 )
-            return Quadratic(rows, rows @ cross + ridge * rows, hessian, share, "input_cross" in p.stats, means)
+            return Quadratic(rows, goal + ridge * rows, hessian, share, moved, means)
     raise ValueError(
         f"{here}: H = X^T X / n is not positive definite with damping={damping:g}, nor with {share:g}; "
         "give more batches, float64 statistics or a larger damping"

@@ -85,8 +85,8 @@ def _least_squares(name: str, p: Param, mask: BlockMask, damping: float, memory:
     weight = solved.reshape(p.weight.shape)
     found = {name: weight.to(p.weight.dtype)}
     if q.means:
-        before, after = q.means
-        shift = (q.rows @ before[:, :, None] - weight.reshape(q.rows.shape) @ after[:, :, None]).flatten()
+        wanted, given = q.means
+        shift = (wanted - (weight.reshape(q.rows.shape) @ given[:, :, None])[:, :, 0]).flatten()
         found[_bias_of(name)] = (p.stats["bias"].to(shift) + shift).to(p.stats["bias"].dtype)
     return found
 

@@ -1,6 +1,6 @@
 """Layer after layer: each is pruned and repaired on the inputs that the layers before it, pruned already, give it."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -11,10 +11,12 @@ from tqdm import tqdm
 
 from blockprune import statistics
 from blockprune.apply import read_masks
+from blockprune.beside import Alone, Beside, dissect
 from blockprune.blocks import BlockShape
 from blockprune.fold import default_forward, default_token_weights, moved, undisturbed
 from blockprune.gates import Forward
-from blockprune.layerwise import Calls, Layer, capture, find_layers, twice_over
+from blockprune.layers import input_axis, listeners
+from blockprune.layerwise import Calls, Layer, capture, find_layers
 from blockprune.names import find, lookup
 from blockprune.parametrization import mask_blocks
 from blockprune.pipeline import Pipeline
@@ -115,16 +117,22 @@ def sequential(
         for number, layer in enumerate(tqdm(order, desc="sequential", disable=None if progress else True)):
             new = number >= len(before)
             if new and layer.inside:
-                twice = target == "dense"
-                given = [torch.cat(both) for both in zip(dense or [], pruned, strict=True)] if twice else pruned
-                collect = partial(cast(Any, pipeline.collect), where=partial(_only, rule, layer.inside), statistics=wanted, progress=False)
-                data = _collect(model, collect, layer, given, calls, scales, twice=twice)
-                data = {name: attrs.evolve(p, stats={**_known(evidence, name), **p.stats}) for name, p in data.items()}
-                scores = pipeline.metric(data)
-                found = pipeline.allocate(scores, {name: share[name] for name in layer.inside} if share else sparsity)
-                masks |= found
-                weights |= reconstruct(data, found)
-                del data, scores, given
+                for seen in _groups(model, layer, pruned, calls, dense if target == "dense" else None):
+                    parameters = _pruned(model, layer.name, masks, weights) if target == "dense" else {}
+                    data = cast(Any, pipeline.collect)(
+                        model,
+                        where=partial(_only, rule, seen.names),
+                        statistics=[*wanted, *seen.statistics],
+                        batches=seen.batches(),
+                        forward=partial(seen.forward, parameters),
+                        token_weights=scales.__getitem__,
+                        progress=False,
+                    )
+                    data = {name: attrs.evolve(p, stats={**_known(evidence, name), **p.stats}) for name, p in data.items()}
+                    found = pipeline.allocate(pipeline.metric(data), {name: share[name] for name in seen.names} if share else sparsity)
+                    masks |= found
+                    weights |= reconstruct(data, found)
+                    del data
             if dense:
                 dense = [layer.run({}, x, call) for x, call in zip(dense, calls, strict=True)]
             changed = _pruned(model, layer.name, masks, weights)
@@ -137,25 +145,22 @@ def sequential(
     return Repaired(masks, weights, tuple(layer.name for layer in order))
 
 
-def _collect(  # noqa: PLR0917 (of one caller)
-    model: nn.Module,
-    collect: Callable[..., Data],
-    layer: Layer,
-    given: list[Tensor],
-    calls: list[Calls],
-    scales: list[Tensor | None],
-    *,
-    twice: bool,
-) -> Data:
-    """Statistics of one layer on the hidden states it is given."""
-
-    def forward(_: Any, i: int) -> Tensor:
-        return layer.run({}, given[i], calls[i], twice=twice)
-
-    if twice:
-        layer.check_twice(given[0].chunk(2)[0], calls[0])
-    weights = [twice_over(x) for x in scales] if twice else scales
-    return collect(model, batches=range(len(calls)), forward=forward, token_weights=weights.__getitem__)
+def _groups(
+    model: nn.Module, layer: Layer, given: Sequence[Tensor], calls: Sequence[Calls], dense: Sequence[Tensor] | None
+) -> Iterator[Alone | Beside]:
+    """Weights of a layer that are pruned at one time: all, or beside the dense layer those that meet one input."""
+    if dense is None:
+        yield Alone(layer.inside, layer, given, calls)
+        return
+    places, inside = find(model, layer.inside, what="where"), set(layer.module.modules())
+    heard = [
+        (name, slot, module)
+        for name, slot, module in listeners(model, places)
+        if module in inside and input_axis(slot) == input_axis(places[name][0])  # not a head tied to an embedding
+    ]
+    anatomy = dissect(layer, given[0], calls[0], heard)
+    for names in anatomy.groups:
+        yield Beside(names, layer, given, calls, dense, [one for one in heard if one[0] in names], anatomy)
 
 
 def _tuned(  # noqa: PLR0917 (of one caller)
@@ -197,16 +202,13 @@ def _asked(pipeline: Pipeline, target: str) -> tuple[Any, list[statistics.Statis
     if own := [key for key in ("batches", "forward", "token_weights") if key in bound]:
         raise TypeError(f"pipeline.collect binds {', '.join(own)}, which sequential would not use; give it to sequential instead")
     wanted = list(bound["statistics"])
-    if any(s.name == statistics.input_cross.name for s in wanted):
-        raise ValueError("input_cross is of two models' inputs; leave it out of the statistics: target='dense' adds it")
+    if any(s.name in ("input_cross", "stream_cross") for s in wanted):
+        raise ValueError("input_cross and stream_cross compare two models; leave them out of the statistics: target='dense' adds them")
     if bad := [s.name for s in wanted if s.sees not in ("inputs", "output")]:
         raise ValueError(
             f"{', '.join(bad)} needs gradients, which a layer alone has not; collect it of the whole model and pass it as evidence="
         )
-    if target == "dense":
-        means = [statistics.of_half(s, 0, name="target_mean") for s in wanted if s.name == "input_mean"]
-        wanted = [statistics.of_half(s, 1) for s in wanted] + means + [statistics.input_cross]
-    elif target != "pruned":
+    if target not in ("pruned", "dense"):
         raise ValueError(f"target={target!r} must be 'pruned' or 'dense'")
     return bound["where"], wanted
 

@@ -48,9 +48,25 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sensitivity": {"apply", "pipeline", "tables"},
     "blockwise": {"parametrization", "types"},
     "layerwise": {"gates", "names"},
-    "sequential": {"apply", "blocks", "fold", "gates", "layerwise", "names", "parametrization", "pipeline", "statistics", "types", "where"},
+    "beside": {"gates", "layers", "layerwise", "names", "statistics"},
+    "sequential": {
+        "apply",
+        "beside",
+        "blocks",
+        "fold",
+        "gates",
+        "layers",
+        "layerwise",
+        "names",
+        "parametrization",
+        "pipeline",
+        "statistics",
+        "types",
+        "where",
+    },
     "pareto": {"distribute", "tables", "types"},
     "permute": {"blocks", "names", "types"},
+    "cluster": {"blocks", "names", "permute", "types"},
 }
 STAGES = {"collect", "metric", "allocate", "reconstruct", "apply", "schedule", "pipeline", "masks", "maskfile"}
 

@@ -219,26 +219,30 @@ def net() -> nn.Module:
 @pytest.mark.parametrize("repair", [reconstruct.none, reconstruct.least_squares])
 @pytest.mark.parametrize("target", ["pruned", "dense"])
 def test_through_sequential_each_layer_comes_closer_to_its_dense_output(repair: Any, target: Any) -> None:
+    """On the batches that are held out, which say when to stop; where least squares aims there too, all but one may be as near as that."""
     errors: list[tuple[float, float]] = []
+    whole: list[float] = []
 
     def tune(run: Run, parameters: Mapping[str, Tensor], masks: bp.Masks, targets: Sequence[Tensor]) -> Mapping[str, Tensor]:
-        def error(weights: Mapping[str, Tensor]) -> float:
-            return sum(float((run({**parameters, **weights}, i) - y).square().mean()) for i, y in enumerate(targets))
+        def error(weights: Mapping[str, Tensor], batches: Sequence[int]) -> float:
+            return sum(float((run({**parameters, **weights}, i) - targets[i]).square().mean()) for i in batches)
 
         got = bp.blockwise(run, parameters, masks, targets, lr=3e-3, epochs=10)
-        errors.append((error({}), error(got)))
+        errors.append((error({}, [7]), error(got, [7])))
+        whole.append(error(got, range(8)))
         return got
 
     model, x = net(), inputs(8)
     found = bp.sequential(model, pipeline(), repair, x, 0.5, target=target, tune=tune)
     assert len(errors) == 3
-    assert all(after < before for before, after in errors)
+    assert all(after < before or (after == before and (repair, target) == (reconstruct.least_squares, "dense")) for before, after in errors)
+    assert any(after < before for before, after in errors)
     assert found.weights.keys() == found.masks.keys()
     for name, m in found.masks.items():
         assert (found.weights[name][~reference.expand(m.keep, m.grid)] == 0).all()
     pruned = bp.apply_masks(copy.deepcopy(model), found.masks, found.weights)
     with torch.no_grad():
-        assert sum(float((pruned(b) - model(b)).square().mean()) for b in x) == pytest.approx(errors[-1][1], rel=1e-9)
+        assert sum(float((pruned(b) - model(b)).square().mean()) for b in x) == pytest.approx(whole[-1], rel=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -33,14 +33,15 @@ def test_the_hessian_is_the_gram_and_a_share_of_its_mean_diagonal(p: Param, damp
 
 @given(linears(), seeds)
 def test_the_goal_is_where_the_quadratic_is_least(p: Param, seed: int) -> None:
-    """With another target (`input_cross`) the best weights solve the damped least squares towards it."""
-    k = p.grid.shape[1]
-    x, target = normal((4 * k, k), seed), normal((4 * k, k), seed + 1)
-    stats = {"input_gram": (x.mT @ x / len(x))[None], "input_cross": (target.mT @ x / len(x))[None]}
+    """With another target (`input_cross`, `stream_cross`) the best weights solve the damped least squares towards it."""
+    outputs, k = p.grid.shape
+    x, target, ahead = normal((4 * k, k), seed), normal((4 * k, k), seed + 1), normal((4 * k, outputs), seed + 2)
+    design = torch.cat([x, torch.ones(len(x), 1).double()], 1) / len(x)
+    stats = {"input_gram": (x.mT @ x / len(x))[None], "input_cross": (target.mT @ design)[None], "stream_cross": ahead.mT @ design}
     q = quadratic("w", attrs.evolve(p, stats=stats), damping=0.1)
     ridge = 0.1 * float(stats["input_gram"].diagonal(dim1=1, dim2=2).mean())
     design = torch.cat([x / len(x) ** 0.5, ridge**0.5 * torch.eye(k).double()])
-    aim = torch.cat([target @ p.weight.mT / len(x) ** 0.5, ridge**0.5 * p.weight.mT])
+    aim = torch.cat([(target @ p.weight.mT + ahead) / len(x) ** 0.5, ridge**0.5 * p.weight.mT])
     close(q.best[0], torch.linalg.lstsq(design, aim).solution.mT, atol=1e-8)
 
 
@@ -135,5 +136,6 @@ def test_nothing_is_written_to() -> None:
     bp.conditioning({"weight": p})
     q = quadratic("weight", p, damping=0.1)
     assert q.means is not None
-    close(q.means[0], (normal((20, 6), 0) + 1).mean(0)[None])
+    close(q.means[0], (p.weight @ (normal((20, 6), 0) + 1).mean(0))[None])
+    close(q.means[1], (normal((20, 6), 0) + 1).mean(0)[None])
     assert all(torch.equal(p.stats[name], value) for name, value in before.items())

@@ -218,26 +218,31 @@ def test_a_layer_without_a_bias_is_repaired_in_its_weight_alone() -> None:
 
 
 @EITHER
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("absorbing", [False, True])
-def test_towards_other_inputs_it_is_least_squares_and_obs_counts_from_the_best_without_masks(absorbing: bool, compiled: bool) -> None:
-    """`input_cross` and `target_mean`: the weight should give on x what it gave on the target's inputs."""
+def test_towards_another_output_it_is_least_squares_and_obs_counts_from_the_best_without_masks(
+    absorbing: bool, stream: bool, compiled: bool
+) -> None:
+    """`input_cross`: the weight should give on x what it gave on the target's inputs; `stream_cross`: and what the stream lacks."""
     target = normal((60, 6), 0) @ normal((6, 6), 1) + 1
     x, weight, before = target + 0.3 * normal((60, 6), 2) + 0.5, normal((4, 6), 3), normal((4,), 4)
-    mean = {"input_mean": x.mean(0)[None], "target_mean": target.mean(0), "bias": before}
-    p = param(weight, x, (2, 2), input_cross=(target.mT @ x / 60)[None], **(mean if absorbing else {}))
+    ahead = stream * (normal((60, 4), 5) + x[:, :4])
+    wide = torch.cat([x, torch.ones(60, 1).double()], 1) / 60
+    cross = {"input_cross": (target.mT @ wide)[None], "stream_cross": ahead.mT @ wide if stream else x.new_empty(0)}
+    p = param(weight, x, (2, 2), **cross, **({"input_mean": x.mean(0)[None], "bias": before} if absorbing else {}))
     for mask in (random_mask(p, 0), BlockMask(torch.ones(p.grid.size, dtype=torch.bool), p.grid)):
         got = reconstruct.least_squares({"weight": p}, {"weight": mask}, damping=1e-11)
         for r in range(4):
             kept = elementwise(mask)[r].nonzero().flatten()
             design = torch.cat([x[:, kept], torch.ones(60, int(absorbing)).double()], 1)
-            solution = torch.linalg.lstsq(design, (target @ weight[r] + absorbing * before[r])[:, None]).solution.flatten()
+            solution = torch.linalg.lstsq(design, (target @ weight[r] + ahead[:, r] + absorbing * before[r])[:, None]).solution.flatten()
             close(got["weight"][r, kept], solution[: len(kept)], rtol=1e-6, atol=1e-7)
             if absorbing:
                 close(got["bias"][r], solution[-1], rtol=1e-6, atol=1e-7)
     with loops(compiled):
         score = metric.obs({"weight": p}, damping=0.01)["weight"]
     best = reconstruct.least_squares({"weight": p}, {"weight": mask}, damping=0.01)["weight"]
-    check_removals(attrs.evolve(p, weight=best, stats={k: v for k, v in p.stats.items() if k != "input_cross"}), score, 0.01)
+    check_removals(attrs.evolve(p, weight=best, stats={k: v for k, v in p.stats.items() if k not in cross}), score, 0.01)
 
 
 def test_in_proj_is_repaired_with_its_bias_group_by_group() -> None:

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 
 import blockprune as bp
 from blockprune import collect, statistics
-from blockprune.statistics import Statistic
+from blockprune.statistics import Statistic, inputs
 
 INPUTS = [statistics.input_sq, statistics.input_mean, statistics.input_gram]
 BY_OUTPUT: dict[str, tuple[Statistic, Callable[[Tensor], Tensor]]] = {
@@ -574,8 +574,8 @@ def test_layers_that_share_an_input_share_its_products_and_others_do_not(monkeyp
             x = x.clone()
             return first + self.c(x.mul_(2))
 
-    calls, product = [], statistics._product
-    monkeypatch.setattr(statistics, "_product", lambda x, weights: calls.append(1) or product(x, weights))
+    calls, product = [], inputs._product
+    monkeypatch.setattr(inputs, "_product", lambda x, weights: calls.append(1) or product(x, weights))
     torch.manual_seed(0)
     x = torch.randn(5, 6)
     data = collect.with_statistics(Fork(), where=bp.linears((2, 2)), statistics=[statistics.input_gram], batches=[x, 3 * x])
@@ -589,6 +589,6 @@ def test_layers_that_share_an_input_share_its_products_and_others_do_not(monkeyp
 def test_a_wide_product_is_worked_out_by_half(weighted: bool) -> None:
     torch.manual_seed(0)
     x, weights = torch.randn(9, 1030).double(), torch.rand(9).double() if weighted else None
-    found = statistics._product(x, weights)
+    found = inputs._product(x, weights)
     torch.testing.assert_close(found, x.mT @ (x if weights is None else x * weights[:, None]))
     assert torch.equal(found, found.mT)

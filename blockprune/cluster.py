@@ -1,0 +1,209 @@
+"""Which hidden units share blocks: an order that leaves the most blocks with little to lose, found from what each element is worth."""
+
+from collections.abc import Mapping, Sequence
+
+import attrs
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from blockprune.blocks import BlockGrid, BlockShape, block_elements, pool
+from blockprune.names import near
+from blockprune.permute import Shuffle
+from blockprune.types import Scores
+
+SWEEPS = 30  # times that pairs are exchanged between two looks at what units would add to blocks, at most
+FEW = 8  # partners that are looked at closely
+CHUNK = 1 << 24  # numbers of one temporary
+
+
+def cluster(
+    scores: Scores, plan: Sequence[Shuffle], *, block: BlockShape, sparsity: float = 0.25, rounds: int = 6, progress: bool = True
+) -> list[Shuffle]:
+    """Better orders for a plan of `permute`: units that matter in the same places share blocks, and weak ones leave whole blocks empty.
+
+    A block of score I costs ``I / (1 + I / L)``, nearly I where that is small and at most L, the score of the last block that goes at this
+    sparsity: what is lost if it goes or stays. Units start in the order of their sums and change places pairwise as long as that lowers
+    the cost. Axes are taken in the order of the plan, each in the blocks that those before it left.
+
+    Args:
+        scores: of single elements (blocks of ``(1, 1)``) that add up, such as ``metric.obs(data, max_sparsity=0)`` weighed by output
+            gradients: what dropping one adds to the loss.
+        plan: the axes; their orders are not used. `Shuffle(torch.arange(units), rows=..., columns=...)` names one.
+        block: the blocks in which the weights will be pruned, two axes.
+        sparsity: share of the elements that will go.
+        rounds: looks at the blocks, at most.
+        progress: show a bar on a terminal.
+
+    Raises:
+        KeyError: an axis without scores.
+        ValueError: scores of larger blocks or not finite, a block that is not two positive numbers, units that do not divide an axis.
+
+    Example:
+        >>> from blockprune.permute import Shuffle
+        >>> value = torch.tensor([[8.0, 9, 0, 0], [0, 0, 7, 9], [6, 9, 0, 0], [0, 0, 8, 7]])
+        >>> scores = {"up": bp.BlockScore(value, bp.BlockGrid((4, 4), (1, 1)))}
+        >>> (found,) = bp.cluster(scores, [Shuffle(torch.arange(4), rows=["up"])], block=(2, 2), sparsity=0.5)
+        >>> value[found.order]
+        tensor([[6., 9., 0., 0.],
+                [8., 9., 0., 0.],
+                [0., 0., 7., 9.],
+                [0., 0., 8., 7.]])
+    """
+    tall, wide = _block(block)
+    values = {name: _matrix(name, scores) for shuffle in plan for name in (*shuffle.rows, *shuffle.columns) if name in scores}
+    level = _level(values, (tall, wide), sparsity)
+    found: list[Shuffle] = []
+    with torch.no_grad():
+        for shuffle in tqdm(plan, desc="cluster", disable=None if progress else True, leave=False):
+            parts: dict[int, list[Tensor]] = {}  # by units of a block: what the blocks across hold of each unit, [units, blocks]
+            for axis, names in enumerate((shuffle.rows, shuffle.columns)):
+                for name in names:
+                    if name in values:
+                        group, part = _part(name, values[name], shuffle, axis, (tall, wide))
+                        parts.setdefault(group, []).append(part / (level * tall * wide))
+            if not parts:
+                wanted = [*shuffle.rows, *shuffle.columns]
+                raise KeyError(f"cluster has no scores for any of {wanted[:6]}{near(wanted[0] if wanted else '', scores)}")
+            order = _order({group: torch.cat(of, 1) for group, of in parts.items()}, shuffle.within, rounds)
+            found.append(attrs.evolve(shuffle, order=order))
+            for axis, names in enumerate((shuffle.rows, shuffle.columns)):
+                for name in set(names) & values.keys():
+                    values[name] = (
+                        values[name].unflatten(axis, (len(at := found[-1].along(name)), -1)).index_select(axis, at).flatten(axis, axis + 1)
+                    )
+    return found
+
+
+def _block(block: BlockShape) -> tuple[int, int]:
+    if len(block) != 2 or min(block) < 1:
+        raise ValueError(f"block={tuple(block)} must be two positive numbers, the rows and the inputs of a block, such as (16, 16)")
+    return block[0], block[1]
+
+
+def _matrix(name: str, scores: Scores) -> Tensor:
+    """The scores of single elements, ``[outputs, inputs]``, float32."""
+    value, grid = scores[name].value, scores[name].grid
+    if grid.block[:2] != (1, 1) or len(grid.shape) < 2:
+        raise ValueError(f"{name}: cluster looks at single elements, but the scores are of {grid}; collect with blocks of (1, 1)")
+    if not value.isfinite().all():
+        raise ValueError(f"{name}: the scores of {grid} have NaN or infinite values, which do not add up; cluster before `restrict`")
+    return value.detach().cpu().reshape(grid.size[0], -1).float().clamp_min(0)
+
+
+def _level(values: Mapping[str, Tensor], block: tuple[int, int], sparsity: float) -> float:
+    """The mean score of an element in the last block that goes."""
+    if not 0 < sparsity < 1:
+        raise ValueError(f"sparsity={sparsity} must be above 0 and below 1: the share of the elements that will go")
+    means = []
+    for value in values.values():
+        grid = BlockGrid(value.shape, [min(b, s) for b, s in zip(block, value.shape, strict=True)])
+        means.append((pool(value, grid) / block_elements(grid)).flatten())
+    if not means:
+        raise KeyError("cluster has no scores for any name of the plan; give scores of the model's weights")
+    every = torch.cat(means).sort().values
+    level = float(every[round(sparsity * (len(every) - 1))])
+    return level or float(every[every > 0].min() if every.any() else 1)  # zeros go first, and at no cost
+
+
+def _part(name: str, value: Tensor, shuffle: Shuffle, axis: int, block: tuple[int, int]) -> tuple[int, Tensor]:
+    """Units of a block along the axis, and each unit's sums over the blocks across, copies side by side: ``[units, blocks]``."""
+    x = value if axis == 0 else value.mT  # [along, across]
+    along, across = x.shape
+    units, copies = len(shuffle.order), shuffle.copies.get(name, 1)
+    if along % (units * copies):
+        raise ValueError(
+            f"{name}: axis {axis} of {tuple(value.shape)} has {along} entries, not {copies} times {units} equal units; mend the plan"
+        )
+    entries = along // (units * copies)
+    sums = F.pad(x, (0, -across % block[1 - axis])).unflatten(1, (-1, block[1 - axis])).sum(2)  # [along, blocks]
+    sums = sums.view(shuffle.within, copies, units // shuffle.within, entries, -1).movedim(
+        1, 3
+    )  # [groups, units of one, entries, copies, blocks]
+    pieces = -(-entries // block[axis])  # of a unit that is taller than a block
+    sums = F.pad(sums.flatten(3), (0, 0, 0, pieces * block[axis] - entries if pieces > 1 else 0))
+    sums = sums.unflatten(2, (pieces, -1)).sum(3)  # [groups, units, pieces, copies * blocks]
+    return max(1, block[axis] // entries), sums.reshape(units, -1)
+
+
+def _order(parts: Mapping[int, Tensor], within: int, rounds: int) -> Tensor:
+    """``parts[g]`` [units, blocks across]: what blocks of g units would hold of each, in units of the level."""
+    units = len(next(iter(parts.values())))
+    total = sum((part.sum(1) for part in parts.values()), torch.zeros(units))
+    size = units // within
+    place = torch.empty(units, dtype=torch.long)  # of each unit
+    place[(total.view(within, size).argsort(dim=1, stable=True) + torch.arange(0, units, size)[:, None]).flatten()] = torch.arange(units)
+    parts = {group: part for group, part in parts.items() if group > 1}  # alone in its block a unit costs the same everywhere
+    for _ in range(rounds if parts else 0):
+        if not _exchange(parts, place, size):
+            break
+    return place.argsort()
+
+
+def _saturated(held: Tensor) -> Tensor:
+    return held / (1 + held)
+
+
+def _held(part: Tensor, block: Tensor) -> Tensor:
+    """What each block holds, ``[blocks along, blocks across]``."""
+    return torch.zeros(int(block.max()) + 1, part.shape[1]).index_add_(0, block, part)
+
+
+def _adds(part: Tensor, block: Tensor) -> Tensor:
+    """What each unit adds to the cost of each block, in exchange for an average unit of it: ``[units, blocks along]``."""
+    held, of = _held(part, block), block.bincount()
+    without = held * (1 - 1 / of)[:, None]
+    adds = torch.stack([(_saturated(one + part) - _saturated(one)).sum(1) for one in without], 1)
+    own = (_saturated(held[block]) - _saturated((held[block] - part).clamp_min(0))).sum(1)
+    return adds.scatter_(1, block[:, None], own[:, None])
+
+
+def _exchange(parts: Mapping[int, Tensor], place: Tensor, size: int) -> bool:
+    """Exchange units pairwise, in place; whether any was. No exchange raises the cost: each is worked out, and no two touch one block."""
+    adds = {group: _adds(part, place // group) for group, part in parts.items()}
+    apart, exchanged = max(parts), False
+    for _ in range(SWEEPS):
+        other = _partners(adds, place, size)  # [units, few]
+        gain = sum((_gain(part, place // group, other) for group, part in parts.items()), torch.zeros(()))
+        best, which = gain.max(1)
+        order = best.argsort(descending=True)
+        taken: set[int] = set()
+        for unit in order[best[order] > 0].tolist():
+            partner = int(other[unit, which[unit]])
+            blocks = {int(place[unit]) // apart, int(place[partner]) // apart}
+            if not blocks & taken:
+                taken |= blocks
+                place[unit], place[partner] = int(place[partner]), int(place[unit])
+        exchanged |= bool(taken)
+        if not taken:
+            break
+    return exchanged
+
+
+def _partners(adds: Mapping[int, Tensor], place: Tensor, size: int) -> Tensor:
+    """The units with which an exchange promises most, for each: ``[units, few]``."""
+    moves = {group: add - add.gather(1, (place // group)[:, None]) for group, add in adds.items()}  # [units, blocks] of going there
+    found = []
+    for rows in torch.arange(len(place)).split(max(1, CHUNK // len(place))):
+        change = sum((move[rows][:, place // g] + move[:, place[rows] // g].mT for g, move in moves.items()), torch.zeros(()))
+        together = torch.stack([place[rows][:, None] // g == place // g for g in moves]).all(0)
+        change[together | (place[rows][:, None] // size != place // size)] = torch.inf  # [rows, units]
+        found.append(change.topk(min(FEW, len(place)), dim=1, largest=False).indices)
+    return torch.cat(found)
+
+
+def _gain(part: Tensor, block: Tensor, other: Tensor) -> Tensor:
+    """What the cost falls by when a unit and another change places, ``[units, few]``."""
+    held, own = _held(part, block), part[:, None]
+    gain = []
+    for rows in torch.arange(len(block)).split(max(1, CHUNK // (other.shape[1] * part.shape[1]))):
+        theirs = part[other[rows]]  # [rows, few, blocks across]
+        here, there = held[block[rows]][:, None], held[block[other[rows]]]
+        change = theirs - own[rows]
+        before, after = (
+            _saturated(here) + _saturated(there),
+            _saturated((here + change).clamp_min(0)) + _saturated((there - change).clamp_min(0)),
+        )
+        gain.append(torch.where(block[rows][:, None] == block[other[rows]], 0, (before - after).sum(2)))
+    return torch.cat(gain)
