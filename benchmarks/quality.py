@@ -9,6 +9,8 @@ seconds and peak memory.
 
 import argparse
 import re
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,15 +21,17 @@ import attrs
 import minilm
 import smollm
 import torch
+from safetensors.torch import load_file, save_file
 from timing import machine
 from torch import Tensor, nn
 
 import blockprune as bp
 from blockprune import allocate, collect, distribute, metric, reconstruct, statistics
+from blockprune.permute import Shuffle
 
 SEED = 0
 CAP = 0.6  # no layer loses more under a budget
-DAMPING = 0.01
+DAMPING = 0.2  # for repair towards the dense model; 0.01 for scores of the dense model itself
 
 
 @attrs.frozen(eq=False)
@@ -43,7 +47,7 @@ class Task:
     per_sample: str
     figure: Callable[[nn.Module], float]
     down: str  # pattern of the MLP's second projection
-    ups: tuple[tuple[str, str], ...]  # how its name becomes those of the projections before it
+    axes: list[Shuffle]  # hidden axes whose units may change places
 
 
 @attrs.frozen
@@ -74,6 +78,7 @@ PATTERNS = {
     "16x1": Pattern((16, 1)),
     "1x16": Pattern((1, 16)),
     "MLP units": Pattern((-1, 1), only="down"),
+    "1x1": Pattern((1, 1)),
     "2:4": Pattern((1, 1), m=4),
 }
 Found = tuple[nn.Module, bp.Masks, bp.Weights]  # the model that they are of
@@ -98,7 +103,7 @@ def smollm_task(windows: int, held_out: int, gradients: int) -> Task:
         per_sample="vmap",
         figure=partial(smollm.perplexity, held_out=held),
         down="*.down_proj.weight",
-        ups=(("down_proj", "gate_proj"), ("down_proj", "up_proj")),
+        axes=smollm.axes(model),
     )
 
 
@@ -118,7 +123,7 @@ def minilm_task(texts: int) -> Task:
         per_sample="loop",
         figure=partial(minilm.pearson, batches=judged),
         down="encoder.layer.*[0-9].output.dense.weight",
-        ups=(("output.dense", "intermediate.dense"),),
+        axes=minilm.axes(model),
     )
 
 
@@ -155,7 +160,8 @@ def repaired(  # noqa: PLR0917 (the first three are bound)
     """Layer after layer: score, rank the blocks of each Linear, repair."""
     rank = options.pop("rank", pattern.layer)
     pipeline = bp.Pipeline(partial(collect.with_statistics, where=pattern.where(task), statistics=seen), score, rank)
-    found = bp.sequential(task.model, pipeline, repair, task.batches, options.pop("budget", sparsity), progress=False, **options)
+    budget, target = options.pop("budget", sparsity), options.pop("target", "dense")
+    found = bp.sequential(task.model, pipeline, repair, task.batches, budget, target=target, progress=False, **options)
     return task.model, found.masks, found.weights
 
 
@@ -184,22 +190,45 @@ def budgeted(task: Task, pattern: Pattern, sparsity: float, **options: Any) -> F
         lazy=True,
         progress=False,
     )
-    budget = distribute.loss_weighted(OBS(data), sparsity, max_sparsity=max(CAP, (1 + sparsity) / 2))
+    budget = distribute.loss_weighted(metric.obs(data, progress=False), sparsity, max_sparsity=max(CAP, (1 + sparsity) / 2))
     evidence = {name: attrs.evolve(p, stats={"output_grad_gram": p.stats["output_grad_gram"]}) for name, p in data.items()}
     del data
     return repaired(OBS, GRAM, SQUARES, task, pattern, sparsity, rank=allocate.per_layer, budget=budget, evidence=evidence, **options)
 
 
-def permuted(task: Task, pattern: Pattern, sparsity: float) -> Found:
-    """`budgeted` after the MLPs' hidden units are sorted by what dropping one adds to the error, so that weak ones share blocks."""
-    down = bp.named(task.down, (-1, 1))
-    data = collect.with_statistics(task.model, where=down, statistics=GRAM, batches=task.batches, lazy=True, progress=False)
-    scores, known = metric.correlated(data), dict(task.model.named_parameters())
-    plan = []
-    for name in scores:
-        rows = [found for up in task.ups for found in (name.replace(*up), name.replace(*up).replace("weight", "bias")) if found in known]
-        plan.append(bp.weakest_first(scores, units=known[name].shape[1], rows=rows, columns=[name]))
-    return budgeted(attrs.evolve(task, model=bp.permute(task.model, plan)), pattern, sparsity)
+def clustered(task: Task, pattern: Pattern, sparsity: float, **options: Any) -> Found:
+    """`budgeted` after hidden units that matter in the same places were brought into the same blocks."""
+    data = collect.with_statistics(
+        task.model,
+        where=task.linears(bp.linears((1, 1))),
+        statistics=[statistics.input_gram, statistics.output_grad_sq],
+        batches=task.asked,
+        forward=task.forward,
+        loss=task.loss,
+        lazy=True,
+        progress=False,
+    )
+    block = tuple(64 if side == -1 else side for side in pattern.block)
+    plan = bp.cluster(metric.obs(data, max_sparsity=0, progress=False), task.axes, block=block, sparsity=sparsity, progress=False)
+    del data
+    return budgeted(attrs.evolve(task, model=bp.permute(task.model, plan)), pattern, sparsity, **options)
+
+
+PEER = Path(__file__).parents[1] / ".peers" / "llmcompressor" / "bin" / "python"
+
+
+def llmcompressor(method: str, task: Task, pattern: Pattern, sparsity: float) -> Found:
+    """llm-compressor on the same tokens, in an environment of its own (`make peers`): 2:4 or single weights at 50 %."""
+    with tempfile.TemporaryDirectory() as folder:
+        smollm.save(task.model, folder)
+        tokens, out = f"{folder}/tokens.safetensors", f"{folder}/out.safetensors"
+        save_file({"tokens": torch.cat(task.batches)}, tokens)
+        script = Path(__file__).parent / "peers" / "llmcompressor_quality.py"
+        structure = f"2:{pattern.m}" if pattern.m else "0:0"
+        subprocess.run([PEER, script, folder, tokens, out, method, structure], check=True, capture_output=True)
+        pruned = load_file(out)
+    weights = {name: pruned[name] for name in collect.weights(task.model, where=pattern.where(task), lazy=True)}
+    return task.model, {name: bp.BlockMask(w != 0, bp.BlockGrid(w.shape, (1, 1))) for name, w in weights.items()}, weights
 
 
 METHODS: dict[str, Callable[[Task, Pattern, float], Found]] = {
@@ -210,8 +239,10 @@ METHODS: dict[str, Callable[[Task, Pattern, float], Found]] = {
     "SparseGPT": sparsegpt,
     "OBS": partial(repaired, OBS, GRAM, SQUARES),
     "OBS + budget": budgeted,
-    "OBS + budget + permute": permuted,
-    "OBS + budget + tune": partial(budgeted, tune=bp.blockwise),
+    "OBS + budget + cluster": clustered,
+    "OBS + budget + cluster + tune": partial(clustered, tune=bp.blockwise),
+    "llm-compressor Wanda": partial(llmcompressor, "wanda"),
+    "llm-compressor SparseGPT": partial(llmcompressor, "sparsegpt"),
 }
 
 
@@ -221,6 +252,13 @@ def peak_mib(reset: bool = False) -> float:
         Path("/proc/self/clear_refs").write_text("5")
     status = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
     return int(status[1]) / 1024 if status else float("nan")
+
+
+def runs(method: str, pattern: Pattern, sparsity: float, model: str) -> bool:
+    """Whether a cell is there to be measured: 2:4 is half and has no budget, the peer has no blocks."""
+    if method.startswith("llm-compressor"):
+        return model == "smollm" and pattern.block == (1, 1) and sparsity == 0.5 and PEER.exists()
+    return not pattern.m or (sparsity == 0.5 and "budget" not in method)
 
 
 def main(options: argparse.Namespace) -> None:
@@ -234,11 +272,11 @@ def main(options: argparse.Namespace) -> None:
         print(f"all-MiniLM-L6-v2: Pearson correlation with people (Lee50), calibration {8 * len(task.batches)} texts", end="")
     print(f", gradients of {len(task.asked)} batches; seed {SEED}; damping {DAMPING}; dense {task.figure(task.model):.3f}")
     print(f"Budgets take at most {CAP:.0%} of a layer (above 20 % sparsity half of what stays)")
-    print(f"{'pattern':10}{'sparsity':>9}  {'method':24}{'figure':>12}{'pruned':>8}{'seconds':>9}{'peak MiB':>10}")
+    print(f"{'pattern':10}{'sparsity':>9}  {'method':30}{'figure':>12}{'pruned':>8}{'seconds':>9}{'peak MiB':>10}")
     for name in options.patterns:
         for sparsity in options.sparsities:
             for method in options.methods:
-                if PATTERNS[name].m and (sparsity != 0.5 or "budget" in method):
+                if not runs(method, PATTERNS[name], sparsity, options.model):
                     continue
                 peak_mib(reset=True)
                 start = time.perf_counter()
@@ -248,7 +286,7 @@ def main(options: argparse.Namespace) -> None:
                 figure = task.figure(bp.apply_masks(model, masks, weights))
                 bp.apply_masks(model, {}, before)
                 print(
-                    f"{name:10}{sparsity:>9.0%}  {method:24}{figure:>12,.3f}{bp.sparsity(masks):>8.1%}{seconds:>9.0f}{peak:>10,.0f}",
+                    f"{name:10}{sparsity:>9.0%}  {method:30}{figure:>12,.3f}{bp.sparsity(masks):>8.1%}{seconds:>9.0f}{peak:>10,.0f}",
                     flush=True,
                 )
 

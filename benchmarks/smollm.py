@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blockprune.permute import Shuffle
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ARTICLES = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 WINDOW = 512
@@ -38,6 +40,14 @@ def load() -> tuple[nn.Module, Any]:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     return model.eval(), tokenizer
+
+
+def save(model: Any, folder: str) -> None:
+    """As a folder that `from_pretrained` reads; the loader's note that it was quantised once would forbid it."""
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
 
 
 def articles() -> list[str]:
@@ -74,3 +84,31 @@ def perplexity(model: Callable[..., Any], held_out: Tensor) -> float:
             logits = model(window[None]).logits[0, :-1]
             total += F.cross_entropy(logits.float(), window[1:]).item()
     return float(torch.tensor(total / len(held_out)).exp())
+
+
+def axes(model: nn.Module) -> list[Shuffle]:
+    """The hidden axes of a Llama: the residual stream, each MLP's units, each value head's channels (which some query heads share)."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    config: Any = model.config
+    writers = ("o_proj.weight", "down_proj.weight", "norm.weight")
+    readers = (
+        "q_proj.weight",
+        "k_proj.weight",
+        "v_proj.weight",
+        "gate_proj.weight",
+        "up_proj.weight",
+        "embed_tokens.weight",
+        "lm_head.weight",
+    )
+    stream = [name for name in names if name.endswith(writers)], [name for name in names if name.endswith(readers)]
+    found = [Shuffle(torch.arange(config.hidden_size), rows=stream[0], columns=stream[1])]
+    units, values = torch.arange(config.intermediate_size), torch.arange(config.num_key_value_heads * config.head_dim)
+    shared = config.num_attention_heads // config.num_key_value_heads
+    for i in range(config.num_hidden_layers):
+        at = f"model.layers.{i}"
+        found.append(
+            Shuffle(units, rows=[f"{at}.mlp.gate_proj.weight", f"{at}.mlp.up_proj.weight"], columns=[f"{at}.mlp.down_proj.weight"])
+        )
+        v, o = f"{at}.self_attn.v_proj.weight", f"{at}.self_attn.o_proj.weight"
+        found.append(Shuffle(values, rows=[v], columns=[o], within=config.num_key_value_heads, copies={o: shared}))
+    return found

@@ -189,7 +189,8 @@ def _partners(adds: Mapping[int, Tensor], place: Tensor, size: int) -> Tensor:
         change = sum((move[rows][:, place // g] + move[:, place[rows] // g].mT for g, move in moves.items()), torch.zeros(()))
         together = torch.stack([place[rows][:, None] // g == place // g for g in moves]).all(0)
         change[together | (place[rows][:, None] // size != place // size)] = torch.inf  # [rows, units]
-        found.append(change.topk(min(FEW, len(place)), dim=1, largest=False).indices)
+        least = change.topk(min(FEW, len(place)), dim=1, largest=False)
+        found.append(torch.where(least.values.isfinite(), least.indices, rows[:, None]))  # with itself, which gains nothing
     return torch.cat(found)
 
 

@@ -27,7 +27,7 @@ def test_a_benchmark_runs_tiny(script: str, said: str) -> None:
 
 def test_the_quality_table_runs_on_one_cell() -> None:
     options = ["--model", "minilm", "--calibration", "8", "--patterns", "32x32", "--sparsities", "0.5"]
-    methods = ["magnitude", "SparseGPT", "OBS + budget + permute"]
+    methods = ["magnitude", "SparseGPT", "OBS + budget + cluster"]
     command = [sys.executable, "quality.py", *options, "--methods", *methods]
     done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

@@ -182,3 +182,15 @@ def test_nothing_is_written_to_and_zeros_are_fine() -> None:
     assert torch.equal(plan[0].order, torch.arange(6))
     (found,) = bp.cluster(scored(w=torch.zeros(6, 6)), plan, block=(2, 2))
     assert sorted(found.order.tolist()) == list(range(6))
+
+
+@given(st.data(), seeds)
+def test_no_unit_leaves_its_group(data: st.DataObject, seed: int) -> None:
+    """Also where a group is one block, or part of one, so that hardly any partner is left."""
+    torch.manual_seed(seed)
+    groups, size, block = data.draw(st.integers(2, 4)), data.draw(st.integers(1, 6)), data.draw(st.integers(1, 8))
+    units = groups * size
+    values = {"up": torch.rand(units, 8) ** 4, "down": torch.rand(6, units) ** 4}
+    plan = [Shuffle(torch.arange(units), rows=["up"], columns=["down"], within=groups)]
+    (found,) = bp.cluster(scored(**values), plan, block=(block, block), sparsity=0.3)
+    assert (found.order // size == torch.arange(units) // size).all()
