@@ -84,7 +84,7 @@ static void across(const Product& p, const typename K::T* x, const Band<typename
         [&](int s, const T* w, int64_t a, int64_t b) __attribute__((always_inline)) {
             UNROLL for (int i = 0; i < N; i++) {
                 const T* row = x + i * p.cols;
-                if (i == 0) UNROLL for (int v = 0; v < NV; v++) __builtin_prefetch((const char*)((uintptr_t)(w + 2 * (top + v * ROWS)) + FAR / 2));
+                if (i == 0) UNROLL for (int v = 0; v < NV; v++) __builtin_prefetch((const char*)((uintptr_t)(w + 2 * (top + v * ROWS)) + FAR));
                 const F<L> words = K::template spread<L>(LISTED ? K::join(row + a, row + b) : load<typename K::Word>(row + a));
                 UNROLL for (int v = 0; v < NV; v++)
                     acc[s][i][v] = K::template add<L>(acc[s][i][v], load<F<L>>(w + 2 * (top + v * ROWS)), words);
@@ -103,23 +103,26 @@ static void across(const Product& p, const typename K::T* x, const Band<typename
     }
 }
 
-// the same for one row
-template <class K, int N, bool LISTED>
-static void across_one(const Product& p, const typename K::T* x, const Band<typename K::T>& band, int64_t r, float* sums) {
+// the same for the last rows, fewer than a vector has
+template <class K, int ROWS, int N, bool LISTED>
+static void rest(const Product& p, const typename K::T* x, const Band<typename K::T>& band, float* sums) {
     typedef typename K::T T;
-    float acc[N] = {};
+    const int64_t top = band.height - ROWS;
+    float acc[N][ROWS][2] = {};
     each_pair<1, LISTED>(
         p, band,
-        [&](int, const T* w, int64_t a, int64_t b) {
-            for (int i = 0; i < N; i++) {
-                const T* row = x + i * p.cols;
-                acc[i] += number(w + 2 * r) * number(row + a) + number(w + 2 * r + 1) * number(row + b);
+        [&](int, const T* w, int64_t a, int64_t b) __attribute__((always_inline)) {
+            UNROLL for (int i = 0; i < N; i++) UNROLL for (int r = 0; r < ROWS; r++) {
+                acc[i][r][0] += number(w + 2 * (top + r)) * number(x + i * p.cols + a);
+                acc[i][r][1] += number(w + 2 * (top + r) + 1) * number(x + i * p.cols + b);
             }
         },
         [&](const T* w, int64_t a) {
-            for (int i = 0; i < N; i++) acc[i] += number(w + r) * number(x + i * p.cols + a);
+            for (int i = 0; i < N; i++)
+                for (int r = 0; r < ROWS; r++) acc[i][r][0] += number(w + top + r) * number(x + i * p.cols + a);
         });
-    for (int i = 0; i < N; i++) sums[i * band.height + r] = acc[i];
+    for (int i = 0; i < N; i++)
+        for (int r = 0; r < ROWS; r++) sums[i * band.height + top + r] = acc[i][r][0] + acc[i][r][1];
 }
 
 template <class K, int L, int N, bool LISTED>
@@ -129,7 +132,9 @@ static void all_rows(const Product& p, const typename K::T* x, const Band<typena
     for (; r + 2 * ROWS <= band.height && N * 2 <= ACROSS; r += 2 * ROWS) across<K, L, 2, N, LISTED>(p, x, band, r, sums);
     for (; r + ROWS <= band.height; r += ROWS) across<K, L, 1, N, LISTED>(p, x, band, r, sums);
     if constexpr (L > 4) all_rows<K, L / 2, N, LISTED>(p, x, band, r, sums);
-    else for (; r < band.height; r++) across_one<K, N, LISTED>(p, x, band, r, sums);
+    else if (r + 1 == band.height) rest<K, 1, N, LISTED>(p, x, band, sums);
+    else if (r + 2 == band.height) rest<K, 2, N, LISTED>(p, x, band, sums);
+    else if (r + 3 == band.height) rest<K, 3, N, LISTED>(p, x, band, sums);
 }
 
 template <class T> static void store_sums(const Product& p, int64_t first, int64_t count, int64_t top, int64_t height, const float* sums) {
@@ -144,94 +149,75 @@ template <class T> static void store_sums(const Product& p, int64_t first, int64
     }
 }
 
-// the numbers of x that a band keeps, brought together; how many they are
-template <class T, int WIDTH> static int64_t gather(const Product& p, const Band<T>& band, T* to) {
-    const int64_t width = WIDTH ? WIDTH : p.width;
-    const T* x = (const T*)p.x;
-    const int64_t whole = band.blocks - (band.blocks && (band.col[band.blocks - 1] + 1) * width > p.cols);
-    for (int64_t j = 0; j < whole; j++) std::memcpy(to + j * width, x + band.col[j] * width, width * sizeof(T));
-    if (whole == band.blocks) return whole * width;
-    const int64_t begin = band.col[whole] * width;
-    std::memcpy(to + whole * width, x + begin, (p.cols - begin) * sizeof(T));
-    return whole * width + p.cols - begin;
-}
-template <class T> static int64_t gather(const Product& p, const Band<T>& band, T* to) {
-    switch (p.width) {
-        case 1: return gather<T, 1>(p, band, to);
-        case 2: return gather<T, 2>(p, band, to);
-        case 4: return gather<T, 4>(p, band, to);
-        case 8: return gather<T, 8>(p, band, to);
-        case 16: return gather<T, 16>(p, band, to);
-        case 32: return gather<T, 32>(p, band, to);
-        default: return gather<T, 0>(p, band, to);
+// One row of x and a low band, whole blocks: a vector of L words of W holds HEIGHT rows of some columns, and meets as much of x as L words
+// are, rearranged. x can be read a vector past its end.
+template <class K, int L, int HEIGHT> static void low(const Product& p, const typename K::T* x, const Band<typename K::T>& band, float* sums) {
+    typedef typename K::T T;
+    constexpr int STEP = 2 * K::template LANE_ROWS<L>, COLUMNS = STEP / HEIGHT, SETS = 4;
+    const int64_t vectors = p.width / COLUMNS;
+    U<L> order;
+    UNROLL for (int l = 0; l < L; l++) order[l] = K::source(l, HEIGHT);
+    F<L> acc[SETS] = {};
+    const T* w = band.w;
+    const auto add = [&](int set, const T* at) __attribute__((always_inline)) {
+        const F<L> window = load<F<L>>(at);
+        acc[set] = K::template add<L>(acc[set], load<F<L>>(w), HEIGHT == 1 ? window : permute(window, order));
+        __builtin_prefetch((const char*)((uintptr_t)w + FAR));
+        w += STEP;
+    };
+    int64_t j = 0;
+    if (vectors == 1)
+        for (; j + SETS <= band.blocks; j += SETS) UNROLL for (int s = 0; s < SETS; s++) add(s, x + band.col[j + s] * p.width);
+    for (; j < band.blocks; j++) {
+        const T* at = x + band.col[j] * p.width;
+        int64_t v = 0;
+        for (; v + SETS <= vectors; v += SETS) UNROLL for (int s = 0; s < SETS; s++) add(s, at + (v + s) * COLUMNS);
+        for (; v < vectors; v++) add(0, at + v * COLUMNS);
     }
+    UNROLL for (int s = 1; s < SETS; s++) acc[0] += acc[s];
+    float all[L];
+    store(all, acc[0]);
+    std::fill(sums, sums + HEIGHT, 0.0f);
+    UNROLL for (int l = 0; l < L; l++) sums[K::row(l, HEIGHT)] += all[l];
 }
 
-// One row of x and bands lower than 8 rows: W, whose rows repeat every HEIGHT words, meets a window of L words of the gathered x in
-// HEIGHT vectors, each with the window's words rearranged, alike in every window.
-template <class K, int HEIGHT> static void low(const Product& p, const Band<typename K::T>& band, float* room, float* sums) {
-    typedef typename K::T T;
-    constexpr int L = LANES, COLUMNS = 2 * K::template LANE_ROWS<L>, SETS = HEIGHT < 4 ? 4 : 2;
-    T* x = (T*)room;
-    const int64_t count = gather(p, band, x);
-    std::fill(x + count, x + count + COLUMNS, T());
-    U<L> order[HEIGHT];
-    UNROLL for (int v = 0; v < HEIGHT; v++) UNROLL for (int l = 0; l < L; l++) order[v][l] = K::source(v * L + l, HEIGHT);
-    F<L> acc[SETS][HEIGHT] = {};
-    const T* w = band.w;
-    int64_t k = 0;
-#define WINDOW(set, w)                                               \
-    UNROLL for (int v = 0; v < HEIGHT; v++) acc[set][v] = K::template add<L>( \
-        acc[set][v], load<F<L>>((w) + v * COLUMNS), HEIGHT == 1 ? load<F<L>>(x + k) : permute(load<F<L>>(x + k), order[v]))
-    for (; k + SETS * COLUMNS <= count;)
-        UNROLL for (int s = 0; s < SETS; s++) {
-            WINDOW(s, w);
-            UNROLL for (int v = 0; v < HEIGHT; v++) __builtin_prefetch((const char*)((uintptr_t)(w + v * COLUMNS) + FAR / 2));
-            k += COLUMNS, w += HEIGHT * COLUMNS;
-        }
-    for (; k + COLUMNS <= count; k += COLUMNS, w += HEIGHT * COLUMNS) {
-        WINDOW(0, w);
-    }
-    if (k < count) {
-        T part[HEIGHT * COLUMNS] = {};
-        const int64_t even = (count - k) / 2 * 2;
-        std::memcpy(part, w, even * HEIGHT * sizeof(T));
-        if (even < count - k)
-            for (int r = 0; r < HEIGHT; r++) part[even * HEIGHT + 2 * r] = w[even * HEIGHT + r];
-        WINDOW(SETS - 1, part);
-    }
-#undef WINDOW
-    UNROLL for (int s = 1; s < SETS; s++) UNROLL for (int v = 0; v < HEIGHT; v++) acc[0][v] += acc[s][v];
-    constexpr bool alike = K::row(L, HEIGHT) == 0;  // every vector holds the same rows
-    if (alike) for (int v = 1; v < HEIGHT; v++) acc[0][0] += acc[0][v];
-    float all[HEIGHT][L];
-    UNROLL for (int v = 0; v < HEIGHT; v++) store(all[v], acc[0][v]);
-    std::fill(sums, sums + HEIGHT, 0.0f);
-    for (int v = 0; v < (alike ? 1 : HEIGHT); v++) UNROLL for (int l = 0; l < L; l++) sums[K::row(v * L + l, HEIGHT)] += all[v][l];
+// whether that was possible; the ragged block at the end of the columns is left over
+template <class K, int L, int HEIGHT>
+static bool low_blocks(const Product& p, const typename K::T* x, const Band<typename K::T>& band, float* sums) {
+    if constexpr (HEIGHT <= K::template LANE_ROWS<L>)
+        if (p.width % (2 * K::template LANE_ROWS<L> / HEIGHT) == 0) return low<K, L, HEIGHT>(p, x, band, sums), true;
+    if constexpr (L > 4) return low_blocks<K, L / 2, HEIGHT>(p, x, band, sums);
+    return false;
+}
+template <class K> static bool low_band(const Product& p, const typename K::T* x, Band<typename K::T> band, float* sums) {
+    const bool ragged = band.blocks && (band.col[band.blocks - 1] + 1) * p.width > p.cols;
+    band.blocks -= ragged;
+    if (!(band.height == 1   ? low_blocks<K, LANES, 1>(p, x, band, sums)
+          : band.height == 2 ? low_blocks<K, LANES, 2>(p, x, band, sums)
+          : band.height == 4 ? low_blocks<K, LANES, 4>(p, x, band, sums)
+                             : false))
+        return false;
+    const auto* w = band.w + band.blocks * p.width * band.height;
+    for (int64_t c = ragged ? band.col[band.blocks] * p.width : p.cols; c < p.cols; c += 2, w += 2 * band.height)
+        for (int64_t r = 0; r < band.height; r++)
+            if (c + 1 < p.cols) sums[r] += number(w + 2 * r) * number(x + c) + number(w + 2 * r + 1) * number(x + c + 1);
+            else sums[r] += number(w + r) * number(x + c);
+    return true;
 }
 
 template <class K, int N, bool LISTED>
 static void few_bands(const Product& p, int64_t first, float* room, int64_t begin, int64_t end) {
     typedef typename K::T T;
     float* sums = room + p.cols + 64;
+    const T* x = (const T*)p.x + first * p.cols;
+    const bool low = N == 1 && !LISTED && p.height < 8;
+    if (low) {
+        std::copy(x, x + p.cols, (T*)room);
+        std::fill((T*)room + p.cols, (T*)room + p.cols + 2 * LANES, T());
+    }
     for (int64_t b = begin; b < end; b++) {
         const Band<T> band(p, b);
-        const T* x = (const T*)p.x + first * p.cols;
-        if (N == 1 && band.height < 8) {
-            Product one = p;
-            one.x = x;
-            switch (band.height) {
-                case 1: low<K, 1>(one, band, room, sums); break;
-                case 2: low<K, 2>(one, band, room, sums); break;
-                case 3: low<K, 3>(one, band, room, sums); break;
-                case 4: low<K, 4>(one, band, room, sums); break;
-                case 5: low<K, 5>(one, band, room, sums); break;
-                case 6: low<K, 6>(one, band, room, sums); break;
-                default: low<K, 7>(one, band, room, sums);
-            }
-        } else {
-            all_rows<K, LANES, N, LISTED>(p, x, band, 0, sums);
-        }
+        if (!low || !low_band<K>(p, (const T*)room, band, sums)) all_rows<K, LANES, N, LISTED>(p, x, band, 0, sums);
         store_sums<T>(p, first, N, b * p.height, band.height, sums);
     }
 }

@@ -34,5 +34,5 @@ template <class Even, class Listed, class Words> static Kernels kernels() {
         (p.width == 1 ? panel<Listed, true> : panel<Even, false>)(p, first, count, width, x, room, begin, end);
     };
     const int64_t bytes = sizeof(typename Even::Packed) * LANES / Even::BLOCK;
-    return {LANES * WIDE, 4, bytes, packing, product, few<Words>};
+    return {LANES * WIDE, 4, bytes, Words::template LANE_ROWS<4>, packing, product, few<Words>};
 }

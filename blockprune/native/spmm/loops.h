@@ -46,7 +46,7 @@ template <class T> void few(const Product& p, int64_t first, int64_t count, floa
         for (int64_t i = first; i < first + count; i++) row(p, (const T*)p.x + i * p.cols, (T*)p.y + i * p.rows, b, room);
 }
 
-const Kernels f32 = {0, 0, 0, nullptr, nullptr, few<float>}, bf16 = {0, 0, 0, nullptr, nullptr, few<uint16_t>};
+const Kernels f32 = {0, 0, 0, 1, nullptr, nullptr, few<float>}, bf16 = {0, 0, 0, 1, nullptr, nullptr, few<uint16_t>};
 const Kind kind = {&f32, &bf16};
 
 }  // namespace

@@ -22,12 +22,18 @@ struct Part {
     int64_t first, count, width;
 };
 
+// up to how many rows of x go faster as they are
+int64_t few_rows(const Product& p, const Kernels& kernels) {
+    if (p.height >= 8) return p.width == 1 && p.height < 16 ? 2 : 4;
+    return p.height == 1 || (p.height != 6 && p.height % kernels.lane_rows == 0);
+}
+
 std::vector<Part> parts_of(const Product& p, const Kernels& kernels, int64_t widest) {
     std::vector<Part> parts;
     if (!widest) parts.push_back({0, p.n, 0});
     for (int64_t first = 0, width = widest; widest && first < p.n;) {
         const int64_t left = p.n - first;
-        if (left == 1 || (left <= (p.width == 1 && p.height < 16 ? 2 : 4) && p.height >= 8)) {
+        if (left <= few_rows(p, kernels)) {
             parts.push_back({first, left, 0});
             break;
         }

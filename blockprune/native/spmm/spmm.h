@@ -35,6 +35,7 @@ struct Product : Layer {
 struct Kernels {
     int64_t widest, narrowest;  // rows of x in a panel: powers of two; 0 where `few` does everything
     int64_t column_bytes;       // of one row of x in a panel
+    int64_t lane_rows;          // rows of W in the smallest vector of `few`
     // rows [first, first + count) of x, columns [begin, end) -> a panel of `width` rows; begin is a multiple of 32
     void (*pack)(const Product&, int64_t first, int64_t count, int64_t width, int64_t begin, int64_t end, void* panel);
     // the product of such a panel with bands [begin, end); `room` has space for panel_room(...) floats
