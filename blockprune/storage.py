@@ -11,7 +11,7 @@ from blockprune.blocks import BlockGrid
 
 __all__ = ["BlockSparse", "bands", "check", "pack", "unpack"]
 
-_TALLEST, _WIDEST = 32, 64  # larger blocks are stored as several, so that what is multiplied together stays close to the processor
+_TALLEST, _WIDEST = 16, 64  # larger blocks are stored as several, so that what is multiplied together stays close to the processor
 _CHUNK = 1 << 22  # elements that are moved at a time
 
 

@@ -149,19 +149,23 @@ template <class T> static void store_sums(const Product& p, int64_t first, int64
     }
 }
 
-// One row of x and a low band, whole blocks: a vector of L words of W holds HEIGHT rows of some columns, and meets as much of x as L words
-// are, rearranged. x can be read a vector past its end.
-template <class K, int L, int HEIGHT> static void low(const Product& p, const typename K::T* x, const Band<typename K::T>& band, float* sums) {
+// Low bands, whole blocks: a vector of L words of W holds HEIGHT rows of some columns, and meets as much of x as L words are, rearranged.
+// Rows of x are `stride` apart, and can be read a vector past their end.
+template <class K, int L, int HEIGHT, int N>
+static void low(const Product& p, const typename K::T* x, int64_t stride, const Band<typename K::T>& band, float* sums) {
     typedef typename K::T T;
-    constexpr int STEP = 2 * K::template LANE_ROWS<L>, COLUMNS = STEP / HEIGHT, SETS = 4;
+    constexpr int STEP = 2 * K::template LANE_ROWS<L>, COLUMNS = STEP / HEIGHT, SETS = N < 3 ? 4 : 2;
     const int64_t vectors = p.width / COLUMNS;
     U<L> order;
     UNROLL for (int l = 0; l < L; l++) order[l] = K::source(l, HEIGHT);
-    F<L> acc[SETS] = {};
+    F<L> acc[SETS][N] = {};
     const T* w = band.w;
     const auto add = [&](int set, const T* at) __attribute__((always_inline)) {
-        const F<L> window = load<F<L>>(at);
-        acc[set] = K::template add<L>(acc[set], load<F<L>>(w), HEIGHT == 1 ? window : permute(window, order));
+        const F<L> weights = load<F<L>>(w);
+        UNROLL for (int i = 0; i < N; i++) {
+            const F<L> window = load<F<L>>(at + i * stride);
+            acc[set][i] = K::template add<L>(acc[set][i], weights, HEIGHT == 1 ? window : permute(window, order));
+        }
         __builtin_prefetch((const char*)((uintptr_t)w + FAR));
         w += STEP;
     };
@@ -174,51 +178,59 @@ template <class K, int L, int HEIGHT> static void low(const Product& p, const ty
         for (; v + SETS <= vectors; v += SETS) UNROLL for (int s = 0; s < SETS; s++) add(s, at + (v + s) * COLUMNS);
         for (; v < vectors; v++) add(0, at + v * COLUMNS);
     }
-    UNROLL for (int s = 1; s < SETS; s++) acc[0] += acc[s];
-    float all[L];
-    store(all, acc[0]);
-    std::fill(sums, sums + HEIGHT, 0.0f);
-    UNROLL for (int l = 0; l < L; l++) sums[K::row(l, HEIGHT)] += all[l];
+    std::fill(sums, sums + N * HEIGHT, 0.0f);
+    UNROLL for (int i = 0; i < N; i++) {
+        float all[L];
+        UNROLL for (int s = 1; s < SETS; s++) acc[0][i] += acc[s][i];
+        store(all, acc[0][i]);
+        UNROLL for (int l = 0; l < L; l++) sums[i * HEIGHT + K::row(l, HEIGHT)] += all[l];
+    }
 }
 
-// whether that was possible; the ragged block at the end of the columns is left over
-template <class K, int L, int HEIGHT>
-static bool low_blocks(const Product& p, const typename K::T* x, const Band<typename K::T>& band, float* sums) {
+// whether that was possible
+template <class K, int L, int HEIGHT, int N>
+static bool low_blocks(const Product& p, const typename K::T* x, int64_t stride, const Band<typename K::T>& band, float* sums) {
     if constexpr (HEIGHT <= K::template LANE_ROWS<L>)
-        if (p.width % (2 * K::template LANE_ROWS<L> / HEIGHT) == 0) return low<K, L, HEIGHT>(p, x, band, sums), true;
-    if constexpr (L > 4) return low_blocks<K, L / 2, HEIGHT>(p, x, band, sums);
+        if (p.width % (2 * K::template LANE_ROWS<L> / HEIGHT) == 0) return low<K, L, HEIGHT, N>(p, x, stride, band, sums), true;
+    if constexpr (L > 4) return low_blocks<K, L / 2, HEIGHT, N>(p, x, stride, band, sums);
     return false;
 }
-template <class K> static bool low_band(const Product& p, const typename K::T* x, Band<typename K::T> band, float* sums) {
+
+// the same with the ragged block at the end of the columns
+template <class K, int N>
+static bool low_band(const Product& p, const typename K::T* x, int64_t stride, Band<typename K::T> band, float* sums) {
     const bool ragged = band.blocks && (band.col[band.blocks - 1] + 1) * p.width > p.cols;
     band.blocks -= ragged;
-    if (!(band.height == 1   ? low_blocks<K, LANES, 1>(p, x, band, sums)
-          : band.height == 2 ? low_blocks<K, LANES, 2>(p, x, band, sums)
-          : band.height == 4 ? low_blocks<K, LANES, 4>(p, x, band, sums)
-                             : false))
-        return false;
+    bool done = band.height == 1 && low_blocks<K, LANES, 1, N>(p, x, stride, band, sums);
+    if constexpr (N <= 2) {
+        if (band.height == 2) done = low_blocks<K, LANES, 2, N>(p, x, stride, band, sums);
+        if (band.height == 4) done = low_blocks<K, LANES, 4, N>(p, x, stride, band, sums);
+    }
+    if (!done) return false;
     const auto* w = band.w + band.blocks * p.width * band.height;
     for (int64_t c = ragged ? band.col[band.blocks] * p.width : p.cols; c < p.cols; c += 2, w += 2 * band.height)
-        for (int64_t r = 0; r < band.height; r++)
-            if (c + 1 < p.cols) sums[r] += number(w + 2 * r) * number(x + c) + number(w + 2 * r + 1) * number(x + c + 1);
-            else sums[r] += number(w + r) * number(x + c);
+        for (int64_t i = 0; i < N; i++)
+            for (int64_t r = 0; r < band.height; r++) {
+                const auto* at = x + i * stride + c;
+                if (c + 1 < p.cols) sums[i * band.height + r] += number(w + 2 * r) * number(at) + number(w + 2 * r + 1) * number(at + 1);
+                else sums[i * band.height + r] += number(w + r) * number(at);
+            }
     return true;
 }
 
 template <class K, int N, bool LISTED>
 static void few_bands(const Product& p, int64_t first, float* room, int64_t begin, int64_t end) {
     typedef typename K::T T;
-    float* sums = room + p.cols + 64;
+    const int64_t stride = p.cols + 2 * LANES;
     const T* x = (const T*)p.x + first * p.cols;
-    const bool low = N == 1 && !LISTED && p.height < 8;
-    if (low) {
-        std::copy(x, x + p.cols, (T*)room);
-        std::fill((T*)room + p.cols, (T*)room + p.cols + 2 * LANES, T());
-    }
+    const bool low = !LISTED && p.height < 8;
+    T* padded = (T*)(room + 4 * p.height);
+    for (int64_t i = 0; low && i < N; i++)
+        std::fill(std::copy(x + i * p.cols, x + (i + 1) * p.cols, padded + i * stride), padded + (i + 1) * stride, T());
     for (int64_t b = begin; b < end; b++) {
         const Band<T> band(p, b);
-        if (!low || !low_band<K>(p, (const T*)room, band, sums)) all_rows<K, LANES, N, LISTED>(p, x, band, 0, sums);
-        store_sums<T>(p, first, N, b * p.height, band.height, sums);
+        if (!low || !low_band<K, N>(p, padded, stride, band, room)) all_rows<K, LANES, N, LISTED>(p, x, band, 0, room);
+        store_sums<T>(p, first, N, b * p.height, band.height, room);
     }
 }
 

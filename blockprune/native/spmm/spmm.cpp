@@ -25,7 +25,7 @@ struct Part {
 // up to how many rows of x go faster as they are
 int64_t few_rows(const Product& p, const Kernels& kernels) {
     if (p.height >= 8) return p.width == 1 && p.height < 16 ? 2 : 4;
-    return p.height == 1 || (p.height != 6 && p.height % kernels.lane_rows == 0);
+    return p.height == 6 || (p.height > 1 && p.height % kernels.lane_rows) ? 0 : p.width == 1 ? 1 : p.height == 1 ? 4 : 2;
 }
 
 std::vector<Part> parts_of(const Product& p, const Kernels& kernels, int64_t widest) {

@@ -49,7 +49,7 @@ static const int64_t NEAR = 49152;       // bytes of weights that stay close whi
 static const int64_t FAR = 8192;         // bytes ahead that weights are fetched
 
 static inline int64_t panel_room(const Product& p, int64_t width) { return (GATHERED + p.height + 24) * width; }
-static inline int64_t few_room(const Product& p) { return 4 * p.height + p.cols + 64; }
+static inline int64_t few_room(const Product& p) { return 4 * (p.height + p.cols + 32); }
 
 struct Kind { const Kernels *f32, *bf16; };
 

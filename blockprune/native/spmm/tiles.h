@@ -16,7 +16,7 @@ struct Float {
     typedef float Weight;
     typedef float Packed;
     static const int64_t BLOCK = LANES;  // columns that are packed at a time
-    template <int P> INLINE int64_t at(int64_t column) { return column * P; }
+    template <int P> static constexpr int64_t at(int64_t column) { return column * P; }
     template <int L, int NV, int MR> INLINE void pair(F<L> (&acc)[MR][NV], const float* a, const float* b, const float* w) {
         multiply<L>(acc, a, w, 2);
         multiply<L>(acc, b, w + 1, 2);
@@ -34,7 +34,7 @@ struct Widened {  // bfloat16 where only floats are multiplied
     typedef uint16_t Weight;
     typedef float Packed;
     static const int64_t BLOCK = LANES;
-    template <int P> INLINE int64_t at(int64_t column) { return column * P; }
+    template <int P> static constexpr int64_t at(int64_t column) { return column * P; }
     template <int L, int NV, int MR> INLINE void pair(F<L> (&acc)[MR][NV], const float* a, const float* b, const uint16_t* w) {
         F<L> x[NV], y[NV];
         UNROLL for (int v = 0; v < NV; v++) {
@@ -73,7 +73,7 @@ struct Pairs {  // bfloat16 whose kept columns come in neighbouring pairs: packe
     typedef uint16_t Weight;
     typedef uint32_t Packed;
     static const int64_t BLOCK = 2 * LANES;
-    template <int P> INLINE int64_t at(int64_t column) { return column / 2 * P; }
+    template <int P> static constexpr int64_t at(int64_t column) { return column / 2 * P; }
     template <int L, int NV> INLINE void words(U<L> (&x)[NV], const uint32_t* a) {
         UNROLL for (int v = 0; v < NV; v++) {
             x[v] = load<U<L>>(a + v * L);
@@ -98,19 +98,18 @@ struct Singles {  // bfloat16 with any two kept columns for a pair: packed one b
     typedef uint16_t Weight;
     typedef uint16_t Packed;
     static const int64_t BLOCK = 2 * LANES;
-    template <int P> INLINE int64_t at(int64_t column) { return column * P; }
-    template <int L> INLINE U<L> one(const uint16_t* a) { return extend(load<H<L>>(a)); }
+    template <int P> static constexpr int64_t at(int64_t column) { return column * P; }
     template <int L, int NV, int MR> INLINE void pair(F<L> (&acc)[MR][NV], const uint16_t* a, const uint16_t* b, const uint16_t* w) {
         U<L> x[NV];
         UNROLL for (int v = 0; v < NV; v++) {
-            x[v] = one<L>(a + v * L) | one<L>(b + v * L) << 16;
+            x[v] = zip(load<H<L>>(a + v * L), load<H<L>>(b + v * L));
             IN_REGISTER(x[v]);
         }
         dot<L>(acc, x, w);
     }
     template <int L, int NV, int MR> INLINE void single(F<L> (&acc)[MR][NV], const uint16_t* a, const uint16_t* w) {
         U<L> x[NV];
-        UNROLL for (int v = 0; v < NV; v++) x[v] = one<L>(a + v * L);
+        UNROLL for (int v = 0; v < NV; v++) x[v] = extend(load<H<L>>(a + v * L));
         dot_single<L>(acc, x, w);
     }
     INLINE F<LANES> columns(const uint16_t* row) { return load<F<LANES>>(row); }
@@ -137,49 +136,36 @@ template <class K> struct Run {
 };
 
 template <class K, int L, int NV, int MR, bool LISTED> static void tile(const Run<K>& run) {
-    constexpr int P = L * NV, SETS = MR * NV < 8 ? 2 : 1;  // enough sums at a time to hide the time that one takes
-    F<L> acc[SETS][MR][NV];
-    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < NV; v++) {
-        acc[0][m][v] = run.first ? F<L>{} : load<F<L>>(run.out + m * P + v * L);
-        if (SETS == 2) acc[SETS - 1][m][v] = F<L>{};
-    }
-    const auto* w = run.w;
-    const auto* panel = run.panel;
-    const int32_t* col = run.col;
-    const int64_t stride = 2 * run.height, count = run.count;
-    constexpr int BYTES = 2 * MR * sizeof(*w);
-#define PAIR(set, a, b)                                                                                        \
-    K::template pair<L>(acc[set], a, b, w);                                                                    \
-    UNROLL for (int byte = 0; byte < BYTES; byte += 64) __builtin_prefetch((const char*)((uintptr_t)w + FAR + byte));       \
-    w += stride
-    if (LISTED) {
-        int64_t j = 0;
-        for (; j + 2 <= count; j += 2, col += 4) {
-            PAIR(0, panel + K::template at<P>(col[0]), panel + K::template at<P>(col[1]));
-            PAIR(SETS - 1, panel + K::template at<P>(col[2]), panel + K::template at<P>(col[3]));
-        }
-        if (j < count) {
-            PAIR(0, panel + K::template at<P>(col[0]), panel + K::template at<P>(col[1]));
-        }
-    } else {
-        const int64_t width = run.width, pairs = width / 2, step = K::template at<P>(2);
-        for (int64_t j = 0; j < count; j++) {
-            const auto* a = panel + K::template at<P>(col[j] * width);
-            int64_t k = 0;
-            if (SETS == 2)
-                for (; k + 2 <= pairs; k += 2, a += 2 * step) {
-                    PAIR(0, a, a + step / 2);
-                    PAIR(SETS - 1, a + step, a + step + step / 2);
-                }
-            for (; k < pairs; k++, a += step) {
-                PAIR(0, a, a + step / 2);
-            }
-        }
-    }
-#undef PAIR
-    if (run.last) K::template single<L>(acc[0], panel + K::template at<P>(run.last_col), run.last);
+    constexpr int P = L * NV, SETS = MR * NV < 4 ? 4 : MR * NV < 8 ? 2 : 1;  // enough sums at a time to hide the time that one takes
+    F<L> acc[SETS][MR][NV] = {};
     UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < NV; v++)
-        store(run.out + m * P + v * L, SETS == 2 ? acc[0][m][v] + acc[SETS - 1][m][v] : acc[0][m][v]);
+        if (!run.first) acc[0][m][v] = load<F<L>>(run.out + m * P + v * L);
+    const auto* w = run.w;
+    const auto pair = [&](int set, const typename K::Packed* a, const typename K::Packed* b) __attribute__((always_inline)) {
+        K::template pair<L>(acc[set], a, b, w);
+        UNROLL for (int byte = 0; byte < 2 * MR * (int)sizeof(*w); byte += 64) __builtin_prefetch((const char*)((uintptr_t)w + FAR + byte));
+        w += 2 * run.height;
+    };
+    if (LISTED) {
+        const auto at = [&](int64_t i) __attribute__((always_inline)) { return run.panel + K::template at<P>(run.col[i]); };
+        int64_t j = 0;
+        for (; j + SETS <= run.count; j += SETS) UNROLL for (int s = 0; s < SETS; s++) pair(s, at(2 * (j + s)), at(2 * (j + s) + 1));
+        for (; j < run.count; j++) pair(0, at(2 * j), at(2 * j + 1));
+    } else {
+        constexpr int64_t next = K::template at<P>(2);  // packed pair
+        const int64_t pairs = run.width / 2;
+        for (int64_t j = 0; j < run.count; j++) {
+            const auto* a = run.panel + K::template at<P>(run.col[j] * run.width);
+            int64_t k = 0;
+            for (; k + SETS <= pairs; k += SETS) UNROLL for (int s = 0; s < SETS; s++, a += next) pair(s, a, a + next / 2);
+            for (; k < pairs; k++, a += next) pair(0, a, a + next / 2);
+        }
+    }
+    if (run.last) K::template single<L>(acc[0], run.panel + K::template at<P>(run.last_col), run.last);
+    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < NV; v++) {
+        UNROLL for (int s = 1; s < SETS; s++) acc[0][m][v] += acc[s][m][v];
+        store(run.out + m * P + v * L, acc[0][m][v]);
+    }
 }
 
 template <class K, int P> static void pack(const Product& p, int64_t first, int64_t count, int64_t begin, int64_t end, void* to) {
