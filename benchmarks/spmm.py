@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch._inductor.config
 from timing import machine, medians
 from torch import Tensor, nn
 from torch.utils import mkldnn
@@ -36,9 +37,7 @@ def dense(layer: nn.Linear, x: Tensor, inductor: bool) -> dict[str, Callable[[],
         packed = mkldnn.to_mkldnn(layer, x.dtype)
         ways["oneDNN packed"] = partial(packed, x)
     if inductor:
-        from torch._inductor import config
-
-        config.freezing = True
+        torch._inductor.config.freezing = True
         compiled = torch.compile(layer)
         compiled(x)
         ways["inductor"] = partial(compiled, x)
@@ -96,7 +95,7 @@ def main(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="128 x 128 in two blocks, one round")
+    parser.add_argument("--tiny", action="store_true", help="128 x 128, batches 1 and 4, two blocks, one round")
     parser.add_argument("--shapes", nargs="+", type=pair, default=[(4096, 4096)])
     parser.add_argument("--batches", nargs="+", type=int, default=[128])
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.75, 0.9])
@@ -107,5 +106,5 @@ if __name__ == "__main__":
     parser.add_argument("--inductor", action="store_true", help="also torch.compile with frozen weights")
     given = parser.parse_args()
     if given.tiny:
-        given.shapes, given.batches, given.blocks, given.rounds = [(128, 128)], [4], [(16, 16), (16, 1)], 1
+        given.shapes, given.batches, given.blocks, given.rounds = [(128, 128)], [1, 4], [(16, 16), (16, 1)], 1
     main(given)

@@ -157,8 +157,12 @@ def test_what_it_cannot_multiply_it_leaves_to_others() -> None:
     assert multiply(x.clone().requires_grad_(), sparse.values) is None
     assert multiply(x, sparse.values.clone().requires_grad_()) is None
     assert multiply(x.to("meta"), sparse.values) is None
+    assert multiply(x, sparse.values.to("meta")) is None
+    assert multiply(x, sparse.values, bias=torch.ones(4).bfloat16()) is None
+    assert multiply(x, sparse.values, bias=torch.ones(5)) is None
+    assert multiply(x, sparse.values, bias=torch.ones(8)[::2]) is None
     with torch.no_grad():
-        assert multiply(x.clone().requires_grad_(), sparse.values) is not None
+        assert multiply(x.clone().requires_grad_(), sparse.values.clone().requires_grad_()) is not None
     with mock.patch.object(spmm, "_library", None):
         assert multiply(x, sparse.values) is None
         assert spmm.instructions() == []

@@ -23,7 +23,7 @@ def address(x: Any) -> int:
     """Where the numbers start; asking a tensor that is shared until written for its `data_ptr` would copy it."""
     torch_c: Any = torch._C
     if torch_c._is_cow_tensor(x):
-        return int(torch_c._dataaddress(x)) + int(x.storage_offset() * x.element_size())
+        return int(torch_c._data_address(x)) + int(x.storage_offset() * x.element_size())
     return int(x.data_ptr())
 
 

@@ -67,15 +67,24 @@ def linear(
     Sums are float32 whatever the type. Inputs that meet no kept weight of a row do not reach it, be they NaN: the dense product with zeros
     makes NaN of them.
     """
-    kind = _DTYPES.get(x.dtype)
-    if _library is None or kind is None or values.dtype != x.dtype or not plain(x := x.contiguous()) or values.requires_grad:
+    if _library is None or x.dtype not in _DTYPES or not plain(x := x.contiguous()):
+        return None
+    if not (_readable(x, values) and crow.is_cpu and col.is_cpu):
         return None
     rows, cols = shape
     if x.shape[-1] != cols:
         raise ValueError(f"an input of shape {tuple(x.shape)} meets a weight of shape {shape}: its last axis must be {cols}")
+    if bias is not None and (not _readable(x, bias) or bias.shape != (rows,)):
+        return None
     out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
     addresses = values.data_ptr(), col.data_ptr(), crow.data_ptr()
     n, at_bias = x.numel() // cols, None if bias is None else bias.data_ptr()
-    if _library.spmm(*addresses, rows, cols, *block, kind, x.data_ptr(), n, at_bias, out.data_ptr(), torch.get_num_threads(), _choice):
-        return None
-    return out
+    layer = (*addresses, rows, cols, *block, _DTYPES[x.dtype])
+    failed = _library.spmm(*layer, x.data_ptr(), n, at_bias, out.data_ptr(), torch.get_num_threads(), _choice)
+    return None if failed else out
+
+
+def _readable(x: Tensor, other: Tensor) -> bool:
+    """Whether a tensor is numbers in CPU memory of the type of ``x``, and needs no gradient."""
+    needs = other.requires_grad and torch.is_grad_enabled()
+    return other.is_cpu and other.dtype == x.dtype and other.is_contiguous() and not needs

@@ -128,8 +128,10 @@ static void rest(const Product& p, const typename K::T* x, const Band<typename K
 template <class K, int L, int N, bool LISTED>
 static void all_rows(const Product& p, const typename K::T* x, const Band<typename K::T>& band, int64_t r, float* sums) {
     constexpr int ROWS = K::template LANE_ROWS<L>;
-    for (; r + 4 * ROWS <= band.height && N * 4 <= ACROSS; r += 4 * ROWS) across<K, L, 4, N, LISTED>(p, x, band, r, sums);
-    for (; r + 2 * ROWS <= band.height && N * 2 <= ACROSS; r += 2 * ROWS) across<K, L, 2, N, LISTED>(p, x, band, r, sums);
+    if constexpr (L == LANES && N * 4 <= ACROSS)
+        for (; r + 4 * ROWS <= band.height; r += 4 * ROWS) across<K, L, 4, N, LISTED>(p, x, band, r, sums);
+    if constexpr (L == LANES && N * 2 <= ACROSS)
+        for (; r + 2 * ROWS <= band.height; r += 2 * ROWS) across<K, L, 2, N, LISTED>(p, x, band, r, sums);
     for (; r + ROWS <= band.height; r += ROWS) across<K, L, 1, N, LISTED>(p, x, band, r, sums);
     if constexpr (L > 4) all_rows<K, L / 2, N, LISTED>(p, x, band, r, sums);
     else if (r + 1 == band.height) rest<K, 1, N, LISTED>(p, x, band, sums);

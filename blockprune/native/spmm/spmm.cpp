@@ -127,7 +127,7 @@ struct Runner {
 int64_t worthwhile(const Product& p, int64_t threads, bool is_bf16) {
     const double kept = (double)p.crow[p.bands()] * p.height * p.width, each = is_bf16 ? 0.5 : 1;
     const double nanoseconds = kept * std::max(0.15, 0.01 * (double)p.n) * each + 0.5 * (double)p.n * (double)(p.rows + p.cols);
-    return std::max<int64_t>(1, std::min<int64_t>(threads, (int64_t)(nanoseconds / 4000)));
+    return std::max<int64_t>(1, std::min<int64_t>(threads, (int64_t)(nanoseconds / 8000)));
 }
 
 }  // namespace
