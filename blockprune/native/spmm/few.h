@@ -82,9 +82,9 @@ static void across(const Product& p, const typename K::T* x, const Band<typename
     each_pair<SETS, LISTED>(
         p, band,
         [&](int s, const T* w, int64_t a, int64_t b) __attribute__((always_inline)) {
+            UNROLL for (int v = 0; v < NV; v++) ahead(w + 2 * (top + v * ROWS));
             UNROLL for (int i = 0; i < N; i++) {
                 const T* row = x + i * p.cols;
-                if (i == 0) UNROLL for (int v = 0; v < NV; v++) __builtin_prefetch((const char*)((uintptr_t)(w + 2 * (top + v * ROWS)) + FAR));
                 const F<L> words = K::template spread<L>(LISTED ? K::join(row + a, row + b) : load<typename K::Word>(row + a));
                 UNROLL for (int v = 0; v < NV; v++)
                     acc[s][i][v] = K::template add<L>(acc[s][i][v], load<F<L>>(w + 2 * (top + v * ROWS)), words);
@@ -94,10 +94,12 @@ static void across(const Product& p, const typename K::T* x, const Band<typename
             for (int i = 0; i < N; i++)
                 for (int r = 0; r < NV * ROWS; r++) odd[i][r] = number(w + top + r) * number(x + i * p.cols + a);
         });
-    UNROLL for (int s = 1; s < SETS; s++) UNROLL for (int i = 0; i < N; i++) UNROLL for (int v = 0; v < NV; v++) acc[0][i][v] += acc[s][i][v];
-    for (int i = 0; i < N; i++) {
+    UNROLL for (int i = 0; i < N; i++) {
         float all[NV * L];
-        UNROLL for (int v = 0; v < NV; v++) store(all + v * L, acc[0][i][v]);
+        UNROLL for (int v = 0; v < NV; v++) {
+            UNROLL for (int s = 1; s < SETS; s++) acc[0][i][v] += acc[s][i][v];
+            store(all + v * L, acc[0][i][v]);
+        }
         for (int r = 0; r < NV * ROWS; r++)
             sums[i * band.height + top + r] = odd[i][r] + (L == ROWS ? all[r] : all[2 * r] + all[2 * r + 1]);
     }
@@ -139,9 +141,9 @@ static void all_rows(const Product& p, const typename K::T* x, const Band<typena
     else if (r + 3 == band.height) rest<K, 3, N, LISTED>(p, x, band, sums);
 }
 
-template <class T> static void store_sums(const Product& p, int64_t first, int64_t count, int64_t top, int64_t height, const float* sums) {
-    for (int64_t i = 0; i < count; i++) {
-        T* y = (T*)p.y + (first + i) * p.rows + top;
+template <class T> static void store_sums(const Product& p, const Part& part, int64_t top, int64_t height, const float* sums) {
+    for (int64_t i = 0; i < part.count; i++) {
+        T* y = (T*)p.y + (part.first + i) * p.rows + top;
         const float* from = sums + i * height;
         const T* bias = p.bias ? (const T*)p.bias + top : nullptr;
         int64_t r = 0;
@@ -168,7 +170,7 @@ static void low(const Product& p, const typename K::T* x, int64_t stride, const 
             const F<L> window = load<F<L>>(at + i * stride);
             acc[set][i] = K::template add<L>(acc[set][i], weights, HEIGHT == 1 ? window : permute(window, order));
         }
-        __builtin_prefetch((const char*)((uintptr_t)w + FAR));
+        ahead(w);
         w += STEP;
     };
     int64_t j = 0;
@@ -221,10 +223,10 @@ static bool low_band(const Product& p, const typename K::T* x, int64_t stride, B
 }
 
 template <class K, int N, bool LISTED>
-static void few_bands(const Product& p, int64_t first, float* room, int64_t begin, int64_t end) {
+static void few_bands(const Product& p, const Part& part, float* room, int64_t begin, int64_t end) {
     typedef typename K::T T;
     const int64_t stride = p.cols + 2 * LANES;
-    const T* x = (const T*)p.x + first * p.cols;
+    const T* x = (const T*)p.x + part.first * p.cols;
     const bool low = !LISTED && p.height < 8;
     T* padded = (T*)(room + 4 * p.height);
     for (int64_t i = 0; low && i < N; i++)
@@ -232,14 +234,14 @@ static void few_bands(const Product& p, int64_t first, float* room, int64_t begi
     for (int64_t b = begin; b < end; b++) {
         const Band<T> band(p, b);
         if (!low || !low_band<K, N>(p, padded, stride, band, room)) all_rows<K, LANES, N, LISTED>(p, x, band, 0, room);
-        store_sums<T>(p, first, N, b * p.height, band.height, room);
+        store_sums<T>(p, part, b * p.height, band.height, room);
     }
 }
 
-template <class K> static void few(const Product& p, int64_t first, int64_t count, float* room, int64_t begin, int64_t end) {
-    typedef void (*Bands)(const Product&, int64_t, float*, int64_t, int64_t);
+template <class K> static void few(const Product& p, const Part& part, float* room, int64_t begin, int64_t end) {
+    typedef void (*Bands)(const Product&, const Part&, float*, int64_t, int64_t);
     static const Bands bands[2][4] = {
         {few_bands<K, 1, false>, few_bands<K, 2, false>, few_bands<K, 3, false>, few_bands<K, 4, false>},
         {few_bands<K, 1, true>, few_bands<K, 2, true>, few_bands<K, 3, true>, few_bands<K, 4, true>}};
-    bands[p.width == 1][count - 1](p, first, room, begin, end);
+    bands[p.width == 1][part.count - 1](p, part, room, begin, end);
 }

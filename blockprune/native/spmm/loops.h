@@ -41,9 +41,9 @@ template <class T> void row(const Product& p, const T* x, T* y, int64_t b, float
     }
 }
 
-template <class T> void few(const Product& p, int64_t first, int64_t count, float* room, int64_t begin, int64_t end) {
+template <class T> void few(const Product& p, const Part& part, float* room, int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; b++)
-        for (int64_t i = first; i < first + count; i++) row(p, (const T*)p.x + i * p.cols, (T*)p.y + i * p.rows, b, room);
+        for (int64_t i = part.first; i < part.first + part.count; i++) row(p, (const T*)p.x + i * p.cols, (T*)p.y + i * p.rows, b, room);
 }
 
 const Kernels f32 = {0, 0, 0, 1, nullptr, nullptr, few<float>}, bf16 = {0, 0, 0, 1, nullptr, nullptr, few<uint16_t>};

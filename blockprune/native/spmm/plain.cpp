@@ -5,14 +5,14 @@
 #if defined(HAS_VECTORS)
 #define INSTRUCTIONS "instructions_plain.h"
 #define LANES 4
-#define TALL 6
+#define ACROSS 8
 #if defined(__aarch64__)
 #include <arm_neon.h>
 #define WIDE 4
-#define ACROSS 16
+#define TALL 4
 #else
 #define WIDE 2
-#define ACROSS 8
+#define TALL 6
 #endif
 namespace {
 #include "vectors.h"

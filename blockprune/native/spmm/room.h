@@ -55,7 +55,10 @@ class Room {
     static int64_t rounded(int64_t bytes) { return bytes; }
     static int64_t alignment(int64_t) { return 64; }
 #else
-    static int64_t rounded(int64_t bytes) { return bytes >= LARGE / 4 ? (bytes + LARGE - 1) / LARGE * LARGE : (bytes + 4095) / 4096 * 4096; }
+    static int64_t rounded(int64_t bytes) {
+        const int64_t page = bytes >= LARGE / 4 ? LARGE : 4096;
+        return (bytes + page - 1) / page * page;
+    }
     static int64_t alignment(int64_t bytes) { return bytes >= LARGE ? LARGE : 64; }
 #endif
 
@@ -63,10 +66,10 @@ class Room {
     void take(int64_t bytes) {
         std::lock_guard<std::mutex> hold(shelf().lock);
         auto& kept = shelf().kept;
-        auto best = kept.end();
-        for (auto i = kept.begin(); i != kept.end(); i++)
-            if (best == kept.end() || (best->bytes < bytes ? i->bytes > best->bytes : i->bytes >= bytes && i->bytes < best->bytes)) best = i;
-        if (best == kept.end()) return;
+        if (kept.empty()) return;
+        const auto best = std::min_element(kept.begin(), kept.end(), [bytes](const Piece& a, const Piece& b) {
+            return a.bytes < bytes || b.bytes < bytes ? a.bytes > b.bytes : a.bytes < b.bytes;
+        });
         piece = *best;
         kept.erase(best);
     }

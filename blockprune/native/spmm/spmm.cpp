@@ -17,11 +17,6 @@ const Kind* kind_of(int32_t choice) {
     return every[0];
 }
 
-// rows of x that go together: a panel of `width`, or, where that is 0, few as they are
-struct Part {
-    int64_t first, count, width;
-};
-
 // up to how many rows of x go faster as they are
 int64_t few_rows(const Product& p, const Kernels& kernels) {
     if (p.height >= 8) return p.width == 1 && p.height < 16 ? 2 : 4;
@@ -79,14 +74,14 @@ struct Runner {
 
     void bands(const Part& part, const void* panel, int64_t begin, int64_t end) const {
         Room room((part.width ? panel_room(p, part.width) : few_room(p)) * (int64_t)sizeof(float));
-        if (part.width) kernels.panel(p, part.first, part.count, part.width, panel, (float*)room.get(), begin, end);
-        else kernels.few(p, part.first, part.count, (float*)room.get(), begin, end);
+        if (part.width) kernels.panel(p, part, panel, (float*)room.get(), begin, end);
+        else kernels.few(p, part, (float*)room.get(), begin, end);
     }
     int64_t panel_bytes(const Part& part) const { return (p.cols + 31) / 32 * 32 * part.width * kernels.column_bytes; }
 
     void whole(const Part& part) const {
         Room panel(panel_bytes(part));
-        if (part.width) kernels.pack(p, part.first, part.count, part.width, 0, p.cols, panel.get());
+        if (part.width) kernels.pack(p, part, 0, p.cols, panel.get());
         bands(part, panel.get(), 0, p.bands());
     }
 
@@ -100,7 +95,7 @@ struct Runner {
             tasks(threads, count * slices, [&](int64_t i) {
                 const Part& part = parts[i / slices];
                 const int64_t begin = i % slices * 512, end = std::min(p.cols, begin + 512);
-                if (part.width) kernels.pack(p, part.first, part.count, part.width, begin, end, (char*)panels.get() + at[i / slices]);
+                if (part.width) kernels.pack(p, part, begin, end, (char*)panels.get() + at[i / slices]);
             });
         tasks(threads, count * shares, [&](int64_t i) {
             const int64_t begin = work.share(i % shares, shares), end = work.share(i % shares + 1, shares);

@@ -31,17 +31,22 @@ struct Product : Layer {
     int64_t start(int64_t band) const { return starts ? starts[band] : crow[band] * width * height; }
 };
 
+// rows [first, first + count) of x, that go together: packed in a panel of `width` rows, or, where that is 0, few as they are
+struct Part {
+    int64_t first, count, width;
+};
+
 // one type on one instruction set
 struct Kernels {
-    int64_t widest, narrowest;  // rows of x in a panel: powers of two; 0 where `few` does everything
+    int64_t widest, narrowest;  // panels: powers of two; 0 where `few` does everything
     int64_t column_bytes;       // of one row of x in a panel
     int64_t lane_rows;          // rows of W in the smallest vector of `few`
-    // rows [first, first + count) of x, columns [begin, end) -> a panel of `width` rows; begin is a multiple of 32
-    void (*pack)(const Product&, int64_t first, int64_t count, int64_t width, int64_t begin, int64_t end, void* panel);
-    // the product of such a panel with bands [begin, end); `room` has space for panel_room(...) floats
-    void (*panel)(const Product&, int64_t first, int64_t count, int64_t width, const void* panel, float* room, int64_t begin, int64_t end);
-    // the product of 1 to 4 rows of x, as they are, with bands [begin, end); `room` has space for few_room(...) floats
-    void (*few)(const Product&, int64_t first, int64_t count, float* room, int64_t begin, int64_t end);
+    // columns [begin, end) of a part of x -> its panel; begin is a multiple of 32
+    void (*pack)(const Product&, const Part&, int64_t begin, int64_t end, void* panel);
+    // the product of a panel with bands [begin, end); `room` has space for panel_room(...) floats
+    void (*panel)(const Product&, const Part&, const void* panel, float* room, int64_t begin, int64_t end);
+    // the product of 1 to 4 rows of x with bands [begin, end); `room` has space for few_room(...) floats
+    void (*few)(const Product&, const Part&, float* room, int64_t begin, int64_t end);
 };
 
 static const int64_t GATHERED = 64;      // rows of results that are gathered before they are turned around and stored

@@ -143,7 +143,7 @@ template <class K, int L, int NV, int MR, bool LISTED> static void tile(const Ru
     const auto* w = run.w;
     const auto pair = [&](int set, const typename K::Packed* a, const typename K::Packed* b) __attribute__((always_inline)) {
         K::template pair<L>(acc[set], a, b, w);
-        UNROLL for (int byte = 0; byte < 2 * MR * (int)sizeof(*w); byte += 64) __builtin_prefetch((const char*)((uintptr_t)w + FAR + byte));
+        UNROLL for (int byte = 0; byte < 2 * MR * (int)sizeof(*w); byte += 64) ahead((const char*)w + byte);
         w += 2 * run.height;
     };
     if (LISTED) {
@@ -168,20 +168,20 @@ template <class K, int L, int NV, int MR, bool LISTED> static void tile(const Ru
     }
 }
 
-template <class K, int P> static void pack(const Product& p, int64_t first, int64_t count, int64_t begin, int64_t end, void* to) {
+template <class K, int P> static void pack(const Product& p, const Part& part, int64_t begin, int64_t end, void* to) {
     typedef typename K::Weight T;
     const T zeros[K::BLOCK] = {};
     auto* panel = (typename K::Packed*)to;
     for (int64_t c = begin; c < end; c += K::BLOCK)
         for (int64_t i = 0; i < P; i += LANES) {
             F<LANES> x[LANES];
-            const T* row = (const T*)p.x + (first + i) * p.cols + c;
+            const T* row = (const T*)p.x + (part.first + i) * p.cols + c;
             if (c + K::BLOCK <= end) {
-                UNROLL for (int k = 0; k < LANES; k++) x[k] = K::columns(i + k < count ? row + k * p.cols : zeros);
+                UNROLL for (int k = 0; k < LANES; k++) x[k] = K::columns(i + k < part.count ? row + k * p.cols : zeros);
             } else {
                 for (int k = 0; k < LANES; k++) {
-                    const Padded<K::BLOCK, T> part(i + k < count ? row + k * p.cols : zeros, i + k < count ? end - c : 0);
-                    x[k] = K::columns(part.all);
+                    const Padded<K::BLOCK, T> rest(i + k < part.count ? row + k * p.cols : zeros, i + k < part.count ? end - c : 0);
+                    x[k] = K::columns(rest.all);
                 }
             }
             transpose(x);
@@ -194,20 +194,20 @@ template <class K, int P> static void pack(const Product& p, int64_t first, int6
         }
 }
 
-// out [filled][P], rows from `top` on of `count` results -> y
-template <class T, int P> static void flush(const Product& p, int64_t first, int64_t count, const float* out, int64_t top, int64_t filled) {
-    for (int64_t i = 0; i < count; i += LANES) {
+// out [filled][P], rows of W from `top` on -> y
+template <class T, int P> static void flush(const Product& p, const Part& part, const float* out, int64_t top, int64_t filled) {
+    for (int64_t i = 0; i < part.count; i += LANES) {
         for (int64_t r = 0; r < filled; r += LANES) {
-            const int64_t part = std::min<int64_t>(LANES, filled - r);
-            const F<LANES> bias = p.bias ? numbers<LANES>(Padded<LANES, T>((const T*)p.bias + top + r, part).all) : F<LANES>{};
+            const int64_t many = std::min<int64_t>(LANES, filled - r);
+            const F<LANES> bias = p.bias ? numbers<LANES>(Padded<LANES, T>((const T*)p.bias + top + r, many).all) : F<LANES>{};
             F<LANES> x[LANES];
             UNROLL for (int k = 0; k < LANES; k++) x[k] = load<F<LANES>>(out + (r + k) * P + i);
             transpose(x);
-            T* y = (T*)p.y + (first + i) * p.rows + top + r;
-            if (part == LANES && i + LANES <= count) {
+            T* y = (T*)p.y + (part.first + i) * p.rows + top + r;
+            if (many == LANES && i + LANES <= part.count) {
                 UNROLL for (int k = 0; k < LANES; k++) narrow<LANES>(y + k * p.rows, x[k] + bias);
             } else {
-                for (int k = 0; k < std::min<int64_t>(LANES, count - i); k++) narrow<LANES>(y + k * p.rows, x[k] + bias, part);
+                for (int k = 0; k < std::min<int64_t>(LANES, part.count - i); k++) narrow<LANES>(y + k * p.rows, x[k] + bias, many);
             }
         }
     }
@@ -258,13 +258,13 @@ template <class K, int L, int NV, bool LISTED> struct Panel {
         }
     }
 
-    static void bands(const Product& p, int64_t first, int64_t count, const void* panel, float* out, int64_t begin, int64_t end) {
+    static void bands(const Product& p, const Part& part, const void* panel, float* out, int64_t begin, int64_t end) {
         int64_t filled = 0;
         for (int64_t b = begin; b < end; b++) {
             band(p, panel, b, out + filled * P);
             filled += p.height_of(b);
             if (b + 1 < end && filled < GATHERED) continue;
-            flush<T, P>(p, first, count, out, b * p.height + p.height_of(b) - filled, filled);
+            flush<T, P>(p, part, out, b * p.height + p.height_of(b) - filled, filled);
             filled = 0;
         }
     }

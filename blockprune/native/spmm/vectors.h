@@ -29,6 +29,7 @@ template <class T> INLINE T load(const void* p) {  // from wherever: a plain `*p
     return value;
 }
 template <class T> INLINE void store(void* p, T value) { std::memcpy(p, &value, sizeof(T)); }
+INLINE void ahead(const void* p) { __builtin_prefetch((const void*)((uintptr_t)p + FAR)); }  // fetch what comes after it
 
 #include INSTRUCTIONS
 
@@ -36,7 +37,10 @@ template <class T> INLINE void store(void* p, T value) { std::memcpy(p, &value, 
 template <class U> INLINE U low_half(U pair) { return pair << 16; }
 template <class U> INLINE U high_half(U pair) { return pair & 0xffff0000u; }
 template <int L> INLINE F<L> widen(const uint16_t* p) { return (F<L>)(extend(load<H<L>>(p)) << 16); }
-INLINE float widen(uint16_t x) { return load<float>(&(const uint32_t&)((uint32_t)x << 16)); }
+INLINE float widen(uint16_t x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    return load<float>(&bits);
+}
 
 INLINE uint32_t rounded(uint32_t bits) { return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; }  // to the nearest, ties to even
 INLINE void narrow(uint16_t* p, float x) {
