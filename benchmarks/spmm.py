@@ -8,7 +8,7 @@ All variants run in turn, so each finds the caches full of the others' weights, 
 """
 
 import argparse
-import warnings
+import itertools
 from collections.abc import Callable
 from functools import partial
 
@@ -16,7 +16,6 @@ import torch
 import torch._inductor.config
 from timing import machine, medians
 from torch import Tensor, nn
-from torch.utils import mkldnn
 
 import blockprune as bp
 from blockprune import storage
@@ -31,11 +30,13 @@ def pair(text: str) -> tuple[int, int]:
 
 
 def dense(layer: nn.Linear, x: Tensor, inductor: bool) -> dict[str, Callable[[], Tensor]]:
-    """The ways to multiply with the whole weight: torch's own, packed by oneDNN, and compiled with frozen weights."""
+    """The ways to multiply with the whole weight: torch's own, packed by oneDNN for this batch (what inductor does with frozen weights,
+    and faster than `torch.utils.mkldnn.to_mkldnn`, which packs for any batch), and inductor itself.
+    """
     ways: dict[str, Callable[[], Tensor]] = {"F.linear": partial(nn.functional.linear, x, layer.weight, layer.bias)}
     if torch.backends.mkldnn.is_available():
-        packed = mkldnn.to_mkldnn(layer, x.dtype)
-        ways["oneDNN packed"] = partial(packed, x)
+        packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight, len(x))
+        ways["oneDNN packed"] = partial(torch.ops.mkldnn._linear_pointwise, x, packed, layer.bias, "none", [], "")
     if inductor:
         torch._inductor.config.freezing = True
         compiled = torch.compile(layer)
@@ -51,6 +52,7 @@ def random_mask(grid: bp.BlockGrid, sparsity: float) -> Tensor:
     return keep.view(grid.size)
 
 
+@torch.no_grad()
 def table(options: argparse.Namespace, dtype: torch.dtype, shape: tuple[int, int], batch: int) -> None:
     torch.manual_seed(0)
     rows, cols = shape
@@ -83,14 +85,10 @@ def main(options: argparse.Namespace) -> None:
     print(f"compiled product: {spmm.status}, {', '.join(spmm.instructions())}; the last one runs")
     print("each cell: median ms, times as fast as the best dense, billions of multiplications and additions with kept weights a second")
     print(" " * 13 + "".join(f"{f'{sparsity:.0%} pruned':>24}" for sparsity in options.sparsities))
-    with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of oneDNN's packing, which torch means to retire
-        for threads in options.threads:
-            torch.set_num_threads(threads)
-            for dtype in options.dtypes:
-                for shape in options.shapes:
-                    for batch in options.batches:
-                        table(options, DTYPES[dtype], shape, batch)
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for dtype, shape, batch in itertools.product(options.dtypes, options.shapes, options.batches):
+            table(options, DTYPES[dtype], shape, batch)
 
 
 if __name__ == "__main__":

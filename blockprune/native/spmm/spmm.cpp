@@ -32,7 +32,7 @@ std::vector<Part> parts_of(const Product& p, const Kernels& kernels, int64_t wid
             parts.push_back({first, left, 0});
             break;
         }
-        while (width > kernels.narrowest && (width > 8 ? left <= width * 3 / 4 : left <= width / 2)) width /= 2;
+        while (width > kernels.narrowest && (width > 16 ? left <= width * 3 / 4 : left <= width / 2)) width /= 2;
         parts.push_back({first, std::min(left, width), width});
         first += width;
     }
