@@ -469,3 +469,30 @@ def sparsegpt(p: Param, sparsity: float, group: int, damping: float) -> Tensor:
                     n, rows = len(band.blocks[j]), weight[band.at]
                     rows[:, right] -= rows[:, band.blocks[j]] @ torch.linalg.inv(inverse[:n, :n]) @ inverse[:n]
     return value.view(p.grid.size)
+
+
+# Block-sparse weights.
+
+
+def stored(weight: Tensor, keep: Tensor, block: tuple[int, int]) -> tuple[list[float], list[int], list[int]]:
+    """Values, crow and col of the elements that ``keep [rows, cols]`` keeps, in such blocks."""
+    (rows, cols), (height, width) = weight.shape, block
+    values: list[float] = []
+    crow, col = [0], []
+    for top in range(0, rows, height):
+        band = range(top, min(rows, top + height))
+        blocks = [j for j in range(-(-cols // width)) if keep[top, j * width]]
+        columns = [c for j in blocks for c in range(j * width, min(cols, (j + 1) * width))]
+        for first, second in zip(columns[::2], columns[1::2], strict=False):
+            values += [float(weight[r, c]) for r in band for c in (first, second)]
+        if len(columns) % 2:
+            values += [float(weight[r, columns[-1]]) for r in band]
+        col += blocks
+        crow.append(len(col))
+    return values, crow, col
+
+
+def sparse_linear(x: Tensor, weight: Tensor, keep: Tensor, bias: Tensor | None) -> Tensor:
+    """Each output from the inputs that its row keeps, in float64: what is pruned is not read."""
+    rows = [x.double()[..., keep[r]] @ weight[r, keep[r]].double() for r in range(len(weight))]
+    return torch.stack(rows, dim=-1) + (0 if bias is None else bias.double())

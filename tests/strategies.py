@@ -85,3 +85,16 @@ def masks(draw: st.DrawFn, *, like: dict[str, BlockGrid] | None = None, names: t
 
 def shares_memory(x: Tensor, *others: Tensor) -> bool:
     return any(x.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() for other in others)
+
+
+@st.composite
+def kept_matrices(draw: st.DrawFn, *, side: int = 48) -> tuple[Tensor, Tensor, BlockGrid]:
+    """A matrix of whole numbers, which of its blocks are kept, and the blocks: bands that keep nothing or everything among others."""
+    shape = draw(st.integers(1, side)), draw(st.integers(1, 2 * side))
+    usual = st.sampled_from([1, 2, 4, 8, 16, 32])
+    block = [draw(st.one_of(usual.map(lambda b, s=s: min(b, s)), st.integers(1, s))) for s in shape]
+    grid, seed = BlockGrid(shape, block), draw(seeds)
+    random = torch.rand(grid.size, generator=torch.Generator().manual_seed(seed))
+    keep = random < draw(st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0]))
+    keep[random[:, 0] < 0.1] = False
+    return integers(shape, seed, top=4), keep, grid

@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "native": set(),
     "tables": set(),
     "blocks": {"native"},
+    "storage": {"blocks"},
     "types": {"blocks"},
     "parametrization": {"blocks"},
     "names": {"parametrization"},

@@ -16,6 +16,7 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
         ("masked_forward.py", "A masked Linear(256, 256)"),
         ("calibration.py", "gate_fisher"),
         ("obs.py", "billion"),
+        ("spmm.py", "16x16"),
     ],
 )
 def test_a_benchmark_runs_tiny(script: str, said: str) -> None:

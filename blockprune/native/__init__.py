@@ -4,32 +4,25 @@ Set ``BLOCKPRUNE_NATIVE=0`` to do without them.
 """
 
 import ctypes
-import importlib
-import os
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from blockprune.native.library import address, load, plain
 
 _PER_THREAD = 1 << 20  # elements that pay for starting a thread beside those of torch, which wait for work on the same cores
 _EACH = {None: 0, torch.abs: 1, torch.square: 2}
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    if os.environ.get("BLOCKPRUNE_NATIVE") == "0":
-        return None, "switched off by BLOCKPRUNE_NATIVE=0"
-    try:
-        module: ModuleType = importlib.import_module("blockprune.native.kernels")
-        library = ctypes.CDLL(str(module.__file__))
-    except (ImportError, OSError) as error:
-        return None, f"not built ({error}): install a C++ compiler, then reinstall blockprune"
-    count, pointer, choice = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
-    library.pool_sum.argtypes = [pointer, choice, choice, count, count, count, count, pointer, count]
-    library.pool_sum.restype = ctypes.c_int32
-    library.obs_sweep.argtypes = [pointer, pointer, pointer, choice, count, count, count, count, count, pointer, pointer, count]
-    library.obs_sweep.restype = count
-    return library, "built"
+    library, status = load("blockprune.native.kernels")
+    if library is not None:
+        count, pointer, choice = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
+        library.pool_sum.argtypes = [pointer, choice, choice, count, count, count, count, pointer, count]
+        library.pool_sum.restype = ctypes.c_int32
+        library.obs_sweep.argtypes = [pointer, pointer, pointer, choice, count, count, count, count, count, pointer, pointer, count]
+        library.obs_sweep.restype = count
+    return library, status
 
 
 _library, status = _load()
@@ -37,12 +30,12 @@ _library, status = _load()
 
 def pool_sum(x: Tensor, shape: tuple[int, int], block: tuple[int, int], each: object) -> Tensor | None:
     """Block sums of ``each(x)``, ``x`` seen as a matrix of this shape: float32 ``[rows / block, cols / block]``; None where it cannot."""
-    if _library is None or each not in _EACH or x.dtype not in (torch.float32, torch.bfloat16) or not _plain(x):
+    if _library is None or each not in _EACH or x.dtype not in (torch.float32, torch.bfloat16) or not plain(x):
         return None
     (rows, cols), (r, c) = shape, block
     out = torch.empty(-(-rows // r), -(-cols // c))
     threads = min(torch.get_num_threads(), 1 + x.numel() // _PER_THREAD)
-    failed = _library.pool_sum(_address(x), x.dtype == torch.bfloat16, _EACH[each], rows, cols, r, c, out.data_ptr(), threads)
+    failed = _library.pool_sum(address(x), x.dtype == torch.bfloat16, _EACH[each], rows, cols, r, c, out.data_ptr(), threads)
     return None if failed else out
 
 
@@ -53,7 +46,7 @@ def obs_sweep(rows: Tensor, inverse: Tensor, group: Tensor, width: int, stop: in
     Raises:
         torch.linalg.LinAlgError: an inverse that lost positive definiteness.
     """
-    if _library is None or rows.dtype not in (torch.float32, torch.float64) or not (_plain(inverse) and rows.device.type == "cpu"):
+    if _library is None or rows.dtype not in (torch.float32, torch.float64) or not (plain(inverse) and rows.device.type == "cpu"):
         return None
     bands, height, k = rows.shape
     transposed, group = rows.mT.contiguous(), group.contiguous()
@@ -65,20 +58,3 @@ def obs_sweep(rows: Tensor, inverse: Tensor, group: Tensor, width: int, stop: in
         message = f"band {failed - 1}: the inverse lost positive definiteness in {rows.dtype}"
         raise torch.linalg.LinAlgError(message)  # type: ignore[attr-defined]  # public, though torch does not say so to mypy
     return errors, order
-
-
-def _address(x: Any) -> int:
-    """Where the numbers start; asking a tensor that is shared until written for its `data_ptr` would copy it."""
-    torch_c: Any = torch._C
-    if torch_c._is_cow_tensor(x):
-        return int(torch_c._data_address(x)) + int(x.storage_offset() * x.element_size())
-    return int(x.data_ptr())
-
-
-def _plain(x: Tensor) -> bool:
-    """Whether a tensor is nothing but numbers in CPU memory: no gradient to record, no tracing, no transform."""
-    recording = torch.is_grad_enabled() and x.requires_grad
-    wrapped = (
-        torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(x)
-    )
-    return x.device.type == "cpu" and not recording and not wrapped and x.is_contiguous()

@@ -1,0 +1,36 @@
+"""Where the compiled loops are, why not if they are not, and which tensors they can read."""
+
+import ctypes
+import importlib
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def load(name: str) -> tuple[ctypes.CDLL | None, str]:
+    """The library of an extension module, or None, and its status in words."""
+    if os.environ.get("BLOCKPRUNE_NATIVE") == "0":
+        return None, "switched off by BLOCKPRUNE_NATIVE=0"
+    try:
+        return ctypes.CDLL(str(importlib.import_module(name).__file__)), "built"
+    except (ImportError, OSError) as error:
+        return None, f"not built ({error}): install a C++ compiler, then reinstall blockprune"
+
+
+def address(x: Any) -> int:
+    """Where the numbers start; asking a tensor that is shared until written for its `data_ptr` would copy it."""
+    torch_c: Any = torch._C
+    if torch_c._is_cow_tensor(x):
+        return int(torch_c._data_address(x)) + int(x.storage_offset() * x.element_size())
+    return int(x.data_ptr())
+
+
+def plain(x: Tensor) -> bool:
+    """Whether a tensor is nothing but numbers in CPU memory: no gradient to record, no tracing, no transform."""
+    recording = torch.is_grad_enabled() and x.requires_grad
+    wrapped = (
+        torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+    return x.device.type == "cpu" and not recording and not wrapped and x.is_contiguous()

@@ -1,0 +1,90 @@
+"""The product of a dense input with a block-sparse weight, compiled; `storage` says how the weight is stored.
+
+``BLOCKPRUNE_INSTRUCTIONS`` holds it to an instruction set, such as ``avx2``; see `INSTRUCTIONS`.
+"""
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from blockprune.native.library import load, plain
+
+INSTRUCTIONS = ("plain", "avx2", "avx512", "avx512_bf16")  # "plain" is what every processor of a kind has: SSE2, NEON
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    library, status = load("blockprune.native.spmm.kernels")
+    if library is not None:
+        count, pointer, choice = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
+        library.spmm.argtypes = [*[pointer] * 3, *[count] * 4, choice, pointer, count, pointer, pointer, count, choice]
+        library.spmm.restype = choice
+        library.use_openmp.argtypes = [pointer]
+        library.use_openmp(_openmp())
+    return library, status
+
+
+def _openmp() -> int | None:
+    """The entry of the OpenMP library that torch itself runs on, so that both share threads."""
+    try:
+        torch_cpu = ctypes.CDLL(str(next(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"))))
+        return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value
+    except (StopIteration, OSError, AttributeError):
+        return None
+
+
+def _chosen() -> int:
+    name = os.environ.get("BLOCKPRUNE_INSTRUCTIONS")
+    if name not in (None, "", *INSTRUCTIONS):
+        raise ValueError(f"BLOCKPRUNE_INSTRUCTIONS={name!r} must be one of {', '.join(INSTRUCTIONS)}, or not set for the best there is")
+    return INSTRUCTIONS.index(name) if name else -1
+
+
+_library, status = _load()
+_choice = _chosen()
+
+
+def instructions() -> list[str]:
+    """The instruction sets that this processor has and this library was built for, the best one last.
+
+    Example:
+        >>> from blockprune.native import spmm
+        >>> spmm.instructions()[:1] in (["plain"], [])       # [] where nothing was built
+        True
+    """
+    return [] if _library is None else [name for i, name in enumerate(INSTRUCTIONS) if _library.spmm_has(i)]
+
+
+def linear(
+    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, *, shape: tuple[int, int], block: tuple[int, int], bias: Tensor | None = None
+) -> Tensor | None:
+    """``x W^T + bias`` for ``x [..., cols]`` and a block-sparse ``W [rows, cols]``, as `storage.BlockSparse` holds it and
+    `storage.check` found it; None where this cannot: another type or device, a gradient to record, no compiled library.
+
+    Sums are float32 whatever the type. Inputs that meet no kept weight of a row do not reach it, be they NaN: the dense product with zeros
+    makes NaN of them.
+    """
+    if _library is None or x.dtype not in _DTYPES or not plain(x := x.contiguous()):
+        return None
+    if not (_readable(x, values) and crow.is_cpu and col.is_cpu):
+        return None
+    rows, cols = shape
+    if x.shape[-1] != cols:
+        raise ValueError(f"an input of shape {tuple(x.shape)} meets a weight of shape {shape}: its last axis must be {cols}")
+    if bias is not None and (not _readable(x, bias) or bias.shape != (rows,)):
+        return None
+    out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
+    addresses = values.data_ptr(), col.data_ptr(), crow.data_ptr()
+    n, at_bias = x.numel() // cols, None if bias is None else bias.data_ptr()
+    layer = (*addresses, rows, cols, *block, _DTYPES[x.dtype])
+    failed = _library.spmm(*layer, x.data_ptr(), n, at_bias, out.data_ptr(), torch.get_num_threads(), _choice)
+    return None if failed else out
+
+
+def _readable(x: Tensor, other: Tensor) -> bool:
+    """Whether a tensor is numbers in CPU memory of the type of ``x``, and needs no gradient."""
+    needs = other.requires_grad and torch.is_grad_enabled()
+    return other.is_cpu and other.dtype == x.dtype and other.is_contiguous() and not needs

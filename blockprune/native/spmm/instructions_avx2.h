@@ -1,0 +1,25 @@
+// What AVX2 has instructions for.
+
+INLINE U<4> extend(H<4> x) { return (U<4>)_mm_cvtepu16_epi32(_mm_cvtsi64_si128(load<int64_t>(&x))); }
+INLINE U<8> extend(H<8> x) { return (U<8>)_mm256_cvtepu16_epi32((__m128i)x); }
+
+INLINE F<4> permute(F<4> x, U<4> order) { return (F<4>)_mm_permutevar_ps((__m128)x, (__m128i)order); }
+INLINE F<8> permute(F<8> x, U<8> order) { return (F<8>)_mm256_permutevar8x32_ps((__m256)x, (__m256i)order); }
+
+#if LANES == 8
+INLINE void transpose(F<8> (&x)[8]) {
+    __m256 t[8], u[8];
+    UNROLL for (int i = 0; i < 4; i++) {
+        t[2 * i] = _mm256_unpacklo_ps((__m256)x[2 * i], (__m256)x[2 * i + 1]);
+        t[2 * i + 1] = _mm256_unpackhi_ps((__m256)x[2 * i], (__m256)x[2 * i + 1]);
+    }
+    UNROLL for (int i = 0; i < 2; i++) UNROLL for (int k = 0; k < 2; k++) {
+        u[4 * i + 2 * k] = _mm256_shuffle_ps(t[4 * i + k], t[4 * i + 2 + k], 0x44);
+        u[4 * i + 2 * k + 1] = _mm256_shuffle_ps(t[4 * i + k], t[4 * i + 2 + k], 0xee);
+    }
+    UNROLL for (int i = 0; i < 4; i++) {
+        x[i] = (F<8>)_mm256_permute2f128_ps(u[i], u[4 + i], 0x20);
+        x[4 + i] = (F<8>)_mm256_permute2f128_ps(u[i], u[4 + i], 0x31);
+    }
+}
+#endif

@@ -1,0 +1,25 @@
+// What SSE2 or NEON has instructions for.
+
+#if defined(__aarch64__)
+INLINE U<4> extend(H<4> x) { return (U<4>)vmovl_u16((uint16x4_t)x); }
+INLINE F<4> permute(F<4> x, U<4> order) {
+    return (F<4>)vqtbl1q_u8((uint8x16_t)x, (uint8x16_t)(order * 0x04040404u + 0x03020100u));
+}
+INLINE void transpose(F<4> (&x)[4]) {
+    const float32x4x2_t a = vtrnq_f32((float32x4_t)x[0], (float32x4_t)x[1]), b = vtrnq_f32((float32x4_t)x[2], (float32x4_t)x[3]);
+    x[0] = (F<4>)vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));
+    x[1] = (F<4>)vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1]));
+    x[2] = (F<4>)vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0]));
+    x[3] = (F<4>)vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
+}
+#else
+INLINE U<4> extend(H<4> x) {
+    return (U<4>)_mm_unpacklo_epi16(_mm_cvtsi64_si128(load<int64_t>(&x)), _mm_setzero_si128());
+}
+INLINE F<4> permute(F<4> x, U<4> order) { return F<4>{x[order[0]], x[order[1]], x[order[2]], x[order[3]]}; }
+INLINE void transpose(F<4> (&x)[4]) {
+    __m128 a = (__m128)x[0], b = (__m128)x[1], c = (__m128)x[2], d = (__m128)x[3];
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    x[0] = (F<4>)a, x[1] = (F<4>)b, x[2] = (F<4>)c, x[3] = (F<4>)d;
+}
+#endif

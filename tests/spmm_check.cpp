@@ -1,0 +1,115 @@
+// The block-sparse product on every instruction set, over ragged shapes and exactly sized buffers, against loops; built with sanitizers by
+// test_spmm.py, and with other compilers or for other processors by hand (it says what it ran).
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+extern "C" int32_t spmm_has(int32_t choice);
+extern "C" int32_t spmm(const void* values, const int32_t* col, const int64_t* crow, int64_t rows, int64_t cols, int64_t height, int64_t width,
+                        int32_t is_bf16, const void* x, int64_t n, const void* bias, void* y, int64_t threads, int32_t choice);
+
+static std::mt19937 rng(0);
+static int draw(int low, int high) { return low + (int)(rng() % (unsigned)(high - low + 1)); }
+
+// numbers of a type in a buffer of just their size, all small integers: sums are exact
+struct Numbers {
+    std::unique_ptr<char[]> memory;
+    int64_t count;
+    bool half;
+    Numbers(int64_t count, bool half) : memory(new char[count * (half ? 2 : 4)]), count(count), half(half) {}
+    void set(int64_t i, float x) {
+        uint32_t bits;
+        std::memcpy(&bits, &x, 4);
+        const uint16_t upper = (uint16_t)(bits >> 16);
+        if (half) std::memcpy(memory.get() + 2 * i, &upper, 2);
+        else std::memcpy(memory.get() + 4 * i, &x, 4);
+    }
+    float get(int64_t i) const {
+        uint16_t upper = 0;
+        float x;
+        if (half) {
+            std::memcpy(&upper, memory.get() + 2 * i, 2);
+            const uint32_t bits = (uint32_t)upper << 16;
+            std::memcpy(&x, &bits, 4);
+        } else {
+            std::memcpy(&x, memory.get() + 4 * i, 4);
+        }
+        return x;
+    }
+    void fill() {
+        for (int64_t i = 0; i < count; i++) set(i, (float)draw(-3, 3));
+    }
+};
+
+static int run(int64_t rows, int64_t cols, int64_t height, int64_t width, int64_t n, double density, bool half, bool with_bias, int64_t threads, int choice) {
+    const int64_t bands = (rows + height - 1) / height, across = (cols + width - 1) / width;
+    std::vector<std::vector<int64_t>> columns(bands);  // kept, of each band
+    std::vector<int32_t> kept;
+    std::unique_ptr<int64_t[]> crow(new int64_t[bands + 1]);
+    int64_t count = 0;
+    for (int64_t b = 0; b < bands; b++) {
+        crow[b] = (int64_t)kept.size();
+        for (int64_t j = 0; j < across; j++)
+            if (draw(0, 999) < density * 1000) {
+                kept.push_back((int32_t)j);
+                for (int64_t c = j * width; c < std::min(cols, (j + 1) * width); c++) columns[b].push_back(c);
+            }
+        count += (int64_t)columns[b].size() * std::min(height, rows - b * height);
+    }
+    crow[bands] = (int64_t)kept.size();
+    std::unique_ptr<int32_t[]> col(new int32_t[kept.size()]);
+    std::copy(kept.begin(), kept.end(), col.get());
+    Numbers values(count, half), x(n * cols, half), bias(rows, half), y(n * rows, half);
+    values.fill(), x.fill(), bias.fill(), y.fill();
+    if (spmm(values.memory.get(), col.get(), crow.get(), rows, cols, height, width, half, x.memory.get(), n, with_bias ? bias.memory.get() : nullptr,
+             y.memory.get(), threads, choice))
+        return 1;
+    int wrong = 0;
+    int64_t start = 0;
+    for (int64_t b = 0; b < bands; b++) {
+        const int64_t high = std::min(height, rows - b * height), many = (int64_t)columns[b].size();
+        for (int64_t r = 0; r < high; r++)
+            for (int64_t i = 0; i < n; i++) {
+                float sum = with_bias ? bias.get(b * height + r) : 0;
+                for (int64_t k = 0; k < many; k++) {
+                    const int64_t at = k == many - 1 && many % 2 ? k * high + r : k / 2 * 2 * high + 2 * r + k % 2;
+                    sum += values.get(start + at) * x.get(i * cols + columns[b][k]);
+                }
+                wrong += std::fabs(sum - y.get(i * rows + b * height + r)) > (half ? std::fabs(sum) / 256 : 0);
+            }
+        start += many * high;
+    }
+    if (wrong)
+        std::printf("%d wrong: [%d, %d] in %d x %d, n %d, density %g, %s, bias %d, %d threads, instructions %d\n", wrong, (int)rows, (int)cols,
+                    (int)height, (int)width, (int)n, density, half ? "bfloat16" : "float32", with_bias, (int)threads, choice);
+    return wrong;
+}
+
+int main(int argc, char** argv) {
+    const int rounds = argc > 1 ? std::atoi(argv[1]) : 300;
+    int wrong = 0, ran = 0;
+    for (int choice = 0; choice < 4; choice++) {
+        if (!spmm_has(choice)) continue;
+        std::printf("instructions %d\n", choice);
+        for (int round = 0; round < rounds; round++) {
+            const int heights[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 24, 31, 32, 40}, widths[] = {1, 1, 2, 4, 6, 8, 16, 18, 32};
+            const int64_t height = heights[draw(0, 15)], width = widths[draw(0, 8)];
+            const bool large = round % 16 == 0;  // so that bands are read in parts
+            const int64_t rows = draw(1, 3 * (int)height + 5), cols = large ? draw(800, 1500) : draw(1, 90);
+            const int64_t n = draw(0, 3) ? draw(0, 20) : draw(20, 70);
+            const double densities[] = {0, 0.2, 0.6, 1};
+            wrong += run(rows, cols, height, width, n, densities[draw(0, 3)], draw(0, 1), draw(0, 1), draw(0, 3) ? 1 : draw(2, 4), choice);
+            ran++;
+        }
+        for (int64_t n : {1, 7, 40, 129})  // enough work for several threads, all of it in one band or spread
+            for (int64_t height : {8, 96}) wrong += run(96, 1024, height, n % 2 ? 1 : 4, n, 0.9, n > 7, true, 3, choice), ran++;
+    }
+    std::printf("%d products, %d numbers wrong\n", ran, wrong);
+    return wrong != 0;
+}

@@ -1,0 +1,129 @@
+"""How kept blocks are stored: it loses nothing, is what it says, and is refused when it does not fit together."""
+
+from typing import Any
+
+import attrs
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import dtypes, kept_matrices, normal
+from torch import Tensor
+
+import blockprune as bp
+from blockprune import storage
+from blockprune.blocks import BlockGrid
+
+Matrix = tuple[Tensor, Tensor, BlockGrid]  # weight, keep, grid
+
+
+@given(kept_matrices(), dtypes)
+def test_unpacking_gives_back_what_was_kept_and_zeros(matrix: Matrix, dtype: torch.dtype) -> None:
+    weight, keep, grid = matrix
+    sparse = storage.pack(weight.to(dtype), keep, grid)
+    storage.check(sparse)
+    assert torch.equal(storage.unpack(sparse), torch.where(bp.expand(keep, grid), weight, 0).to(dtype))
+    assert sparse.values.dtype == dtype
+    assert sparse.values.numel() == int(bp.expand(keep, grid).sum()), "one number a kept weight"
+
+
+@given(kept_matrices())
+def test_packing_is_the_definition(matrix: Matrix) -> None:
+    weight, keep, grid = matrix
+    sparse = storage.pack(weight, keep, grid)
+    values, crow, col = reference.stored(weight, bp.expand(keep, grid), sparse.block)
+    assert (sparse.values.tolist(), sparse.crow.tolist(), sparse.col.tolist()) == (values, crow, col)
+
+
+@given(kept_matrices())
+def test_bands_multiply_to_the_whole(matrix: Matrix) -> None:
+    weight, keep, grid = matrix
+    x = normal((3, grid.shape[1]), 1)
+    y = x.new_full((3, grid.shape[0]), float("nan"))
+    for rows, columns, weights in storage.bands(storage.pack(weight, keep, grid)):
+        y[:, rows] = x[:, columns] @ weights
+    torch.testing.assert_close(y, x @ torch.where(bp.expand(keep, grid), weight, 0).mT)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "stored"),
+    [
+        ((64, 64), (4, 4), (4, 4)),
+        ((64, 64), (16, 1), (16, 1)),
+        ((128, 128), (64, 64), (16, 64)),
+        ((128, 128), (32, 128), (16, 64)),
+        ((40, 77), (-1, 1), (16, 1)),
+        ((40, 77), (1, -1), (1, 64)),
+        ((40, 7), (1, -1), (1, 8)),
+        ((9, 9), (3, 3), (3, 1)),
+        ((96, 96), (48, 48), (16, 48)),
+        ((72, 72), (24, 24), (12, 24)),
+        ((134, 134), (67, 67), (67, 1)),
+        ((4, 1), (1, 1), (1, 1)),
+    ],
+)
+def test_large_and_odd_blocks_are_stored_as_several(shape: Any, block: Any, stored: Any) -> None:
+    grid = BlockGrid(shape, block)
+    keep = torch.arange(grid.blocks).view(grid.size) % 2 == 0
+    sparse = storage.pack(torch.ones(shape), keep, grid)
+    assert sparse.block == stored
+    assert torch.equal(storage.unpack(sparse).bool(), bp.expand(keep, grid))
+
+
+@given(kept_matrices(), st.integers(1, 200))
+def test_packing_in_chunks_is_packing_at_once(matrix: Matrix, chunk: int) -> None:
+    whole = storage.pack(*matrix)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "_CHUNK", chunk)
+        parts = storage.pack(*matrix)
+        assert torch.equal(storage.unpack(parts), storage.unpack(whole))
+    assert torch.equal(parts.values, whole.values)
+
+
+def test_nothing_is_shared_with_the_weight() -> None:
+    weight = torch.ones(4, 4, requires_grad=True)
+    sparse = storage.pack(weight, torch.ones(1, 1).bool(), BlockGrid((4, 4), (4, 4)))
+    with torch.no_grad():
+        weight.zero_()
+    assert sparse.values.eq(1).all()
+    assert not sparse.values.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"block": (2, 3)}, "width 1 or even"),
+        ({"block": (0, 2)}, "must be positive"),
+        ({"shape": (6, 0)}, "must be positive"),
+        ({"crow": torch.tensor([0, 2, 3, 4]).int()}, "crow is torch.int32"),
+        ({"crow": torch.tensor([0, 2, 4])}, "crow has 3 entries and must have 4"),
+        ({"crow": torch.tensor([1, 2, 3, 4])}, "crow must rise from 0"),
+        ({"crow": torch.tensor([0, 3, 2, 4])}, "crow must rise from 0"),
+        ({"crow": torch.tensor([0, 2, 3, 5])}, "to the number of kept blocks, 4"),
+        ({"crow": torch.tensor([0, 9, 9, 4])}, "crow must rise from 0"),
+        ({"crow": torch.tensor([0, -1, 3, 4])}, "crow must rise from 0"),
+        ({"col": torch.tensor([0, 2, 1, 1])}, "col is torch.int64"),
+        ({"col": torch.tensor([0, 3, 1, 1]).int()}, "col must be from 0 to 2; it is from 0 to 3"),
+        ({"col": torch.tensor([-1, 2, 1, 1]).int()}, "it is from -1 to 2"),
+        ({"col": torch.tensor([2, 0, 1, 1]).int()}, "rise within each band"),
+        ({"col": torch.tensor([2, 2, 1, 1]).int()}, "rise within each band"),
+        ({"col": torch.tensor([[0, 2], [1, 1]]).int()}, "with one axis"),
+        ({"col": torch.tensor([0, 1, 1, 1]).int()}, "values has 12 numbers and must have 14"),
+        ({"values": torch.ones(14)}, "values has 14 numbers and must have 12"),
+        ({"values": torch.ones(24)[::2]}, "contiguous"),
+        ({"shape": (6, 5)}, "values has 12 numbers"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(change: dict[str, Any], said: str) -> None:
+    keep = torch.tensor([[True, False, True], [False, True, False], [False, True, False]])
+    sparse = storage.pack(torch.ones(5, 5), keep, BlockGrid((5, 5), (2, 2)))
+    storage.check(sparse)
+    with pytest.raises(ValueError, match="block-sparse weight of shape") as caught:
+        storage.check(attrs.evolve(sparse, **change))
+    assert said in str(caught.value)
+
+
+def test_a_mask_of_another_size_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"weight \(4, 4\) and keep \(1, 2\)"):
+        storage.pack(torch.ones(4, 4), torch.ones(1, 2).bool(), BlockGrid((4, 4), (2, 2)))
