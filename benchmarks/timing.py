@@ -1,24 +1,12 @@
-"""Interleaved medians: the only way a ratio is measured here."""
+"""Interleaved medians, and the machine in words."""
 
 import platform
-import statistics
-import time
-from collections.abc import Callable, Mapping
 
 import torch
 
+from blockprune.export.timing import medians
 
-def medians(calls: Mapping[str, Callable[[], object]], *, rounds: int = 9) -> dict[str, float]:
-    """Median seconds of each call, all run in turn, round after round, after one warm-up round."""
-    seen: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seen[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seen.items()}
+__all__ = ["machine", "medians"]
 
 
 def machine() -> str:

@@ -1,0 +1,129 @@
+"""From a masked model to one that holds and runs only its kept blocks, and back from a file."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from blockprune.apply import finalize
+from blockprune.export.choose import ROWS, Choices, choose, forced, sparse_layer
+from blockprune.export.dense import replaced
+from blockprune.export.layers import BlockSparseConv2d, BlockSparseLinear, read
+from blockprune.export.places import places
+from blockprune.fold import default_forward
+from blockprune.names import near
+
+M = TypeVar("M", bound=nn.Module)
+_TENSORS = ("values", "crow", "col", "layout")
+
+
+def block_sparse(
+    model: M,
+    *,
+    backend: str | Choices = "auto",
+    inputs: Any = None,
+    rows: int = ROWS,
+    forward: Callable[..., Any] = default_forward,
+    progress: bool = True,
+) -> M:
+    """A new model whose masked Linears and convolutions hold and multiply only their kept blocks; the outputs are the masked model's.
+
+    The kept weights are frozen; gradients reach the inputs, the biases and all other parameters. What no block-sparse form has, or is
+    faster dense, stays a plain layer with zeros: ``choose(model)`` says which, and why.
+
+    Args:
+        model: with masks; it stays as it is.
+        backend: "auto" measures every layer (`choose`); "native", "torch" or "dense" for all; or the result of `choose`.
+        inputs, rows, forward, progress: for "auto", as in `choose`: what the layers will meet.
+
+    Raises:
+        ValueError: a model without masks, a backend that is not known.
+        RuntimeError: a backend that this machine has not; it says why.
+        KeyError: choices made for another model.
+
+    Example:
+        >>> from blockprune import export
+        >>> x, mask = torch.randn(3, 4), bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
+        >>> model = bp.apply_masks(nn.Sequential(nn.Linear(4, 2)), {"0.weight": mask})
+        >>> sparse = export.block_sparse(model, backend="torch")
+        >>> sparse
+        Sequential(
+          (0): BlockSparseLinear(4, 2, bias=True, 50.0% pruned, torch)
+        )
+        >>> torch.allclose(sparse(x), model(x), atol=1e-6), list(sparse.state_dict())
+        (True, ['0.bias', '0.values', '0.crow', '0.col', '0.layout'])
+    """
+    if isinstance(backend, Choices):
+        choices = backend
+    elif backend == "auto":
+        choices = choose(model, inputs=inputs, rows=rows, forward=forward, progress=progress)
+    else:
+        choices = forced(model, backend)
+    chosen = {row.name: row.backend for row in choices.rows}
+    plain = finalize(model)
+    new: dict[nn.Module, nn.Module] = {}
+    for place in places(model):
+        if place.name not in chosen:
+            raise KeyError(f"backend has no choice for {place.name!r}{near(place.name, chosen)}; make it from this model: choose(model)")
+        if chosen[place.name] != "dense" and not place.obstacle:
+            layer = plain.get_submodule(place.layer)
+            new[layer] = sparse_layer(place, layer, chosen[place.name])
+    return replaced(plain, new.get)
+
+
+def load_state_dict(model: M, state: Mapping[str, Tensor], *, strict: bool = True) -> M:
+    """A new model with an exported state dict in a skeleton of the plain model, such as ``AutoModel.from_config(config)``.
+
+    Args:
+        model: plain, masked or exported; it stays as it is. On the meta device it takes the tensors as they are.
+        state: of an exported model, from `safetensors.torch.load_file` for instance.
+        strict: as in `nn.Module.load_state_dict`.
+
+    Raises:
+        KeyError: a block-sparse layer that the model does not have.
+        ValueError: tensors that are not a block-sparse weight (indices out of range, other lengths), or of another shape than the layer.
+        RuntimeError: what else does not fit, as torch says it.
+
+    Example:
+        >>> from blockprune import export
+        >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
+        >>> sparse = export.block_sparse(bp.apply_masks(nn.Sequential(nn.Linear(4, 2)), {"0.weight": mask}), backend="torch")
+        >>> again, x = export.load_state_dict(nn.Sequential(nn.Linear(4, 2)), sparse.state_dict()), torch.randn(3, 4)
+        >>> torch.allclose(again(x), sparse(x), atol=1e-6)
+        True
+    """
+    plain = finalize(model)
+    modules = dict(plain.named_modules())
+    new: dict[nn.Module, nn.Module] = {}
+    for key in state:
+        layer = "" if key == "layout" else key.removesuffix(".layout")
+        prefix = f"{layer}." if layer else ""
+        if key != f"{prefix}layout" or not all(prefix + name in state for name in _TENSORS):
+            continue
+        if layer not in modules:
+            raise KeyError(f"the state dict has a block-sparse layer {layer!r} that the model has not{near(layer, modules)}")
+        new[modules[layer]] = _layer(layer, modules[layer], [state[prefix + name] for name in _TENSORS])
+    plain = replaced(plain, new.get)
+    assign = any(p.is_meta for p in plain.parameters())
+    plain.load_state_dict(state, strict=strict, assign=assign)
+    return plain
+
+
+def _layer(name: str, like: nn.Module, tensors: list[Tensor]) -> BlockSparseLinear:
+    """A layer with a weight of a state dict, and the bias that the skeleton has."""
+    if not isinstance(like, (nn.Linear, nn.Conv2d, BlockSparseLinear)):
+        raise ValueError(f"{name}: the state dict has a block-sparse weight for a {type(like).__name__}; only Linear and Conv2d have such")
+    try:
+        weight = read(*(tensor.clone() for tensor in tensors))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    wanted: Any = like.weight
+    shape = (len(wanted), wanted[0].numel())
+    if weight.shape != shape:
+        raise ValueError(
+            f"{name}: the state dict has a weight of shape {weight.shape}, and the layer one of {shape}; is it another model's?"
+        )
+    if isinstance(like, (nn.Conv2d, BlockSparseConv2d)):
+        return BlockSparseConv2d(weight, like)  # type: ignore[arg-type]  # both say how they move over their input
+    bias: Any = like.bias
+    return BlockSparseLinear(weight, bias)

@@ -1,0 +1,274 @@
+"""How each masked layer will run: measured, with the reason."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from blockprune import tables
+from blockprune.apply import finalize
+from blockprune.export.dense import ways
+from blockprune.export.layers import BlockSparseConv2d, BlockSparseLinear, as_matrix
+from blockprune.export.places import Place, places
+from blockprune.export.product import BACKENDS
+from blockprune.export.timing import medians
+from blockprune.fold import default_forward, undisturbed
+from blockprune.native import spmm
+
+ROWS = 128  # inputs of a layer in one call, where none are given
+
+
+@attrs.frozen
+class Backend:
+    """A way to multiply with a block-sparse weight, and what it needs."""
+
+    name: str
+    available: bool
+    reason: str
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        return self.name, "yes" if self.available else "no", self.reason
+
+
+@attrs.frozen(repr=False)
+class Backends:
+    """A table of ways to multiply; prints in a terminal, renders in a notebook."""
+
+    rows: tuple[Backend, ...]
+
+    @property
+    def _table(self) -> list[tuple[str, ...]]:
+        return [("backend", "available", "because"), *(row.cells for row in self.rows)]
+
+    def __repr__(self) -> str:
+        return tables.text(self._table)
+
+    def _repr_html_(self) -> str:
+        return tables.html(self._table)
+
+
+def backends() -> Backends:
+    """What this machine can multiply block-sparse weights with, and why not.
+
+    Example:
+        >>> from blockprune import export
+        >>> [row.name for row in export.backends().rows]
+        ['native', 'torch', 'dense']
+    """
+    sets = ", ".join(spmm.instructions())
+    native = Backend("native", bool(sets), f"compiled product on the CPU, {spmm.status}" + (f": {sets}" if sets else ""))
+    groups = Backend("torch", True, f"torch {torch.__version__}: gathered columns, a small dense product a band; any device and type")
+    return Backends((native, groups, Backend("dense", True, "the layer as it was, with zeros")))
+
+
+@attrs.frozen
+class Choice:
+    """How one masked weight runs: "native", "torch" or "dense"; milliseconds of each way that was measured."""
+
+    name: str  # of the parameter
+    pruned: float
+    backend: str
+    reason: str
+    milliseconds: Mapping[str, float] = attrs.field(factory=dict)
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        return self.name, f"{self.pruned:.1%}", self.backend, self.reason
+
+
+@attrs.frozen(repr=False)
+class Choices:
+    """How every masked weight runs; prints as a table, and `block_sparse` takes it as its backend."""
+
+    rows: tuple[Choice, ...]
+
+    @property
+    def _table(self) -> list[tuple[str, ...]]:
+        return [("parameter", "pruned", "backend", "because"), *(row.cells for row in self.rows)]
+
+    def __repr__(self) -> str:
+        return tables.text(self._table)
+
+    def _repr_html_(self) -> str:
+        return tables.html(self._table)
+
+
+def choose(
+    model: nn.Module,
+    *,
+    inputs: Any = None,
+    rows: int = ROWS,
+    forward: Callable[..., Any] = default_forward,
+    rounds: int = 5,
+    progress: bool = True,
+) -> Choices:
+    """Measure every masked layer, dense and block-sparse, at the inputs that it meets; the faster way is its choice.
+
+    Layers alike (shape, blocks, sparsity to 2 %, inputs) are measured once. Dense means the faster of F.linear and oneDNN's packed product.
+
+    Args:
+        model: with masks.
+        inputs: one batch for ``forward``; without it every Linear is measured on ``rows`` inputs, and convolutions stay dense.
+        rows: inputs of a layer in one call, such as batch x tokens.
+        forward: as in `collect.with_statistics`.
+        rounds: of measurement, of which the median counts.
+        progress: show a bar on a terminal.
+
+    Raises:
+        ValueError: a model without masks, rows below 1.
+
+    Example:
+        >>> from blockprune import export
+        >>> mask = bp.BlockMask(torch.rand(16, 16) > 0.9, bp.BlockGrid((256, 256), (16, 16)))
+        >>> choices = export.choose(bp.apply_masks(nn.Linear(256, 256), {"weight": mask}), rows=32, progress=False)
+        >>> choices.rows[0].name, choices.rows[0].backend in ("native", "torch", "dense")
+        ('weight', True)
+    """
+    if rows < 1:
+        raise ValueError(f"rows={rows} must be 1 or more: the inputs that a layer meets in one call")
+    found = list(places(model))
+    met = _met(model, found, inputs, forward) if inputs is not None else {}
+    choices, measured = [], {}
+    for place in tqdm(found, desc="choose", disable=None if progress else True, leave=False):
+        pruned = 1 - float(place.weight.count_nonzero()) / place.weight.numel()
+        x = met.get(place.layer) if inputs is not None else _some(place, rows)
+        if place.obstacle or x is None:
+            why = place.obstacle or ("inputs do not reach it" if inputs is not None else "a convolution is measured on inputs; give them")
+            choices.append(Choice(place.name, pruned, "dense", why))
+            continue
+        key = (place.mask.grid, round(pruned * 50), x.shape, x.dtype, x.device, _settings(place.module))
+        if key not in measured:
+            measured[key] = _measure(place, x, rounds)
+        choices.append(_fastest(place.name, pruned, measured[key], x))
+    return Choices(tuple(choices))
+
+
+def forced(model: nn.Module, backend: str) -> Choices:
+    """One backend for every layer that has a block-sparse form.
+
+    Raises:
+        ValueError: a model without masks, a backend that is not known.
+        RuntimeError: one that this machine has not.
+
+    Example:
+        >>> from blockprune.export.choose import forced
+        >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
+        >>> forced(bp.apply_masks(nn.Linear(4, 2), {"weight": mask}), "torch")
+        parameter  pruned  backend     because
+        weight      50.0%    torch  as asked
+    """
+    known = {row.name: row for row in backends().rows}
+    if backend not in known:
+        raise ValueError(f"backend={backend!r} must be 'auto', one of {', '.join(map(repr, known))}, or what choose(model) found")
+    if not known[backend].available:
+        raise RuntimeError(f"backend={backend!r} is not available: {known[backend].reason}; backend='torch' always is")
+    rows = []
+    for place in places(model):
+        pruned = 1 - float(place.weight.count_nonzero()) / place.weight.numel()
+        rows.append(Choice(place.name, pruned, "dense" if place.obstacle else backend, place.obstacle or "as asked"))
+    return Choices(tuple(rows))
+
+
+def sparse_layer(place: Place, like: nn.Module, backend: str) -> BlockSparseLinear:
+    """A layer with the kept blocks of a masked one, and the bias of another, plain.
+
+    Example:
+        >>> from blockprune.export.choose import sparse_layer
+        >>> from blockprune.export.places import places
+        >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
+        >>> sparse_layer(next(places(bp.apply_masks(nn.Linear(4, 2), {"weight": mask}))), nn.Linear(4, 2), "torch")
+        BlockSparseLinear(4, 2, bias=True, 50.0% pruned, torch)
+    """
+    weight = as_matrix(place.weight, place.mask)
+    if isinstance(like, nn.Conv2d):
+        return BlockSparseConv2d(weight, like, backend)
+    bias: Any = like.bias
+    return BlockSparseLinear(weight, bias, backend)
+
+
+def _met(model: nn.Module, found: Iterable[Place], inputs: Any, forward: Callable[..., Any]) -> dict[str, Tensor]:
+    """An input as each layer is given, by the layer's name; of the largest if there are several."""
+    met: dict[str, Tensor] = {}
+
+    def look(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        if name not in met or x.numel() > met[name].numel():
+            met[name] = torch.empty_like(x)
+
+    handles = []
+    try:
+        for place in found:
+            handles.append(place.module.register_forward_pre_hook(partial(look, place.layer), with_kwargs=True))
+        with undisturbed(model), torch.no_grad():
+            forward(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: x.normal_() for name, x in met.items()}
+
+
+def _some(place: Place, rows: int) -> Tensor | None:
+    stored = place.slot.stored
+    return torch.randn(rows, stored.shape[1], dtype=stored.dtype, device=stored.device) if stored.ndim == 2 else None
+
+
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    return (module.kernel_size, module.stride, module.padding, module.dilation) if isinstance(module, nn.Conv2d) else ()
+
+
+def _measure(place: Place, x: Tensor, rounds: int) -> dict[str, float]:
+    """Median milliseconds of each way."""
+    plain: Any = finalize(place.module)
+    calls: dict[str, Callable[[], Any]] = (
+        {"Conv2d": partial(plain, x)} if isinstance(plain, nn.Conv2d) else {**ways(x, plain.weight, plain.bias)}
+    )
+    calls |= {
+        row.name: partial(sparse_layer(place, plain, row.name), x) for row in backends().rows if row.available and row.name in BACKENDS
+    }
+    with torch.no_grad():
+        return {name: 1e3 * s for name, s in medians({name: waited(call, x) for name, call in calls.items()}, rounds=rounds).items()}
+
+
+def waited(call: Callable[[], Any], x: Tensor) -> Callable[[], Any]:
+    """The call, and on an accelerator its end.
+
+    Example:
+        >>> from blockprune.export.choose import waited
+        >>> waited(lambda: 3, torch.ones(1))()
+        3
+    """
+    if x.device.type == "cpu":
+        return call
+
+    def and_wait() -> Any:
+        out = call()
+        torch.accelerator.synchronize()
+        return out
+
+    return and_wait
+
+
+def _fastest(name: str, pruned: float, ms: Mapping[str, float], x: Tensor) -> Choice:
+    sparse, dense = ({key: t for key, t in ms.items() if (key in BACKENDS) == wanted} for wanted in (True, False))
+    best, other = min(sparse, key=lambda key: sparse[key]), min(dense, key=lambda key: dense[key])
+    where = f"on {tuple(x.shape)}: {best} {ms[best]:.3g} ms, {other} {ms[other]:.3g} ms"
+    wins = ms[best] < ms[other]
+    return Choice(name, pruned, best if wins else "dense", f"{ms[other] / ms[best]:.2f}x {where}", dict(ms))
+
+
+def layers_of(model: nn.Module) -> Iterator[tuple[str, BlockSparseLinear]]:
+    """The block-sparse layers of an exported model, by name.
+
+    Example:
+        >>> from blockprune.export.choose import layers_of
+        >>> list(layers_of(nn.Linear(2, 2)))
+        []
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, BlockSparseLinear):
+            yield name, module

@@ -1,0 +1,344 @@
+"""An exported model computes what the masked one does, and is an ordinary model: it saves, loads, copies, moves, compiles."""
+
+import copy
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from strategies import kept_matrices, normal, seeds
+from test_spmm import Matrix
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import blockprune as bp
+from blockprune import export, storage
+from blockprune.export import product
+from blockprune.native import spmm
+
+BACKENDS = [
+    pytest.param("native", marks=pytest.mark.skipif(spmm._library is None, reason=spmm.status)),
+    "torch",
+]
+EACH = pytest.mark.parametrize("backend", BACKENDS)
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def random_masks(model: nn.Module, where: bp.Where, sparsity: float = 0.5) -> dict[str, bp.BlockMask]:
+    data = bp.collect.weights(model, where=where)
+    return {name: bp.BlockMask(torch.rand(p.grid.size) > sparsity, p.grid) for name, p in data.items()}
+
+
+def masked(model: nn.Module, block: tuple[int, ...] = (4, 4), sparsity: float = 0.5) -> nn.Module:
+    rule = bp.first_of(bp.linears(block), bp.convs(block))
+    return bp.apply_masks(model.eval(), random_masks(model, rule, sparsity))
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 32), nn.GELU(), nn.Linear(32, 10, bias=False))
+
+
+def close(a: Tensor, b: Tensor, times: float = 1.0) -> None:
+    assert a.shape == b.shape
+    assert a.dtype == b.dtype
+    if a.numel():
+        assert (a.double() - b.double()).abs().max() <= times * TOLERANCE[a.dtype] * (1 + b.double().abs().max())
+
+
+leading = st.sampled_from([(), (1,), (3,), (17,), (0,), (2, 3), (2, 1, 4)])
+
+
+@EACH
+@given(kept_matrices(), leading, seeds, st.sampled_from(list(TOLERANCE)))
+def test_a_linear_equals_the_masked_one(backend: str, matrix: Matrix, batch: tuple[int, ...], seed: int, dtype: torch.dtype) -> None:
+    weight, keep, grid = matrix
+    layer = nn.Linear(grid.shape[1], grid.shape[0], bias=seed % 2 == 0).to(dtype)
+    bp.apply_masks(layer, {"weight": bp.BlockMask(keep, grid)}, {"weight": weight / 4})
+    x, before = normal((*batch, grid.shape[1]), seed).to(dtype), copy.deepcopy(layer.state_dict())
+    sparse = export.block_sparse(layer, backend=backend)
+    assert isinstance(sparse, export.BlockSparseLinear)
+    close(sparse(x), layer(x), times=grid.shape[1] ** 0.5)
+    assert torch.equal(sparse.weight, layer.weight)
+    assert before.keys() == layer.state_dict().keys()
+
+
+@EACH
+@pytest.mark.parametrize("block", [(4, 4), (4,), (-1, 2), (3, 1, 1), (1, 1, 2, 3), (2, 2, -1, 1)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 1},
+        {"kernel_size": 1, "stride": 2},
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3, "padding": "same", "padding_mode": "reflect", "dilation": 2},
+        {"kernel_size": (3, 2), "stride": (2, 1), "padding": (0, 2), "padding_mode": "circular"},
+    ],
+    ids=str,
+)
+def test_a_convolution_equals_the_masked_one(backend: str, block: tuple[int, ...], options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 10, **options).eval()
+    block = tuple(min(b, s) for b, s in zip(block, conv.weight.shape, strict=False))
+    bp.apply_masks(conv, random_masks(conv, bp.convs(block)))
+    sparse = export.block_sparse(conv, backend=backend)
+    assert isinstance(sparse, export.BlockSparseConv2d)
+    x = torch.randn(2, 6, 9, 8)
+    close(sparse(x), conv(x))
+    close(sparse(x[0]), conv(x[0]))
+    close(sparse(x.to(memory_format=torch.channels_last)), conv(x))
+    assert torch.equal(sparse.weight, conv.weight)
+    assert torch.equal(export.dense(sparse).weight, conv.weight)
+    close(export.dense(sparse)(x), conv(x))
+
+
+@EACH
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_of_inputs_and_biases_are_those_of_the_masked_model(backend: str, frozen: bool) -> None:
+    model = masked(mlp())
+    sparse = export.block_sparse(model, backend=backend)
+    if frozen:
+        sparse.requires_grad_(False)
+    x, same = (torch.randn(5, 24, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+    model(x).square().sum().backward()
+    sparse(same).square().sum().backward()
+    assert x.grad is not None
+    assert same.grad is not None
+    close(same.grad, x.grad)
+    if not frozen:
+        close(sparse[0].bias.grad, model[0].bias.grad)
+
+
+@EACH
+def test_the_operator_keeps_torchs_rules(backend: str) -> None:
+    weight, keep = torch.randn(6, 8, dtype=torch.float64), torch.rand(3, 2) > 0.4
+    w = storage.pack(weight, keep, bp.BlockGrid((6, 8), (2, 4)))
+    x, bias = torch.randn(3, 8, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    arguments = (x, bias, w.values, w.crow, w.col, w.shape, w.block, backend)
+    torch.library.opcheck(product.linear, arguments)
+    torch.library.opcheck(product.linear_input_grad, (torch.randn(3, 6, dtype=torch.float64), *arguments[2:]))
+    x, bias = x.requires_grad_(), bias.requires_grad_()
+    weight = arguments[2:]
+    torch.autograd.gradcheck(lambda x, bias: product.multiply(x, bias, *weight), (x, bias))
+    torch.autograd.gradgradcheck(lambda x: product.multiply(x, None, *weight), (x,))
+
+
+@EACH
+def test_vmap_is_a_batch_more(backend: str) -> None:
+    sparse = export.block_sparse(masked(mlp()), backend=backend)
+    x = torch.randn(3, 5, 24)
+    close(torch.vmap(sparse)(x), sparse(x))
+    close(torch.vmap(sparse, in_dims=1)(x), sparse(x.transpose(0, 1)))
+    close(torch.vmap(torch.func.grad(lambda x: sparse(x).sum()))(x), torch.func.grad(lambda x: sparse(x).sum())(x))
+
+
+@EACH
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_it_compiles_in_one_graph_and_exports(backend: str, dynamic: bool) -> None:
+    model = masked(mlp())
+    sparse = export.block_sparse(model, backend=backend)
+    compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for n in (3, 7):
+        x = torch.randn(n, 24, requires_grad=True)
+        close(compiled(x), model(x))
+    (grad,) = torch.autograd.grad(compiled(x).sum(), x)
+    close(grad, torch.autograd.grad(model(x).sum(), x)[0])
+    program = torch.export.export(sparse, (x,), dynamic_shapes=({0: torch.export.Dim("n")},) if dynamic else None)
+    close(program.module()(x), model(x))
+
+
+@EACH
+def test_it_saves_loads_copies_and_moves(backend: str, tmp_path: Path) -> None:
+    model, x = masked(mlp()), torch.randn(3, 24)
+    sparse = export.block_sparse(model, backend=backend)
+    save_file(sparse.state_dict(), tmp_path / "sparse.safetensors")
+    buffer = io.BytesIO()
+    torch.save(sparse, buffer)
+    with torch.device("meta"):
+        skeleton = mlp().eval()
+    again = [
+        copy.deepcopy(sparse),
+        pickle.loads(pickle.dumps(sparse)),
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=False),
+        export.load_state_dict(mlp().eval(), load_file(tmp_path / "sparse.safetensors")),
+        export.load_state_dict(skeleton, load_file(tmp_path / "sparse.safetensors")),
+        export.load_state_dict(model, sparse.state_dict()),
+        export.load_state_dict(sparse, sparse.state_dict()),
+        sparse.to("meta").to_empty(device="cpu"),
+    ]
+    again[-1].load_state_dict(load_file(tmp_path / "sparse.safetensors"))
+    for one in again:
+        close(one(x), model(x))
+        assert list(one.state_dict()) == list(sparse.state_dict())
+    half = copy.deepcopy(again[0]).to(torch.bfloat16)
+    close(half(x.bfloat16()), model(x).bfloat16())
+    assert half[0].layout.dtype == torch.int64
+
+
+def test_another_mask_loads_into_the_same_layer() -> None:
+    first, second = (export.block_sparse(masked(mlp(), sparsity=s), backend="torch") for s in (0.3, 0.8))
+    x = torch.randn(3, 24)
+    first.load_state_dict(second.state_dict())
+    close(first(x), second(x))
+
+
+def test_the_masked_model_stays_and_nothing_is_shared() -> None:
+    model, x = masked(mlp()), torch.randn(3, 24)
+    before, state = model(x), copy.deepcopy(model.state_dict())
+    sparse = export.block_sparse(model, backend="torch")
+    with torch.no_grad():
+        sparse[0].bias.add_(1)
+        sparse[0].values.add_(1)
+    assert torch.equal(model(x), before)
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert sparse.training == model.training
+
+
+@EACH
+def test_nan_and_inf_reach_what_keeps_their_column(backend: str) -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    bp.apply_masks(layer, {"weight": bp.BlockMask(torch.tensor([[True, False], [False, True]]), bp.BlockGrid((4, 4), (2, 2)))})
+    sparse = export.block_sparse(layer, backend=backend)
+    out = sparse(torch.tensor([[float("nan"), 1.0, 2.0, 3.0]]))
+    assert out.isnan().tolist() == [[True, True, False, False]]
+
+
+@EACH
+def test_autocast_multiplies_in_its_type(backend: str) -> None:
+    model, x = masked(mlp()), torch.randn(3, 24)
+    sparse = export.block_sparse(model, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        close(sparse(x), model(x))
+
+
+class Uses(nn.Module):
+    """A layer of each kind that stays dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=2)
+        self.turned = nn.Conv1d(8, 8, 1)
+        self.normed = parametrizations.weight_norm(nn.Linear(8, 8))
+        self.heard = nn.Linear(8, 8)
+        self.heard.register_forward_hook(lambda *_: None)
+        self.embedding, self.head = nn.Embedding(8, 8), nn.Linear(8, 8, bias=False)
+        self.head.weight = self.embedding.weight
+        self.plain = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.encoder(self.attention(x, x, x)[0])
+        x = x + self.grouped(x.mT[..., None].expand(-1, -1, -1, 3).clone().repeat(1, 1, 2, 1)).mean((2, 3))[:, None]
+        return self.head(self.plain(self.heard(self.normed(self.turned(x.mT).mT))))
+
+
+def test_what_has_no_block_sparse_form_stays_dense_and_says_why() -> None:
+    torch.manual_seed(0)
+    model = Uses().eval()
+    masks = random_masks(
+        model, lambda name, owner: (2, 2) if "weight" in name and "norm" not in name.split(".")[-2] and "normed" not in name else None
+    )
+    masks |= random_masks(model, bp.named("normed.weight", (2, 2)))
+    bp.apply_masks(model, masks)
+    choices = export.choose(model, inputs=torch.randn(2, 3, 8), progress=False)
+    why = {row.name: row.reason for row in choices.rows if row.backend == "dense"}
+    for name, said in {
+        "attention.out_proj.weight": "has no block-sparse form",
+        "encoder.linear1.weight": "reads the weight itself",
+        "grouped.weight": "in groups",
+        "turned.weight": "Conv1d",
+        "normed.weight": "another parametrization",
+        "heard.weight": "hooks",
+        "embedding.weight": "tied: head.weight",
+    }.items():
+        assert said in why[name], (name, why.get(name))
+    x, forced = torch.randn(2, 3, 8), export.block_sparse(model, backend="torch")
+    assert [name for name, module in forced.named_modules() if isinstance(module, export.BlockSparseLinear)] == ["plain"]
+    close(forced(x), model(x), times=10)
+    assert "plain.weight" in repr(choices)
+    assert "<table>" in choices._repr_html_()
+
+
+def test_auto_takes_what_was_faster() -> None:
+    torch.manual_seed(0)
+    model = masked(nn.Sequential(nn.Linear(512, 512), nn.Conv2d(16, 16, 1)), (16, 16), 0.9)
+    choices = export.choose(model, rows=64, progress=False)
+    first, second = choices.rows
+    sparse = {key: ms for key, ms in first.milliseconds.items() if key in product.BACKENDS}
+    dense = {key: ms for key, ms in first.milliseconds.items() if key not in product.BACKENDS}
+    assert (first.backend in sparse) == (min(sparse.values()) < min(dense.values()))
+    assert second.backend == "dense"
+    chosen = export.block_sparse(model, backend=choices)
+    assert isinstance(chosen[0], export.BlockSparseLinear) == (first.backend != "dense")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"0.col": lambda x: x + 100}, "col must be from 0"),
+        ({"0.col": lambda x: x - 100}, "col must be from 0"),
+        ({"0.values": lambda x: x[:-1]}, "values has"),
+        ({"0.crow": lambda x: x.flip(0)}, "crow must rise"),
+        ({"0.layout": lambda x: x[:3]}, "layout is"),
+        ({"0.layout": lambda x: x.flip(0)}, "it is not what was exported"),
+        ({"0.crow": lambda x: x.int()}, "crow is"),
+    ],
+)
+def test_a_corrupt_state_dict_is_caught_before_anything_reads_it(change: dict[str, Any], said: str) -> None:
+    sparse, x = export.block_sparse(masked(mlp()), backend="torch"), torch.randn(3, 24)
+    bad = {key: change[key](value) if key in change else value for key, value in sparse.state_dict().items()}
+    before = sparse(x)
+    with pytest.raises(ValueError, match=r"^0: ") as caught:
+        export.load_state_dict(mlp(), bad)
+    assert said in str(caught.value)
+    with pytest.raises(RuntimeError, match=r"0: ") as raised:
+        sparse.load_state_dict(bad)
+    assert said in str(raised.value)
+    assert torch.equal(sparse(x), before)
+
+
+def test_a_state_dict_of_another_model_says_which_layer() -> None:
+    state = export.block_sparse(masked(mlp()), backend="torch").state_dict()
+    with pytest.raises(ValueError, match=r"0: the state dict has a weight of shape \(32, 24\), and the layer one of \(8, 24\)"):
+        export.load_state_dict(nn.Sequential(nn.Linear(24, 8), nn.GELU(), nn.Linear(8, 10, bias=False)), state)
+    with pytest.raises(KeyError, match="that the model has not"):
+        export.load_state_dict(nn.Sequential(nn.Linear(24, 32)), state)
+    with pytest.raises(ValueError, match="for a GELU"):
+        export.load_state_dict(nn.Sequential(nn.GELU(), nn.GELU(), nn.Linear(32, 10, bias=False)), state)
+    with pytest.raises(RuntimeError, match=r"Missing key|Unexpected key"):
+        export.load_state_dict(nn.Sequential(nn.Linear(24, 32, bias=False), nn.GELU(), nn.Linear(32, 10, bias=False)), state)
+
+
+def test_bad_input_is_refused() -> None:
+    with pytest.raises(ValueError, match="has no masks"):
+        export.block_sparse(mlp())
+    model = masked(mlp())
+    with pytest.raises(ValueError, match="backend='cuda' must be 'auto', one of 'native', 'torch', 'dense'"):
+        export.block_sparse(model, backend="cuda")
+    with pytest.raises(ValueError, match="rows=0"):
+        export.block_sparse(model, rows=0)
+    with pytest.raises(KeyError, match=r"no choice for '2.weight'"):
+        export.block_sparse(model, backend=export.Choices(export.choose(model, progress=False).rows[:1]))
+    sparse = export.block_sparse(model, backend="torch")
+    with pytest.raises(ValueError, match=r"\(3, 25\) meets a weight of shape \(32, 24\): its last axis must be 24"):
+        sparse(torch.randn(3, 25))
+    with pytest.raises(TypeError, match=r"torch.float64 meets a weight of torch.float32"):
+        sparse(torch.randn(3, 24).double())
+    conv = export.block_sparse(masked(nn.Conv2d(4, 4, 1)), backend="torch")
+    with pytest.raises(ValueError, match="convolution of 4 channels"):
+        conv(torch.randn(1, 3, 2, 2))
+
+
+def test_a_backend_that_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spmm, "_library", None)
+    monkeypatch.setattr(spmm, "status", "not built (no compiler)")
+    with pytest.raises(RuntimeError, match=r"backend='native' is not available: .*not built \(no compiler\)"):
+        export.block_sparse(masked(mlp()), backend="native")
+    assert [row.name for row in export.backends().rows if row.available] == ["torch", "dense"]
+    assert {row.backend for row in export.choose(masked(mlp()), progress=False).rows} <= {"torch", "dense"}
