@@ -24,7 +24,13 @@ ROWS = 128  # inputs of a layer in one call, where none are given
 
 @attrs.frozen
 class Backend:
-    """A way to multiply with a block-sparse weight, and what it needs."""
+    """A way to multiply with a block-sparse weight, and what it needs.
+
+    Example:
+        >>> from blockprune import export
+        >>> export.backends().rows[-1].available
+        True
+    """
 
     name: str
     available: bool
@@ -37,7 +43,14 @@ class Backend:
 
 @attrs.frozen(repr=False)
 class Backends:
-    """A table of ways to multiply; prints in a terminal, renders in a notebook."""
+    """A table of ways to multiply; prints in a terminal, renders in a notebook.
+
+    Example:
+        >>> from blockprune import export
+        >>> export.Backends((export.Backend("torch", True, "always there"),))
+        backend  available       because
+        torch          yes  always there
+    """
 
     rows: tuple[Backend, ...]
 
@@ -68,7 +81,13 @@ def backends() -> Backends:
 
 @attrs.frozen
 class Choice:
-    """How one masked weight runs: "native", "torch" or "dense"; milliseconds of each way that was measured."""
+    """How one masked weight runs: "native", "torch" or "dense"; milliseconds of each way that was measured.
+
+    Example:
+        >>> from blockprune import export
+        >>> export.Choice("fc.weight", 0.5, "torch", "as asked").cells
+        ('fc.weight', '50.0%', 'torch', 'as asked')
+    """
 
     name: str  # of the parameter
     pruned: float
@@ -83,7 +102,14 @@ class Choice:
 
 @attrs.frozen(repr=False)
 class Choices:
-    """How every masked weight runs; prints as a table, and `block_sparse` takes it as its backend."""
+    """How every masked weight runs; prints as a table, and `block_sparse` takes it as its backend.
+
+    Example:
+        >>> from blockprune import export
+        >>> export.Choices((export.Choice("fc.weight", 0.5, "torch", "as asked"),))
+        parameter  pruned  backend   because
+        fc.weight   50.0%    torch  as asked
+    """
 
     rows: tuple[Choice, ...]
 

@@ -1,8 +1,11 @@
 """The best that a dense model does: what a sparse one has to beat."""
 
 import copy
+import importlib.util
+import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -26,6 +29,28 @@ def dense(model: M) -> M:
         Linear(in_features=4, out_features=2, bias=True)
     """
     return replaced(finalize(model), _plain)
+
+
+def onnx(model: nn.Module, args: tuple[Any, ...], path: str | Path, **options: Any) -> None:
+    """Write a masked or exported model as an ONNX file, dense with zeros, for ONNX has no block-sparse product; a warning says so.
+
+    Args:
+        model: stays as it is.
+        args: example inputs.
+        path: of the file.
+        options: for `torch.onnx.export`, such as dynamic_shapes.
+
+    Raises:
+        ImportError: onnx and onnxscript are not installed: ``pip install "blockprune[onnx]"``.
+
+    Example:
+        >>> from blockprune import export
+        >>> export.onnx(model, (x,), "model.onnx")  # doctest: +SKIP
+    """
+    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
+        raise ImportError(f'ONNX files need {" and ".join(missing)}: pip install "blockprune[onnx]"')
+    warnings.warn("ONNX has no block-sparse product: the file holds dense weights, zero where blocks were pruned", stacklevel=2)
+    torch.onnx.export(dense(model), args, path, dynamo=True, verbose=False, **options)
 
 
 def packed(model: M) -> M:
