@@ -21,11 +21,13 @@ bench: $(READY)
 	$(BIN)/python benchmarks/prune.py
 	$(BIN)/python benchmarks/masked_forward.py
 	$(BIN)/python benchmarks/calibration.py
+	$(BIN)/python benchmarks/speed.py layers
+	$(BIN)/python benchmarks/speed.py models
 
 notebooks: $(READY)
 	$(BIN)/python benchmarks/execute_notebooks.py
 
-# Other libraries (NNI, torchao, llm-compressor), each in an environment of its own under .peers, for `make bench` to compare with.
+# Other libraries (NNI, torchao, llm-compressor, inference engines), each in an environment of its own under .peers, for `make bench` to compare with.
 peers: $(READY)
 	bash benchmarks/peers/setup.sh
 

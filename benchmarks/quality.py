@@ -8,6 +8,7 @@ seconds and peak memory.
 """
 
 import argparse
+import copy
 import re
 import subprocess
 import tempfile
@@ -178,22 +179,31 @@ def sparsegpt(task: Task, pattern: Pattern, sparsity: float) -> Found:
     return repaired(score, GRAM, repair, task, pattern, sparsity, rank=rank)
 
 
-def budgeted(task: Task, pattern: Pattern, sparsity: float, **options: Any) -> Found:
-    """OBS weighed by output gradients; what each layer loses is ranked over the model, at most CAP of it."""
-    data = collect.with_statistics(
-        task.model,
-        where=pattern.where(task),
-        statistics=[statistics.input_gram, statistics.output_grad_gram],
-        batches=task.asked,
-        forward=task.forward,
-        loss=task.loss,
-        lazy=True,
-        progress=False,
-    )
-    budget = distribute.loss_weighted(metric.obs(data, progress=False), sparsity, max_sparsity=max(CAP, (1 + sparsity) / 2))
-    evidence = {name: attrs.evolve(p, stats={"output_grad_gram": p.stats["output_grad_gram"]}) for name, p in data.items()}
-    del data
-    return repaired(OBS, GRAM, SQUARES, task, pattern, sparsity, rank=allocate.per_layer, budget=budget, evidence=evidence, **options)
+def budgeted(task: Task, pattern: Pattern, sparsity: float, *, looks: int = 1, **options: Any) -> Found:
+    """OBS weighed by output gradients; what each layer loses is ranked over the model, at most CAP of it.
+
+    With more looks the model is pruned to a part of the sparsity first, and the gradients at that model share out the next part; each
+    time the weights are those of the dense model again.
+    """
+    found: Found = task.model, {}, {}
+    for look in range(1, looks + 1):
+        share = sparsity * look / looks
+        data = collect.with_statistics(
+            bp.apply_masks(copy.deepcopy(task.model), *found[1:]),
+            where=pattern.where(task),
+            statistics=[statistics.input_gram, statistics.output_grad_gram],
+            batches=task.asked,
+            forward=task.forward,
+            loss=task.loss,
+            lazy=True,
+            progress=False,
+        )
+        budget = distribute.loss_weighted(metric.obs(data, progress=False), share, max_sparsity=max(CAP, (1 + share) / 2))
+        evidence = {name: attrs.evolve(p, stats={"output_grad_gram": p.stats["output_grad_gram"]}) for name, p in data.items()}
+        del data
+        given = {"rank": allocate.per_layer, "budget": budget, "evidence": evidence, **options}
+        found = repaired(OBS, GRAM, SQUARES, task, pattern, sparsity, **given)
+    return found
 
 
 def clustered(task: Task, pattern: Pattern, sparsity: float, **options: Any) -> Found:
@@ -240,6 +250,7 @@ METHODS: dict[str, Callable[[Task, Pattern, float], Found]] = {
     "OBS": partial(repaired, OBS, GRAM, SQUARES),
     "OBS + budget": budgeted,
     "OBS + budget + cluster": clustered,
+    "OBS + 2 budgets + cluster": partial(clustered, looks=2),
     "OBS + budget + cluster + tune": partial(clustered, tune=bp.blockwise),
     "llm-compressor Wanda": partial(llmcompressor, "wanda"),
     "llm-compressor SparseGPT": partial(llmcompressor, "sparsegpt"),

@@ -16,7 +16,6 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
         ("masked_forward.py", "A masked Linear(256, 256)"),
         ("calibration.py", "gate_fisher"),
         ("obs.py", "billion"),
-        ("spmm.py", "16x16"),
     ],
 )
 def test_a_benchmark_runs_tiny(script: str, said: str) -> None:
@@ -34,3 +33,11 @@ def test_the_quality_table_runs_on_one_cell() -> None:
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("32x32")]
     assert [any(method in row and " 50.0%" in row for row in rows) for method in methods] == [True] * 3
+
+
+@pytest.mark.parametrize(("what", "said"), [("layers", "16x16"), ("models", "of the type")])
+def test_the_speed_tables_run_tiny(what: str, said: str) -> None:
+    command = [sys.executable, "speed.py", what, "--tiny"]
+    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(said) >= 2

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the peers' environments, .peers/nni28, nni30, torchao and llmcompressor, in the repository root. Safe to run again.
+# Make the peers' environments, .peers/nni28, nni30, torchao, llmcompressor and engines, in the repository root. Safe to run again.
 set -eu
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
@@ -42,3 +42,5 @@ other() { # other NAME CHECK PIP-ARGUMENT...
 # torchao 0.18 is its last release with sparsity; llm-compressor pins much, so all of it is written down.
 other torchao "from torchao.sparsity import WandaSparsifier" torch==2.13.0 numpy==2.2.6 torchao==0.18.0
 other llmcompressor "from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier" -r benchmarks/peers/llmcompressor.txt
+# DeepSparse's last release needs Python 3.11 and these versions beside it.
+other engines "import onnxruntime, openvino" torch==2.13.0 numpy==1.26.4 onnx==1.14.1 onnxruntime==1.32.0 openvino==2026.4.1 deepsparse==1.8.0

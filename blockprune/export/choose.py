@@ -139,7 +139,8 @@ def choose(
 
     Args:
         model: with masks.
-        inputs: one batch for ``forward``; without it every Linear is measured on ``rows`` inputs, and convolutions stay dense.
+        inputs: one batch for ``forward``, of which a layer's last call counts; without it every Linear is measured on ``rows`` inputs, and
+            convolutions stay dense.
         rows: inputs of a layer in one call, such as batch x tokens.
         forward: as in `collect.with_statistics`.
         rounds: of measurement, of which the median counts.
@@ -218,13 +219,12 @@ def sparse_layer(place: Place, like: nn.Module, backend: str) -> BlockSparseLine
 
 
 def _met(model: nn.Module, found: Iterable[Place], inputs: Any, forward: Callable[..., Any]) -> dict[str, Tensor]:
-    """An input as each layer is given, by the layer's name; of the largest if there are several."""
+    """An input as each layer is given, by the layer's name; the last, if there are several (after a prompt, the token)."""
     met: dict[str, Tensor] = {}
 
     def look(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         x = args[0] if args else kwargs["input"]
-        if name not in met or x.numel() > met[name].numel():
-            met[name] = torch.empty_like(x)
+        met[name] = torch.empty_like(x)
 
     handles = []
     try:
