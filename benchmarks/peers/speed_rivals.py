@@ -74,7 +74,7 @@ def main(options):
                 name = "torch BSR" if block[1] > 1 else "torch CSR"
                 calls[blocks, sparsity, name] = lambda stored=stored: torch.nn.functional.linear(x, stored)
         seconds = {key: [] for key in calls}
-        for key, call in calls.items():
+        for call in calls.values():
             call()
         for _ in range(options.rounds):
             for key, call in calls.items():
