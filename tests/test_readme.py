@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+import blockprune as bp
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -21,7 +23,9 @@ def test_the_readmes_code_runs_as_printed() -> None:
     names["loss"], names["evaluate"] = lambda output, batch: output.square().mean(), lambda model: model(x).square().mean()
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     for block in blocks:
-        names["model"] = small()
+        names |= {"model": small(), "skeleton": small(), "batch": x}
+        if "block_sparse" in block:
+            bp.apply_masks(names["model"], names["prune"](names["model"], 0.5))
         exec(block, names)
     assert len(blocks) >= 5
     assert names["masks"].keys() == {0.25, 0.5, 0.75}
