@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench notebooks peers clean
+.PHONY: demo test test-gpu lint bench notebooks peers clean
 
 demo: $(READY)
 	$(BIN)/python benchmarks/demo.py
 
 test: $(READY) lint
 	$(BIN)/python -m pytest
+
+# The GPU's kernel, on a GPU or interpreted on the CPU: minutes, and Triton takes 640 MB.
+test-gpu: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[gpu]"
+	$(BIN)/python -m pytest tests/test_gpu.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
