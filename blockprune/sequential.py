@@ -47,7 +47,7 @@ def sequential(
     *,
     layers: Sequence[str] | None = None,
     evidence: Data | None = None,
-    target: Literal["pruned", "dense"] = "pruned",
+    target: Literal["pruned", "dense"] = "dense",
     tune: Callable[..., Mapping[str, Tensor]] | None = None,
     forward: Forward = default_forward,
     token_weights: Callable[[Any], Tensor | None] = default_token_weights,
@@ -68,8 +68,9 @@ def sequential(
         layers: names of the modules, in order; by default the children of the largest ModuleList or Sequential (Hugging Face's decoder
             and encoder layers).
         evidence: statistics collected before, such as ``output_grad_gram`` of the dense model; added to each layer's own.
-        target: make up for errors of this layer alone ("pruned": match the dense layer on the inputs it now gets), or for those before it
-            too ("dense": match the dense layer's outputs on its dense inputs; twice the work).
+        target: match the dense layers' outputs on the dense model's inputs, which makes up for errors of the layers before too ("dense";
+            damp more, 0.2 was best on language models), or on the inputs that each layer now gets, which makes up for its own errors
+            alone ("pruned", half the work).
         tune: a last step after ``reconstruct``, such as `blockwise`, that moves a layer's kept weights towards the dense layer's outputs
             on its dense inputs.
         forward: as in `collect.with_statistics`.

@@ -82,7 +82,7 @@ def greedy(p: Param, sparsity: float, damping: float) -> Tensor:
 @pytest.mark.parametrize("block", [(1, 1), (2, 2), (-1, 1), (2, 3)])
 def test_it_is_the_loop_by_hand(block: tuple[int, int]) -> None:
     model, x = mlp(), torch.cat(inputs())
-    found = bp.sequential(model, pipeline(block), reconstruct.least_squares, inputs(), 0.5)
+    found = bp.sequential(model, pipeline(block), reconstruct.least_squares, inputs(), 0.5, target="pruned")
     for name, layer in model.named_children():
         if isinstance(layer, nn.Linear):
             p = Param(layer.weight.detach(), bp.BlockGrid(layer.weight.shape, block), {"input_gram": (x.mT @ x / len(x))[None]})
@@ -425,7 +425,7 @@ def test_layers_may_be_named_and_some_hold_nothing_to_prune() -> None:
 
 def test_the_whole_model_may_be_the_one_layer() -> None:
     model = mlp()
-    found = bp.sequential(model, pipeline(), reconstruct.least_squares, inputs(), 0.5, layers=[""])
+    found = bp.sequential(model, pipeline(), reconstruct.least_squares, inputs(), 0.5, layers=[""], target="pruned")
     data = pipeline().collect.func(model, **pipeline().collect.keywords, batches=inputs())  # type: ignore[attr-defined]
     masks = allocate.per_row(metric.obs(data), 0.5)
     assert found.masks == masks
@@ -436,7 +436,7 @@ def test_a_tensor_that_two_layers_share_is_pruned_in_both() -> None:
     """It goes by its first name; the later layer sees it as `apply_masks` will write it."""
     model = seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))).double()
     model[2].weight = model[0].weight  # type: ignore[index,union-attr,assignment]
-    found = bp.sequential(model, pipeline(), reconstruct.least_squares, inputs(), 0.5)
+    found = bp.sequential(model, pipeline(), reconstruct.least_squares, inputs(), 0.5, target="pruned")
     assert list(found.masks) == ["0.weight", "4.weight"]
     x = torch.cat(inputs())
     for layer in list(bp.apply_masks(copy.deepcopy(model), found.masks, found.weights))[:4]:  # type: ignore[call-overload]
@@ -634,7 +634,7 @@ def test_a_sparsity_for_each_parameter_by_name_or_pattern() -> None:
 
 def test_sparsity_0_changes_no_weight_and_1_leaves_none() -> None:
     model = mlp()
-    none = bp.sequential(model, pipeline(), reconstruct.least_squares, inputs(), 0.0)
+    none = bp.sequential(model, pipeline(), reconstruct.least_squares, inputs(), 0.0, target="pruned")
     assert all(torch.equal(none.weights[k], model.get_parameter(k)) for k in none.masks)
     everything = bp.sequential(model, pipeline(), reconstruct.least_squares, inputs(), {"2.weight": 1.0})
     assert not everything.weights["2.weight"].any()
@@ -666,7 +666,7 @@ def test_evidence_is_what_the_dense_model_gives() -> None:
         seen.append({key for p in data.values() for key in p.stats})
         return metric.obs(data)
 
-    bp.sequential(model, pipeline(score=score), reconstruct.least_squares, inputs(), 0.5, evidence=known)
+    bp.sequential(model, pipeline(score=score), reconstruct.least_squares, inputs(), 0.5, evidence=known, target="pruned")
     assert seen == [{"input_gram", "output_grad_gram"}] * 3
 
 
