@@ -1,5 +1,6 @@
 """Examples in docstrings assume these imports."""
 
+import importlib.util
 from functools import partial
 
 import attrs
@@ -8,6 +9,8 @@ import torch
 from torch import nn
 
 import blockprune as bp
+
+collect_ignore = [] if importlib.util.find_spec("triton") else ["blockprune/export/gpu_kernel.py"]
 
 
 @pytest.fixture(autouse=True)

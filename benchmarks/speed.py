@@ -3,6 +3,7 @@
 python benchmarks/speed.py layers                         # 4096 x 4096, batch 128, one thread; minutes
 python benchmarks/speed.py layers --shapes 1024x1024 4096x11008 --batches 1 16 512 --blocks 16x1 32x32 --threads 1 2
 python benchmarks/speed.py models                         # MiniLM, SmolLM2 reading and writing, all Linears pruned; minutes
+python benchmarks/speed.py layers --device cuda --bsr --roofline --dtypes bfloat16 --batches 1 16 128 2048      # on a GPU
 python benchmarks/speed.py layers --tiny                  # seconds, for the test command
 
 All variants run in turn, so each finds the caches full of the others' weights, as a layer of a model does. Masks are random: what is
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 import blockprune as bp
 from blockprune import export
+from blockprune.export.choose import waited
 from blockprune.export.dense import ways
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -39,14 +41,21 @@ def random_mask(grid: bp.BlockGrid, sparsity: float, generator: torch.Generator)
     return bp.BlockMask((order >= round(sparsity * grid.blocks)).view(grid.size), grid)
 
 
+def roofline(options: argparse.Namespace, dtype: torch.dtype) -> tuple[float, float]:
+    """Bytes a second in a copy, additions and multiplications a second in a dense product, both large: what the device reaches."""
+    a = torch.randn(size := 512 if options.tiny else 8192, size, device=options.device).to(dtype)
+    seconds = medians({"copy": waited(a.clone, a), "product": waited(lambda: a @ a, a)}, rounds=min(5, options.rounds))
+    return 2 * a.nbytes / seconds["copy"], 2 * size**3 / seconds["product"]
+
+
 @torch.no_grad()
 def layers(options: argparse.Namespace, dtype: torch.dtype, shape: tuple[int, int], batch: int) -> None:
     generator = torch.Generator().manual_seed(0)
     rows, cols = shape
-    weight, bias, x = (torch.randn(size, generator=generator).to(dtype) for size in (shape, (rows,), (batch, cols)))
+    weight, bias, x = (torch.randn(size, generator=generator).to(options.device, dtype) for size in (shape, (rows,), (batch, cols)))
     calls: dict[Any, Callable[[], Tensor]] = {**ways(x, weight, bias)}
     if options.inductor:
-        layer = nn.Linear(cols, rows, dtype=dtype)
+        layer = nn.Linear(cols, rows, device=options.device, dtype=dtype)
         calls["inductor"] = partial(torch.compile(layer, options={"freezing": True}), x)
     dense = list(calls)
     for block, sparsity in itertools.product(options.blocks, options.sparsities):
@@ -56,9 +65,10 @@ def layers(options: argparse.Namespace, dtype: torch.dtype, shape: tuple[int, in
     if options.bsr:
         for sparsity in options.sparsities:
             kept = random_mask(bp.BlockGrid(shape, (32, 32)), sparsity, generator)
-            bsr = (weight * bp.expand(kept.keep, kept.grid)).to_sparse_bsr((32, 32))
+            bsr = (weight * bp.expand(kept.keep, kept.grid).to(options.device)).to_sparse_bsr((32, 32))
             calls["torch BSR 32x32", sparsity] = partial(nn.functional.linear, x, bsr)
-    seconds = medians(calls, rounds=options.rounds)
+    seconds = medians({name: waited(call, x) for name, call in calls.items()}, rounds=options.rounds)
+    most = roofline(options, dtype) if options.roofline else None
     best = min(dense, key=seconds.__getitem__)
     print(
         f"{str(dtype)[6:]:10}{torch.get_num_threads():>3}  {rows}x{cols:<7}{batch:>6}  "
@@ -70,6 +80,12 @@ def layers(options: argparse.Namespace, dtype: torch.dtype, shape: tuple[int, in
         for sparsity in options.sparsities:
             s = seconds[block, sparsity]
             text += f"{1e3 * s:>10.3f}{seconds[best] / s:>7.2f}x{2e-9 * batch * rows * cols * (1 - sparsity) / s:>6.0f}"
+            if most:
+                moved, done = (
+                    weight.nbytes * (1 - sparsity) + x.nbytes + batch * rows * x.element_size(),
+                    2 * batch * rows * cols * (1 - sparsity),
+                )
+                text += f"{max(moved / most[0], done / most[1]) / s:>5.0%}"
         print(f"    {block if isinstance(block, str) else f'{block[0]}x{block[1]}':16}{text}", flush=True)
 
 
@@ -135,7 +151,9 @@ def main(options: argparse.Namespace) -> None:
     print(f"Backends:\n{export.backends()}")
     if options.what == "layers":
         print("each cell: median ms, times as fast as the best dense, billions of multiplications and additions with kept weights a second")
-        print(" " * 20 + "".join(f"{f'{sparsity:.0%} pruned':>23}" for sparsity in options.sparsities))
+        if options.roofline:
+            print("and the share of the roofline, which is drawn through a large copy and a large dense product on this device")
+        print(" " * 20 + "".join(f"{f'{sparsity:.0%} pruned':>{28 if options.roofline else 23}}" for sparsity in options.sparsities))
     for threads in options.threads:
         torch.set_num_threads(threads)
         if options.what == "models":
@@ -156,7 +174,9 @@ if __name__ == "__main__":
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--backend", default=export.backends().rows[0].name if export.backends().rows[0].available else "torch")
+    parser.add_argument("--backend", default=next(row.name for row in export.backends().rows if row.available))
+    parser.add_argument("--device", default="cpu", help="layers only; on another than cpu, each call is waited for")
+    parser.add_argument("--roofline", action="store_true", help="also the share of what the device could do")
     parser.add_argument("--inductor", action="store_true", help="also torch.compile with frozen weights")
     parser.add_argument("--bsr", action="store_true", help="also torch's own block-sparse product")
     given = parser.parse_args()

@@ -37,7 +37,7 @@ def test_the_quality_table_runs_on_one_cell() -> None:
 
 @pytest.mark.parametrize(("what", "said"), [("layers", "16x16"), ("models", "of the type")])
 def test_the_speed_tables_run_tiny(what: str, said: str) -> None:
-    command = [sys.executable, "speed.py", what, "--tiny"]
+    command = [sys.executable, "speed.py", what, "--tiny", *["--roofline", "--bsr"][: 2 * (what == "layers")]]
     done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(said) >= 2

@@ -319,7 +319,7 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="has no masks"):
         export.block_sparse(mlp())
     model = masked(mlp())
-    with pytest.raises(ValueError, match="backend='cuda' must be 'auto', one of 'native', 'torch', 'dense'"):
+    with pytest.raises(ValueError, match="backend='cuda' must be 'auto', one of 'native', 'triton', 'torch', 'dense'"):
         export.block_sparse(model, backend="cuda")
     with pytest.raises(ValueError, match="rows=0"):
         export.block_sparse(model, rows=0)
@@ -338,6 +338,7 @@ def test_bad_input_is_refused() -> None:
 def test_a_backend_that_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spmm, "_library", None)
     monkeypatch.setattr(spmm, "status", "not built (no compiler)")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match=r"backend='native' is not available: .*not built \(no compiler\)"):
         export.block_sparse(masked(mlp()), backend="native")
     assert [row.name for row in export.backends().rows if row.available] == ["torch", "dense"]

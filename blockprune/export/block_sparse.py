@@ -33,7 +33,7 @@ def block_sparse(
 
     Args:
         model: with masks; it stays as it is.
-        backend: "auto" measures every layer (`choose`); "native", "torch" or "dense" for all; or the result of `choose`.
+        backend: "auto" measures every layer (`choose`); "native", "triton", "torch" or "dense" for all; or the result of `choose`.
         inputs, rows, forward, progress: for "auto", as in `choose`: what the layers will meet.
 
     Raises:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from blockprune import tables
 from blockprune.apply import finalize
+from blockprune.export import gpu
 from blockprune.export.dense import ways
 from blockprune.export.layers import BlockSparseConv2d, BlockSparseLinear, as_matrix
 from blockprune.export.places import Place, places
@@ -20,6 +21,7 @@ from blockprune.fold import default_forward, undisturbed
 from blockprune.native import spmm
 
 ROWS = 128  # inputs of a layer in one call, where none are given
+_DEVICES = {"native": "cpu", "triton": "cuda"}  # where a backend is measured; others everywhere
 
 
 @attrs.frozen
@@ -71,17 +73,17 @@ def backends() -> Backends:
     Example:
         >>> from blockprune import export
         >>> [row.name for row in export.backends().rows]
-        ['native', 'torch', 'dense']
+        ['native', 'triton', 'torch', 'dense']
     """
     sets = ", ".join(spmm.instructions())
     native = Backend("native", bool(sets), f"compiled product on the CPU, {spmm.status}" + (f": {sets}" if sets else ""))
     groups = Backend("torch", True, f"torch {torch.__version__}: gathered columns, a small dense product a band; any device and type")
-    return Backends((native, groups, Backend("dense", True, "the layer as it was, with zeros")))
+    return Backends((native, Backend("triton", *gpu.status()), groups, Backend("dense", True, "the layer as it was, with zeros")))
 
 
 @attrs.frozen
 class Choice:
-    """How one masked weight runs: "native", "torch" or "dense"; milliseconds of each way that was measured.
+    """How one masked weight runs: "native", "triton", "torch" or "dense"; milliseconds of each way that was measured.
 
     Example:
         >>> from blockprune import export
@@ -254,7 +256,9 @@ def _measure(place: Place, x: Tensor, rounds: int) -> dict[str, float]:
         {"Conv2d": partial(plain, x)} if isinstance(plain, nn.Conv2d) else {**ways(x, plain.weight, plain.bias)}
     )
     calls |= {
-        row.name: partial(sparse_layer(place, plain, row.name), x) for row in backends().rows if row.available and row.name in BACKENDS
+        row.name: partial(sparse_layer(place, plain, row.name), x)
+        for row in backends().rows
+        if row.available and row.name in BACKENDS and _DEVICES.get(row.name, x.device.type) == x.device.type
     }
     with torch.no_grad():
         return {name: 1e3 * s for name, s in medians({name: waited(call, x) for name, call in calls.items()}, rounds=rounds).items()}

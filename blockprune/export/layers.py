@@ -9,8 +9,7 @@ from torch.nn import functional as F
 
 from blockprune import storage
 from blockprune.blocks import BlockGrid, expand
-from blockprune.export.product import BACKENDS, multiply
-from blockprune.native import spmm
+from blockprune.export.product import BACKENDS, compiled, multiply
 from blockprune.storage import BlockSparse
 from blockprune.types import BlockMask
 
@@ -26,10 +25,10 @@ class BlockSparseLinear(nn.Module):
     Args:
         weight: the kept blocks of ``[out_features, in_features]``.
         bias: ``[out_features]`` or None; taken as it is.
-        backend: "native", which leaves what it cannot multiply to torch, or "torch".
+        backend: "native" or "triton", which leave what they cannot multiply (another device) to each other and then to torch, or "torch".
 
     Raises:
-        ValueError: a weight whose tensors do not fit each other, a backend that is neither.
+        ValueError: a weight whose tensors do not fit each other, a backend that is none of these.
 
     Example:
         >>> from blockprune import export, storage
@@ -90,8 +89,8 @@ class BlockSparseLinear(nn.Module):
             raise TypeError(
                 f"an input of {input.dtype} meets a weight of {values.dtype}; convert one: model.to({input.dtype}) or input.to(...)"
             )
-        if self.backend == "native" and not torch.compiler.is_compiling():
-            out = spmm.linear(input, values, self.crow, self.col, shape=self.shape, block=self.block, bias=bias)  # no dispatcher in between
+        if not torch.compiler.is_compiling():  # no dispatcher in between
+            out = compiled(input, BlockSparse(values, self.crow, self.col, self.shape, self.block), bias, self.backend)
             if out is not None:
                 return out
         return multiply(input, bias, values, self.crow, self.col, self.shape, self.block, self.backend)

@@ -7,10 +7,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from blockprune.export import gpu
 from blockprune.native import spmm
 from blockprune.storage import BlockSparse, bands
 
-BACKENDS = ("native", "torch")
+BACKENDS = ("native", "triton", "torch")
 
 
 @torch.library.custom_op("blockprune::linear", mutates_args=())
@@ -26,7 +27,8 @@ def linear(
 ) -> Tensor:
     """``x W^T + bias`` of ``x [..., cols]`` with ``W [rows, cols]`` stored as `storage.BlockSparse` says, and checked: ``[..., rows]``.
 
-    The native backend leaves what it cannot multiply (other types, other devices) to torch. Inside `torch.func` use `multiply`.
+    The native backend is for CPUs and triton for GPUs; either leaves what it cannot multiply (other types, other devices) to the other and
+    then to torch. Inside `torch.func` use `multiply`.
 
     Example:
         >>> from blockprune import storage
@@ -35,12 +37,9 @@ def linear(
         >>> linear(torch.ones(1, 4), None, w.values, w.crow, w.col, w.shape, w.block, "native")
         tensor([[2., 2., 2., 2.]])
     """
-    rows, cols = shape
-    if backend == "native":
-        out = spmm.linear(x, values, crow, col, shape=(rows, cols), block=(block[0], block[1]), bias=bias)
-        if out is not None:
-            return out
-    return by_groups(x, BlockSparse(values, crow, col, (rows, cols), (block[0], block[1])), bias)
+    weight = BlockSparse(values, crow, col, (shape[0], shape[1]), (block[0], block[1]))
+    out = compiled(x, weight, bias, backend)
+    return by_groups(x, weight, bias) if out is None else out
 
 
 @torch.library.custom_op("blockprune::linear_input_grad", mutates_args=())
@@ -148,6 +147,22 @@ def _input_grad(*arguments: Any) -> Tensor:
 
 def _transforming() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def compiled(x: Tensor, sparse: BlockSparse, bias: Tensor | None, backend: str) -> Tensor | None:
+    """The same by the compiled loops or the GPU's kernel, the backend's own first; None where neither can, or is not asked.
+
+    Example:
+        >>> from blockprune import storage
+        >>> from blockprune.export.product import compiled
+        >>> w = storage.pack(torch.ones(4, 4), torch.tensor([[True, False]]), bp.BlockGrid((4, 4), (4, 2)))
+        >>> compiled(torch.ones(1, 4), w, None, "torch")
+    """
+    for product in {"native": (spmm.linear, gpu.linear), "triton": (gpu.linear, spmm.linear)}.get(backend, ()):
+        out = product(x, sparse.values, sparse.crow, sparse.col, shape=sparse.shape, block=sparse.block, bias=bias)
+        if out is not None:
+            return out
+    return None
 
 
 def by_groups(x: Tensor, sparse: BlockSparse, bias: Tensor | None = None) -> Tensor:

@@ -27,10 +27,10 @@ def address(x: Any) -> int:
     return int(x.data_ptr())
 
 
-def plain(x: Tensor) -> bool:
-    """Whether a tensor is nothing but numbers in CPU memory: no gradient to record, no tracing, no transform."""
+def plain(x: Tensor, device: str = "cpu") -> bool:
+    """Whether a tensor is nothing but numbers in the memory of a device: no gradient to record, no tracing, no transform."""
     recording = torch.is_grad_enabled() and x.requires_grad
     wrapped = (
         torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(x)
     )
-    return x.device.type == "cpu" and not recording and not wrapped and x.is_contiguous()
+    return x.device.type == device and not recording and not wrapped and x.is_contiguous()

@@ -1,0 +1,223 @@
+"""The GPU's kernel equals its definition, on a GPU or interpreted on the CPU; and it compiles for GPUs that are not there."""
+
+import ctypes
+import importlib.util
+import itertools
+import mmap
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from strategies import integers, kept_matrices, normal, seeds
+from test_spmm import Matrix, batches
+from torch import Tensor, nn
+
+import blockprune as bp
+from blockprune import export, storage
+from blockprune.blocks import BlockGrid
+from blockprune.export import gpu, product
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+RUNS = pytest.mark.skipif(not INTERPRETED and not gpu.status()[0], reason=f"{gpu.status()[1]}, and TRITON_INTERPRET is not 1")
+TRITON = pytest.mark.skipif(INTERPRETED or importlib.util.find_spec("triton") is None, reason="needs Triton, not interpreting already")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def guarded(x: Tensor) -> Tensor:
+    """The same numbers behind others that would show in any sum; interpreted, reading past their end is a crash."""
+    if not INTERPRETED or not x.numel():
+        around = torch.full((x.numel() + 128,), float("nan") if x.is_floating_point() else -1, dtype=x.dtype, device=DEVICE)
+        found = around[64:-64]
+    else:
+        size, page = x.numel() * x.element_size(), mmap.PAGESIZE
+        fits = -(-size // page) * page
+        memory = mmap.mmap(-1, fits + page)
+        memory[:fits] = b"\xff" * fits
+        end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + fits
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), ctypes.c_size_t(page), 0) == 0
+        found = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=fits - size)
+    return found.copy_(x.flatten()).view(x.shape)
+
+
+def linear(x: Tensor, sparse: storage.BlockSparse, bias: Tensor | None = None) -> Tensor:
+    tensors = [guarded(t) for t in (x, sparse.values, sparse.crow, sparse.col)]
+    out = gpu.linear(*tensors, shape=sparse.shape, block=sparse.block, bias=None if bias is None else guarded(bias))
+    assert out is not None
+    return out.cpu()
+
+
+def exact(x: Tensor, matrix: Matrix, bias: Tensor | None, dtype: torch.dtype) -> None:
+    weight, keep, grid = matrix
+    sparse = storage.pack(weight.to(dtype), keep, grid)
+    y = x @ torch.where(bp.expand(keep, grid), weight, 0).mT + (0 if bias is None else bias)
+    assert torch.equal(y, product.by_groups(x, storage.pack(weight, keep, grid), bias))
+    assert torch.equal(linear(x.to(dtype), sparse, None if bias is None else bias.to(dtype)), rounded(y, dtype))
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As the device rounds; the interpreter cuts bfloat16 off."""
+    cut = INTERPRETED and dtype == torch.bfloat16
+    return ((x.float().view(torch.int32) & -65536).view(torch.float32) if cut else x).to(dtype)
+
+
+@RUNS
+@given(kept_matrices(), batches, seeds, st.sampled_from(DTYPES))
+def test_sums_of_whole_numbers_are_exact(matrix: Matrix, n: int, seed: int, dtype: torch.dtype) -> None:
+    rows, cols = matrix[2].shape
+    assume(storage.pack(*matrix).block[0] <= gpu._HIGHEST)  # torch multiplies with what is higher
+    exact(integers((n, cols), seed, top=4), matrix, integers((rows,), seed + 1) if seed % 2 else None, dtype)
+
+
+@RUNS
+@pytest.mark.parametrize("block", [(16, 16), (32, 32), (16, 32), (64, 64), (8, 1), (16, 1), (1, 16), (8, 6)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=8)
+@given(n=st.integers(1, 70), more=st.tuples(st.integers(0, 40), st.integers(0, 40)), seed=seeds)
+def test_blocks_that_gpus_like_are_exact(dtype: torch.dtype, block: tuple[int, int], n: int, more: tuple[int, int], seed: int) -> None:
+    grid = BlockGrid((block[0] + more[0], 2 * block[1] + more[1]), block)
+    keep = torch.rand(grid.size, generator=torch.Generator().manual_seed(seed)) < 0.5
+    keep[seed % len(keep)] = False
+    matrix = integers(grid.shape, seed, top=4), keep, grid
+    exact(integers((n, grid.shape[1]), seed + 1, top=4), matrix, integers((grid.shape[0],), seed + 2) if seed % 2 else None, dtype)
+
+
+@RUNS
+@pytest.mark.parametrize("n", [129, 300])
+def test_many_inputs_are_several_tiles(n: int) -> None:
+    grid = BlockGrid((40, 200), (16, 16))
+    matrix = integers(grid.shape, 0, top=4), torch.rand(grid.size) < 0.5, grid
+    exact(integers((n, 200), 1, top=4), matrix, None, torch.float32)
+
+
+@RUNS
+def test_nan_reaches_only_what_keeps_its_column() -> None:
+    sparse = storage.pack(torch.ones(32, 32), torch.eye(2).bool(), BlockGrid((32, 32), (16, 16)))
+    x = torch.ones(3, 32)
+    x[1, 5], x[2, 20] = float("nan"), float("inf")
+    out = linear(x, sparse)
+    assert out.isnan().nonzero().tolist() == [[1, r] for r in range(16)]
+    assert out.isinf().nonzero().tolist() == [[2, r] for r in range(16, 32)]
+
+
+@RUNS
+@pytest.mark.parametrize("batch", [(), (1,), (0,), (2, 3)])
+def test_a_layer_of_it_is_an_ordinary_layer(batch: tuple[int, ...]) -> None:
+    masked = nn.Linear(32, 48)
+    bp.apply_masks(masked, {"weight": bp.BlockMask(torch.rand(3, 2) < 0.5, BlockGrid((48, 32), (16, 16)))})
+    layer = export.BlockSparseLinear(export.as_matrix(masked.weight, bp.read_masks(masked)["weight"]), masked.bias, "triton").to(DEVICE)
+    masked = masked.to(DEVICE)
+    x = normal((*batch, 32), 1).float().to(DEVICE)
+    torch.testing.assert_close(layer(x), masked(x))
+    wide = x.repeat(2, *[1] * x.ndim).movedim(0, -2)  # not contiguous
+    torch.testing.assert_close(layer(wide), masked(wide))
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), masked(x))
+    torch.testing.assert_close(torch.vmap(layer)(x[None]), masked(x)[None])
+    x, same = x.clone().requires_grad_(), x.clone().requires_grad_()
+    torch.testing.assert_close(*(torch.autograd.grad(f(z).square().sum(), z)[0] for f, z in ((layer, x), (masked, same))))
+    torch.testing.assert_close(layer.double()(x.double()), masked.double()(x.double()))  # float64 is torch's
+
+
+@RUNS
+def test_an_input_that_does_not_fit_says_so() -> None:
+    sparse = storage.pack(torch.ones(4, 4), torch.ones(2, 2).bool(), BlockGrid((4, 4), (2, 2)))
+    with pytest.raises(ValueError, match=r"\(3, 5\) meets a weight of shape \(4, 4\)"):
+        linear(torch.ones(3, 5), sparse)
+
+
+@TRITON
+@pytest.mark.skipif(gpu.status()[0], reason="the tests above ran on a GPU")
+def test_the_laws_above_hold_under_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--no-header", __file__]
+    folder, environment = Path(__file__).parent.parent, {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) >= 30
+
+
+@TRITON
+@pytest.mark.parametrize(("capability", "mma"), [(80, "mma.sync"), (90, "wgmma.mma_async"), (100, "tcgen05.mma")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_compiles_for_gpus_that_are_not_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: int, mma: str, dtype: torch.dtype
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # what unset means; 3.9 warns that this will change
+    for block, n in itertools.product([(16, 16), (16, 1), (8, 6)], [1, 128]):
+        grid = BlockGrid((70, 96), block)
+        sparse = storage.pack(torch.ones(70, 96, dtype=dtype), torch.ones(grid.size).bool(), grid)
+        compiled = _compile(monkeypatch, capability, torch.ones(n, 96, dtype=dtype), sparse)
+        assert compiled.asm["cubin"]
+        assert compiled.metadata.shared <= 99 * 1024, "what a block of threads may use on every GPU"
+        assert not re.search(r"\b(st|ld)\.local", compiled.asm["ptx"]), "registers spill"
+        if dtype != torch.float32 and n == 128:
+            assert mma in compiled.asm["ptx"]
+            assert re.search(r"cp\.async\.cg\.\S+ \[[^]]*\], \[[^]]*\], 0x10", compiled.asm["ptx"]), "16 bytes at a time"
+
+
+def _compile(monkeypatch: pytest.MonkeyPatch, capability: int, x: Tensor, sparse: storage.BlockSparse) -> Any:
+    """What `gpu.linear` would launch, compiled."""
+    from triton import compile  # noqa: PLC0415
+    from triton.backends.compiler import GPUTarget  # noqa: PLC0415
+    from triton.compiler import ASTSource  # noqa: PLC0415
+
+    from blockprune.export.gpu_kernel import product as kernel  # noqa: PLC0415
+
+    launched: list[dict[str, Any]] = []
+
+    class Grids:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **options: launched.append(dict(zip(kernel.arg_names, args, strict=False)) | options)
+
+    monkeypatch.setattr(gpu, "_interpreted", lambda: True)
+    monkeypatch.setattr(gpu, "_kernel", Grids)
+    gpu.linear(x, sparse.values, sparse.crow, sparse.col, shape=sparse.shape, block=sparse.block)
+    (given,) = launched
+    options = {name: given.pop(name) for name in ("num_warps", "num_stages")}
+    given["WIDEN"] = False
+    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32"}
+    runtime = {name: value for name, value in given.items() if isinstance(value, Tensor) or (name[0].islower() and value not in (None, 1))}
+    signature = {
+        name: "constexpr" if name not in runtime else types[value.dtype] if isinstance(value, Tensor) else "i32"
+        for name, value in given.items()
+    }
+    place = {name: (i,) for i, name in enumerate(given)}
+    aligned = {place[name]: [["tt.divisibility", 16]] for name, value in runtime.items() if isinstance(value, Tensor) or value % 16 == 0}
+    source = ASTSource(kernel, signature, {place[name]: given[name] for name in given if name not in runtime}, aligned)
+    return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def test_it_says_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.status() == (False, "no CUDA device")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert gpu.status() == (False, 'Triton is not installed: pip install "blockprune[gpu]"')
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert gpu.status() == (True, "Triton kernel on A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert gpu.status() == (False, "A GPU has compute capability 7.5; 8.0 is needed")
+
+
+def test_it_is_measured_on_gpus_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "status", lambda: (True, "so it says"))
+    masked = bp.apply_masks(nn.Linear(32, 32), {"weight": bp.BlockMask(torch.eye(2).bool(), BlockGrid((32, 32), (16, 16)))})
+    (choice,) = export.choose(masked, rows=2, progress=False).rows
+    assert "triton" not in choice.milliseconds
+    assert "torch" in choice.milliseconds
+
+
+def test_on_a_cpu_its_layers_run_what_cpus_have() -> None:
+    sparse = storage.pack(torch.ones(32, 32), torch.eye(2).bool(), BlockGrid((32, 32), (16, 16)))
+    layer = export.BlockSparseLinear(sparse, None, "triton")
+    assert torch.equal(layer(torch.ones(2, 32)), torch.full((2, 32), 16.0))
+    assert "triton" in repr(layer)
