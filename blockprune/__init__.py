@@ -5,7 +5,7 @@
 See ARCHITECTURE.md for which file holds which idea.
 """
 
-from blockprune import allocate, collect, distribute, distributed, metric, reconstruct, schedule, statistics
+from blockprune import allocate, collect, distribute, distributed, export, metric, reconstruct, schedule, statistics
 from blockprune.apply import apply_masks, finalize, masked_parameters, read_masks
 from blockprune.blocks import BlockGrid, block_elements, expand, pool
 from blockprune.blockwise import blockwise
@@ -54,6 +54,7 @@ __all__ = [
     "distributed",
     "excluding",
     "expand",
+    "export",
     "finalize",
     "first_of",
     "intersect",

@@ -68,6 +68,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pareto": {"distribute", "tables", "types"},
     "permute": {"blocks", "names", "types"},
     "cluster": {"blocks", "names", "permute", "types"},
+    "export": {"apply", "fold", "names", "tables"},
 }
 STAGES = {"collect", "metric", "allocate", "reconstruct", "apply", "schedule", "pipeline", "masks", "maskfile"}
 
