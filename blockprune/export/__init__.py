@@ -6,6 +6,7 @@ from blockprune.export.block_sparse import block_sparse, load_state_dict
 from blockprune.export.choose import Backend, Backends, Choice, Choices, backends, choose
 from blockprune.export.dense import dense, onnx
 from blockprune.export.layers import BlockSparseConv2d, BlockSparseLinear, as_matrix
+from blockprune.export.shrink import Shrunk, Units, shrink
 
 __all__ = [
     "Advice",
@@ -19,7 +20,9 @@ __all__ = [
     "Cost",
     "Costs",
     "Paying",
+    "Shrunk",
     "Speed",
+    "Units",
     "advise",
     "as_matrix",
     "backends",
@@ -30,4 +33,5 @@ __all__ = [
     "dense",
     "load_state_dict",
     "onnx",
+    "shrink",
 ]
