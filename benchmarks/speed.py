@@ -62,7 +62,7 @@ def layers(options: argparse.Namespace, dtype: torch.dtype, shape: tuple[int, in
         grid = bp.BlockGrid(shape, (min(block[0], rows), min(block[1], cols)))
         sparse = export.as_matrix(weight, random_mask(grid, sparsity, generator))
         calls[block, sparsity] = partial(export.BlockSparseLinear(sparse, nn.Parameter(bias, requires_grad=False), options.backend), x)
-    if options.bsr:
+    if options.bsr and (options.device != "cpu" or dtype == torch.float32):
         for sparsity in options.sparsities:
             kept = random_mask(bp.BlockGrid(shape, (32, 32)), sparsity, generator)
             bsr = (weight * bp.expand(kept.keep, kept.grid).to(options.device)).to_sparse_bsr((32, 32))
@@ -107,13 +107,14 @@ def writing(tiny: bool) -> tuple[str, nn.Module, Any, Callable[..., Any]]:
     """SmolLM2, one more token after 128."""
     model, tokenizer = smollm.load()
     window = smollm.windows(tokenizer, smollm.articles(), 1)[:, : 8 if tiny else 128]
-    caches: dict[int, Any] = {}  # of each model, in its type
+    caches: dict[torch.dtype, Any] = {}
 
     def forward(m: nn.Module, x: Tensor) -> Tensor:
-        if id(m) not in caches:
-            caches[id(m)] = m(x, use_cache=True).past_key_values
-        out: Tensor = m(x[:, -1:], past_key_values=caches[id(m)], use_cache=True).logits
-        caches[id(m)].crop(-1)
+        dtype = next(m.parameters()).dtype
+        if dtype not in caches:
+            caches[dtype] = m(x, use_cache=True).past_key_values
+        out: Tensor = m(x[:, -1:], past_key_values=caches[dtype], use_cache=True).logits
+        caches[dtype].crop(-1)
         return out
 
     return f"SmolLM2, one token after {window.shape[1]}", model, window, forward

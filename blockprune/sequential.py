@@ -81,7 +81,7 @@ def sequential(
 
     Raises:
         ValueError: a masked model, layers that do not follow each other, a chosen parameter that lies in no layer, no batches, what was
-            done of other layers, under a dense target layers whose first axis is not that of independent samples.
+            done of other layers.
         KeyError: a layer or a sparsity for a parameter that does not exist.
         TypeError: a pipeline that does not collect statistics, batches that are one tensor or mapping.
 

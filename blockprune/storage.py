@@ -140,15 +140,17 @@ def check(sparse: BlockSparse) -> None:
     def wrong(what: str) -> ValueError:
         return ValueError(f"a block-sparse weight of shape {sparse.shape} in blocks {sparse.block}: {what}; it is not what was exported")
 
-    if min(rows, cols, height, width) < 1 or (width > 1 and width % 2):
-        raise wrong("shape and block must be positive, and the block's width 1 or even")
+    if min(rows, cols, height, width) < 1 or (width > 1 and width % 2) or height > rows or width > cols + cols % 2:
+        raise wrong("shape and block must be positive, the block no larger than the shape, its width 1 or even")
+    if not values.is_floating_point() or len({x.device for x in (values, crow, col)}) > 1 or values.is_meta:
+        raise wrong(f"values are {values.dtype} on {values.device}, crow is on {crow.device}, col on {col.device}: floating, on one device")
     for name, x, dtype in (("crow", crow, torch.int64), ("col", col, torch.int32), ("values", values, values.dtype)):
         if x.dim() != 1 or x.dtype != dtype or not x.is_contiguous():
             raise wrong(f"{name} is {x.dtype} of shape {tuple(x.shape)}, and must be contiguous, {dtype}, with one axis")
     down, across = -(-rows // height), -(-cols // width)
     if len(crow) != down + 1:
         raise wrong(f"crow has {len(crow)} entries and must have {down + 1}")
-    if int(crow[0]) != 0 or int(crow[-1]) != len(col) or bool((crow.diff() < 0).any()):
+    if int(crow[0]) != 0 or int(crow[-1]) != len(col) or bool((crow[1:] < crow[:-1]).any()):
         raise wrong(f"crow must rise from 0 to the number of kept blocks, {len(col)}; it goes from {int(crow[0])} to {int(crow[-1])}")
     if len(col) and not 0 <= int(col.min()) <= int(col.max()) < across:
         raise wrong(f"col must be from 0 to {across - 1}; it is from {int(col.min())} to {int(col.max())}")

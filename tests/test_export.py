@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -343,3 +344,163 @@ def test_a_backend_that_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch) -
         export.block_sparse(masked(mlp()), backend="native")
     assert [row.name for row in export.backends().rows if row.available] == ["torch", "dense"]
     assert {row.backend for row in export.choose(masked(mlp()), progress=False).rows} <= {"torch", "dense"}
+
+
+# What a hostile reader found.
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_many_bands_add_up_in_float32(backend: str, dtype: torch.dtype) -> None:
+    layer = nn.Linear(64, 4096, bias=False).to(dtype)
+    mask = bp.BlockMask(torch.ones(1024, 16).bool(), bp.BlockGrid((4096, 64), (4, 4)))
+    bp.apply_masks(layer, {"weight": mask}, {"weight": torch.ones(4096, 64)})
+    x = torch.ones(1, 64, dtype=dtype, requires_grad=True)
+    export.block_sparse(layer, backend=backend)(x).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.full_like(x, 4096))
+
+
+class Linear(nn.Linear):
+    """Named as torch's, and more than a product, as LoRA's are."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + 1
+
+
+def test_a_layer_that_does_more_than_a_product_stays() -> None:
+    x = torch.randn(2, 8)
+    patched, backward = nn.Linear(8, 8), nn.Linear(8, 8)
+    old = patched.forward
+    patched.forward = lambda input: 10 * old(input)  # type: ignore[method-assign]
+    backward.register_full_backward_hook(lambda *_: None)
+    for layer in (Linear(8, 8), patched, backward):
+        model = masked(nn.Sequential(layer))
+        assert not any(isinstance(m, export.BlockSparseLinear) for m in export.block_sparse(model, backend="torch").modules())
+    assert torch.equal(export.block_sparse(model, backend="torch")(x), model(x))
+
+
+class ReadsDtype(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wo = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wo(x.to(self.wo.weight.dtype))
+
+
+def test_a_weight_that_the_model_reads_besides_is_left_alone_by_auto() -> None:
+    (choice,) = export.choose(masked(ReadsDtype()), inputs=torch.randn(2, 8), progress=False).rows
+    assert (choice.backend, choice.reason) == ("dense", "the model reads the weight itself")
+
+
+@EACH
+def test_no_index_reaches_the_product_unchecked(backend: str) -> None:
+    layer, x = export.block_sparse(masked(nn.Linear(8, 8)), backend=backend), torch.randn(3, 8)
+    before, state = layer(x), layer.state_dict()
+    far = torch.full_like(layer.col, 2**28)
+    with pytest.raises(RuntimeError, match="the state dict has col of it; a block-sparse weight is all of"):
+        layer.load_state_dict({"col": far}, strict=False)
+    with pytest.raises(RuntimeError, match="is all of values, crow, col, layout"):
+        layer.load_state_dict({**{k: v for k, v in state.items() if k != "layout"}, "col": far})
+    for layout in ([8, 8, 2**63 - 1, 4], [8, 8, 8, 2**40], [8, 8, -4, 4], [2**62, 8, 4, 4]):
+        with pytest.raises(RuntimeError, match=r"it is not what was exported|does not fit into a layer"):
+            layer.load_state_dict({**state, "layout": torch.tensor(layout)})
+    for values in (state["values"].to(torch.complex64), state["values"].to("meta"), state["values"].long()):
+        with pytest.raises(RuntimeError, match="on one device"):
+            layer.load_state_dict({**state, "values": values})
+    crow = torch.tensor([0, 2**63 - 1, -2, *state["crow"].tolist()])[: len(state["crow"])]
+    with pytest.raises(RuntimeError, match="crow must rise"):
+        layer.load_state_dict({**state, "crow": crow})
+    assert torch.equal(layer(x), before)
+    assert torch.equal(layer.type(torch.float32)(x), before)
+    assert layer.to("meta").to_empty(device="cpu")(x).shape == (3, 8)  # no numbers, but no crash
+
+
+def test_a_loaded_layer_has_the_type_of_its_skeleton() -> None:
+    x, model = torch.randn(3, 24), masked(mlp())
+    sparse = export.block_sparse(model, backend="torch")
+    for state, skeleton in ((copy.deepcopy(sparse).bfloat16().state_dict(), mlp()), (sparse.state_dict(), mlp().bfloat16())):
+        dtype = skeleton[0].weight.dtype
+        again = export.load_state_dict(skeleton, state)
+        assert {p.dtype for p in [*again.parameters(), again[0].values]} == {dtype}
+        close(again(x.to(dtype)).bfloat16(), model(x).bfloat16())
+
+
+def test_a_convolution_lies_in_memory_as_torchs() -> None:
+    conv = masked(nn.Conv2d(4, 8, 3), (4, 4))
+    assert export.block_sparse(conv, backend="torch")(torch.randn(2, 4, 8, 8)).is_contiguous()
+
+
+@EACH
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_who_watches_sees_the_product(backend: str) -> None:
+    layer, x = export.block_sparse(masked(nn.Linear(8, 8)), backend=backend), torch.randn(3, 8)
+    with torch.no_grad():
+        close(torch.jit.trace(layer, x, check_trace=False)(2 * x), layer(2 * x))
+        close(torch.fx.experimental.proxy_tensor.make_fx(layer)(x)(2 * x), layer(2 * x))
+        close(layer(torch._neg_view(x)), layer(-x))
+        close(layer(torch._efficientzerotensor(3, 8)), layer(torch.zeros(3, 8)))
+        with torch.device("meta"):
+            close(layer(x), layer(x.clone()))
+    with torch.autograd.forward_ad.dual_level():
+        dual = layer(torch.autograd.forward_ad.make_dual(x, 2 * x))
+        tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    close(tangent.detach(), (layer(2 * x) - layer.bias).detach())
+    close(torch.func.jvp(layer, (x,), (2 * x,))[1], layer(2 * x) - layer.bias)
+    flat = torch.func.hessian(lambda x: layer(x).square().sum())(x[0])
+    close(flat, 2 * layer.weight.mT @ layer.weight, times=4)
+    how = layer.values, layer.crow, layer.col, layer.shape, layer.block, backend
+    biases = torch.randn(5, 8)
+    close(torch.vmap(lambda bias: product.multiply(x, bias, *how))(biases), layer(x)[None] - layer.bias + biases[:, None])
+
+
+def test_a_module_under_two_names_loads() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+            self.b = self.a
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x))
+
+    x, sparse = torch.randn(2, 8), export.block_sparse(masked(Twice()), backend="torch")
+    again = export.load_state_dict(Twice(), sparse.state_dict())
+    assert again.a is again.b
+    close(again(x), sparse(x))
+
+
+def test_a_meta_skeleton_keeps_ties_and_leaves_nothing_behind() -> None:
+    class Tied(nn.Module):
+        def __init__(self, extra: bool) -> None:
+            super().__init__()
+            self.e, self.l, self.h = nn.Embedding(8, 8), nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+            self.h.weight = self.e.weight
+            self.register_buffer("ids", torch.arange(3) if extra else None, persistent=False)
+
+    sparse = export.block_sparse(bp.apply_masks(m := Tied(False), random_masks(m, bp.named("l.weight", (4, 4)))), backend="torch")
+    with torch.device("meta"):
+        whole, lacking = Tied(False), Tied(True)
+    again = export.load_state_dict(whole, sparse.state_dict())
+    assert again.h.weight is again.e.weight
+    with pytest.raises(ValueError, match="ids: still on the meta device"):
+        export.load_state_dict(lacking, sparse.state_dict())
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    sparse, x = export.block_sparse(masked(mlp().double()), backend="torch"), torch.randn(3, 24).double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert sparse(x).dtype == torch.float64
+
+
+def test_a_computed_bias_is_an_obstacle() -> None:
+    class Double(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    layer = nn.Linear(8, 8)
+    nn.utils.parametrize.register_parametrization(layer, "bias", Double())
+    model = bp.apply_masks(nn.Sequential(layer), random_masks(nn.Sequential(nn.Linear(8, 8)), bp.linears((4, 4))))
+    (choice,) = export.choose(model, progress=False).rows
+    assert "another parametrization computes the bias" in choice.reason

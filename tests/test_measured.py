@@ -111,6 +111,12 @@ def test_bad_questions_are_refused() -> None:
         export.advise({})
     with pytest.raises(ValueError, match=r"b of shape \(8,\) is no weight"):
         export.cost_table(scores)
+    layer = {"w": bp.BlockScore(torch.rand(2, 2), bp.BlockGrid((8, 8), (4, 4)))}
+    with pytest.raises(ValueError, match="do not fit w, which has 8 input features"):
+        export.advise(layer, torch.randn(2, 3, 9))
+    with pytest.raises(ValueError, match="names 3 axes"):
+        export.advise(layer, 4, blocks=[(4, 4, 4)])
+    assert export.advise(layer, 4, blocks=[(4,)], sparsities=[0.5], rounds=1, progress=False).rows[1].block == (4, 8)
     with pytest.raises(ValueError, match=r"sparsities=\[1.0\]"):
         export.advise({"w": bp.BlockScore(torch.rand(2, 2), bp.BlockGrid((8, 8), (4, 4)))}, sparsities=[1.0])
 

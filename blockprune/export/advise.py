@@ -107,7 +107,7 @@ def advise(
 
     Args:
         layers: masks or scores; their shapes and blocks count, not their values.
-        inputs: how many a layer meets in one call, or such inputs ``[..., in_features]``.
+        inputs: how many a layer meets in one call, or such inputs ``[..., in_features]`` of all these layers.
         blocks: more shapes to try.
         sparsities: to try, in (0, 1).
         dtype: of weights and inputs; that of the inputs, if they are a tensor.
@@ -131,7 +131,7 @@ def advise(
     for layer in layers.values():
         grid = _matrix(layer.grid)
         here = tried.setdefault(grid.shape, [])  # type: ignore[arg-type]  # two axes
-        here += [grid.block, *(tuple(b if b == -1 else min(b, s) for b, s in zip(one, grid.shape, strict=True)) for one in blocks)]
+        here += [grid.block, *(_fitted(one, grid.shape) for one in blocks)]
     found = []
     for shape, each in tqdm(tried.items(), desc="advise", disable=None if progress else True, leave=False):
         grids = [BlockGrid(shape, block) for block in dict.fromkeys(each)]
@@ -240,9 +240,21 @@ def _asked(layers: Scores | Masks, inputs: int | Tensor, dtype: torch.dtype) -> 
     rows, dtype = (inputs, dtype) if isinstance(inputs, int) else (inputs.numel() // inputs.shape[-1], inputs.dtype)
     if not layers or rows < 1:
         raise ValueError(f"give at least one layer (given {len(layers)}) and one input, as a number or a tensor [..., in] (given {rows})")
+    wide = {name: math.prod(layer.grid.shape[1:]) for name, layer in layers.items()}
+    if not isinstance(inputs, int) and (other := [name for name in wide if wide[name] != inputs.shape[-1]]):
+        given = f"inputs {tuple(inputs.shape)} do not fit {other[0]}, which has {wide[other[0]]} input features"
+        raise ValueError(f"{given}; give how many inputs a layer meets as a number")
     if flat := [name for name, layer in layers.items() if len(layer.grid.shape) < 2]:
         raise ValueError(f"{flat[0]} of shape {layers[flat[0]].grid.shape} is no weight of a Linear or a convolution; leave it out")
     return rows, dtype
+
+
+def _fitted(block: BlockShape, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """No larger than the shape; axes that are not named are whole."""
+    if len(block) > len(shape):
+        raise ValueError(f"block={tuple(block)} names {len(block)} axes, and a layer's weight has {len(shape)}; give (rows, columns)")
+    whole = (*block, *[-1] * (len(shape) - len(block)))
+    return BlockGrid(shape, [b if b == -1 else min(b, s) for b, s in zip(whole, shape, strict=True)]).block
 
 
 def _matrix(grid: BlockGrid) -> BlockGrid:

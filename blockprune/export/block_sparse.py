@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import attrs
 from torch import Tensor, nn
 
 from blockprune.apply import finalize
@@ -11,7 +12,7 @@ from blockprune.export.dense import replaced
 from blockprune.export.layers import BlockSparseConv2d, BlockSparseLinear, read
 from blockprune.export.places import places
 from blockprune.fold import default_forward
-from blockprune.names import near
+from blockprune.names import near, slots
 
 M = TypeVar("M", bound=nn.Module)
 _TENSORS = ("values", "crow", "col", "layout")
@@ -81,7 +82,8 @@ def load_state_dict(model: M, state: Mapping[str, Tensor], *, strict: bool = Tru
 
     Raises:
         KeyError: a block-sparse layer that the model does not have.
-        ValueError: tensors that are not a block-sparse weight (indices out of range, other lengths), or of another shape than the layer.
+        ValueError: tensors that are not a block-sparse weight (indices out of range, other lengths), or of another shape than the layer; a
+            tensor that stays on the meta device.
         RuntimeError: what else does not fit, as torch says it.
 
     Example:
@@ -93,7 +95,7 @@ def load_state_dict(model: M, state: Mapping[str, Tensor], *, strict: bool = Tru
         True
     """
     plain = finalize(model)
-    modules = dict(plain.named_modules())
+    modules = dict(plain.named_modules(remove_duplicate=False))
     new: dict[nn.Module, nn.Module] = {}
     for key in state:
         layer = "" if key == "layout" else key.removesuffix(".layout")
@@ -104,8 +106,15 @@ def load_state_dict(model: M, state: Mapping[str, Tensor], *, strict: bool = Tru
             raise KeyError(f"the state dict has a block-sparse layer {layer!r} that the model has not{near(layer, modules)}")
         new[modules[layer]] = _layer(layer, modules[layer], [state[prefix + name] for name in _TENSORS])
     plain = replaced(plain, new.get)
-    assign = any(p.is_meta for p in plain.parameters())
+    assign, shared = any(p.is_meta for p in plain.parameters()), [places for places in slots(plain).values() if len(places) > 1]
     plain.load_state_dict(state, strict=strict, assign=assign)
+    for first, *others in shared:  # torch assigns each by itself
+        for other in others:
+            setattr(other.owner, other.attr, first.stored)
+    if left := [name for name, x in [*plain.named_parameters(), *plain.named_buffers()] if x.is_meta]:
+        raise ValueError(
+            f"{', '.join(left[:4])}: still on the meta device, for the state dict has no such tensor; make the skeleton on a CPU"
+        )
     return plain
 
 
@@ -114,7 +123,7 @@ def _layer(name: str, like: nn.Module, tensors: list[Tensor]) -> BlockSparseLine
     if not isinstance(like, (nn.Linear, nn.Conv2d, BlockSparseLinear)):
         raise ValueError(f"{name}: the state dict has a block-sparse weight for a {type(like).__name__}; only Linear and Conv2d have such")
     try:
-        weight = read(*(tensor.clone() for tensor in tensors))
+        weight = read(*(tensor.detach().clone() for tensor in tensors))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     wanted: Any = like.weight
@@ -123,6 +132,9 @@ def _layer(name: str, like: nn.Module, tensors: list[Tensor]) -> BlockSparseLine
         raise ValueError(
             f"{name}: the state dict has a weight of shape {weight.shape}, and the layer one of {shape}; is it another model's?"
         )
+    if not wanted.is_meta:
+        values, crow, col = (x.to(wanted.device) for x in (weight.values, weight.crow, weight.col))
+        weight = attrs.evolve(weight, values=values.to(wanted.dtype), crow=crow, col=col)
     if isinstance(like, (nn.Conv2d, BlockSparseConv2d)):
         return BlockSparseConv2d(weight, like)  # type: ignore[arg-type]  # both say how they move over their input
     bias: Any = like.bias

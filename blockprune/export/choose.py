@@ -1,5 +1,6 @@
 """How each masked layer will run: measured, with the reason."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -161,13 +162,17 @@ def choose(
     if rows < 1:
         raise ValueError(f"rows={rows} must be 1 or more: the inputs that a layer meets in one call")
     found = list(places(model))
-    met = _met(model, found, inputs, forward) if inputs is not None else {}
+    met, passed_by = _met(model, found, inputs, forward) if inputs is not None else ({}, set())
     choices, measured = [], {}
     for place in tqdm(found, desc="choose", disable=None if progress else True, leave=False):
         pruned = 1 - float(place.weight.count_nonzero()) / place.weight.numel()
         x = met.get(place.layer) if inputs is not None else _some(place, rows)
-        if place.obstacle or x is None:
-            why = place.obstacle or ("inputs do not reach it" if inputs is not None else "a convolution is measured on inputs; give them")
+        if place.obstacle or x is None or place.layer in passed_by:
+            why = (
+                place.obstacle
+                or ("the model reads the weight itself" if place.layer in passed_by else "")
+                or ("inputs do not reach it" if inputs is not None else "a convolution is measured on inputs; give them")
+            )
             choices.append(Choice(place.name, pruned, "dense", why))
             continue
         key = (place.mask.grid, round(pruned * 50), x.shape, x.dtype, x.device, _settings(place.module))
@@ -220,24 +225,34 @@ def sparse_layer(place: Place, like: nn.Module, backend: str) -> BlockSparseLine
     return BlockSparseLinear(weight, bias, backend)
 
 
-def _met(model: nn.Module, found: Iterable[Place], inputs: Any, forward: Callable[..., Any]) -> dict[str, Tensor]:
-    """An input as each layer is given, by the layer's name; the last, if there are several (after a prompt, the token)."""
+def _met(model: nn.Module, found: Iterable[Place], inputs: Any, forward: Callable[..., Any]) -> tuple[dict[str, Tensor], set[str]]:
+    """An input as each layer is given, by the layer's name; the last, if there are several (after a prompt, the token). And
+    the layers whose weight is read more often than they are called.
+    """
     met: dict[str, Tensor] = {}
+    calls: dict[str, int] = defaultdict(int)
+    reads: dict[str, int] = defaultdict(int)
 
     def look(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         x = args[0] if args else kwargs["input"]
         met[name] = torch.empty_like(x)
+        calls[name] += 1
+
+    def read(name: str, *_: Any) -> None:
+        reads[name] += 1
 
     handles = []
     try:
         for place in found:
             handles.append(place.module.register_forward_pre_hook(partial(look, place.layer), with_kwargs=True))
+            if place.slot.masking is not None:
+                handles.append(place.slot.masking.register_forward_hook(partial(read, place.layer)))
         with undisturbed(model), torch.no_grad():
             forward(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: x.normal_() for name, x in met.items()}
+    return {name: x.normal_() for name, x in met.items()}, {name for name in reads if reads[name] > calls[name]}
 
 
 def _some(place: Place, rows: int) -> Tensor | None:

@@ -1,6 +1,6 @@
 """Layers that hold only the kept blocks of their weight."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -82,7 +82,7 @@ class BlockSparseLinear(nn.Module):
                 f"an input of shape {tuple(input.shape)} meets a weight of shape {self.shape}: its last axis must be {self.shape[1]}"
             )
         values, bias = self.values, cast(Tensor | None, self.bias)
-        if torch.is_autocast_enabled(input.device.type):
+        if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(input.device.type)
             input, values, bias = input.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
         if input.dtype != values.dtype:
@@ -98,9 +98,12 @@ class BlockSparseLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Take over another number of blocks, if the tensors fit each other; otherwise say why and stay as it is."""
         names = ("values", "crow", "col", "layout")
-        if all(prefix + name in state_dict for name in names):
-            values, crow, col, layout = (state_dict[prefix + name] for name in names)
+        found = [name for name in names if prefix + name in state_dict]
+        if found:
             try:
+                if len(found) < len(names):
+                    raise ValueError(f"the state dict has {', '.join(found)} of it; a block-sparse weight is all of {', '.join(names)}")
+                values, crow, col, layout = (state_dict[prefix + name] for name in names)
                 new = read(values, crow, col, layout)
                 if new.shape != self.shape:
                     raise ValueError(f"a weight of shape {new.shape} does not fit into a layer of {self.shape}")
@@ -112,6 +115,16 @@ class BlockSparseLinear(nn.Module):
                 old = getattr(self, name)
                 setattr(self, name, torch.empty(tensor.shape, dtype=old.dtype, device=old.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BlockSparseLinear":
+        """Follow the model to another device and type, but keep the bits of the indices: `type` and `to_empty` would lose them."""
+        indices = {name: getattr(self, name) for name in ("crow", "col", "layout")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, index in indices.items():
+            now: Tensor = getattr(self, name)
+            if not now.is_meta:  # what comes from the meta device has no numbers: until it is loaded, no block is kept
+                setattr(self, name, torch.zeros_like(now, dtype=index.dtype) if index.is_meta else index.to(now.device))
+        return self
 
     def extra_repr(self) -> str:
         kept = self.values.numel() / (self.shape[0] * self.shape[1])
@@ -164,7 +177,7 @@ class BlockSparseConv2d(BlockSparseLinear):
             patches = x[:, :, ::sh, ::sw].movedim(1, -1)  # [n, high, wide, channels]
         else:
             patches = F.unfold(x, (kh, kw), (dh, dw), stride=(sh, sw)).mT.unflatten(1, (high, wide))
-        out = super().forward(patches).movedim(-1, 1)
+        out = super().forward(patches).movedim(-1, 1).contiguous()  # as Conv2d gives it
         return out if input.ndim == 4 else out[0]
 
 

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from blockprune.export import gpu
 from blockprune.native import spmm
@@ -57,10 +58,10 @@ def linear_input_grad(
     """
     rows, cols = shape
     flat = grad.reshape(-1, rows).mT  # [rows, n]
-    out = flat.new_zeros(cols, flat.shape[1])
+    out = flat.new_zeros(cols, flat.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))  # a sum over bands
     for here, columns, weights in bands(BlockSparse(values, crow, col, (rows, cols), (block[0], block[1]))):
-        out.index_add_(0, columns, weights @ flat[here])
-    return out.mT.contiguous().view(*grad.shape[:-1], cols)
+        out.index_add_(0, columns, (weights @ flat[here]).to(out.dtype))
+    return out.mT.to(grad.dtype).contiguous().view(*grad.shape[:-1], cols)
 
 
 @linear.register_fake
@@ -83,13 +84,22 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[2:5])
-        ctx.how = inputs[5:]  # shape, block, backend
+        ctx.save_for_forward(*inputs[2:5])
+        ctx.how, ctx.shape = inputs[5:], output.shape  # shape, block, backend
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         to_x = _input_grad(grad, *ctx.saved_tensors, *ctx.how) if ctx.needs_input_grad[0] else None
         to_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         return to_x, to_bias, None, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor | None, bias: Tensor | None, *_: None) -> Tensor:
+        weight = *ctx.saved_tensors, *ctx.how
+        if x is None:
+            assert bias is not None
+            return bias.expand(ctx.shape)
+        return multiply(x, bias, *weight)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, bias: Tensor | None, *weight: Any) -> tuple[Tensor, int]:
@@ -112,11 +122,16 @@ class _InputGrad(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[1:4])
+        ctx.save_for_forward(*inputs[1:4])
         ctx.how = inputs[4:]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return multiply(grad, None, *ctx.saved_tensors, *ctx.how), None, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, grad: Tensor, *_: None) -> Tensor:
+        return _input_grad(grad, *ctx.saved_tensors, *ctx.how)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], grad: Tensor, *weight: Any) -> tuple[Tensor, int]:
@@ -146,7 +161,7 @@ def _input_grad(*arguments: Any) -> Tensor:
 
 
 def _transforming() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
 def compiled(x: Tensor, sparse: BlockSparse, bias: Tensor | None, backend: str) -> Tensor | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def load(name: str) -> tuple[ctypes.CDLL | None, str]:
@@ -33,4 +34,7 @@ def plain(x: Tensor, device: str = "cpu") -> bool:
     wrapped = (
         torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(x)
     )
-    return x.device.type == device and not recording and not wrapped and x.is_contiguous()
+    torch_c: Any = torch._C
+    traced = torch_c._is_tracing() or torch_c._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0
+    numbers = x.is_contiguous() and not x.is_neg() and not torch._is_zerotensor(x)
+    return x.device.type == device and numbers and not (recording or wrapped or traced)

@@ -69,14 +69,14 @@ def linear(
     """
     if _library is None or x.dtype not in _DTYPES or not plain(x := x.contiguous()):
         return None
-    if not (_readable(x, values) and crow.is_cpu and col.is_cpu):
+    if not (_readable(x, values) and _indices(crow, torch.int64) and _indices(col, torch.int32)):
         return None
     rows, cols = shape
     if x.shape[-1] != cols:
         raise ValueError(f"an input of shape {tuple(x.shape)} meets a weight of shape {shape}: its last axis must be {cols}")
     if bias is not None and (not _readable(x, bias) or bias.shape != (rows,)):
         return None
-    out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
+    out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
     addresses = values.data_ptr(), col.data_ptr(), crow.data_ptr()
     n, at_bias = x.numel() // cols, None if bias is None else bias.data_ptr()
     layer = (*addresses, rows, cols, *block, _DTYPES[x.dtype])
@@ -86,5 +86,8 @@ def linear(
 
 def _readable(x: Tensor, other: Tensor) -> bool:
     """Whether a tensor is numbers in CPU memory of the type of ``x``, and needs no gradient."""
-    needs = other.requires_grad and torch.is_grad_enabled()
-    return other.is_cpu and other.dtype == x.dtype and other.is_contiguous() and not needs
+    return other.dtype == x.dtype and plain(other)
+
+
+def _indices(x: Tensor, dtype: torch.dtype) -> bool:
+    return x.is_cpu and x.dtype == dtype and x.is_contiguous()
