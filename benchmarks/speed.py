@@ -121,7 +121,7 @@ def writing(tiny: bool) -> tuple[str, nn.Module, Any, Callable[..., Any]]:
 
 
 def models(options: argparse.Namespace) -> None:
-    for make in (encoder, writing) if options.tiny else (encoder, reading, writing):
+    for make in [{"encoder": encoder, "reading": reading, "writing": writing}[name] for name in options.models]:
         name, model, inputs, forward = make(options.tiny)
         rule = (
             bp.excluding(bp.linears((1, 1)), pattern="lm_head*")
@@ -167,6 +167,7 @@ def main(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("layers", "models"))
+    parser.add_argument("--models", nargs="+", choices=("encoder", "reading", "writing"), default=["encoder", "reading", "writing"])
     parser.add_argument("--tiny", action="store_true", help="small shapes, few blocks, one round")
     parser.add_argument("--shapes", nargs="+", type=pair, default=[(4096, 4096)])
     parser.add_argument("--batches", nargs="+", type=int, default=[128])
@@ -190,5 +191,6 @@ if __name__ == "__main__":
             [(16, 16), (16, 1)][: 1 + (given.what == "layers")],
             1,
         )
+        given.models = ["encoder", "writing"]
         given.sparsities, given.dtypes = given.sparsities[:1], given.dtypes[:1]
     main(given)

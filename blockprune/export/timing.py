@@ -1,17 +1,17 @@
 """Interleaved medians: the only way a ratio is measured here."""
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 
-def medians(calls: Mapping[str, Callable[[], object]], *, rounds: int = 9, at_least: float = 0.0) -> dict[str, float]:
+def medians(calls: Mapping[str, Callable[[], object]], *, rounds: int = 9) -> dict[str, float]:
     """Median seconds of each call, all run in turn, round after round, after a warm-up round.
 
     Args:
         calls: what to time, by name.
-        rounds: at least so many.
-        at_least: go on until so many seconds have passed, at most 50 times as many rounds.
+        rounds: how often each is called and timed.
 
     Example:
         >>> from blockprune.export.timing import medians
@@ -21,11 +21,22 @@ def medians(calls: Mapping[str, Callable[[], object]], *, rounds: int = 9, at_le
     seen: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
-    began, done = time.perf_counter(), 0
-    while done < rounds or (done < 50 * rounds and time.perf_counter() - began < at_least):
+    for _ in range(rounds):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
             seen[name].append(time.perf_counter() - start)
-        done += 1
     return {name: statistics.median(times) for name, times in seen.items()}
+
+
+def in_turn(calls: Iterable[Callable[[], object]]) -> Callable[[], object]:
+    """One call that makes the next of several each time, for ever: each finds the caches full of the others' numbers.
+
+    Example:
+        >>> from blockprune.export.timing import in_turn
+        >>> call = in_turn([lambda: 1, lambda: 2])
+        >>> call(), call(), call()
+        (1, 2, 1)
+    """
+    turns = itertools.cycle(calls)
+    return next(turns)
