@@ -39,4 +39,8 @@ def in_turn(calls: Iterable[Callable[[], object]]) -> Callable[[], object]:
         (1, 2, 1)
     """
     turns = itertools.cycle(calls)
-    return next(turns)
+
+    def call() -> object:
+        return next(turns)()
+
+    return call
