@@ -78,10 +78,10 @@ class Advice:
         """Which blocks pay first, layer by layer."""
         said = [f"At {self.inputs} inputs a call."]
         for shape in dict.fromkeys(row.shape for row in self.rows):
-            paying = [(row.pays_from, row.block) for row in self.rows if row.shape == shape and row.pays_from is not None]
-            if paying:
-                start, block = min(paying)
-                said.append(f"{_by(shape)}: {_by(block)} blocks pay first, from {start:.0%} pruned.")
+            paying = [row for row in self.rows if row.shape == shape and row.pays_from is not None]
+            if paying:  # of several that pay from the same sparsity on, the one that pays most
+                first = min(paying, key=lambda row: (row.pays_from, -sum(row.speedup.values())))
+                said.append(f"{_by(shape)}: {_by(first.block)} blocks pay first, from {first.pays_from:.0%} pruned.")
             else:
                 said.append(f"{_by(shape)}: no blocks pay; leave it dense.")
         return " ".join(said)
