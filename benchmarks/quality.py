@@ -139,18 +139,15 @@ def one_shot(score: Callable[..., bp.Scores], seen: list[Any], task: Task, patte
     return task.model, pattern.rows(score(data), sparsity), {}
 
 
+def evidence(task: Task, model: nn.Module, where: bp.Where, seen: list[Any], **options: Any) -> bp.Data:
+    """One look at a model, forward and backward."""
+    how = {"batches": task.asked, "forward": task.forward, "loss": task.loss, "lazy": True, "progress": False, **options}
+    return collect.with_statistics(model, where=where, statistics=seen, **how)
+
+
 def fisher(task: Task, pattern: Pattern, sparsity: float) -> Found:
     """Gate Fisher, ranked over the model (2:4 within its groups), no repair."""
-    data = collect.with_statistics(
-        task.model,
-        where=pattern.where(task),
-        statistics=[statistics.gate_fisher],
-        batches=task.asked,
-        forward=task.forward,
-        loss=task.loss,
-        per_sample=task.per_sample,
-        progress=False,
-    )
+    data = evidence(task, task.model, pattern.where(task), [statistics.gate_fisher], per_sample=task.per_sample, lazy=False)
     scores = metric.fisher(data)
     return task.model, pattern.rows(scores, sparsity) if pattern.m else allocate.global_(scores, sparsity, max_sparsity=CAP), {}
 
@@ -161,8 +158,8 @@ def repaired(  # noqa: PLR0917 (the first three are bound)
     """Layer after layer: score, rank the blocks of each Linear, repair."""
     rank = options.pop("rank", pattern.layer)
     pipeline = bp.Pipeline(partial(collect.with_statistics, where=pattern.where(task), statistics=seen), score, rank)
-    budget, target = options.pop("budget", sparsity), options.pop("target", "dense")
-    found = bp.sequential(task.model, pipeline, repair, task.batches, budget, target=target, progress=False, **options)
+    budget = options.pop("budget", sparsity)
+    found = bp.sequential(task.model, pipeline, repair, task.batches, budget, progress=False, **options)
     return task.model, found.masks, found.weights
 
 
@@ -188,36 +185,20 @@ def budgeted(task: Task, pattern: Pattern, sparsity: float, *, looks: int = 1, *
     found: Found = task.model, {}, {}
     for look in range(1, looks + 1):
         share = sparsity * look / looks
-        data = collect.with_statistics(
-            bp.apply_masks(copy.deepcopy(task.model), *found[1:]),
-            where=pattern.where(task),
-            statistics=[statistics.input_gram, statistics.output_grad_gram],
-            batches=task.asked,
-            forward=task.forward,
-            loss=task.loss,
-            lazy=True,
-            progress=False,
-        )
+        model = bp.apply_masks(copy.deepcopy(task.model), *found[1:]) if found[1] else task.model
+        data = evidence(task, model, pattern.where(task), [statistics.input_gram, statistics.output_grad_gram])
+        del model
         budget = distribute.loss_weighted(metric.obs(data, progress=False), share, max_sparsity=max(CAP, (1 + share) / 2))
-        evidence = {name: attrs.evolve(p, stats={"output_grad_gram": p.stats["output_grad_gram"]}) for name, p in data.items()}
+        known = {name: attrs.evolve(p, stats={"output_grad_gram": p.stats["output_grad_gram"]}) for name, p in data.items()}
         del data
-        given = {"rank": allocate.per_layer, "budget": budget, "evidence": evidence, **options}
+        given = {"rank": allocate.per_layer, "budget": budget, "evidence": known, **options}
         found = repaired(OBS, GRAM, SQUARES, task, pattern, sparsity, **given)
     return found
 
 
 def clustered(task: Task, pattern: Pattern, sparsity: float, **options: Any) -> Found:
     """`budgeted` after hidden units that matter in the same places were brought into the same blocks."""
-    data = collect.with_statistics(
-        task.model,
-        where=task.linears(bp.linears((1, 1))),
-        statistics=[statistics.input_gram, statistics.output_grad_sq],
-        batches=task.asked,
-        forward=task.forward,
-        loss=task.loss,
-        lazy=True,
-        progress=False,
-    )
+    data = evidence(task, task.model, task.linears(bp.linears((1, 1))), [statistics.input_gram, statistics.output_grad_sq])
     block = tuple(64 if side == -1 else side for side in pattern.block)
     plan = bp.cluster(metric.obs(data, max_sparsity=0, progress=False), task.axes, block=block, sparsity=sparsity, progress=False)
     del data

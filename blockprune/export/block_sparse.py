@@ -7,15 +7,14 @@ import attrs
 from torch import Tensor, nn
 
 from blockprune.apply import finalize
-from blockprune.export.choose import ROWS, Choices, choose, forced, sparse_layer
+from blockprune.export.choose import ROWS, Choices, choose, forced
 from blockprune.export.dense import replaced
-from blockprune.export.layers import BlockSparseConv2d, BlockSparseLinear, read
+from blockprune.export.layers import TENSORS, BlockSparseLinear, as_matrix, layer_like, read
 from blockprune.export.places import places
 from blockprune.fold import default_forward
 from blockprune.names import near, slots
 
 M = TypeVar("M", bound=nn.Module)
-_TENSORS = ("values", "crow", "col", "layout")
 
 
 def block_sparse(
@@ -68,7 +67,7 @@ def block_sparse(
             raise KeyError(f"backend has no choice for {place.name!r}{near(place.name, chosen)}; make it from this model: choose(model)")
         if chosen[place.name] != "dense" and not place.obstacle:
             layer = plain.get_submodule(place.layer)
-            new[layer] = sparse_layer(place, layer, chosen[place.name])
+            new[layer] = layer_like(layer, as_matrix(place.weight, place.mask), chosen[place.name])
     return replaced(plain, new.get)
 
 
@@ -100,11 +99,11 @@ def load_state_dict(model: M, state: Mapping[str, Tensor], *, strict: bool = Tru
     for key in state:
         layer = "" if key == "layout" else key.removesuffix(".layout")
         prefix = f"{layer}." if layer else ""
-        if key != f"{prefix}layout" or not all(prefix + name in state for name in _TENSORS):
+        if key != f"{prefix}layout" or not all(prefix + name in state for name in TENSORS):
             continue
         if layer not in modules:
             raise KeyError(f"the state dict has a block-sparse layer {layer!r} that the model has not{near(layer, modules)}")
-        new[modules[layer]] = _layer(layer, modules[layer], [state[prefix + name] for name in _TENSORS])
+        new[modules[layer]] = _layer(layer, modules[layer], [state[prefix + name] for name in TENSORS])
     plain = replaced(plain, new.get)
     assign, shared = any(p.is_meta for p in plain.parameters()), [places for places in slots(plain).values() if len(places) > 1]
     plain.load_state_dict(state, strict=strict, assign=assign)
@@ -135,7 +134,4 @@ def _layer(name: str, like: nn.Module, tensors: list[Tensor]) -> BlockSparseLine
     if not wanted.is_meta:
         values, crow, col = (x.to(wanted.device) for x in (weight.values, weight.crow, weight.col))
         weight = attrs.evolve(weight, values=values.to(wanted.dtype), crow=crow, col=col)
-    if isinstance(like, (nn.Conv2d, BlockSparseConv2d)):
-        return BlockSparseConv2d(weight, like)  # type: ignore[arg-type]  # both say how they move over their input
-    bias: Any = like.bias
-    return BlockSparseLinear(weight, bias)
+    return layer_like(like, weight)

@@ -1,7 +1,7 @@
 """How each masked layer will run: measured, with the reason."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from blockprune import tables
 from blockprune.apply import finalize
 from blockprune.export import gpu
 from blockprune.export.dense import ways
-from blockprune.export.layers import BlockSparseConv2d, BlockSparseLinear, as_matrix
+from blockprune.export.layers import as_matrix, layer_like
 from blockprune.export.places import Place, places
 from blockprune.export.product import BACKENDS
 from blockprune.export.timing import in_turn, medians
@@ -167,7 +167,7 @@ def choose(
     met, passed_by = _met(model, found, inputs, forward) if inputs is not None else ({}, set())
     choices, measured = [], {}
     for place in tqdm(found, desc="choose", disable=None if progress else True, leave=False):
-        pruned = 1 - float(place.weight.count_nonzero()) / place.weight.numel()
+        pruned = place.pruned
         x = met.get(place.layer) if inputs is not None else _some(place, rows)
         if place.obstacle or x is None or place.layer in passed_by:
             why = (
@@ -203,28 +203,8 @@ def forced(model: nn.Module, backend: str) -> Choices:
         raise ValueError(f"backend={backend!r} must be 'auto', one of {', '.join(map(repr, known))}, or what choose(model) found")
     if not known[backend].available:
         raise RuntimeError(f"backend={backend!r} is not available: {known[backend].reason}; backend='torch' always is")
-    rows = []
-    for place in places(model):
-        pruned = 1 - float(place.weight.count_nonzero()) / place.weight.numel()
-        rows.append(Choice(place.name, pruned, "dense" if place.obstacle else backend, place.obstacle or "as asked"))
+    rows = (Choice(p.name, p.pruned, "dense" if p.obstacle else backend, p.obstacle or "as asked") for p in places(model))
     return Choices(tuple(rows))
-
-
-def sparse_layer(place: Place, like: nn.Module, backend: str) -> BlockSparseLinear:
-    """A layer with the kept blocks of a masked one, and the bias of another, plain.
-
-    Example:
-        >>> from blockprune.export.choose import sparse_layer
-        >>> from blockprune.export.places import places
-        >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
-        >>> sparse_layer(next(places(bp.apply_masks(nn.Linear(4, 2), {"weight": mask}))), nn.Linear(4, 2), "torch")
-        BlockSparseLinear(4, 2, bias=True, 50.0% pruned, torch)
-    """
-    weight = as_matrix(place.weight, place.mask)
-    if isinstance(like, nn.Conv2d):
-        return BlockSparseConv2d(weight, like, backend)
-    bias: Any = like.bias
-    return BlockSparseLinear(weight, bias, backend)
 
 
 def _met(model: nn.Module, found: Iterable[Place], inputs: Any, forward: Callable[..., Any]) -> tuple[dict[str, Tensor], set[str]]:
@@ -268,7 +248,8 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
 
 def _measure(place: Place, x: Tensor, rounds: int) -> dict[str, float]:
     """Median milliseconds of each way. So many copies of a layer take turns that caches hold none of them, as in a model."""
-    copies = [finalize(place.module) for _ in range(max(1, min(_COPIES, _CACHE // place.weight.nbytes)))]
+    kept = as_matrix(place.weight, place.mask)
+    copies = [finalize(place.module) for _ in range(max(1, min(_COPIES, _CACHE // place.slot.stored.nbytes)))]
     calls: dict[str, list[Callable[[], Any]]] = defaultdict(list)
     available = [row.name for row in backends().rows if row.available and row.name in BACKENDS]
     for plain in copies:
@@ -279,7 +260,8 @@ def _measure(place: Place, x: Tensor, rounds: int) -> dict[str, float]:
             calls[name].append(call)
         for name in available:
             if _DEVICES.get(name, x.device.type) == x.device.type:
-                calls[name].append(partial(sparse_layer(place, plain, name), x))
+                own = attrs.evolve(kept, values=kept.values.clone(), col=kept.col.clone())
+                calls[name].append(partial(layer_like(plain, own, name), x))
     turns = {name: waited(in_turn(each), x) for name, each in calls.items()}
     with torch.no_grad():
         return {name: 1e3 * seconds for name, seconds in medians(turns, rounds=rounds).items()}
@@ -309,16 +291,3 @@ def _fastest(name: str, pruned: float, ms: Mapping[str, float], x: Tensor) -> Ch
     best, other, plain = min(sparse, key=lambda key: sparse[key]), min(dense, key=lambda key: dense[key]), next(iter(dense))
     where = f"on {tuple(x.shape)}: {best} {ms[best]:.3g} ms, {other} {ms[other]:.3g} ms"
     return Choice(name, pruned, best if ms[best] < ms[plain] else "dense", f"{ms[other] / ms[best]:.2f}x {where}", dict(ms))
-
-
-def layers_of(model: nn.Module) -> Iterator[tuple[str, BlockSparseLinear]]:
-    """The block-sparse layers of an exported model, by name.
-
-    Example:
-        >>> from blockprune.export.choose import layers_of
-        >>> list(layers_of(nn.Linear(2, 2)))
-        []
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, BlockSparseLinear):
-            yield name, module

@@ -13,6 +13,8 @@ from blockprune.export.product import BACKENDS, compiled, multiply
 from blockprune.storage import BlockSparse
 from blockprune.types import BlockMask
 
+TENSORS = ("values", "crow", "col", "layout")  # of a block-sparse weight in a state dict
+
 __all__ = ["BlockSparseConv2d", "BlockSparseLinear", "as_matrix"]
 
 
@@ -97,13 +99,12 @@ class BlockSparseLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Take over another number of blocks, if the tensors fit each other; otherwise say why and stay as it is."""
-        names = ("values", "crow", "col", "layout")
-        found = [name for name in names if prefix + name in state_dict]
+        found = [name for name in TENSORS if prefix + name in state_dict]
         if found:
             try:
-                if len(found) < len(names):
-                    raise ValueError(f"the state dict has {', '.join(found)} of it; a block-sparse weight is all of {', '.join(names)}")
-                values, crow, col, layout = (state_dict[prefix + name] for name in names)
+                if len(found) < len(TENSORS):
+                    raise ValueError(f"the state dict has {', '.join(found)} of it; a block-sparse weight is all of {', '.join(TENSORS)}")
+                values, crow, col, layout = (state_dict[prefix + name] for name in TENSORS)
                 new = read(values, crow, col, layout)
                 if new.shape != self.shape:
                     raise ValueError(f"a weight of shape {new.shape} does not fit into a layer of {self.shape}")
@@ -179,6 +180,20 @@ class BlockSparseConv2d(BlockSparseLinear):
             patches = F.unfold(x, (kh, kw), (dh, dw), stride=(sh, sw)).mT.unflatten(1, (high, wide))
         out = super().forward(patches).movedim(-1, 1).contiguous()  # as Conv2d gives it
         return out if input.ndim == 4 else out[0]
+
+
+def layer_like(like: nn.Module, weight: BlockSparse, backend: str = "native") -> BlockSparseLinear:
+    """A layer with this weight in place of a Linear or Conv2d, or of a block-sparse one, with its bias.
+
+    Example:
+        >>> from blockprune.export.layers import as_matrix, layer_like
+        >>> layer, mask = nn.Linear(4, 2), bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
+        >>> layer_like(layer, as_matrix(layer.weight, mask), "torch")
+        BlockSparseLinear(4, 2, bias=True, 50.0% pruned, torch)
+    """
+    if isinstance(like, (nn.Conv2d, BlockSparseConv2d)):
+        return BlockSparseConv2d(weight, cast(Any, like), backend)  # both say how they move over their input
+    return BlockSparseLinear(weight, cast(Any, like.bias), backend)
 
 
 def read(values: Tensor, crow: Tensor, col: Tensor, layout: Tensor) -> BlockSparse:

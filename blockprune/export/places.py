@@ -47,6 +47,12 @@ class Place:
         """The weight with zeros, as the model uses it."""
         return self.slot.masked.detach()
 
+    @property
+    def pruned(self) -> float:
+        """The share of the weight that is zero."""
+        weight = self.weight
+        return 1 - float(weight.count_nonzero()) / weight.numel()
+
 
 def places(model: nn.Module) -> Iterator[Place]:
     """Every masked weight of a model.
