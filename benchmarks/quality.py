@@ -89,7 +89,7 @@ def smollm_task(windows: int, held_out: int, gradients: int) -> Task:
     """SmolLM2, Wikipedia: calibrate on the first articles, perplexity of the last 30."""
     model, tokenizer = smollm.load()
     texts = smollm.articles()
-    calibration, held = smollm.windows(tokenizer, texts[:-30], windows), smollm.windows(tokenizer, texts[-30:], held_out)
+    calibration, held = smollm.spread(tokenizer, texts[:-30], windows), smollm.windows(tokenizer, texts[-30:], held_out)
 
     def loss(output: Any, batch: Tensor) -> Tensor:
         return nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())

@@ -76,6 +76,13 @@ def windows(tokenizer: Any, texts: list[str], count: int) -> Tensor:
     raise ValueError(f"{count} windows asked, the texts have {len(ids) // WINDOW}")
 
 
+def spread(tokenizer: Any, texts: list[str], count: int) -> Tensor:
+    """As many windows, evenly spread over all the articles: a few articles in full would calibrate on a few subjects."""
+    ids = torch.tensor([token for text in texts for token in tokenizer(text, verbose=False)["input_ids"]])
+    every = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+    return every[torch.linspace(0, len(every) - 1, count).long()]
+
+
 def perplexity(model: Callable[..., Any], held_out: Tensor) -> float:
     """The exponential of the mean loss of the next token over held-out windows ``[n, 512]``."""
     total = 0.0

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from blockprune.blocks import BlockGrid, block_elements
+from blockprune.tables import Rows, Table
 from blockprune.types import BlockMask, Masks, Scores
 
 
@@ -132,32 +133,19 @@ class Row:
 
 
 @attrs.frozen(repr=False)
-class Summary:
+class Summary(Table):
     """A table of masks; prints in a terminal, renders in a notebook."""
 
     rows: tuple[Row, ...]
     total: Row
 
-    _HEAD = ("parameter", "shape", "block", "blocks", "blocks kept", "elements", "elements kept", "sparsity", "mask bytes")
+    LEFT = 3
+    TOTAL = True
 
-    def __repr__(self) -> str:
-        table = [self._HEAD, *(row.cells for row in self.rows), self.total.cells]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in table]
-        rule = "-" * len(lines[0])
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
-
-    def _repr_html_(self) -> str:
-        def row(tag: str, cells: tuple[str, ...]) -> str:
-            escaped = (cell.replace("&", "&amp;").replace("<", "&lt;") for cell in cells)
-            return (
-                "<tr>"
-                + "".join(f'<{tag} style="text-align:{"left" if i < 3 else "right"}">{c}</{tag}>' for i, c in enumerate(escaped))
-                + "</tr>"
-            )
-
-        body = "".join(row("td", r.cells) for r in self.rows)
-        return f"<table><thead>{row('th', self._HEAD)}</thead><tbody>{body}</tbody><tfoot>{row('th', self.total.cells)}</tfoot></table>"
+    def table(self) -> Rows:
+        """The cells, the head first."""
+        head = ("parameter", "shape", "block", "blocks", "blocks kept", "elements", "elements kept", "sparsity", "mask bytes")
+        return [head, *(row.cells for row in self.rows), self.total.cells]
 
 
 def summary(masks: Masks) -> Summary:

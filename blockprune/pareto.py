@@ -8,13 +8,13 @@ import attrs
 import torch
 from torch import Tensor
 
-from blockprune import tables
 from blockprune.distribute import priced
+from blockprune.tables import Rows, Table
 from blockprune.types import Scores
 
 
-@attrs.frozen
-class Pareto:
+@attrs.frozen(repr=False)
+class Pareto(Table):
     """A curve from dense to empty, one point a sparsity; prints in a terminal, renders in a notebook.
 
     Example:
@@ -54,18 +54,12 @@ class Pareto:
             raise ValueError(f"at({what}={limit}): no point is as low; the lowest {what} of the curve is {min(values):.4g}")
         return max(found) if what == "error" else min(found)
 
-    def rows(self) -> list[tuple[str, ...]]:
-        """The table's cells, the head first: a dozen points, evenly spaced."""
+    def table(self) -> Rows:
+        """The cells, the head first: a dozen points, evenly spaced."""
         last, shown = len(self.sparsities) - 1, min(12, len(self.sparsities))
         points = [round(i * last / max(1, shown - 1)) for i in range(shown)]
         body = [(f"{self.sparsities[i]:.1%}", f"{self.costs[i]:.4g}", f"{self.errors[i]:.4g}") for i in points]
         return [("sparsity", "kept cost", "predicted error"), *body]
-
-    def __repr__(self) -> str:
-        return tables.text(self.rows())
-
-    def _repr_html_(self) -> str:
-        return tables.html(self.rows())
 
     def plot(self, axis: Any = None) -> Any:
         """The predicted error against the kept cost, on a matplotlib axis (extra ``plot``), which is returned."""

@@ -7,7 +7,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from blockprune import tables
+from blockprune.tables import Rows, Table
 from blockprune.types import Data, Param
 
 TENFOLDS = 3  # dampings that are tried, each ten times the one before, before giving up
@@ -108,8 +108,8 @@ def _mean(p: Param, statistic: str, groups: int, k: int) -> Tensor:
     return mean.reshape(1, k) if groups == 1 else mean.reshape(groups, -1, k)[:, 0]
 
 
-@attrs.frozen
-class Conditioning:
+@attrs.frozen(repr=False)
+class Conditioning(Table):
     """How well each parameter's Hessian is determined; prints in a terminal, renders in a notebook.
 
     Example:
@@ -120,18 +120,13 @@ class Conditioning:
 
     rows: Mapping[str, tuple[int, int, int, float, float]]  # inputs, rank without damping, inputs always 0, condition, damping
 
-    def _cells(self) -> list[tuple[str, ...]]:
+    def table(self) -> Rows:
+        """The cells, the head first."""
         head = ("parameter", "inputs", "rank", "dead", "condition", "damping")
         return [
             head,
             *((name, str(k), str(rank), str(dead), f"{cond:.1e}", f"{damp:g}") for name, (k, rank, dead, cond, damp) in self.rows.items()),
         ]
-
-    def __repr__(self) -> str:
-        return tables.text(self._cells())
-
-    def _repr_html_(self) -> str:
-        return tables.html(self._cells())
 
 
 def conditioning(data: Data, *, damping: float = 0.01) -> Conditioning:

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from tqdm import tqdm
 
-from blockprune import tables
 from blockprune.apply import masked_parameters
 from blockprune.pipeline import Pipeline
+from blockprune.tables import Rows, Table
 
 Evaluate = Callable[[Callable[..., Any]], float | Tensor]  # (model) -> the loss, or any number that is lower when better
 
 
-@attrs.frozen
-class Sensitivity:
+@attrs.frozen(repr=False)
+class Sensitivity(Table):
     """A table of losses, one row a parameter, one column a sparsity; prints in a terminal, renders in a notebook.
 
     Example:
@@ -32,17 +32,11 @@ class Sensitivity:
     dense: float
     losses: Mapping[str, tuple[float, ...]]  # by parameter, one a sparsity
 
-    def rows(self) -> list[tuple[str, ...]]:
-        """The table's cells, the head first."""
+    def table(self) -> Rows:
+        """The cells, the head first."""
         head = ("parameter", *(f"{s:.0%}" for s in self.sparsities))
         dense = ("(dense)", *(f"{self.dense:.3f}" for _ in self.sparsities))
         return [head, dense, *((name, *(f"{loss:.3f}" for loss in losses)) for name, losses in self.losses.items())]
-
-    def __repr__(self) -> str:
-        return tables.text(self.rows())
-
-    def _repr_html_(self) -> str:
-        return tables.html(self.rows())
 
     def plot(self, axis: Any = None) -> Any:
         """A heat map of the loss above dense, on a matplotlib axis (extra ``plot``), which is returned."""

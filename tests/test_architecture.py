@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "allocate": {"blocks", "distribute", "names", "ranking", "types"},
     "reconstruct": {"blocks", "quadratic", "types"},
     "apply": {"names", "parametrization", "types"},
-    "masks": {"blocks", "types"},
+    "masks": {"blocks", "tables", "types"},
     "maskfile": {"blocks", "types"},
     "schedule": set(),
     "pipeline": {"types"},

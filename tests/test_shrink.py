@@ -447,7 +447,7 @@ def test_the_table_says_what_went_and_what_stayed() -> None:
         "2 inputs 2 8 removed",
         "4 outputs 1 3 kept: it is an output of the model",
     ]
-    assert "<td>removed</td>" in found._repr_html_()
+    assert ">removed</td>" in found._repr_html_()
 
 
 def test_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:

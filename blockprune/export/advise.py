@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from blockprune import tables
 from blockprune.blocks import BlockGrid, BlockShape
 from blockprune.export.choose import ROWS, backends
 from blockprune.export.dense import ways
 from blockprune.export.layers import BlockSparseLinear, as_matrix
 from blockprune.export.timing import medians
+from blockprune.tables import Rows, Table
 from blockprune.types import BlockMask, Masks, Scores
 
 BLOCKS: tuple[BlockShape, ...] = ((16, 1), (8, 1), (4, 4), (16, 16), (32, 32), (64, 64))
@@ -50,7 +50,7 @@ class Paying:
 
 
 @attrs.frozen(repr=False)
-class Advice:
+class Advice(Table):
     """What pays on this machine; prints in a terminal, renders in a notebook.
 
     Example:
@@ -64,8 +64,8 @@ class Advice:
     rows: tuple[Paying, ...]
     inputs: int
 
-    @property
-    def _table(self) -> list[tuple[str, ...]]:
+    def table(self) -> Rows:
+        """The cells, the head first."""
         sparsities = sorted({s for row in self.rows for s in row.speedup})
         found = [("layer", "block", *(f"{s:.0%}" for s in sparsities), "pays from")]
         for row in self.rows:
@@ -85,12 +85,6 @@ class Advice:
             else:
                 said.append(f"{_by(shape)}: no blocks pay; leave it dense.")
         return " ".join(said)
-
-    def __repr__(self) -> str:
-        return f"{tables.text(self._table)}\n{self.verdict}"
-
-    def _repr_html_(self) -> str:
-        return f"{tables.html(self._table)}<p>{self.verdict}</p>"
 
 
 def advise(
@@ -162,7 +156,7 @@ class Cost:
 
 
 @attrs.frozen(repr=False)
-class Costs:
+class Costs(Table):
     """Measured costs by parameter; prints in a terminal, renders in a notebook.
 
     Example:
@@ -183,16 +177,10 @@ class Costs:
         """What `distribute.lagrangian` and `pareto` take as ``cost``: milliseconds of an element, by parameter."""
         return {row.name: row.per_element for row in self.rows}
 
-    @property
-    def _table(self) -> list[tuple[str, ...]]:
+    def table(self) -> Rows:
+        """The cells, the head first."""
         head = ("parameter", "block", "us a block", "ms without any")
         return [head, *((r.name, _by(r.block), f"{1e3 * r.milliseconds:.3f}", f"{r.fixed:.3f}") for r in self.rows)]
-
-    def __repr__(self) -> str:
-        return tables.text(self._table)
-
-    def _repr_html_(self) -> str:
-        return tables.html(self._table)
 
 
 def cost_table(

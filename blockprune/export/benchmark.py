@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from blockprune import tables
 from blockprune.apply import apply_masks, read_masks
 from blockprune.export.block_sparse import block_sparse
 from blockprune.export.choose import backends, waited
@@ -18,6 +17,7 @@ from blockprune.export.dense import PackedLinear, dense, packed
 from blockprune.export.layers import BlockSparseLinear
 from blockprune.export.timing import medians
 from blockprune.fold import default_forward
+from blockprune.tables import Rows, Table
 from blockprune.types import BlockMask
 
 SPARSITIES = (0.5, 0.75, 0.9, 0.95)  # tried where what was asked does not pay
@@ -48,7 +48,7 @@ class Speed:
 
 
 @attrs.frozen(repr=False)
-class Comparison:
+class Comparison(Table):
     """A table of models, dense ones first, and what follows from it; prints in a terminal, renders in a notebook.
 
     Example:
@@ -62,16 +62,10 @@ class Comparison:
     rows: tuple[Speed, ...]
     verdict: str
 
-    @property
-    def _table(self) -> list[tuple[str, ...]]:
+    def table(self) -> Rows:
+        """The cells, the head first."""
         head = ("model", "dtype", "ms a call", "inputs/s", "MiB", "x dense of the type", "x best dense")
         return [head, *(row.cells for row in self.rows)]
-
-    def __repr__(self) -> str:
-        return f"{tables.text(self._table)}\n{self.verdict}"
-
-    def _repr_html_(self) -> str:
-        return f"{tables.html(self._table)}<p>{self.verdict}</p>"
 
 
 def benchmark(

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from blockprune import tables
 from blockprune.apply import finalize
 from blockprune.export import gpu
 from blockprune.export.dense import ways
@@ -20,6 +19,7 @@ from blockprune.export.product import BACKENDS
 from blockprune.export.timing import in_turn, medians
 from blockprune.fold import default_forward, undisturbed
 from blockprune.native import spmm
+from blockprune.tables import Rows, Table
 
 ROWS = 128  # inputs of a layer in one call, where none are given
 _COPIES, _CACHE = 32, 1 << 26  # copies of a layer that take turns when it is measured, and their bytes, at most
@@ -46,7 +46,7 @@ class Backend:
 
 
 @attrs.frozen(repr=False)
-class Backends:
+class Backends(Table):
     """A table of ways to multiply; prints in a terminal, renders in a notebook.
 
     Example:
@@ -58,15 +58,9 @@ class Backends:
 
     rows: tuple[Backend, ...]
 
-    @property
-    def _table(self) -> list[tuple[str, ...]]:
+    def table(self) -> Rows:
+        """The cells, the head first."""
         return [("backend", "available", "because"), *(row.cells for row in self.rows)]
-
-    def __repr__(self) -> str:
-        return tables.text(self._table)
-
-    def _repr_html_(self) -> str:
-        return tables.html(self._table)
 
 
 def backends() -> Backends:
@@ -105,7 +99,7 @@ class Choice:
 
 
 @attrs.frozen(repr=False)
-class Choices:
+class Choices(Table):
     """How every masked weight runs; prints as a table, and `block_sparse` takes it as its backend.
 
     Example:
@@ -117,15 +111,9 @@ class Choices:
 
     rows: tuple[Choice, ...]
 
-    @property
-    def _table(self) -> list[tuple[str, ...]]:
+    def table(self) -> Rows:
+        """The cells, the head first."""
         return [("parameter", "pruned", "backend", "because"), *(row.cells for row in self.rows)]
-
-    def __repr__(self) -> str:
-        return tables.text(self._table)
-
-    def _repr_html_(self) -> str:
-        return tables.html(self._table)
 
 
 def choose(

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from blockprune import tables
 from blockprune.apply import finalize, read_masks
 from blockprune.export.coupling import Coupling, Group, Part, axes, count_heads, depthwise, reads
 from blockprune.fold import default_forward, moved, undisturbed
+from blockprune.tables import Rows, Table
 
 __all__ = ["Shrunk", "Units", "shrink"]
 
@@ -43,8 +43,8 @@ class Units:
     why: str = ""
 
 
-@attrs.frozen(eq=False)
-class Shrunk:
+@attrs.frozen(eq=False, repr=False)
+class Shrunk(Table):
     """A smaller model, what was removed, and what is empty but had to stay; prints as a table.
 
     Example:
@@ -60,17 +60,11 @@ class Shrunk:
     removed: tuple[Units, ...]
     kept: tuple[Units, ...]
 
-    def rows(self) -> list[tuple[str, ...]]:
-        """The table's cells, the head first."""
+    def table(self) -> Rows:
+        """The cells, the head first."""
         found = [*((units, "removed") for units in self.removed), *((units, f"kept: {units.why}") for units in self.kept)]
         rows = [(units.layer, units.side, str(len(units.indices)), str(units.of), what) for units, what in found]
         return [("layer", "side", "units", "of", "what"), *rows]
-
-    def __repr__(self) -> str:
-        return tables.text(self.rows())
-
-    def _repr_html_(self) -> str:
-        return tables.html(self.rows())
 
 
 def shrink(model: nn.Module, example: Any, *, forward: Forward = default_forward) -> Shrunk:
