@@ -1,13 +1,15 @@
 """How the cost of `metric.obs` grows with width and block size, against its count of operations and the machine's matrix product.
 
-python benchmarks/obs.py            # minutes
-python benchmarks/obs.py --tiny     # seconds, for the test command
+python benchmarks/obs.py                                # half an hour; 576, 1,536 and 4,096 inputs
+python benchmarks/obs.py --widths 576 --threads 2       # a part of it
+python benchmarks/obs.py --tiny                         # seconds, for the test command
 
 A band of rows over k inputs in columns of N takes k^3 / 3 operations for H^-1 (the upper half, less at each step), whatever N is; the
 scores of what is left take (k / N)^2 / 2 solves of N x N with M rows.
 """
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -34,10 +36,10 @@ def product(n: int) -> float:
     return 2 * n**3 / medians({"product": lambda: a @ b}, rounds=5)["product"]
 
 
-def main(widths: tuple[int, ...], most: int, size: int) -> None:
+def main(widths: Sequence[int], most: int, size: int, threads_tried: Sequence[int]) -> None:
     print(machine(), "; compiled loop:", native.status)
     every = torch.get_num_threads()
-    for threads in sorted({1, every}):
+    for threads in threads_tried:
         torch.set_num_threads(threads)
         peak = product(size)
         print(f"\n{threads} threads; a float32 product of {size} x {size}: {peak / 1e9:.0f} billion operations a second")
@@ -67,5 +69,7 @@ def main(widths: tuple[int, ...], most: int, size: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="64 inputs")
-    tiny = parser.parse_args().tiny
-    main((64,) if tiny else WIDTHS, 2 if tiny else 8, 256 if tiny else 2048)
+    parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS)
+    parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, torch.get_num_threads()}))
+    options = parser.parse_args()
+    main((64,) if options.tiny else options.widths, 2 if options.tiny else 8, 256 if options.tiny else 2048, options.threads)
