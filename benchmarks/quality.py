@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ DAMPING = 0.2  # for repair towards the dense model; 0.01 for scores of the dens
 
 @attrs.frozen(eq=False)
 class Task:
-    """A model, what to calibrate on, a loss for gradients, and the figure that says how good it is."""
+    """A model, what to calibrate on, a loss for gradients, and the figures that say how good it is."""
 
     model: nn.Module
     linears: Callable[[bp.Where], bp.Where]  # a rule without the parameters that no output needs
@@ -46,7 +46,7 @@ class Task:
     forward: Callable[..., Any]
     loss: Callable[[Any, Any], Tensor]
     per_sample: str
-    figure: Callable[[nn.Module], float]
+    figures: Callable[[nn.Module], Sequence[float]]
     down: str  # pattern of the MLP's second projection
     axes: list[Shuffle]  # hidden axes whose units may change places
 
@@ -91,6 +91,10 @@ def smollm_task(windows: int, held_out: int, gradients: int) -> Task:
     texts = smollm.articles()
     calibration, held = smollm.spread(tokenizer, texts[:-30], windows), smollm.windows(tokenizer, texts[-30:], held_out)
 
+    def figures(model: nn.Module) -> list[float]:
+        losses = smollm.losses(model, held).double()
+        return [float(losses[:n].mean().exp()) for n in sorted({min(8, held_out), held_out})]
+
     def loss(output: Any, batch: Tensor) -> Tensor:
         return nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
 
@@ -102,7 +106,7 @@ def smollm_task(windows: int, held_out: int, gradients: int) -> Task:
         forward=lambda m, batch: m(batch),
         loss=loss,
         per_sample="vmap",
-        figure=partial(smollm.perplexity, held_out=held),
+        figures=figures,
         down="*.down_proj.weight",
         axes=smollm.axes(model),
     )
@@ -122,7 +126,7 @@ def minilm_task(texts: int) -> Task:
         forward=minilm.embed,
         loss=loss,
         per_sample="loop",
-        figure=partial(minilm.pearson, batches=judged),
+        figures=lambda model: [minilm.pearson(model, judged)],
         down="encoder.layer.*[0-9].output.dense.weight",
         axes=minilm.axes(model),
     )
@@ -180,7 +184,7 @@ def budgeted(task: Task, pattern: Pattern, sparsity: float, *, looks: int = 1, *
     """OBS weighed by output gradients; what each layer loses is ranked over the model, at most CAP of it.
 
     With more looks the model is pruned to a part of the sparsity first, and the gradients at that model share out the next part; each
-    time the weights are those of the dense model again.
+    time the weights are those of the dense model again, and a quarter of the batches does for all looks but the last.
     """
     found: Found = task.model, {}, {}
     for look in range(1, looks + 1):
@@ -192,7 +196,8 @@ def budgeted(task: Task, pattern: Pattern, sparsity: float, *, looks: int = 1, *
         known = {name: attrs.evolve(p, stats={"output_grad_gram": p.stats["output_grad_gram"]}) for name, p in data.items()}
         del data
         given = {"rank": allocate.per_layer, "budget": budget, "evidence": known, **options}
-        found = repaired(OBS, GRAM, SQUARES, task, pattern, sparsity, **given)
+        now = task if look == looks else attrs.evolve(task, batches=task.batches[::4])
+        found = repaired(OBS, GRAM, SQUARES, now, pattern, sparsity, **given)
     return found
 
 
@@ -253,18 +258,23 @@ def runs(method: str, pattern: Pattern, sparsity: float, model: str) -> bool:
     return not pattern.m or (sparsity == 0.5 and "budget" not in method)
 
 
+def shown(task: Task, model: nn.Module) -> str:
+    """The figures of a model, for the table."""
+    return " / ".join(f"{figure:,.3f}" for figure in task.figures(model))
+
+
 def main(options: argparse.Namespace) -> None:
     torch.manual_seed(SEED)
     print(machine())
     if options.model == "smollm":
         task = smollm_task(options.calibration or 16, options.held_out, options.gradients or 24)
-        print(f"SmolLM2-135M: perplexity of {options.held_out} x 512 held-out tokens, calibration {len(task.batches)} x 512", end="")
+        print(f"SmolLM2-135M: perplexity of 8 and {options.held_out} x 512 held-out tokens, calibration {len(task.batches)} x 512", end="")
     else:
         task = minilm_task(options.calibration or 128)
         print(f"all-MiniLM-L6-v2: Pearson correlation with people (Lee50), calibration {8 * len(task.batches)} texts", end="")
-    print(f", gradients of {len(task.asked)} batches; seed {SEED}; damping {DAMPING}; dense {task.figure(task.model):.3f}")
+    print(f", gradients of {len(task.asked)} batches; seed {SEED}; damping {DAMPING}; dense {shown(task, task.model)}")
     print(f"Budgets take at most {CAP:.0%} of a layer (above 20 % sparsity half of what stays)")
-    print(f"{'pattern':10}{'sparsity':>9}  {'method':30}{'figure':>12}{'pruned':>8}{'seconds':>9}{'peak MiB':>10}")
+    print(f"{'pattern':10}{'sparsity':>9}  {'method':30}{'figure':>24}{'pruned':>8}{'seconds':>9}{'peak MiB':>10}")
     for name in options.patterns:
         for sparsity in options.sparsities:
             for method in options.methods:
@@ -275,10 +285,10 @@ def main(options: argparse.Namespace) -> None:
                 model, masks, weights = METHODS[method](task, PATTERNS[name], sparsity)
                 seconds, peak = time.perf_counter() - start, peak_mib()
                 before = {key: p.detach().clone() for key, p in model.named_parameters() if key in weights}
-                figure = task.figure(bp.apply_masks(model, masks, weights))
+                figures = shown(task, bp.apply_masks(model, masks, weights))
                 bp.apply_masks(model, {}, before)
                 print(
-                    f"{name:10}{sparsity:>9.0%}  {method:30}{figure:>12,.3f}{bp.sparsity(masks):>8.1%}{seconds:>9.0f}{peak:>10,.0f}",
+                    f"{name:10}{sparsity:>9.0%}  {method:30}{figures:>24}{bp.sparsity(masks):>8.1%}{seconds:>9.0f}{peak:>10,.0f}",
                     flush=True,
                 )
 
@@ -291,5 +301,5 @@ if __name__ == "__main__":
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--calibration", type=int, help="windows of 512 tokens (SmolLM2; 16) or texts (MiniLM; 128)")
     parser.add_argument("--gradients", type=int, help="windows for gradients (SmolLM2; 24)")
-    parser.add_argument("--held-out", type=int, default=8, help="windows of 512 held-out tokens (SmolLM2)")
+    parser.add_argument("--held-out", type=int, default=40, help="windows of 512 held-out tokens (SmolLM2; 40)")
     main(parser.parse_args())

@@ -83,14 +83,15 @@ def spread(tokenizer: Any, texts: list[str], count: int) -> Tensor:
     return every[torch.linspace(0, len(every) - 1, count).long()]
 
 
-def perplexity(model: Callable[..., Any], held_out: Tensor) -> float:
-    """The exponential of the mean loss of the next token over held-out windows ``[n, 512]``."""
-    total = 0.0
+def losses(model: Callable[..., Any], held_out: Tensor) -> Tensor:
+    """The mean loss of the next token in each held-out window ``[n, 512]``: ``[n]``."""
     with torch.no_grad():
-        for window in held_out:
-            logits = model(window[None]).logits[0, :-1]
-            total += F.cross_entropy(logits.float(), window[1:]).item()
-    return float(torch.tensor(total / len(held_out)).exp())
+        return torch.stack([F.cross_entropy(model(window[None]).logits[0, :-1].float(), window[1:]) for window in held_out])
+
+
+def perplexity(model: Callable[..., Any], held_out: Tensor) -> float:
+    """The exponential of the mean loss over held-out windows ``[n, 512]``."""
+    return float(losses(model, held_out).double().mean().exp())
 
 
 def axes(model: nn.Module) -> list[Shuffle]:

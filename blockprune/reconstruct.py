@@ -28,7 +28,7 @@ def least_squares(data: Data, masks: Masks, *, damping: float = 0.01, memory: in
 
     ``H = X^T X / n + damping * mean diagonal``; damping draws weights to what they were. With the statistics ``input_mean`` and ``bias``
     too, inputs count from their mean and the bias absorbs it. (The closed form behind Optimal Brain Surgeon, Hassibi & Stork 1992,
-    for many weights at once.)
+    for many weights at once; where few are pruned, from those: ``W - W_P ([H^-1]_PP)^-1 [H^-1]_P:``, the same weights.)
 
     Args:
         data: with the statistic ``input_gram``.
@@ -64,43 +64,54 @@ def least_squares(data: Data, masks: Masks, *, damping: float = 0.01, memory: in
 
 def _least_squares(name: str, p: Param, mask: BlockMask, damping: float, memory: int) -> dict[str, Tensor]:
     q = quadratic(name, p, damping=damping)
-    groups, rows, k = q.rows.shape
+    _, rows, k = q.rows.shape
     height = math.gcd(mask.grid.block[0], rows)  # rows that share a mask, and a Hessian
     keep = expand(mask.keep.to(p.weight.device), mask.grid).reshape(-1, height, k)[:, 0]  # [bands, k]
-    goal = q.goal.reshape(-1, height, k)
-    solved = torch.zeros_like(goal)
-    group = torch.arange(groups, device=keep.device).repeat_interleave(rows // height)
-    counts = keep.sum(1)
-    pending = counts.argsort(stable=True)  # systems of like size together
-    if not q.moved:
-        whole = pending[counts[pending] == k]
-        solved[whole] = q.rows.reshape(-1, height, k)[whole]  # nothing is missing: the weight to the bit
-        pending = pending[counts[pending] < k]
-    pending = pending[counts[pending] > 0]
-    while len(pending):
-        most = int(counts[pending[-1]])
-        first = max(0, len(pending) - max(1, memory // (2 * q.hessian.itemsize * most * most)))
-        chunk, pending = pending[first:], pending[:first]
-        solved[chunk] = _solve(q.hessian, group[chunk], keep[chunk], goal[chunk], most)
-    weight = solved.reshape(p.weight.shape)
+    kept, gone = keep.sum(1).double(), (~keep).sum(1).double()
+    if 2 * gone.pow(3).sum() < kept.pow(3).sum():  # from what is gone, the smaller systems: in float64 twice as long a flop
+        inverse = q.inverse
+        best = q.goal.double() @ inverse if q.moved else q.rows.double()
+        excess = _solve_all(inverse, ~keep, best.reshape(-1, height, k), memory)  # best_P ([H^-1]_PP)^-1
+        weight = best - excess.reshape(best.shape) @ inverse
+        weight = torch.where(keep[:, None], weight.reshape(-1, height, k), 0)
+    else:
+        weight = _solve_all(q.hessian, keep, q.goal.reshape(-1, height, k), memory)
+        if not q.moved:
+            weight[kept == k] = q.rows.reshape(-1, height, k)[kept == k]  # nothing is missing: the weight to the bit
+    weight = weight.reshape(p.weight.shape)
     found = {name: weight.to(p.weight.dtype)}
     if q.means:
         wanted, given = q.means
-        shift = (wanted - (weight.reshape(q.rows.shape) @ given[:, :, None])[:, :, 0]).flatten()
+        shift = (wanted - (weight.to(given).reshape(q.rows.shape) @ given[:, :, None])[:, :, 0]).flatten()
         found[_bias_of(name)] = (p.stats["bias"].to(shift) + shift).to(p.stats["bias"].dtype)
     return found
 
 
-def _solve(hessian: Tensor, group: Tensor, keep: Tensor, goal: Tensor, most: int) -> Tensor:
-    """``goal_S (H_SS)^-1`` of some bands ``[b, height, k]``, each with its own S of at most ``most`` inputs."""
-    order = keep.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]  # [b, s] S, filled up with pruned inputs
-    inside = keep.gather(1, order)
-    system = hessian[group[:, None, None], order[:, :, None], order[:, None, :]]  # [b, s, s]
+def _solve_all(matrix: Tensor, chosen: Tensor, goal: Tensor, memory: int) -> Tensor:
+    """``goal_S (A_SS)^-1`` of each band ``[bands, height, k]``, S its chosen inputs ``[bands, k]``; zero elsewhere."""
+    solved = torch.zeros_like(goal)
+    group = torch.arange(len(matrix), device=chosen.device).repeat_interleave(len(chosen) // len(matrix))
+    counts = chosen.sum(1)
+    pending = counts.argsort(stable=True)  # systems of like size together
+    pending = pending[counts[pending] > 0]
+    while len(pending):
+        most = int(counts[pending[-1]])
+        first = max(0, len(pending) - max(1, memory // (2 * matrix.itemsize * most * most)))
+        chunk, pending = pending[first:], pending[:first]
+        solved[chunk] = _solve(matrix, group[chunk], chosen[chunk], goal[chunk], most)
+    return solved
+
+
+def _solve(matrix: Tensor, group: Tensor, chosen: Tensor, goal: Tensor, most: int) -> Tensor:
+    """The same of some bands, whose S have at most ``most`` inputs."""
+    order = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]  # [b, s] S, filled up with others
+    inside = chosen.gather(1, order)
+    system = matrix[group[:, None, None], order[:, :, None], order[:, None, :]]  # [b, s, s]
     system = torch.where(inside[:, :, None] & inside[:, None, :], system, 0)
     system.diagonal(dim1=1, dim2=2)[~inside] = 1
     wanted = goal.gather(2, order[:, None].expand(-1, goal.shape[1], -1)) * inside[:, None]
     factor, info = torch.linalg.cholesky_ex(system)
-    if info.any():  # H passed in this precision and its submatrices are better conditioned: rounding only
+    if info.any():  # A is definite in this precision and its submatrices are better conditioned: rounding only
         factor = torch.linalg.cholesky(system.double()).to(system.dtype)
     values = torch.cholesky_solve(wanted.mT, factor).mT
     return torch.zeros_like(goal).scatter_(2, order[:, None].expand(-1, goal.shape[1], -1), values)
