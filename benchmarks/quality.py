@@ -216,7 +216,7 @@ PEER = Path(__file__).parents[1] / ".peers" / "llmcompressor" / "bin" / "python"
 def llmcompressor(method: str, task: Task, pattern: Pattern, sparsity: float) -> Found:
     """llm-compressor on the same tokens, in an environment of its own (`make peers`): 2:4 or single weights at 50 %."""
     with tempfile.TemporaryDirectory() as folder:
-        smollm.save(task.model, folder)
+        smollm.save(task.model, smollm.load()[1], folder)
         tokens, out = f"{folder}/tokens.safetensors", f"{folder}/out.safetensors"
         save_file({"tokens": torch.cat(task.batches)}, tokens)
         script = Path(__file__).parent / "peers" / "llmcompressor_quality.py"

@@ -42,12 +42,13 @@ def load() -> tuple[nn.Module, Any]:
     return model.eval(), tokenizer
 
 
-def save(model: Any, folder: str) -> None:
-    """As a folder that `from_pretrained` reads; the loader's note that it was quantised once would forbid it."""
+def save(model: Any, tokenizer: Any, folder: str) -> None:
+    """Both, as a folder that `from_pretrained` reads; the loader's note that it was quantised once would forbid it."""
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def articles() -> list[str]:
