@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blockprune.permute import Shuffle
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 LONGEST = 256  # tokens, as the model was published
 
@@ -94,16 +92,3 @@ def other_halves(
 
     asked = {**first, "answer": torch.arange(count)}
     return [{key: value[i : i + size] for key, value in asked.items()} for i in range(0, count, size)], loss
-
-
-def axes(model: nn.Module) -> list[Shuffle]:
-    """The hidden axes of a BERT: each MLP's units, each head's value channels."""
-    config, found = model.config, []
-    for i in range(config.num_hidden_layers):
-        at = f"encoder.layer.{i}"
-        up, down = f"{at}.intermediate.dense", f"{at}.output.dense.weight"
-        found.append(Shuffle(torch.arange(config.intermediate_size), rows=[f"{up}.weight", f"{up}.bias"], columns=[down]))
-        value, out = f"{at}.attention.self.value", f"{at}.attention.output.dense.weight"
-        channels, heads = torch.arange(config.hidden_size), config.num_attention_heads
-        found.append(Shuffle(channels, rows=[f"{value}.weight", f"{value}.bias"], columns=[out], within=heads))
-    return found

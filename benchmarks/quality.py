@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 import blockprune as bp
 from blockprune import allocate, collect, distribute, metric, reconstruct, statistics
-from blockprune.permute import Shuffle
 
 SEED = 0
 CAP = 0.6  # no layer loses more under a budget
@@ -48,7 +47,7 @@ class Task:
     per_sample: str
     figures: Callable[[nn.Module], Sequence[float]]
     down: str  # pattern of the MLP's second projection
-    axes: list[Shuffle]  # hidden axes whose units may change places
+    few: Any  # a small batch, to find the hidden axes with
 
 
 @attrs.frozen
@@ -108,7 +107,7 @@ def smollm_task(windows: int, held_out: int, gradients: int) -> Task:
         per_sample="vmap",
         figures=figures,
         down="*.down_proj.weight",
-        axes=smollm.axes(model),
+        few=calibration[:1, :8],
     )
 
 
@@ -128,7 +127,7 @@ def minilm_task(texts: int) -> Task:
         per_sample="loop",
         figures=lambda model: [minilm.pearson(model, judged)],
         down="encoder.layer.*[0-9].output.dense.weight",
-        axes=minilm.axes(model),
+        few=minilm.tokens(tokenizer, documents[:2], longest=16),
     )
 
 
@@ -205,7 +204,8 @@ def clustered(task: Task, pattern: Pattern, sparsity: float, **options: Any) -> 
     """`budgeted` after hidden units that matter in the same places were brought into the same blocks."""
     data = evidence(task, task.model, task.linears(bp.linears((1, 1))), [statistics.input_gram, statistics.output_grad_sq])
     block = tuple(64 if side == -1 else side for side in pattern.block)
-    plan = bp.cluster(metric.obs(data, max_sparsity=0, progress=False), task.axes, block=block, sparsity=sparsity, progress=False)
+    axes = bp.find_axes(task.model, task.few, forward=task.forward, progress=False)
+    plan = bp.cluster(metric.obs(data, max_sparsity=0, progress=False), axes, block=block, sparsity=sparsity, progress=False)
     del data
     return budgeted(attrs.evolve(task, model=bp.permute(task.model, plan)), pattern, sparsity, **options)
 

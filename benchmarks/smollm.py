@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blockprune.permute import Shuffle
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ARTICLES = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 WINDOW = 512
@@ -93,31 +91,3 @@ def losses(model: Callable[..., Any], held_out: Tensor) -> Tensor:
 def perplexity(model: Callable[..., Any], held_out: Tensor) -> float:
     """The exponential of the mean loss over held-out windows ``[n, 512]``."""
     return float(losses(model, held_out).double().mean().exp())
-
-
-def axes(model: nn.Module) -> list[Shuffle]:
-    """The hidden axes of a Llama: the residual stream, each MLP's units, each value head's channels (which some query heads share)."""
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    config: Any = model.config
-    writers = ("o_proj.weight", "down_proj.weight", "norm.weight")
-    readers = (
-        "q_proj.weight",
-        "k_proj.weight",
-        "v_proj.weight",
-        "gate_proj.weight",
-        "up_proj.weight",
-        "embed_tokens.weight",
-        "lm_head.weight",
-    )
-    stream = [name for name in names if name.endswith(writers)], [name for name in names if name.endswith(readers)]
-    found = [Shuffle(torch.arange(config.hidden_size), rows=stream[0], columns=stream[1])]
-    units, values = torch.arange(config.intermediate_size), torch.arange(config.num_key_value_heads * config.head_dim)
-    shared = config.num_attention_heads // config.num_key_value_heads
-    for i in range(config.num_hidden_layers):
-        at = f"model.layers.{i}"
-        found.append(
-            Shuffle(units, rows=[f"{at}.mlp.gate_proj.weight", f"{at}.mlp.up_proj.weight"], columns=[f"{at}.mlp.down_proj.weight"])
-        )
-        v, o = f"{at}.self_attn.v_proj.weight", f"{at}.self_attn.o_proj.weight"
-        found.append(Shuffle(values, rows=[v], columns=[o], within=config.num_key_value_heads, copies={o: shared}))
-    return found

@@ -7,6 +7,7 @@ See ARCHITECTURE.md for which file holds which idea.
 
 from blockprune import allocate, collect, distribute, distributed, export, metric, reconstruct, schedule, statistics
 from blockprune.apply import apply_masks, finalize, masked_parameters, read_masks
+from blockprune.axes import find_axes
 from blockprune.blocks import BlockGrid, block_elements, expand, pool
 from blockprune.blockwise import blockwise
 from blockprune.cluster import cluster
@@ -56,6 +57,7 @@ __all__ = [
     "expand",
     "export",
     "finalize",
+    "find_axes",
     "first_of",
     "intersect",
     "linears",

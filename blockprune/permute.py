@@ -38,6 +38,10 @@ def _names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _counts(copies: Mapping[str, int]) -> dict[str, int]:
+    return dict(copies)
+
+
 @attrs.frozen(unsafe_hash=False)
 class Shuffle:
     """One order for the units of a hidden axis, and all the tensors that have it: unit ``i`` becomes what unit ``order[i]`` was.
@@ -66,7 +70,7 @@ class Shuffle:
     rows: tuple[str, ...] = attrs.field(default=(), converter=_names, kw_only=True)
     columns: tuple[str, ...] = attrs.field(default=(), converter=_names, kw_only=True)
     within: int = attrs.field(default=1, kw_only=True)
-    copies: Mapping[str, int] = attrs.field(factory=dict, converter=dict, kw_only=True)
+    copies: Mapping[str, int] = attrs.field(factory=dict, converter=_counts, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         units = len(self.order)

@@ -67,6 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "pareto": {"distribute", "tables", "types"},
     "permute": {"blocks", "names", "types"},
+    "axes": {"apply", "fold", "gates", "layerwise", "permute"},
     "cluster": {"blocks", "names", "permute", "types"},
     "export": {"apply", "blocks", "fold", "masks", "names", "native", "storage", "tables", "types"},
 }

@@ -1,0 +1,207 @@
+"""Hidden axes: those that are found can be shuffled at will, the known ones are found, and nothing is left behind in the model."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import blockprune as bp
+from blockprune.permute import Shuffle
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def shape(shuffle: Shuffle) -> tuple[Any, ...]:
+    return len(shuffle.order), set(shuffle.rows), set(shuffle.columns), shuffle.within, dict(shuffle.copies)
+
+
+def swapped(shuffle: Shuffle, i: int, j: int) -> Shuffle:
+    order = shuffle.order.clone()
+    order[[i, j]] = order[[j, i]]
+    return attrs.evolve(shuffle, order=order)
+
+
+BETWEEN: dict[str, Callable[[int], nn.Module]] = {
+    "ReLU": lambda n: nn.ReLU(),
+    "GELU": lambda n: nn.GELU(),
+    "dropout": lambda n: nn.Dropout(0.5),
+    "batch norm": nn.BatchNorm1d,
+    "layer norm": nn.LayerNorm,
+    "PReLU": nn.PReLU,
+    "softmax": lambda n: nn.Softmax(-1),
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(2, 7), st.sampled_from(sorted(BETWEEN))), min_size=1, max_size=3), st.booleans())
+def test_every_hidden_axis_of_a_chain_is_found_and_any_two_units_of_it_may_change_places(gaps: list[tuple[int, str]], bias: bool) -> None:
+    torch.manual_seed(0)
+    widths = [3, *(n for n, _ in gaps), 2]
+    layers: list[nn.Module] = []
+    for (a, b), (n, kind) in zip(itertools.pairwise(widths[:-1]), gaps, strict=True):
+        layers += [nn.Linear(a, b, bias=bias), BETWEEN[kind](n)]
+    model, x = nn.Sequential(*layers, nn.Linear(*widths[-2:])).eval(), torch.randn(4, 3)
+    found = bp.find_axes(model, x)
+    expected = [{f"{i}.weight" for i in (at, at + 2)} for at in range(0, 2 * len(gaps), 2)]
+    assert sorted(len(s.order) for s in found) == sorted(n for n, _ in gaps)
+    assert [
+        {n for n in (*s.rows, *s.columns) if n.endswith("weight") and int(n[0]) % 2 == 0} for s in sorted(found, key=lambda s: s.rows)
+    ] == expected
+    for shuffle in found:
+        for i, j in itertools.combinations(range(len(shuffle.order)), 2):  # one swap after the other makes every order
+            torch.testing.assert_close(bp.permute(model, [swapped(shuffle, i, j)])(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+class Residual(nn.Module):
+    """A convolutional network with a stream of channels, flattened at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.one, self.inside, self.two = nn.Conv2d(4, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1)
+        self.head = nn.Linear(4 * 9, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        x = x + self.two(F.relu(self.inside(self.one(x))))
+        return self.head(x.flatten(1))
+
+
+def test_channels_between_convolutions_with_their_norms_and_the_stream_behind_flatten() -> None:
+    model = Residual().eval()
+    norm = {f"norm.{x}" for x in ("weight", "bias", "running_mean", "running_var")}
+    inside = {f"inside.{x}" for x in ("weight", "bias", "running_mean", "running_var")}
+    found = bp.find_axes(model, torch.randn(2, 2, 3, 3))
+    assert [shape(s) for s in found] == [
+        (4, {"stem.weight", "stem.bias", "two.weight", "two.bias", *norm}, {"one.weight", "head.weight"}, 1, {}),
+        (6, {"one.weight", *inside}, {"two.weight"}, 1, {}),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of transformers and what it imports
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("kv", "tied"), [(4, True), (2, True), (1, False)])
+def test_a_llama_with_shared_values(kv: int, tied: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 31, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=kv, initializer_range=0.3, tie_word_embeddings=tied)
+    model = transformers.LlamaForCausalLM(config).eval()
+    stream, *found = bp.find_axes(model, torch.randint(31, (1, 5)))
+    places = [f"model.layers.{i}" for i in range(2)]
+    norms = [f"{at}.{norm}_layernorm.weight" for at in places for norm in ("input", "post_attention")]
+    writers = [f"{at}.{name}.weight" for at in places for name in ("self_attn.o_proj", "mlp.down_proj")]
+    readers = [f"{at}.self_attn.{x}_proj.weight" for at in places for x in "qkv"] + [
+        f"{at}.mlp.{x}_proj.weight" for at in places for x in ("gate", "up")
+    ]
+    ends = {"model.embed_tokens.weight", "lm_head.weight"}
+    assert shape(stream) == (32, {*writers, *norms, "model.norm.weight"}, {*readers, *ends}, 1, {})
+    values = [
+        (8 * kv, {f"{at}.self_attn.v_proj.weight"}, {out := f"{at}.self_attn.o_proj.weight"}, kv, {out: 4 // kv} if kv < 4 else {})
+        for at in places
+    ]
+    units = [(48, {f"{at}.mlp.gate_proj.weight", f"{at}.mlp.up_proj.weight"}, {f"{at}.mlp.down_proj.weight"}, 1, {}) for at in places]
+    got = [shape(s) for s in found]
+    assert len(got) == 4
+    assert all(want in got for want in values + units)
+
+
+class Scaled(nn.Module):
+    """A hidden axis that a bare parameter knows, and one that nothing else does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.scale = nn.Parameter(torch.rand(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.relu(self.b(torch.relu(self.a(x) * self.scale))))
+
+
+def test_an_axis_that_something_unseen_knows_does_not_stand_the_proof() -> None:
+    assert [shape(s) for s in bp.find_axes(Scaled(), torch.randn(4, 3))] == [(6, {"b.weight", "b.bias"}, {"c.weight"}, 1, {})]
+
+
+def test_an_attention_in_one_piece_leaves_the_layers_around_it() -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), nn.Linear(8, 3))
+    found = [shape(s) for s in bp.find_axes(model, torch.randn(2, 5, 8))]
+    assert found == [(12, {"0.linear1.weight", "0.linear1.bias"}, {"0.linear2.weight"}, 1, {})]
+
+
+class Routed(nn.Module):
+    """Each input goes to one of two experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.route = nn.Linear(3, 8), nn.Linear(8, 2)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 4)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.inner(x))
+        chosen = self.route(x).argmax(1)
+        return torch.cat([expert(x[chosen == i]) for i, expert in enumerate(self.experts)])
+
+
+def test_experts_that_see_other_inputs_when_something_changes() -> None:
+    torch.manual_seed(2)
+    model, x = Routed().eval(), torch.randn(16, 3)
+    found = bp.find_axes(model, x)
+    units = [(5, {f"experts.{i}.0.weight", f"experts.{i}.0.bias"}, {f"experts.{i}.2.weight"}, 1, {}) for i in range(2)]
+    assert all(want in [shape(s) for s in found] for want in units)
+    moved = bp.permute(model, [attrs.evolve(s, order=s.order.flip(0)) for s in found])
+    torch.testing.assert_close(moved(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+def test_the_model_and_the_random_numbers_stay_as_they_are() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(), nn.Linear(6, 2)).train()
+    before, state = {name: t.clone() for name, t in model.state_dict().items()}, torch.get_rng_state()
+    bp.find_axes(model, torch.randn(4, 4, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(module.training and "forward" not in vars(module) and not module._forward_hooks for module in model.modules())
+
+
+def test_a_model_without_hidden_units_has_no_axes() -> None:
+    assert bp.find_axes(nn.Linear(3, 2), torch.randn(4, 3)) == []
+    assert bp.find_axes(nn.ReLU(), torch.randn(4, 3)) == []
+
+
+def test_half_precision_where_float64_cannot_run() -> None:
+    class Own(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.float())  # so only float32 runs
+
+    model = Own(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    assert len(bp.find_axes(model, torch.randn(4, 4))) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "says"),
+    [
+        (
+            bp.apply_masks(nn.Linear(2, 2), {"weight": bp.BlockMask(torch.ones(1, 1).bool(), bp.BlockGrid((2, 2), (2, 2)))}),
+            torch.ones(1, 2),
+            ["masked", "finalize"],
+        ),
+        (nn.Linear(3, 2), torch.ones(1, 4), ["cannot run the example", "forward"]),
+    ],
+)
+def test_errors_say_what_to_do(model: nn.Module, example: Tensor, says: list[str]) -> None:
+    with pytest.raises(ValueError, match=says[0]) as caught:
+        bp.find_axes(model, example)
+    assert all(part in str(caught.value) for part in says)
+
+
+def test_outputs_without_tensors() -> None:
+    with pytest.raises(ValueError, match="no tensors to compare"):
+        bp.find_axes(nn.Linear(3, 2), torch.ones(1, 3), forward=lambda model, x: model(x).tolist())
