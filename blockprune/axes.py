@@ -37,6 +37,9 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
     units, while all others give what they gave: where other layers see those units and no others, the axis is theirs as well. Last,
     units change places at random: an axis stays if the outputs do, to 1e-5 of the largest.
 
+    Not found are axes that a bare parameter knows too (a learned position, a scale) and projections in one piece (queries, keys and values
+    in one Linear).
+
     Args:
         model: without masks; it stays as it is (a copy in float64 is looked at).
         example: one small batch: two tokens are enough, every layer is run several times.
@@ -133,16 +136,15 @@ class _Watch:
         given: dict[str, list[Tensor]] = {}
         seen: dict[str, list[Tensor]] = {}
 
-        def look(module: nn.Module, args: Any, output: Any, *, name: str) -> None:
-            if args and isinstance(args[0], Tensor):
-                seen.setdefault(name, []).append(args[0].clone())
+        def look(module: nn.Module, args: Any, kwargs: Any, output: Any, *, name: str) -> None:
+            _note(seen, name, args, kwargs)
             if _mixes(module):
                 given.setdefault(name, []).append(output.clone())
 
         watched = {name: m for name, m in model.named_modules() if _mixes(m)} | beside
         with contextlib.ExitStack() as stack:
             for name, module in watched.items():
-                stack.callback(module.register_forward_hook(partial(look, name=name)).remove)
+                stack.callback(module.register_forward_hook(partial(look, name=name), with_kwargs=True).remove)
             outputs = run(model)
         return cls(watched, run, model, given, seen, outputs)
 
@@ -151,25 +153,24 @@ class _Watch:
         calls: dict[str, Iterator[Tensor]] = {}
         seen: dict[str, list[Tensor]] = {}
 
-        def cut(x: Tensor, *_: Any, at: str) -> Tensor:
-            seen.setdefault(at, []).append(x.clone())
+        def cut(at: str, /, *args: Any, **kwargs: Any) -> Tensor:
+            _note(seen, at, args, kwargs)
             y = next(calls.setdefault(at, iter(self.given[at])))
             if at != name:
                 return y.clone()
             axis = _channels(self.modules[at], y)
             return y + (1 + y.abs().max()) * units.to(y).view([-1 if i == axis else 1 for i in range(y.ndim)])
 
-        def note(module: nn.Module, args: Any, *, at: str) -> None:
-            if args and isinstance(args[0], Tensor):
-                seen.setdefault(at, []).append(args[0].clone())
+        def note(module: nn.Module, args: Any, kwargs: Any, *, at: str) -> None:
+            _note(seen, at, args, kwargs)
 
         with contextlib.ExitStack() as stack:
             for at, module in self.modules.items():
                 if at in self.given:
-                    module.forward = partial(cut, at=at)
+                    module.forward = partial(cut, at)
                     stack.callback(delattr, module, "forward")
                 else:
-                    stack.callback(module.register_forward_pre_hook(partial(note, at=at)).remove)
+                    stack.callback(module.register_forward_pre_hook(partial(note, at=at), with_kwargs=True).remove)
             try:
                 outputs = self.run(self.model)
             except Exception:  # other experts, say, than those whose outputs are known
@@ -210,6 +211,12 @@ class _Watch:
         look = self.changed(name, torch.arange(self.units(name)) == 0)
         size = int(look[at].sum()) if look else 0
         return size if look and size and look[at][:size].all() and len(look[at]) % size == 0 else 0
+
+
+def _note(seen: dict[str, list[Tensor]], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+    if x is not None:
+        seen.setdefault(name, []).append(x.clone())
 
 
 @attrs.frozen

@@ -138,6 +138,30 @@ def test_an_attention_in_one_piece_leaves_the_layers_around_it() -> None:
     assert found == [(12, {"0.linear1.weight", "0.linear1.bias"}, {"0.linear2.weight"}, 1, {})]
 
 
+class Positions(nn.Embedding):
+    """Called its own way, as some models' embeddings are."""
+
+    def forward(self, ids: Tensor, *, shift: int) -> Tensor:
+        return super().forward(ids + shift)
+
+
+class Placed(nn.Module):
+    """Words and their places, an MLP called by keywords, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(7, 6), Positions(9, 6)
+        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(input=self.norm(self.words(ids) + self.places(torch.arange(ids.shape[1]), shift=2)))
+
+
+def test_layers_that_are_called_in_their_own_way() -> None:
+    found = bp.find_axes(Placed(), torch.randint(7, (2, 4)))
+    assert [shape(s) for s in found] == [(6, {"norm.weight", "norm.bias"}, {"words.weight", "places.weight", "head.weight"}, 1, {})]
+
+
 class Routed(nn.Module):
     """Each input goes to one of two experts."""
 
