@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/python benchmarks/demo.py
 
 test: $(READY) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # The GPU's kernel, on a GPU or interpreted on the CPU: minutes, and Triton takes 640 MB.
 test-gpu: $(READY)
