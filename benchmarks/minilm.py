@@ -77,6 +77,12 @@ def pearson(model: Callable[..., Any], batches: list[dict[str, Tensor]]) -> floa
     return float(torch.stack([(found @ found.mT)[upper], judgements()[upper]]).corrcoef()[0, 1])
 
 
+def likeness(model: Callable[..., Any], batches: list[dict[str, Tensor]], wanted: Tensor) -> float:
+    """The mean cosine of a model's embeddings with those of another one, ``[texts, 384]``."""
+    with torch.no_grad():
+        return float((torch.cat([embed(model, batch) for batch in batches]) * wanted).sum(1).mean())
+
+
 def other_halves(
     model: nn.Module, tokenizer: Any, count: int, size: int = 8
 ) -> tuple[list[dict[str, Tensor]], Callable[[Tensor, Any], Tensor]]:

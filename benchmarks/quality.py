@@ -117,6 +117,8 @@ def minilm_task(texts: int) -> Task:
     documents, background = minilm.documents(), minilm.background()[:texts]
     judged = [minilm.tokens(tokenizer, documents[i : i + 10]) for i in range(0, 50, 10)]
     asked, loss = minilm.other_halves(model, tokenizer, min(texts, 128))
+    with torch.no_grad():
+        dense = torch.cat([minilm.embed(model, batch) for batch in judged])
     return Task(
         model=model,
         linears=partial(bp.excluding, pattern="pooler.*"),
@@ -125,7 +127,7 @@ def minilm_task(texts: int) -> Task:
         forward=minilm.embed,
         loss=loss,
         per_sample="loop",
-        figures=lambda model: [minilm.pearson(model, judged)],
+        figures=lambda model: [minilm.pearson(model, judged), minilm.likeness(model, judged, dense)],
         down="encoder.layer.*[0-9].output.dense.weight",
         few=minilm.tokens(tokenizer, documents[:2], longest=16),
     )
@@ -271,7 +273,10 @@ def main(options: argparse.Namespace) -> None:
         print(f"SmolLM2-135M: perplexity of 8 and {options.held_out} x 512 held-out tokens, calibration {len(task.batches)} x 512", end="")
     else:
         task = minilm_task(options.calibration or 128)
-        print(f"all-MiniLM-L6-v2: Pearson correlation with people (Lee50), calibration {8 * len(task.batches)} texts", end="")
+        print(
+            f"all-MiniLM-L6-v2: Pearson correlation with people (Lee50) / cosine with the dense embeddings, calibration {8 * len(task.batches)} texts",
+            end="",
+        )
     print(f", gradients of {len(task.asked)} batches; seed {SEED}; damping {DAMPING}; dense {shown(task, task.model)}")
     print(f"Budgets take at most {CAP:.0%} of a layer (above 20 % sparsity half of what stays)")
     print(f"{'pattern':10}{'sparsity':>9}  {'method':30}{'figure':>24}{'pruned':>8}{'seconds':>9}{'peak MiB':>10}")
