@@ -273,10 +273,8 @@ def main(options: argparse.Namespace) -> None:
         print(f"SmolLM2-135M: perplexity of 8 and {options.held_out} x 512 held-out tokens, calibration {len(task.batches)} x 512", end="")
     else:
         task = minilm_task(options.calibration or 128)
-        print(
-            f"all-MiniLM-L6-v2: Pearson correlation with people (Lee50) / cosine with the dense embeddings, calibration {8 * len(task.batches)} texts",
-            end="",
-        )
+        print("all-MiniLM-L6-v2: correlation with people (Lee50) / cosine with the dense embeddings, ", end="")
+        print(f"calibration {8 * len(task.batches)} texts", end="")
     print(f", gradients of {len(task.asked)} batches; seed {SEED}; damping {DAMPING}; dense {shown(task, task.model)}")
     print(f"Budgets take at most {CAP:.0%} of a layer (above 20 % sparsity half of what stays)")
     print(f"{'pattern':10}{'sparsity':>9}  {'method':30}{'figure':>24}{'pruned':>8}{'seconds':>9}{'peak MiB':>10}")
