@@ -60,9 +60,9 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
     """
     if read_masks(model):
         raise ValueError("the model is masked; units change places before masking: bp.finalize(model)")
-    work, run = _wide(model, example, forward)
     with torch.random.fork_rng([]), torch.no_grad():
         torch.manual_seed(SEED)
+        work, run = _wide(model, example, forward)
         watch = _Watch.of(work, run)
         found = [_shuffle(watch, part) for part in _parts(watch, progress)]
         return _proved(work, run, [shuffle for shuffle in found if shuffle is not None])
@@ -87,13 +87,12 @@ def _wide(model: nn.Module, example: Any, forward: Forward) -> tuple[nn.Module, 
 
     plain = copy.deepcopy(model).eval()
     try:
-        with torch.no_grad():
-            outputs = run(plain)
+        outputs = run(plain)
     except Exception as error:
         raise ValueError(f"the model cannot run the example: {error}; give what `forward` takes, by default model(example)") from error
     if not outputs:
         raise ValueError("the model's output on the example has no tensors to compare; pass a forward= that returns some")
-    with contextlib.suppress(Exception), torch.no_grad():  # a model that makes tensors of its own dtype, a device without float64
+    with contextlib.suppress(Exception):  # a model that makes tensors of its own dtype, a device without float64
         wide = copy.deepcopy(plain).double()
         run(wide)
         return wide, run
