@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/python benchmarks/demo.py
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # two processes of one thread each: threads of many would wait for each other
 
 # The GPU's kernel, on a GPU or interpreted on the CPU: minutes, and Triton takes 640 MB.
 test-gpu: $(READY)
