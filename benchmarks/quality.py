@@ -171,6 +171,7 @@ def repaired(  # noqa: PLR0917 (the first three are bound)
 GRAM = [statistics.input_gram]
 OBS = partial(metric.obs, damping=DAMPING, progress=False)
 SQUARES = partial(reconstruct.least_squares, damping=DAMPING, progress=False)
+TUNE = partial(bp.blockwise, lr=1e-3, epochs=4)
 
 
 def sparsegpt(task: Task, pattern: Pattern, sparsity: float) -> Found:
@@ -196,8 +197,8 @@ def budgeted(task: Task, pattern: Pattern, sparsity: float, *, looks: int = 1, *
         budget = distribute.loss_weighted(metric.obs(data, progress=False), share, max_sparsity=max(CAP, (1 + share) / 2))
         known = {name: attrs.evolve(p, stats={"output_grad_gram": p.stats["output_grad_gram"]}) for name, p in data.items()}
         del data
-        given = {"rank": allocate.per_layer, "budget": budget, "evidence": known, **options}
-        now = task if look == looks else attrs.evolve(task, batches=task.batches[::4])
+        given = {"rank": allocate.per_layer, "budget": budget, "evidence": known}
+        now, given = (task, given | options) if look == looks else (attrs.evolve(task, batches=task.batches[::4]), given)
         found = repaired(OBS, GRAM, SQUARES, now, pattern, sparsity, **given)
     return found
 
@@ -239,7 +240,8 @@ METHODS: dict[str, Callable[[Task, Pattern, float], Found]] = {
     "OBS + budget": budgeted,
     "OBS + budget + cluster": clustered,
     "OBS + 2 budgets + cluster": partial(clustered, looks=2),
-    "OBS + budget + cluster + tune": partial(clustered, tune=bp.blockwise),
+    "OBS + budget + cluster + tune": partial(clustered, tune=TUNE),
+    "OBS + 2 budgets + cluster + tune": partial(clustered, looks=2, tune=TUNE),
     "llm-compressor Wanda": partial(llmcompressor, "wanda"),
     "llm-compressor SparseGPT": partial(llmcompressor, "sparsegpt"),
 }
