@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import dataclasses
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -23,7 +25,7 @@ from blockprune.permute import Shuffle, permute
 __all__ = ["find_axes"]
 
 SEED = 0
-CLOSE = 1e-5  # of the largest output: rounding where a model computes in float32 whatever it is given
+CLOSE = 1e-5  # of an output, or of the median one: rounding where a model computes in float32 whatever it is given
 
 Seen = Mapping[str, Sequence[Tensor]]  # what each module was given, call by call
 Units = Mapping[str, Tensor]  # which inputs of each module changed: [inputs] bool
@@ -35,14 +37,15 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
     Found are units of MLPs (gated or not), channels of value heads (shared ones too), channels between convolutions, and a residual
     stream that ends in a layer, not in the output. A Linear, convolution or embedding is made to give something else for some of its
     units, while all others give what they gave: where other layers see those units and no others, the axis is theirs as well. Last,
-    units change places at random: an axis stays if the outputs do, to 1e-5 of the largest.
+    all units change places at random: an axis stays if the outputs do, each to 1e-5 of itself or of the median one.
 
     Not found are axes that a bare parameter knows too (a learned position, a scale) and projections in one piece (queries, keys and values
-    in one Linear).
+    in one Linear). What the example does not show is not known: layers that it does not call (a warning names them, and axes as long as
+    theirs are left out), heads if its sequences have one token only.
 
     Args:
         model: without masks; it stays as it is (a copy in float64 is looked at).
-        example: one small batch: two tokens are enough, every layer is run several times.
+        example: one small batch that calls every layer: two tokens are enough if no layer is an expert; every layer is run several times.
         forward: as in `collect.with_statistics`.
         progress: show a bar on a terminal.
 
@@ -50,7 +53,8 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
         Shuffles that leave everything where it is (order 0, 1, ...), the stream first.
 
     Raises:
-        ValueError: a masked model, an example that it cannot run or that gives no tensors.
+        ValueError: a masked model, one without values or that cannot be copied, an example that it cannot run or that gives no
+            floating-point tensors.
 
     Example:
         >>> model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.BatchNorm1d(3), nn.Linear(3, 2)), torch.randn(5, 4)
@@ -60,12 +64,14 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
     """
     if read_masks(model):
         raise ValueError("the model is masked; units change places before masking: bp.finalize(model)")
+    if meta := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise ValueError(f"{meta[0]} is on the meta device and has no values; give a model with weights")
     with torch.random.fork_rng([]), torch.no_grad():
-        torch.manual_seed(SEED)
+        torch.default_generator.manual_seed(SEED)
         work, run = _wide(model, example, forward)
         watch = _Watch.of(work, run)
         found = [_shuffle(watch, part) for part in _parts(watch, progress)]
-        return _proved(work, run, [shuffle for shuffle in found if shuffle is not None])
+        return _proved(work, run, _called(watch, [shuffle for shuffle in found if shuffle is not None]))
 
 
 Run = Callable[[nn.Module], list[Tensor]]
@@ -78,25 +84,39 @@ def _wide(model: nn.Module, example: Any, forward: Forward) -> tuple[nn.Module, 
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # it would pass by the layers that are looked at
         try:
-            output = forward(model, moved(model, example))
+            with torch.random.fork_rng([]):
+                torch.default_generator.manual_seed(SEED)  # noise, if any, is the same each time
+                output = forward(model, moved(model, example))
             if isinstance(output, Mapping):
-                output = {key: value for key, value in output.items() if not key.startswith(CACHES)}
-            return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+                output = {key: value for key, value in output.items() if not str(key).startswith(CACHES)}
+            return list(_tensors(output))
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
 
-    plain = copy.deepcopy(model).eval()
+    try:
+        plain = copy.deepcopy(model).eval()
+    except RuntimeError as error:  # a module that keeps what it computed
+        raise ValueError(f"the model cannot be copied: {error}; find_axes looks at a copy.deepcopy of it") from error
     try:
         outputs = run(plain)
     except Exception as error:
         raise ValueError(f"the model cannot run the example: {error}; give what `forward` takes, by default model(example)") from error
-    if not outputs:
-        raise ValueError("the model's output on the example has no tensors to compare; pass a forward= that returns some")
+    if not any(y.is_floating_point() or y.is_complex() for y in outputs):
+        raise ValueError("the model's output on the example has no floating-point tensors to compare; pass a forward= that returns some")
     with contextlib.suppress(Exception):  # a model that makes tensors of its own dtype, a device without float64
         wide = copy.deepcopy(plain).double()
         run(wide)
         return wide, run
     return plain, run
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """All tensors of an output, those in dataclasses too."""
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf):
+            yield from _tensors([getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)])
 
 
 def _mixes(module: nn.Module) -> bool:
@@ -110,7 +130,7 @@ def _channels(module: nn.Module, x: Tensor) -> int:
     """The axis of units in what a module is given or gives."""
     if isinstance(module, _ConvNd):
         return x.ndim - 1 - len(module.kernel_size)
-    return 1 if isinstance(module, (_BatchNorm, nn.PReLU, nn.GroupNorm)) and x.ndim > 1 else x.ndim - 1
+    return 1 if isinstance(module, (_NormBase, nn.PReLU, nn.GroupNorm)) and x.ndim > 1 else x.ndim - 1
 
 
 @attrs.frozen(eq=False)
@@ -166,6 +186,7 @@ class _Watch:
         with contextlib.ExitStack() as stack:
             for at, module in self.modules.items():
                 if at in self.given:
+                    stack.callback(vars(module).update, {key: own for key, own in vars(module).items() if key == "forward"})
                     module.forward = partial(cut, at)
                     stack.callback(delattr, module, "forward")
                 else:
@@ -184,7 +205,9 @@ class _Watch:
             if isinstance(self.modules[at], nn.Embedding):
                 continue
             axis = _channels(self.modules[at], before[0])
-            found[at] = torch.stack([(x != y).movedim(axis, -1).flatten(0, -2).any(0) for x, y in zip(before, after, strict=True)]).any(0)
+            found[at] = torch.stack(
+                [(x != y).movedim(axis, -1).reshape(-1, x.shape[axis]).any(0) for x, y in zip(before, after, strict=True)]
+            ).any(0)
         return found
 
     def units(self, name: str) -> int:
@@ -270,15 +293,16 @@ def _parts(watch: _Watch, progress: bool) -> Iterator[_Part]:
 
 
 def _joined(links: Mapping[str, Mapping[str, _Link]], watch: _Watch) -> list[list[str]]:
-    """Layers that are seen by a same layer, together."""
+    """Layers that are seen by a same layer or norm, together; those that no layer sees left out."""
     parts: list[tuple[list[str], set[str]]] = []
     for name, seen in links.items():
-        readers = watch.given.keys() & seen
+        readers = {at for at in seen if at in watch.given or watch.numbers(at, watch.units(name))}
         mine = [part for part in parts if part[1] & readers]
         others = [part for part in parts if not part[1] & readers]
         parts = (
             [*others, ([*(a for part in mine for a in part[0]), name], readers.union(*(part[1] for part in mine)))] if readers else parts
         )
+    parts = [part for part in parts if part[1] & watch.given.keys()]
     return [givers for givers, _ in sorted(parts, key=lambda part: [*links].index(part[0][0]))]
 
 
@@ -305,6 +329,39 @@ def _shuffle(watch: _Watch, part: _Part) -> Shuffle | None:
     )
 
 
+def _called(watch: _Watch, plan: list[Shuffle]) -> list[Shuffle]:
+    """Those of a plan that no layer can share which the example does not use: the proof would not see it."""
+    unused = [name for name in watch.modules if name not in watch.seen and not _used(watch, name)]
+    sizes = {name: {size for t in _numbers(watch.modules[name]) for size in t.shape[:2]} for name in unused}
+    kept: list[Shuffle] = []
+    for shuffle in plan:
+        n = len(shuffle.order)
+        if near := [name for name, found in sizes.items() if found & {n, *(n * times for times in shuffle.copies.values())}]:
+            warnings.warn(
+                f"the example does not call {', '.join(near[:4])}, which may share the axis of {n} units of "
+                f"{', '.join([*shuffle.rows, *shuffle.columns][:2])}: left out; give an example that calls every layer",
+                stacklevel=3,
+            )
+        else:
+            kept.append(shuffle)
+    return kept
+
+
+def _numbers(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+def _used(watch: _Watch, name: str) -> bool:
+    """Whether outputs depend on a layer that was not called: the one around it may use its weight, as attention does."""
+    before = [(t, t.clone()) for t in _numbers(watch.modules[name]) if t.is_floating_point()]
+    for t, _ in before:
+        t.add_(1)
+    outputs = watch.run(watch.model)
+    for t, was in before:
+        t.copy_(was)
+    return not all(map(torch.equal, outputs, watch.outputs))
+
+
 def _proved(model: nn.Module, run: Run, plan: list[Shuffle]) -> list[Shuffle]:
     """Those of a plan that leave the outputs as they are."""
     want = run(model)
@@ -314,9 +371,7 @@ def _proved(model: nn.Module, run: Run, plan: list[Shuffle]) -> list[Shuffle]:
             got = run(permute(model, [_random(shuffle) for shuffle in some]))
         except Exception:  # tied to what is not in the plan, or a size that the model's own code knows
             return False
-        return all(
-            x.shape == y.shape and bool((x - y).abs().max() <= CLOSE * y.abs().max()) for x, y in zip(got, want, strict=True) if y.numel()
-        )
+        return len(got) == len(want) and all(map(_same, got, want))
 
     if not plan or holds(plan):
         return plan
@@ -326,7 +381,20 @@ def _proved(model: nn.Module, run: Run, plan: list[Shuffle]) -> list[Shuffle]:
     return [*_proved(model, run, plan[:middle]), *_proved(model, run, plan[middle:])]
 
 
+def _same(got: Tensor, want: Tensor) -> bool:
+    if got.shape != want.shape or not want.is_floating_point():
+        return torch.equal(got, want)
+    size = want.abs()
+    some = size[size.isfinite() & (size > 0)]
+    near = (got - want).abs() <= CLOSE * size.clamp_min(some.median() if len(some) else 0)
+    return bool((near | (got == want) | (got.isnan() & want.isnan())).all())
+
+
 def _random(shuffle: Shuffle) -> Shuffle:
+    """Each unit goes to another place of its group: a cycle through all of them."""
     size = len(shuffle.order) // shuffle.within
-    order = torch.cat([torch.randperm(size) + i * size for i in range(shuffle.within)])
+    order = shuffle.order.clone()
+    for group in order.split(size):
+        cycle = group[torch.randperm(size)]
+        order[cycle] = cycle.roll(1)
     return attrs.evolve(shuffle, order=order)

@@ -1,6 +1,9 @@
 """Hidden axes: those that are found can be shuffled at will, the known ones are found, and nothing is left behind in the model."""
 
+import copy
+import dataclasses
 import itertools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -227,5 +230,121 @@ def test_errors_say_what_to_do(model: nn.Module, example: Tensor, says: list[str
 
 
 def test_outputs_without_tensors() -> None:
-    with pytest.raises(ValueError, match="no tensors to compare"):
+    with pytest.raises(ValueError, match="no floating-point tensors to compare"):
         bp.find_axes(nn.Linear(3, 2), torch.ones(1, 3), forward=lambda model, x: model(x).tolist())
+
+
+class Own(nn.Module):
+    """A hidden axis that a bare parameter knows too, so none may be found."""
+
+    def __init__(self, last: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.up, self.own, self.down, self.last = nn.Linear(4, 8), nn.Parameter(torch.randn(8)), nn.Linear(8, 3), last
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = torch.relu(self.up(x) + self.own)
+        return self.last(self.down(hidden), hidden)
+
+
+@dataclasses.dataclass
+class Record:
+    hidden: Tensor
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        lambda y, hidden: y.masked_fill(torch.tensor([False, False, True]), -1e9),
+        lambda y, hidden: y.masked_fill(torch.tensor([False, False, True]), -torch.inf),
+        lambda y, hidden: y + torch.tensor([1e6, 0, 0]),
+        lambda y, hidden: {0: y, 1: y > 0},
+    ],
+    ids=["masked", "infinite", "one large output", "a mapping by numbers, with a boolean"],
+)
+def test_no_output_hides_another(last: Callable[[Tensor, Tensor], Any]) -> None:
+    assert bp.find_axes(Own(last), torch.randn(5, 4)) == []
+    model = Own(last)
+    with torch.no_grad():
+        model.own.zero_()
+    assert len(bp.find_axes(model, torch.randn(5, 4))) == 1
+
+
+def test_an_output_in_a_dataclass_is_looked_at() -> None:
+    model = Own(lambda y, hidden: (y, Record(hidden)))
+    with torch.no_grad():
+        model.own.zero_()
+    assert bp.find_axes(model, torch.randn(5, 4)) == []
+
+
+@pytest.mark.parametrize("units", [2, 3, 4, 8])
+def test_a_unit_that_is_not_like_the_others_is_always_noticed(units: int) -> None:
+    class First(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([3 * x[:, :1], x[:, 1:]], 1)
+
+    hidden = [layer for _ in range(6) for layer in (nn.Linear(units, units), nn.Tanh(), First())]
+    assert bp.find_axes(nn.Sequential(nn.Linear(4, units), First(), *hidden, nn.Linear(units, 3)), torch.randn(5, 4)) == []
+
+
+def test_a_forward_of_the_layers_own_stays() -> None:
+    model, scale = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.arange(8.0) + 1
+    model[0].forward = types.MethodType(lambda self, x: nn.Linear.forward(self, x) * scale.to(x), model[0])
+    assert bp.find_axes(model, torch.randn(5, 4)) == []
+
+
+def test_two_branches_with_one_norm_are_one_axis() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.norm, self.c, self.d = (
+                nn.Linear(4, 8),
+                nn.Linear(4, 8),
+                nn.LayerNorm(8),
+                nn.Linear(8, 3),
+                nn.Linear(8, 3),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.norm(self.a(x))) + self.d(self.norm(self.b(x)))
+
+    model, x = Shared(), torch.randn(5, 4)
+    nn.init.normal_(model.norm.weight)
+    (found,) = bp.find_axes(model, x)
+    assert {"a.weight", "b.weight", "norm.weight"} <= {*found.rows}
+    torch.testing.assert_close(bp.permute(model, [attrs.evolve(found, order=found.order.flip(0))])(x), model(x))
+
+
+def test_layers_that_the_example_does_not_call_keep_their_axes() -> None:
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.more, self.inner, self.other = nn.Linear(4, 8), nn.Linear(2, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
+            hidden = self.up(x) if more is None else self.up(x) + self.more(more)
+            return self.other(torch.relu(self.inner(torch.relu(hidden))))
+
+    model = Optional()
+    with pytest.warns(UserWarning, match=r"does not call more, which may share the axis of 8 units of up\.weight"):
+        (found,) = bp.find_axes(model, torch.randn(5, 4))
+    assert found.columns == ("other.weight",)
+    both = bp.find_axes(model, None, forward=lambda model, _: model(torch.ones(5, 4), torch.randn(5, 2)))
+    assert [len(s.order) for s in both] == [8, 6]
+
+
+def test_one_example_without_a_batch_axis_and_noise_in_evaluation() -> None:
+    class Noise(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.randn(())
+
+    model = nn.Sequential(nn.Linear(4, 8), Noise(), nn.ReLU(), nn.Linear(8, 3))
+    assert len(bp.find_axes(model, torch.randn(4))) == 1
+
+
+def test_models_that_cannot_be_looked_at() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match="meta device"):
+        bp.find_axes(copy.deepcopy(model).to("meta"), torch.randn(5, 4))
+    model.last = model(torch.randn(5, 4))
+    with pytest.raises(ValueError, match="cannot be copied"):
+        bp.find_axes(model, torch.randn(5, 4))
