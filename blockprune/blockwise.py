@@ -1,6 +1,5 @@
 """Repair by gradients, one layer (transformer block) at a time: the kept weights learn the dense layer's outputs."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -19,7 +18,7 @@ def blockwise(
     epochs: int = 8,
     lr: float = 1e-4,
     held_out: float = 0.125,
-    patience: int = 2,
+    patience: int = 1,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Tune kept weights towards the dense layer's outputs, by Adam on the mean squared error (EBFT, Guo et al. 2402.12419).
@@ -32,10 +31,9 @@ def blockwise(
         masks: by the same names.
         targets: the dense layer's output, one a batch.
         epochs: passes over the batches at most.
-        lr: Adam's learning rate; it falls to 0 along a cosine, and to a quarter after an epoch that did not lower the held-out error.
-        held_out: share of the batches, the last ones and at least one, that judge each epoch; 0 tunes on all and keeps the last epoch.
-        patience: epochs in a row without a lower error on them before it stops. Each goes on from the best weights so far, which are
-            returned: the given ones if no epoch was better.
+        lr: Adam's learning rate; it falls to 0 along a cosine.
+        held_out: share of the batches, the last ones and at least one, that only say when to stop; 0 tunes on all and keeps the last epoch.
+        patience: epochs without a lower error on them before it stops; the best epoch's weights are returned, the given ones if none is.
         seed: of the order of batches.
 
     Raises:
@@ -79,23 +77,20 @@ def blockwise(
             return sum(error(i).item() for i in range(learn, len(targets)))
 
     best, least, waited = {name: leaf.detach().clone() for name, leaf in leaves.items()}, held_out_error(), 0
-    optimizer = torch.optim.Adam(leaves.values())
+    optimizer = torch.optim.Adam(leaves.values(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * learn)
     with torch.enable_grad():
-        for epoch in range(epochs):
-            for step, i in enumerate(torch.randperm(learn, generator=generator).tolist(), epoch * learn):
-                optimizer.param_groups[0]["lr"] = lr / 2 * (1 + math.cos(math.pi * step / (epochs * learn)))
+        for _ in range(epochs):
+            for i in torch.randperm(learn, generator=generator).tolist():
                 gradients = torch.autograd.grad(error(i), list(leaves.values()), allow_unused=True)  # not of what else the layer has
                 for leaf, gradient in zip(leaves.values(), gradients, strict=True):
                     leaf.grad = gradient
                 optimizer.step()
+                schedule.step()
             now = held_out_error()
+            waited = 0 if now < least else waited + 1
             if now < least or learn == len(targets):
-                best, least, waited = {name: leaf.detach().clone() for name, leaf in leaves.items()}, now, 0
-            elif (waited := waited + 1) > patience:
+                best, least = {name: leaf.detach().clone() for name, leaf in leaves.items()}, now
+            elif waited > patience:
                 break
-            else:
-                lr /= 4
-                optimizer = torch.optim.Adam(leaves.values())
-                for name, leaf in leaves.items():
-                    leaf.data.copy_(best[name])
     return {name: weight(name, leaf) for name, leaf in best.items()}

@@ -135,13 +135,6 @@ def test_it_stops_after_patience_epochs_more_without_a_lower_error() -> None:
         assert len(problem.calls) == (patience + 1) * 7
 
 
-def test_a_learning_rate_that_is_too_high_falls_until_epochs_help() -> None:
-    problem = Problem()
-    start = {**problem.parameters, **problem.pruned()}
-    assert same(problem.tuned(lr=3.0, epochs=12, patience=0), problem.pruned())  # the first epoch is no better
-    assert problem.error(problem.tuned(lr=3.0, epochs=12, patience=6)) < 0.95 * problem.error(start)
-
-
 def test_one_seed_is_one_result_and_global_random_numbers_are_not_drawn() -> None:
     before = torch.get_rng_state()
     first = Problem().tuned(lr=1e-2)
