@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from strategies import seeds
 from torch import Tensor, nn
@@ -144,6 +144,7 @@ def below(size: int, indices: list[int]) -> list[int]:
 
 
 @given(st.sampled_from(ACTIVATIONS), st.booleans(), st.tuples(lists, lists), st.tuples(lists, lists), seeds)
+@example(nn.ReLU, False, ([2, 3, 4, 5, 7], []), ([0, 1, 6], []), 0)
 def test_units_that_masks_empty_are_gone_from_an_mlp_and_the_outputs_stay(
     activation: type[nn.Module], bias: bool, out_of: tuple[list[int], list[int]], read: tuple[list[int], list[int]], seed: int
 ) -> None:
@@ -153,7 +154,10 @@ def test_units_that_masks_empty_are_gone_from_an_mlp_and_the_outputs_stay(
     found = shrink(model, torch.randn(5, 4, dtype=torch.float64))
     assert same(found, model, torch.randn(7, 4, dtype=torch.float64))
     left = [8 - len({*out["0"], *into["2"]}), 6 - len({*out["2"], *into["4"]})]
-    assert found.model[2].out_features == max(1, left[1])
+    if not left[0]:  # all that the second layer gives is constant then, so it may go too
+        assert found.model[2].out_features <= max(1, left[1])
+    else:
+        assert found.model[2].out_features == max(1, left[1])
     if min(left) > 0:
         assert found.model[0].out_features == left[0]
         assert not [units for units in found.kept if units.side == "outputs"]
