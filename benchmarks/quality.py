@@ -186,7 +186,7 @@ def budgeted(task: Task, pattern: Pattern, sparsity: float, *, looks: int = 1, *
     """OBS weighed by output gradients; what each layer loses is ranked over the model, at most CAP of it.
 
     With more looks the model is pruned to a part of the sparsity first, and the gradients at that model share out the next part; each
-    time the weights are those of the dense model again, and a quarter of the batches does for all looks but the last.
+    time the weights are those of the dense model again, and a quarter of the batches does for all looks but the last, which alone tunes.
     """
     found: Found = task.model, {}, {}
     for look in range(1, looks + 1):
@@ -198,8 +198,10 @@ def budgeted(task: Task, pattern: Pattern, sparsity: float, *, looks: int = 1, *
         known = {name: attrs.evolve(p, stats={"output_grad_gram": p.stats["output_grad_gram"]}) for name, p in data.items()}
         del data
         given = {"rank": allocate.per_layer, "budget": budget, "evidence": known}
-        now, given = (task, given | options) if look == looks else (attrs.evolve(task, batches=task.batches[::4]), given)
-        found = repaired(OBS, GRAM, SQUARES, now, pattern, sparsity, **given)
+        if look < looks:
+            found = repaired(OBS, GRAM, SQUARES, attrs.evolve(task, batches=task.batches[::4]), pattern, sparsity, **given)
+        else:
+            found = repaired(OBS, GRAM, SQUARES, task, pattern, sparsity, **given, **options)
     return found
 
 

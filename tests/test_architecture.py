@@ -67,7 +67,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "pareto": {"distribute", "tables", "types"},
     "permute": {"blocks", "names", "types"},
-    "axes": {"apply", "fold", "gates", "layerwise", "permute"},
+    "watch": {"fold", "gates", "layerwise"},
+    "axes": {"apply", "fold", "gates", "permute", "watch"},
     "cluster": {"blocks", "names", "permute", "types"},
     "export": {"apply", "blocks", "fold", "masks", "names", "native", "storage", "tables", "types"},
 }

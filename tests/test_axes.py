@@ -6,6 +6,7 @@ import itertools
 import types
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import attrs
 import pytest
@@ -234,7 +235,7 @@ def test_outputs_without_tensors() -> None:
         bp.find_axes(nn.Linear(3, 2), torch.ones(1, 3), forward=lambda model, x: model(x).tolist())
 
 
-class Own(nn.Module):
+class Bare(nn.Module):
     """A hidden axis that a bare parameter knows too, so none may be found."""
 
     def __init__(self, last: Callable[[Tensor, Tensor], Any]) -> None:
@@ -262,15 +263,30 @@ class Record:
     ids=["masked", "infinite", "one large output", "a mapping by numbers, with a boolean"],
 )
 def test_no_output_hides_another(last: Callable[[Tensor, Tensor], Any]) -> None:
-    assert bp.find_axes(Own(last), torch.randn(5, 4)) == []
-    model = Own(last)
+    assert bp.find_axes(Bare(last), torch.randn(5, 4)) == []
+    model = Bare(last)
+    with torch.no_grad():
+        model.own.zero_()
+    assert len(bp.find_axes(model, torch.randn(5, 4))) == 1
+
+
+def test_an_infinite_output_does_not_pass_for_any_number() -> None:
+    model = Bare(lambda y, hidden: y.masked_fill(hidden[:, :1] > 50, -torch.inf))
+    with torch.no_grad():
+        model.own.zero_()
+        model.up.bias[0] = 100  # all outputs are infinite, and none is once the first unit has moved
+    assert bp.find_axes(model, torch.randn(5, 4)) == []
+
+
+def test_complex_outputs() -> None:
+    model = Bare(lambda y, hidden: torch.complex(y, y.square()))
     with torch.no_grad():
         model.own.zero_()
     assert len(bp.find_axes(model, torch.randn(5, 4))) == 1
 
 
 def test_an_output_in_a_dataclass_is_looked_at() -> None:
-    model = Own(lambda y, hidden: (y, Record(hidden)))
+    model = Bare(lambda y, hidden: (y, Record(hidden)))
     with torch.no_grad():
         model.own.zero_()
     assert bp.find_axes(model, torch.randn(5, 4)) == []
@@ -296,13 +312,8 @@ def test_two_branches_with_one_norm_are_one_axis() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.norm, self.c, self.d = (
-                nn.Linear(4, 8),
-                nn.Linear(4, 8),
-                nn.LayerNorm(8),
-                nn.Linear(8, 3),
-                nn.Linear(8, 3),
-            )
+            self.a, self.b, self.norm = nn.Linear(4, 8), nn.Linear(4, 8), nn.LayerNorm(8)
+            self.c, self.d = nn.Linear(8, 3), nn.Linear(8, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.c(self.norm(self.a(x))) + self.d(self.norm(self.b(x)))
@@ -339,6 +350,35 @@ def test_one_example_without_a_batch_axis_and_noise_in_evaluation() -> None:
 
     model = nn.Sequential(nn.Linear(4, 8), Noise(), nn.ReLU(), nn.Linear(8, 3))
     assert len(bp.find_axes(model, torch.randn(4))) == 1
+
+
+def test_random_numbers_of_gpus_are_left_alone() -> None:
+    with mock.patch("torch.cuda.manual_seed_all") as seeded:
+        bp.find_axes(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(5, 4))
+    assert not seeded.called
+
+
+def test_one_run_shows_that_many_experts_are_not_used() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 3)
+            self.others = nn.ModuleList(nn.Linear(5, 5) for _ in range(32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            runs.append(1)
+            return self.down(torch.relu(self.up(x)))
+
+    runs: list[int] = []
+    assert len(bp.find_axes(Experts(), torch.randn(5, 4))) == 1
+    assert len(runs) < 32
+
+
+def test_channels_between_convolutions_with_an_instance_norm() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.InstanceNorm2d(6, affine=True), nn.ReLU(), nn.Conv2d(6, 4, 3))
+    nn.init.normal_(model[1].weight)
+    (found,) = bp.find_axes(model, torch.randn(2, 3, 8, 8))
+    assert shape(found) == (6, {"0.weight", "0.bias", "1.weight", "1.bias"}, {"3.weight"}, 1, {})
 
 
 def test_models_that_cannot_be_looked_at() -> None:
