@@ -31,7 +31,7 @@ from blockprune import allocate, collect, distribute, metric, reconstruct, stati
 
 SEED = 0
 CAP = 0.6  # no layer loses more under a budget
-DAMPING = 0.2  # for repair towards the dense model; 0.01 for scores of the dense model itself
+DAMPING = 0.4  # for repair towards the dense model; 0.01 for scores of the dense model itself
 
 
 @attrs.frozen(eq=False)

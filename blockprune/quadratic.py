@@ -11,20 +11,21 @@ from blockprune.tables import Rows, Table
 from blockprune.types import Data, Param
 
 TENFOLDS = 3  # dampings that are tried, each ten times the one before, before giving up
-LEAST = 1e-5  # what damping=0 counts as for that
+LEAST = 1e-5  # what damping=0 counts as for that; and the share of an input's power that its variance counts as at least
 
 
 @attrs.frozen(eq=False)
 class Quadratic:
     """``tr((V - best) H (V - best)^T)``, up to a constant the mean squared error that weights V make; one H for each group of rows.
 
-    Without another target ``best`` is the weight itself; damping is a ridge that draws V to the weight it had.
+    Without another target ``best`` is the weight itself; damping is a ridge that draws V to the weight it had, each input's in proportion
+    to its own power, so that neither a few huge inputs nor anyone's units decide how much the others are held.
     """
 
     rows: Tensor  # [groups, rows, k] the weight
     goal: Tensor  # [groups, rows, k] best @ hessian
     hessian: Tensor  # [groups, k, k] damped
-    damping: float  # the share of the mean diagonal that was added
+    damping: float  # the share of the diagonal that was added
     moved: bool  # whether ``best`` is not the weight
     means: (
         tuple[Tensor, Tensor] | None
@@ -53,11 +54,11 @@ def quadratic(name: str, p: Param, *, damping: float) -> Quadratic:
         ValueError: damping below 0, inputs that are all zero, NaN, or no damping up to 1000 times the given one that helps.
     """
     if not damping >= 0:
-        raise ValueError(f"damping={damping} must be at least 0: the share of H's mean diagonal that is added to it")
+        raise ValueError(f"damping={damping} must be at least 0: the share of H's diagonal that is added to it")
     gram = p.stats["input_gram"]  # [groups, k, k]
     groups, k, _ = gram.shape
     rows = p.weight.to(gram).reshape(groups, -1, k)
-    moved, means = "input_cross" in p.stats, None
+    moved, means, power = "input_cross" in p.stats, None, gram.diagonal(dim1=1, dim2=2)  # [groups, k] mean squares
     goal = rows @ (p.stats["input_cross"].to(gram) if moved else gram)  # [groups, rows, k (+ 1)] the output aimed at, times the inputs
     if p.stats.get("stream_cross", gram.new_empty(0)).numel():
         goal = goal + p.stats["stream_cross"].to(gram)
@@ -67,20 +68,19 @@ def quadratic(name: str, p: Param, *, damping: float) -> Quadratic:
         means = (rows @ mean[:, :, None])[..., 0] if aim is None else aim, mean
         gram = gram - mean[:, :, None] * mean[:, None, :]
         goal = goal - means[0][:, :, None] * mean[:, None, :]
-    level = gram.diagonal(dim1=1, dim2=2).mean(1)  # [groups]
+    held = torch.maximum(gram.diagonal(dim1=1, dim2=2), LEAST * power)  # [groups, k]
     here = f"{name} {p.grid.shape}"
     if not gram.isfinite().all():
         raise ValueError(f"{here}: its input_gram has NaN or inf; look at the batches")
-    if (level <= 0).all():
+    if (held <= 0).all():
         raise ValueError(
             f"{here}: its inputs are all zero, so no weight of it matters; leave it out with `excluding`, or look at the batches"
         )
-    level = torch.where(level > 0, level, level.max())  # a group of dead inputs
-    eye = torch.eye(k, dtype=gram.dtype, device=gram.device)
+    held = torch.where(held > 0, held, held[held > 0].min())  # dead inputs
     share = damping
     for share in (damping, *(max(damping, LEAST) * 10**i for i in range(1, TENFOLDS + 1))):
-        ridge = (share * level)[:, None, None]
-        hessian = gram + ridge * eye
+        ridge = share * held[:, None, :]
+        hessian = gram + torch.diag_embed(ridge[:, 0])
         if _definite(hessian):
             if share != damping:
                 warnings.warn(

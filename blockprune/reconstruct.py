@@ -26,14 +26,14 @@ def none(data: Data, masks: Masks) -> dict[str, Tensor]:
 def least_squares(data: Data, masks: Masks, *, damping: float = 0.01, memory: int = 1 << 29, progress: bool = True) -> dict[str, Tensor]:
     """The best kept weights: ``W_S = W H_:S (H_SS)^-1`` for the kept inputs S of each band of rows (exact minimum of the layer's error).
 
-    ``H = X^T X / n + damping * mean diagonal``; damping draws weights to what they were. With the statistics ``input_mean`` and ``bias``
+    ``H = X^T X / n + damping * its diagonal``; damping draws weights to what they were. With the statistics ``input_mean`` and ``bias``
     too, inputs count from their mean and the bias absorbs it. (The closed form behind Optimal Brain Surgeon, Hassibi & Stork 1992,
     for many weights at once; where few are pruned, from those: ``W - W_P ([H^-1]_PP)^-1 [H^-1]_P:``, the same weights.)
 
     Args:
         data: with the statistic ``input_gram``.
         masks: any blocks; rows that have the same mask are solved together.
-        damping: share of H's mean diagonal that is added to it.
+        damping: share of H's diagonal that is added to it.
         memory: bytes for the systems that are solved at a time, at least one.
         progress: show a bar on a terminal.
 
@@ -125,7 +125,7 @@ def sparsegpt(data: Data, masks: Masks, *, damping: float = 0.01, group: int = 1
     Args:
         data: with the statistic ``input_gram``.
         masks: any blocks.
-        damping: share of H's mean diagonal that is added to it.
+        damping: share of H's diagonal that is added to it.
         group: columns that are updated at a time.
 
     Raises:

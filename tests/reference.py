@@ -374,15 +374,18 @@ def bands(p: Param) -> list[Band]:
 
 def hessians(p: Param, damping: float) -> Tensor:
     """[groups, k, k]"""
-    found = []
+    grams, held = [], []
     for group, given in enumerate(p.stats["input_gram"].double()):
         gram = given.clone()
         if "input_mean" in p.stats and p.stats["bias"].numel():
             row = group * p.grid.shape[0] // len(p.stats["input_gram"])
             mean = p.stats["input_mean"].double().expand(p.grid.shape)[row].flatten()
             gram -= torch.outer(mean, mean)
-        found.append(gram + damping * gram.diagonal().mean() * torch.eye(len(gram)).double())
-    return torch.stack(found)
+        grams.append(gram)
+        held += [max(float(gram[i, i]), 1e-5 * float(given[i, i])) for i in range(len(gram))]
+    least = min(h for h in held if h > 0)  # dead inputs are held as the least of the others
+    ridge = torch.tensor([h if h > 0 else least for h in held], dtype=torch.float64).view(len(grams), -1)
+    return torch.stack(grams) + damping * torch.diag_embed(ridge)
 
 
 def best_on(rows: Tensor, hessian: Tensor, kept: Sequence[int], gain: Tensor | None = None) -> Tensor:

@@ -15,13 +15,13 @@ from test_obs import GRAM, close, collected, linears, param, wide
 from torch import nn
 
 import blockprune as bp
-from blockprune import collect, statistics
+from blockprune import collect, metric, reconstruct, statistics
 from blockprune.quadratic import quadratic
 from blockprune.types import Param
 
 
 @given(linears(), st.sampled_from([1e-6, 0.01, 1.0]))
-def test_the_hessian_is_the_gram_and_a_share_of_its_mean_diagonal(p: Param, damping: float) -> None:
+def test_the_hessian_is_the_gram_and_a_share_of_its_diagonal(p: Param, damping: float) -> None:
     q = quadratic("w", p, damping=damping)
     expected = reference.hessians(p, damping)
     close(q.hessian, expected)
@@ -39,9 +39,9 @@ def test_the_goal_is_where_the_quadratic_is_least(p: Param, seed: int) -> None:
     design = torch.cat([x, torch.ones(len(x), 1).double()], 1) / len(x)
     stats = {"input_gram": (x.mT @ x / len(x))[None], "input_cross": (target.mT @ design)[None], "stream_cross": ahead.mT @ design}
     q = quadratic("w", attrs.evolve(p, stats=stats), damping=0.1)
-    ridge = 0.1 * float(stats["input_gram"].diagonal(dim1=1, dim2=2).mean())
-    design = torch.cat([x / len(x) ** 0.5, ridge**0.5 * torch.eye(k).double()])
-    aim = torch.cat([(target @ p.weight.mT + ahead) / len(x) ** 0.5, ridge**0.5 * p.weight.mT])
+    ridge = (0.1 * stats["input_gram"][0].diagonal()).diag().sqrt()
+    design = torch.cat([x / len(x) ** 0.5, ridge])
+    aim = torch.cat([(target @ p.weight.mT + ahead) / len(x) ** 0.5, ridge @ p.weight.mT])
     close(q.best[0], torch.linalg.lstsq(design, aim).solution.mT, atol=1e-8)
 
 
@@ -106,7 +106,7 @@ def test_groups_of_dead_inputs_are_damped_as_the_others() -> None:
     gram = p.stats["input_gram"].clone()
     gram[0] = 0
     q = quadratic("w", attrs.evolve(p, stats={"input_gram": gram}), damping=0.1)
-    close(q.hessian[0], 0.1 * gram[1].diagonal().mean() * torch.eye(gram.shape[-1]))
+    close(q.hessian[0], 0.1 * gram[1].diagonal().min() * torch.eye(gram.shape[-1]))
 
 
 def test_conditioning_without_its_statistic_says_so() -> None:
@@ -126,6 +126,17 @@ def test_the_scale_of_inputs_does_not_matter(scale: float, dtype: torch.dtype) -
     weight, x = normal((4, 6), 0).to(dtype), normal((30, 6), 1).to(dtype)
     one, other = (bp.metric.obs({"w": param(weight, x * s, (2, 2))})["w"].value.double() for s in (1.0, scale))
     close(other / scale**2, one, rtol=1e-4)
+
+
+@given(seeds, st.sampled_from([0.01, 0.2, 1.0]))
+def test_the_unit_of_each_input_does_not_matter(seed: int, damping: float) -> None:
+    """A massive activation among small ones neither holds the others nor lets them go: only what an input does to the outputs counts."""
+    weight, x, unit = normal((4, 6), seed), normal((30, 6), seed + 1), 10.0 ** torch.arange(-3, 3).double()
+    plain, other = {"w": param(weight, x, (2, 2))}, {"w": param(weight / unit, x * unit, (2, 2))}
+    close(metric.obs(other, damping=damping)["w"].value, metric.obs(plain, damping=damping)["w"].value)
+    masks = bp.allocate.per_row(metric.obs(plain, damping=damping), 0.34)
+    got, expected = (reconstruct.least_squares(data, masks, damping=damping)["w"] for data in (other, plain))
+    close(got * unit, expected)
 
 
 def test_nothing_is_written_to() -> None:

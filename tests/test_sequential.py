@@ -119,7 +119,7 @@ def test_a_dense_target_is_the_regression_of_dense_outputs_on_pruned_inputs(abso
         weight, bias = layer.weight.detach(), layer.bias.detach()
         center = [z.mean(0) if absorb else torch.zeros(z.shape[1]).double() for z in (pruned, dense)]
         a, b = pruned - center[0], dense - center[1]
-        ridge = (damping * a.square().mean()).sqrt() * torch.eye(a.shape[1]).double()
+        ridge = (damping * a.square().mean(0)).sqrt().diag()
         n = len(x) ** 0.5
         design, aim = torch.cat([a / n, ridge]), torch.cat([b @ weight.mT / n, ridge @ weight.mT])
         keep = kept_inputs(found.masks[f"{name}.weight"])

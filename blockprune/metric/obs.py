@@ -24,14 +24,14 @@ def obs(data: Data, *, damping: float = 0.01, max_sparsity: float = 1.0, memory:
     """Band-exact Optimal Brain Surgeon: what each further block adds to the layer's error, per element (OBC 2208.11580, ZipLM 2302.04089).
 
     In each band (row of blocks) the block of least ``s_B = tr(W_B ([H^-1]_BB)^-1 W_B^T)`` goes, ``W -= W_B ([H^-1]_BB)^-1 [H^-1]_B:``,
-    H^-1 is downdated, and so on; s_B is the exact rise of ``tr((W - V) H (W - V)^T)``, H = X^T X / n + damping * mean diagonal.
+    H^-1 is downdated, and so on; s_B is the exact rise of ``tr((W - V) H (W - V)^T)``, H = X^T X / n + damping * its diagonal.
     The scores rise along the order of removal, so masks of any sparsity are prefixes of it and nest; `reconstruct.least_squares` on
     such a mask gives the weights that this ends with. Rank per row of blocks, per layer, or over the whole model.
 
     Args:
         data: with the statistic ``input_gram``. With ``output_grad_gram`` (or its diagonal, ``output_grad_sq``) errors of outputs are
             weighed by the loss's gradient with respect to them (K-FAC 1503.05671; LLM Surgeon 2312.17244): only then do layers compare.
-        damping: share of H's mean diagonal that is added to it.
+        damping: share of H's diagonal that is added to it (Marquardt 1963).
         max_sparsity: stop when this share of a band is gone (faster); what is left ranks above, by what each block alone would add.
         memory: bytes for inverses where the compiled loop is missing, at least one band at a time; the compiled loop holds one a thread.
         progress: show a bar on a terminal.
@@ -193,7 +193,7 @@ def sparsegpt(data: Data, *, sparsity: float, group: int = 128, damping: float =
         data: with the statistic ``input_gram``; ``output_grad_sq`` and ``output_grad_gram`` weigh as in `obs`.
         sparsity: share of each group that the sweep removes.
         group: columns in a group, rounded to whole blocks.
-        damping: share of H's mean diagonal that is added to it.
+        damping: share of H's diagonal that is added to it.
 
     Raises:
         ValueError, NotImplementedError: as `obs`.
