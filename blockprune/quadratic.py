@@ -144,7 +144,7 @@ def conditioning(data: Data, *, damping: float = 0.01) -> Conditioning:
         ...                                   batches=[torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]])])
         >>> bp.conditioning(data)
         parameter  inputs  rank  dead  condition  damping
-        weight          3     2     1    2.4e+02     0.01
+        weight          3     2     1    4.0e+02     0.01
     """
     found = {}
     for name, p in data.items():
