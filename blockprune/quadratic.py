@@ -97,9 +97,12 @@ def quadratic(name: str, p: Param, *, damping: float) -> Quadratic:
 
 def _definite(hessian: Tensor) -> bool:
     """Whether each input keeps, beside those before it, a share of its own that is more than rounding."""
-    factor, info = torch.linalg.cholesky_ex(hessian)
-    own = factor.diagonal(dim1=1, dim2=2).square() / hessian.diagonal(dim1=1, dim2=2)
-    return not info.any() and bool((own > max(16 * torch.finfo(hessian.dtype).eps, 1e-11)).all())
+    for h in (hessian, hessian.double()):  # rounding may hide in one what the other shows
+        factor, info = torch.linalg.cholesky_ex(h)
+        own = factor.diagonal(dim1=1, dim2=2).square() / h.diagonal(dim1=1, dim2=2)
+        if info.any() or not (own > max(16 * torch.finfo(hessian.dtype).eps, 1e-11)).all():
+            return False
+    return True
 
 
 def _mean(p: Param, statistic: str, groups: int, k: int) -> Tensor:
