@@ -101,6 +101,14 @@ def test_the_usual_damping_never_warns(k: int, seed: int) -> None:
         quadratic("w", param(torch.ones(2, k), x, (1, 1)), damping=0.01)
 
 
+def test_an_input_that_does_not_vary_is_held_above_rounding() -> None:
+    """Where a bias absorbs the mean, what is left of a constant input is rounding of its power."""
+    stats = {"input_gram": torch.diag(torch.tensor([1e6, 1.0]))[None], "input_mean": torch.tensor([[1000.0, 0]]), "bias": torch.zeros(3)}
+    p = attrs.evolve(param(torch.ones(3, 2), torch.ones(1, 2), (1, 1)), stats=stats)
+    close(quadratic("w", p, damping=0.01).hessian[0], torch.tensor([0.01 * 1e-5 * 1e6, 1.01]).diag(), rtol=1e-6)
+    close(reference.hessians(p, 0.01)[0], torch.tensor([0.01 * 1e-5 * 1e6, 1.01]).diag(), rtol=1e-6)
+
+
 def test_groups_of_dead_inputs_are_damped_as_the_others() -> None:
     p = collected("grouped", (3, 1))[-1]["weight"]
     gram = p.stats["input_gram"].clone()
