@@ -1,6 +1,7 @@
 """The fold: one pass over batches that adds up statistics and leaves the model as it was."""
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -264,3 +265,32 @@ def undisturbed(model: nn.Module, weights: Sequence[Tensor] = ()) -> Iterator[No
                 for b, version, value in buffers:
                     if b._version != version:
                         b.copy_(value)
+
+
+@contextlib.contextmanager
+def call_by_call() -> Iterator[None]:
+    """Attention calls its layers one by one; its fast path would pass by those that are looked at."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def wide(model: nn.Module, run: Callable[[nn.Module], list[Tensor]]) -> tuple[nn.Module, list[Tensor]]:
+    """A copy, in float64 if the model can run so, and what the model gave.
+
+    Raises:
+        ValueError: the model cannot run the example.
+    """
+    try:
+        outputs = run(model)
+    except Exception as error:
+        raise ValueError(f"the model cannot run the example: {error}; give what `forward` takes, by default model(example)") from error
+    try:
+        double = copy.deepcopy(model).double()
+        run(double)
+    except Exception:  # a model that makes tensors of its own dtype, or a device without float64
+        return copy.deepcopy(model), outputs
+    return double, outputs

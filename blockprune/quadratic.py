@@ -25,6 +25,7 @@ class Quadratic:
     rows: Tensor  # [groups, rows, k] the weight
     goal: Tensor  # [groups, rows, k] best @ hessian
     hessian: Tensor  # [groups, k, k] damped
+    factor: Tensor  # [groups, k, k] its Cholesky factor in float64
     damping: float  # the share of the diagonal that was added
     moved: bool  # whether ``best`` is not the weight
     means: (
@@ -34,21 +35,21 @@ class Quadratic:
     @property
     def inverse(self) -> Tensor:
         """H^-1 in float64."""
-        return torch.cholesky_inverse(torch.linalg.cholesky(self.hessian.double()))
+        return torch.cholesky_inverse(self.factor)
 
     @property
     def best(self) -> Tensor:
         """The best weights without any mask, ``[groups, rows, k]``."""
         if not self.moved:
             return self.rows
-        return torch.cholesky_solve(self.goal.double().mT, torch.linalg.cholesky(self.hessian.double())).mT.to(self.rows.dtype)
+        return torch.cholesky_solve(self.goal.double().mT, self.factor).mT.to(self.rows.dtype)
 
 
 def quadratic(name: str, p: Param, *, damping: float) -> Quadratic:
     """The quadratic of one parameter with the statistic ``input_gram``.
 
     With ``input_mean`` and ``bias`` too, inputs count from their mean, which the bias absorbs. ``damping`` grows tenfold, with a warning,
-    until H is positive definite in its own precision, beyond what rounding alone could make of a singular one.
+    until H is positive definite, in its own precision and in float64, beyond what rounding alone could make of a singular one.
 
     Raises:
         ValueError: damping below 0, inputs that are all zero, NaN, or no damping up to 1000 times the given one that helps.
@@ -81,28 +82,30 @@ def quadratic(name: str, p: Param, *, damping: float) -> Quadratic:
     for share in (damping, *(max(damping, LEAST) * 10**i for i in range(1, TENFOLDS + 1))):
         ridge = share * held[:, None, :]
         hessian = gram + torch.diag_embed(ridge[:, 0])
-        if _definite(hessian):
+        if (factor := _factor(hessian)) is not None:
             if share != damping:
                 warnings.warn(
                     f"{here}: H is singular in {str(gram.dtype)[6:]} with damping={damping:g}; {share:g} was used instead "
                     "(more batches, or a larger damping, make this certain)",
                     stacklevel=4,
                 )
-            return Quadratic(rows, goal + ridge * rows, hessian, share, moved, means)
+            return Quadratic(rows, goal + ridge * rows, hessian, factor, share, moved, means)
     raise ValueError(
         f"{here}: H = X^T X / n is not positive definite with damping={damping:g}, nor with {share:g}; "
         "give more batches, float64 statistics or a larger damping"
     )
 
 
-def _definite(hessian: Tensor) -> bool:
-    """Whether each input keeps, beside those before it, a share of its own that is more than rounding."""
-    for h in (hessian, hessian.double()):  # rounding may hide in one what the other shows
+def _factor(hessian: Tensor) -> Tensor | None:
+    """The Cholesky factor in float64, if each input keeps, beside those before it, a share of its own that is more than rounding."""
+    factor = hessian
+    for dtype in dict.fromkeys((hessian.dtype, torch.float64)):  # rounding may hide in one what the other shows
+        h = hessian.to(dtype)
         factor, info = torch.linalg.cholesky_ex(h)
         own = factor.diagonal(dim1=1, dim2=2).square() / h.diagonal(dim1=1, dim2=2)
         if info.any() or not (own > max(16 * torch.finfo(hessian.dtype).eps, 1e-11)).all():
-            return False
-    return True
+            return None
+    return factor
 
 
 def _mean(p: Param, statistic: str, groups: int, k: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 
-from blockprune.fold import moved
+from blockprune.fold import call_by_call, moved, wide
 from blockprune.gates import Forward
 from blockprune.layerwise import CACHES
 
@@ -52,33 +52,21 @@ def _wide(model: nn.Module, example: Any, forward: Forward) -> tuple[nn.Module, 
     """A copy in evaluation mode, in float64 if the model can run so, and how to run it."""
 
     def run(model: nn.Module) -> list[Tensor]:
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # it would pass by the layers that are looked at
-        try:
-            with torch.random.fork_rng([]):
-                torch.default_generator.manual_seed(SEED)  # noise, if any, is the same each time
-                output = forward(model, moved(model, example))
-            if isinstance(output, Mapping):
-                output = {key: value for key, value in output.items() if not str(key).startswith(CACHES)}
-            return list(_tensors(output))
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
+        with call_by_call(), torch.random.fork_rng([]):
+            torch.default_generator.manual_seed(SEED)  # noise, if any, is the same each time
+            output = forward(model, moved(model, example))
+        if isinstance(output, Mapping):
+            output = {key: value for key, value in output.items() if not str(key).startswith(CACHES)}
+        return list(_tensors(output))
 
     try:
         plain = copy.deepcopy(model).eval()
     except RuntimeError as error:  # a module that keeps what it computed
         raise ValueError(f"the model cannot be copied: {error}; find_axes looks at a copy.deepcopy of it") from error
-    try:
-        outputs = run(plain)
-    except Exception as error:
-        raise ValueError(f"the model cannot run the example: {error}; give what `forward` takes, by default model(example)") from error
+    work, outputs = wide(plain, run)
     if not any(y.is_floating_point() or y.is_complex() for y in outputs):
         raise ValueError("the model's output on the example has no floating-point tensors to compare; pass a forward= that returns some")
-    with contextlib.suppress(Exception):  # a model that makes tensors of its own dtype, a device without float64
-        wide = copy.deepcopy(plain).double()
-        run(wide)
-        return wide, run
-    return plain, run
+    return work, run
 
 
 @attrs.frozen(eq=False)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from blockprune.apply import finalize, read_masks
 from blockprune.export.coupling import Coupling, Group, Part, axes, count_heads, depthwise, reads
-from blockprune.fold import default_forward, moved, undisturbed
+from blockprune.fold import call_by_call, default_forward, moved, undisturbed, wide
 from blockprune.tables import Rows, Table
 
 __all__ = ["Shrunk", "Units", "shrink"]
@@ -133,27 +133,14 @@ def _wide(plain: nn.Module, example: Any, forward: Forward) -> tuple[nn.Module, 
     def run(model: nn.Module, change: Callable[[Tensor], Tensor] = torch.clone, seed: int = 0) -> list[Tensor]:
         torch.manual_seed(seed)
         given = tree_map_only(Tensor, change, moved(model, example))
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # it would pass by the layers that are looked at
-        try:
+        with call_by_call():
             return [leaf for leaf in tree_leaves(forward(model, given)) if isinstance(leaf, Tensor)]
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
 
-    try:
-        with torch.no_grad():
-            outputs = run(plain)
-    except Exception as error:
-        raise ValueError(f"the model cannot run the example: {error}; give what `forward` takes, by default model(example)") from error
+    with torch.no_grad():
+        work, outputs = wide(plain, run)
     if not outputs:
         raise ValueError("the model's output on the example has no tensors to compare; pass a forward= that returns some")
-    try:
-        with torch.no_grad():
-            wide = copy.deepcopy(plain).double()
-            run(wide)
-            return wide, run
-    except Exception:  # a model that makes tensors of its own dtype, or a device without float64
-        return copy.deepcopy(plain), run
+    return work, run
 
 
 def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
