@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import normal, seeds
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import blockprune as bp
 from blockprune import collect, statistics
@@ -452,6 +453,34 @@ def test_an_input_written_to_after_the_layer_changes_nothing(s: Statistic) -> No
     models[0].load_state_dict(models[1].state_dict())
     x = [normal((5, 4), 0)]
     assert_same(seen(models[0], x, [s]), seen(models[1], x, [s]))
+
+
+def test_gradients_of_outputs_alone_cost_none_of_weights() -> None:
+    model, wanted = net(), []
+    model.register_forward_pre_hook(lambda module, args: wanted.append([p.requires_grad for p in module.parameters()]))
+    seen(model, [normal((5, 3), 0)], [statistics.output_grad_sq])
+    assert wanted == [[False] * 6]
+    assert all(p.requires_grad for p in model.parameters())
+
+
+class Checkpointed(nn.Module):
+    """Forgets what is in `body` and calls it again in the backward."""
+
+    def __init__(self, forgets: bool) -> None:
+        super().__init__()
+        self.body, self.head, self.forgets = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 2), forgets
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(self.body, x, use_reentrant=False) if self.forgets else self.body(x))
+
+
+@pytest.mark.parametrize("stats", [[statistics.output_grad_sq], [statistics.input_sq, statistics.output_grad_sq, statistics.weight_grad]])
+def test_checkpoints_change_nothing(stats: list[Statistic]) -> None:
+    models = [Checkpointed(forgets).double() for forgets in (True, False)]
+    models[0].load_state_dict(models[1].state_dict())
+    x = [normal((5, 3), 0), normal((5, 3), 1)]
+    first, second = (collect.fold(model, where=TILES, statistics=stats, batches=x, loss=loss).sums for model in models)
+    torch.testing.assert_close(first, second)
 
 
 def test_batches_are_not_written_to() -> None:
