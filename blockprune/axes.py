@@ -23,8 +23,8 @@ CLOSE = 1e-5  # of an output, or of the median one: rounding where a model compu
 def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forward, progress: bool = True) -> list[Shuffle]:
     """The hidden axes whose units may change places, for `cluster` and `permute`; each is proved on the example.
 
-    Found are units of MLPs (gated or not), channels of value heads (shared ones too), channels between convolutions, and a residual
-    stream that ends in a layer, not in the output. A Linear, convolution or embedding is made to give something else for some of its
+    Found are units of MLPs (gated or not), channels of value heads (shared ones too), channels between convolutions (depthwise ones in
+    between move along), and a residual stream that ends in a layer, not in the output. A Linear, convolution or embedding is made to give something else for some of its
     units, while all others give what they gave: where other layers see those units and no others, the axis is theirs as well. Last,
     all units change places at random: an axis stays if the outputs do, each to 1e-5 of itself or of the median one.
 

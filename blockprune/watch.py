@@ -41,6 +41,11 @@ def _mixes(module: nn.Module) -> bool:
     )
 
 
+def _alone(module: nn.Module) -> bool:
+    """Whether a convolution gives each unit from one that it is given."""
+    return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels
+
+
 def _channels(module: nn.Module, x: Tensor) -> int:
     """The axis of units in what a module is given or gives."""
     if isinstance(module, _ConvNd):
@@ -82,7 +87,7 @@ class Watch:
         tensor([False,  True, False])
     """
 
-    modules: Mapping[str, nn.Module]  # mixing layers, and small modules with a number a unit (norms)
+    modules: Mapping[str, nn.Module]  # mixing layers, and small modules with a number or a kernel a unit (norms, depthwise convolutions)
     run: Run
     model: nn.Module
     given: Mapping[str, Sequence[Tensor]]  # by the mixing layers, call by call
@@ -96,7 +101,7 @@ class Watch:
         beside = {
             name: m
             for name, m in model.named_modules()
-            if not _mixes(m) and not [*m.children()] and any(t.ndim == 1 for t in _own(m).values())
+            if not _mixes(m) and not [*m.children()] and (_alone(m) or any(t.ndim == 1 for t in _own(m).values()))
         }
         given: dict[str, list[Tensor]] = {}
         seen: dict[str, list[Tensor]] = {}
@@ -162,8 +167,9 @@ class Watch:
         return y.shape[_channels(self.modules[name], y)]
 
     def numbers(self, name: str, n: int) -> list[str]:
-        """Parameters and buffers of a small module that have one number a unit."""
-        return [own for own, t in _own(self.modules[name]).items() if t.shape == (n,)]
+        """Parameters and buffers of a small module that have one number a unit, or one kernel."""
+        module = self.modules[name]
+        return [own for own, t in _own(module).items() if t.shape == (n,) or (_alone(module) and t.shape[:1] == (n,))]
 
     def reach(self, name: str) -> dict[str, "Link"] | None:
         """How the units of a layer are seen by others."""

@@ -381,6 +381,33 @@ def test_channels_between_convolutions_with_an_instance_norm() -> None:
     assert shape(found) == (6, {"0.weight", "0.bias", "1.weight", "1.bias"}, {"3.weight"}, 1, {})
 
 
+class Inverted(nn.Module):
+    """A block of a mobile network (Sandler et al. 1801.04381): wider inside, where each channel has a kernel of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 1, bias=False)
+        self.each = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.norm, self.narrow, self.head = nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.narrow(F.relu(self.norm(F.relu(self.each(self.wide(x))))))
+        return self.head(x.mean((-2, -1)))
+
+
+def test_channels_through_a_depthwise_convolution() -> None:
+    model, x = Inverted().eval(), torch.randn(2, 3, 6, 6)
+    found = bp.find_axes(model, x)
+    norm = {f"norm.{x}" for x in ("weight", "bias", "running_mean", "running_var")}
+    assert [shape(s) for s in found] == [
+        (4, {"stem.weight", "stem.bias", "narrow.weight", "narrow.bias"}, {"wide.weight", "head.weight"}, 1, {}),
+        (8, {"wide.weight", "each.weight", *norm}, {"narrow.weight"}, 1, {}),
+    ]
+    for shuffle in found:
+        torch.testing.assert_close(bp.permute(model, [swapped(shuffle, 0, 3)])(x), model(x), atol=1e-5, rtol=1e-5)
+
+
 def test_models_that_cannot_be_looked_at() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     with pytest.raises(ValueError, match="meta device"):
