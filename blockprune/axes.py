@@ -24,9 +24,10 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
     """The hidden axes whose units may change places, for `cluster` and `permute`; each is proved on the example.
 
     Found are units of MLPs (gated or not), channels of value heads (shared ones too), channels between convolutions (depthwise ones in
-    between move along), and a residual stream that ends in a layer, not in the output. A Linear, convolution or embedding is made to give something else for some of its
-    units, while all others give what they gave: where other layers see those units and no others, the axis is theirs as well. Last,
-    all units change places at random: an axis stays if the outputs do, each to 1e-5 of itself or of the median one.
+    between move along), and a residual stream that ends in a layer, not in the output. A Linear, convolution or embedding is made to give
+    something else for some of its units, while all others give what they gave: where other layers see those units and no others, the
+    axis is theirs as well. Last, all units change places at random: an axis stays if the outputs do, each to 1e-5 of itself or of the
+    median one.
 
     Not found are axes that a bare parameter knows too (a learned position, a scale) and projections in one piece (queries, keys and values
     in one Linear). What the example does not show is not known: layers that it does not call (a warning names them, and axes as long as
