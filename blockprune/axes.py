@@ -76,31 +76,30 @@ def _parts(watch: Watch, progress: bool) -> Iterator[_Part]:
     """The stream, whose units each layer sees all at once; then what shows its units one by one, in the order of the layers."""
     names = tqdm(watch.given, desc="axes", disable=None if progress else True, leave=False)
     reached = {name: links for name in names if (links := watch.reach(name)) is not None}
-    single = {a: links for a, links in reached.items() if all(link.copies for link in links.values())}
-    mixing = {a: links for a, links in reached.items() if not any(link.copies for at, link in links.items() if at in watch.given)}
-    inner = [(givers, {at: link for a in givers for at, link in single[a].items()}) for givers in _joined(single, watch)]
+    parts = [(givers, {at: link for a in givers for at, link in reached[a].items()}) for givers in _joined(reached, watch)]
+    inner = [part for part in parts if all(link.copies for link in part[1].values())]
     shown = {at for _, links in inner for at in links}
-    for givers in _joined(mixing, watch):
-        links = {at: link for a in givers for at, link in mixing[a].items()}
-        if not shown & links.keys():  # queries and keys, which the output projection mixes with values
+    for givers, links in parts:
+        if not shown & links.keys():  # not queries and keys, which the output projection mixes with values
             yield _Part(givers, links)
     for givers, links in inner:
-        others = [(a, at) for a, seen in mixing.items() for at in seen if at in links and at in watch.given]
-        yield _Part(givers, links, {head for a, at in others if (head := watch.head(a, at))})
+        mixed = [(a, at) for a, seen in reached.items() for at in seen.keys() & links.keys() & watch.given.keys() if not seen[at].copies]
+        yield _Part(givers, links, {head for a, at in mixed if (head := watch.head(a, at))})
 
 
-def _joined(links: Mapping[str, Mapping[str, Link]], watch: Watch) -> list[list[str]]:
-    """Layers that are seen by a same layer or norm, together; those that no layer sees left out."""
-    parts: list[tuple[list[str], set[str]]] = []
-    for name, seen in links.items():
-        readers = {at for at in seen if at in watch.given or watch.numbers(at, watch.units(name))}
+def _joined(reached: Mapping[str, Mapping[str, Link]], watch: Watch) -> list[list[str]]:
+    """Layers that a same layer or norm sees in the same way (one by one, or all at once), together; those that no layer sees left out."""
+    parts: list[tuple[list[str], set[tuple[str, bool]]]] = []
+    for name, seen in reached.items():
+        n = watch.units(name)
+        readers = {(at, link.copies > 0) for at, link in seen.items() if at in watch.given or watch.numbers(at, n)}
         mine = [part for part in parts if part[1] & readers]
         others = [part for part in parts if not part[1] & readers]
         parts = (
             [*others, ([*(a for part in mine for a in part[0]), name], readers.union(*(part[1] for part in mine)))] if readers else parts
         )
-    parts = [part for part in parts if part[1] & watch.given.keys()]
-    return [givers for givers, _ in sorted(parts, key=lambda part: [*links].index(part[0][0]))]
+    parts = [part for part in parts if any(at in watch.given for at, _ in part[1])]
+    return [givers for givers, _ in sorted(parts, key=lambda part: [*reached].index(part[0][0]))]
 
 
 def _shuffle(watch: Watch, part: _Part) -> Shuffle | None:

@@ -408,6 +408,27 @@ def test_channels_through_a_depthwise_convolution() -> None:
         torch.testing.assert_close(bp.permute(model, [swapped(shuffle, 0, 3)])(x), model(x), atol=1e-5, rtol=1e-5)
 
 
+def test_a_stream_that_the_head_reads_without_a_norm() -> None:
+    class Stream(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(9, 6), nn.Linear(6, 3)
+            self.norms = nn.ModuleList(nn.LayerNorm(6) for _ in range(2))
+            self.ups, self.downs = (nn.ModuleList(nn.Linear(*size) for _ in range(2)) for size in ((6, 8), (8, 6)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            for norm, up, down in zip(self.norms, self.ups, self.downs, strict=True):
+                x = x + down(torch.tanh(up(norm(x))))
+            return self.head(x)
+
+    found = bp.find_axes(Stream(), torch.tensor([[1, 5, 3]]))
+    assert [len(shuffle.order) for shuffle in found] == [6, 8, 8]
+    norms = {f"norms.{i}.{x}" for i in range(2) for x in ("weight", "bias")}
+    assert set(found[0].rows) == {*norms, *(f"downs.{i}.{x}" for i in range(2) for x in ("weight", "bias"))}
+    assert set(found[0].columns) == {"embed.weight", "ups.0.weight", "ups.1.weight", "head.weight"}
+
+
 def test_models_that_cannot_be_looked_at() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     with pytest.raises(ValueError, match="meta device"):
