@@ -106,6 +106,7 @@ def _shuffle(watch: Watch, part: _Part) -> Shuffle | None:
     """The shuffle of a part, nothing moved; None if its layers do not fit each other."""
     n = watch.units(part.givers[0])
     groups = {link.groups for link in part.links.values()} | {n // head for head in part.heads if n % head == 0}
+    groups |= {m.num_groups for m in map(watch.modules.__getitem__, part.links) if isinstance(m, nn.GroupNorm) and m.num_groups < n}
     within = max(groups)
     if any(watch.units(a) != n for a in part.givers) or within >= n or any(within % g for g in groups):
         return None

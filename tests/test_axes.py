@@ -381,6 +381,14 @@ def test_channels_between_convolutions_with_an_instance_norm() -> None:
     assert shape(found) == (6, {"0.weight", "0.bias", "1.weight", "1.bias"}, {"3.weight"}, 1, {})
 
 
+@pytest.mark.parametrize(("groups", "within"), [(1, 1), (2, 2), (6, 1)])
+def test_channels_stay_in_the_groups_of_a_group_norm(groups: int, within: int) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 6, 3), nn.GroupNorm(groups, 6), nn.ReLU(), nn.Conv2d(6, 4, 3)), torch.randn(2, 3, 8, 8)
+    (found,) = bp.find_axes(model, x)
+    assert shape(found) == (6, {"0.weight", "0.bias", "1.weight", "1.bias"}, {"3.weight"}, within, {})
+    torch.testing.assert_close(bp.permute(model, [swapped(found, 3, 5)])(x), model(x), atol=1e-5, rtol=1e-5)
+
+
 class Inverted(nn.Module):
     """A block of a mobile network (Sandler et al. 1801.04381): wider inside, where each channel has a kernel of its own."""
 
