@@ -112,15 +112,17 @@ def _shuffle(watch: Watch, part: _Part) -> Shuffle | None:
         return None
     if any(link.inputs != n for at, link in part.links.items() if not link.copies or at not in watch.given):
         return None
-    tables = [f"{a}.weight" for a in part.givers if isinstance(watch.modules[a], nn.Embedding)]
-    weights = [f"{a}.weight" for a in part.givers if not isinstance(watch.modules[a], nn.Embedding)]
+    readers = [at for at in part.links if at in watch.given]
     biases = [f"{a}.bias" for a in part.givers if getattr(watch.modules[a], "bias", None) is not None]
     small = [f"{at}.{name}" for at in part.links if at not in watch.given for name in watch.numbers(at, n)]
-    readers = [f"{at}.weight" for at in part.links if at in watch.given]
+
+    def weights(names: Sequence[str], turned: bool) -> list[str]:
+        return [f"{name}.weight" for name in names if watch.turned(name) == turned]
+
     return Shuffle(
         torch.arange(n),
-        rows=[*weights, *biases, *small],
-        columns=[*tables, *readers],
+        rows=[*weights(part.givers, False), *biases, *small, *weights(readers, True)],
+        columns=[*weights(part.givers, True), *weights(readers, False)],
         within=within,
         copies={f"{at}.weight": link.copies for at, link in part.links.items() if link.copies > 1},
     )

@@ -36,9 +36,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 def _mixes(module: nn.Module) -> bool:
     """Whether a layer gives each of its units from all that it is given."""
-    return isinstance(module, (nn.Linear, nn.Embedding)) or (
-        isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd) and module.groups == 1
-    )
+    return isinstance(module, (nn.Linear, nn.Embedding)) or (isinstance(module, _ConvNd) and module.groups == 1)
 
 
 def _alone(module: nn.Module) -> bool:
@@ -165,6 +163,10 @@ class Watch:
         """How many units a layer gives."""
         y = self.given[name][0]
         return y.shape[_channels(self.modules[name], y)]
+
+    def turned(self, name: str) -> bool:
+        """Whether a layer's weight has its inputs along axis 0 and its outputs along axis 1."""
+        return isinstance(self.modules[name], (nn.Embedding, _ConvTransposeNd))
 
     def numbers(self, name: str, n: int) -> list[str]:
         """Parameters and buffers of a small module that have one number a unit, or one kernel."""

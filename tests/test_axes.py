@@ -389,6 +389,18 @@ def test_channels_stay_in_the_groups_of_a_group_norm(groups: int, within: int) -
     torch.testing.assert_close(bp.permute(model, [swapped(found, 3, 5)])(x), model(x), atol=1e-5, rtol=1e-5)
 
 
+def test_channels_between_transposed_convolutions() -> None:
+    layers = [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.ConvTranspose2d(6, 5, 2), nn.BatchNorm2d(5), nn.ReLU(), nn.ConvTranspose2d(5, 2, 2)]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(2, 3, 8, 8)
+    one, two = bp.find_axes(model, x)
+    assert shape(one) == (6, {"0.weight", "0.bias", "2.weight"}, set(), 1, {})
+    norm = {f"3.{x}" for x in ("weight", "bias", "running_mean", "running_var")}
+    assert shape(two) == (5, {"2.bias", *norm, "5.weight"}, {"2.weight"}, 1, {})
+    torch.testing.assert_close(bp.permute(model, [swapped(one, 0, 4), swapped(two, 1, 3)])(x), model(x), atol=1e-5, rtol=1e-5)
+    scores = bp.metric.l1(bp.collect.weights(model, where=bp.convs((1, 1))))
+    torch.testing.assert_close(bp.permute(model, bp.cluster(scores, [one, two], block=(2, 2)))(x), model(x), atol=1e-5, rtol=1e-5)
+
+
 class Inverted(nn.Module):
     """A block of a mobile network (Sandler et al. 1801.04381): wider inside, where each channel has a kernel of its own."""
 
