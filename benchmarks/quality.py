@@ -191,7 +191,7 @@ def budgeted(task: Task, pattern: Pattern, sparsity: float, *, looks: int = 1, *
     found: Found = task.model, {}, {}
     for look in range(1, looks + 1):
         share = sparsity * look / looks
-        model = bp.apply_masks(copy.deepcopy(task.model), *found[1:]) if found[1] else task.model
+        model = bp.finalize(bp.apply_masks(copy.deepcopy(task.model), *found[1:])) if found[1] else task.model
         data = evidence(task, model, pattern.where(task), [statistics.input_gram, statistics.output_grad_gram])
         del model
         budget = distribute.loss_weighted(metric.obs(data, progress=False), share, max_sparsity=max(CAP, (1 + share) / 2))
