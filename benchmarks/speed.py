@@ -2,6 +2,7 @@
 
 python benchmarks/speed.py layers                         # 4096 x 4096, batch 128, one thread; minutes
 python benchmarks/speed.py layers --shapes 1024x1024 4096x11008 --batches 1 16 512 --blocks 16x1 32x32 --threads 1 2
+python benchmarks/speed.py models --models reading --masks found/*      # in masks that quality.py --save found wrote
 python benchmarks/speed.py models                         # MiniLM, SmolLM2 reading and writing, all Linears pruned; minutes
 python benchmarks/speed.py layers --device cuda --bsr --roofline --dtypes bfloat16 --batches 1 16 128 2048      # on a GPU
 python benchmarks/speed.py layers --tiny                  # seconds, for the test command
@@ -15,6 +16,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import minilm
@@ -123,22 +125,21 @@ def writing(tiny: bool) -> tuple[str, nn.Module, Any, Callable[..., Any]]:
 def models(options: argparse.Namespace) -> None:
     for make in [{"encoder": encoder, "reading": reading, "writing": writing}[name] for name in options.models]:
         name, model, inputs, forward = make(options.tiny)
-        rule = (
-            bp.excluding(bp.linears((1, 1)), pattern="lm_head*")
-            if make is not encoder
-            else bp.excluding(bp.linears((1, 1)), pattern="pooler*")
-        )
+        rule = bp.excluding(bp.linears((1, 1)), pattern="pooler*" if make is encoder else "lm_head*")
         shapes = {key: p.grid.shape for key, p in bp.collect.weights(model, where=rule, lazy=True).items()}
-        tried, names = [], []
-        for block, sparsity in itertools.product(options.blocks, options.sparsities):
+        variants = {Path(file).stem: bp.load_masks(file) for file in options.masks}
+        for block, sparsity in itertools.product(options.blocks, options.sparsities if not variants else ()):
             generator = torch.Generator().manual_seed(0)
             masks = {key: random_mask(bp.BlockGrid(shape, block), sparsity, generator) for key, shape in shapes.items()}
+            variants[f"{block[0]}x{block[1]} {sparsity:.0%}"] = masks
+        tried, names = [], []
+        for variant, masks in variants.items():
             masked = bp.apply_masks(copy.deepcopy(model), masks)
             for dtype in options.dtypes:
                 cast = masked.to(DTYPES[dtype])
                 tried.append(export.block_sparse(cast, inputs=inputs, forward=forward, progress=False))
                 kept = sum(isinstance(m, export.BlockSparseLinear) for m in tried[-1].modules())
-                names.append(f"{block[0]}x{block[1]} {sparsity:.0%}, {kept} of {len(masks)} layers sparse")
+                names.append(f"{variant}, {kept} of {len(masks)} layers sparse")
             del masked
         print(f"\n{name}; {torch.get_num_threads()} threads")
         print(
@@ -167,7 +168,7 @@ def main(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("layers", "models"))
-    parser.add_argument("--models", nargs="+", choices=("encoder", "reading", "writing"), default=["encoder", "reading", "writing"])
+    parser.add_argument("--models", nargs="+", choices=("encoder", "reading", "writing"))
     parser.add_argument("--tiny", action="store_true", help="small shapes, few blocks, one round")
     parser.add_argument("--shapes", nargs="+", type=pair, default=[(4096, 4096)])
     parser.add_argument("--batches", nargs="+", type=int, default=[128])
@@ -177,6 +178,7 @@ if __name__ == "__main__":
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--backend", default=next(row.name for row in export.backends().rows if row.available))
+    parser.add_argument("--masks", nargs="+", default=[], help="models only: files that quality.py --save wrote, instead of random masks")
     parser.add_argument("--device", default="cpu", help="layers only; on another than cpu, each call is waited for")
     parser.add_argument("--roofline", action="store_true", help="also the share of what the device could do")
     parser.add_argument("--inductor", action="store_true", help="also torch.compile with frozen weights")
@@ -184,6 +186,7 @@ if __name__ == "__main__":
     given = parser.parse_args()
     every = [(16, 1), (8, 1), (4, 4), (16, 16), (32, 32), (64, 64)]
     given.blocks = given.blocks or (every if given.what == "layers" else [(32, 32)])
+    given.models = given.models or (["encoder", "writing"] if given.tiny else ["encoder", "reading", "writing"])
     if given.tiny:
         given.shapes, given.batches, given.blocks, given.rounds = (
             [(128, 128)],
@@ -191,6 +194,5 @@ if __name__ == "__main__":
             [(16, 16), (16, 1)][: 1 + (given.what == "layers")],
             1,
         )
-        given.models = ["encoder", "writing"]
         given.sparsities, given.dtypes = given.sparsities[:1], given.dtypes[:1]
     main(given)
