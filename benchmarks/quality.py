@@ -294,13 +294,13 @@ def main(options: argparse.Namespace) -> None:
                 before = {key: p.detach().clone() for key, p in model.named_parameters() if key in weights}
                 figures = shown(task, bp.apply_masks(model, masks, weights))
                 bp.apply_masks(model, {}, before)
-                if options.save:
-                    Path(options.save).mkdir(parents=True, exist_ok=True)
-                    bp.save_masks(masks, Path(options.save) / f"{name}, {sparsity:.0%}, {method}.safetensors")
                 print(
                     f"{name:10}{sparsity:>9.0%}  {method:30}{figures:>24}{bp.sparsity(masks):>8.1%}{seconds:>9.0f}{peak:>10,.0f}",
                     flush=True,
                 )
+                if options.save:
+                    Path(options.save).mkdir(parents=True, exist_ok=True)
+                    bp.save_masks(masks, Path(options.save) / f"{options.model}, {name}, {sparsity:g}, {method}.safetensors")
 
 
 if __name__ == "__main__":
@@ -311,6 +311,6 @@ if __name__ == "__main__":
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--calibration", type=int, help="windows of 512 tokens (SmolLM2; 16) or texts (MiniLM; 128)")
     parser.add_argument("--gradients", type=int, help="windows for gradients (SmolLM2; 24)")
-    parser.add_argument("--save", help="a folder for the masks, which speed.py times")
+    parser.add_argument("--save", help="a folder for the masks (of clustered units, in their new order), which speed.py times")
     parser.add_argument("--held-out", type=int, default=40, help="windows of 512 held-out tokens (SmolLM2; 40)")
     main(parser.parse_args())

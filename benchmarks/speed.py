@@ -2,13 +2,13 @@
 
 python benchmarks/speed.py layers                         # 4096 x 4096, batch 128, one thread; minutes
 python benchmarks/speed.py layers --shapes 1024x1024 4096x11008 --batches 1 16 512 --blocks 16x1 32x32 --threads 1 2
-python benchmarks/speed.py models --models reading --masks found/*      # in masks that quality.py --save found wrote
+python benchmarks/speed.py models --models reading --masks found/smollm*    # in masks that quality.py --save found wrote
 python benchmarks/speed.py models                         # MiniLM, SmolLM2 reading and writing, all Linears pruned; minutes
 python benchmarks/speed.py layers --device cuda --bsr --roofline --dtypes bfloat16 --batches 1 16 128 2048      # on a GPU
 python benchmarks/speed.py layers --tiny                  # seconds, for the test command
 
-All variants run in turn, so each finds the caches full of the others' weights, as a layer of a model does. Masks are random: what is
-computed does not depend on which blocks are kept. `benchmarks/peers/speed_rivals.py` times other engines.
+All variants run in turn, so each finds the caches full of the others' weights, as a layer of a model does. Masks are random, if none are
+given: what is computed does not depend on which blocks are kept. `benchmarks/peers/speed_rivals.py` times other engines.
 """
 
 import argparse
@@ -178,7 +178,7 @@ if __name__ == "__main__":
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--backend", default=next(row.name for row in export.backends().rows if row.available))
-    parser.add_argument("--masks", nargs="+", default=[], help="models only: files that quality.py --save wrote, instead of random masks")
+    parser.add_argument("--masks", nargs="+", default=[], help="files that quality.py --save wrote for the one model that --models names")
     parser.add_argument("--device", default="cpu", help="layers only; on another than cpu, each call is waited for")
     parser.add_argument("--roofline", action="store_true", help="also the share of what the device could do")
     parser.add_argument("--inductor", action="store_true", help="also torch.compile with frozen weights")
@@ -187,6 +187,8 @@ if __name__ == "__main__":
     every = [(16, 1), (8, 1), (4, 4), (16, 16), (32, 32), (64, 64)]
     given.blocks = given.blocks or (every if given.what == "layers" else [(32, 32)])
     given.models = given.models or (["encoder", "writing"] if given.tiny else ["encoder", "reading", "writing"])
+    if given.masks and (given.what != "models" or len(given.models) > 1):
+        parser.error("--masks are those of one model: speed.py models --models encoder (or reading, writing) --masks FILE ...")
     if given.tiny:
         given.shapes, given.batches, given.blocks, given.rounds = (
             [(128, 128)],

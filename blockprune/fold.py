@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from tqdm import tqdm
 
 from blockprune.gates import Heard, How, gates, scalar
@@ -95,7 +96,7 @@ def run(model: nn.Module, fold: Fold, batches: Iterable[Any], how: How, *, progr
     needs = sorted(s.name for s in fold.statistics if s.sees in ("output_grad", "weight_grad"))
     heard = listeners(model, find(model, fold.slots, what="where"))
     per_block = sorted(s.name for s in fold.statistics if s.sees == "gates")
-    with undisturbed(model, [slot.stored for slot in fold.slots.values()] if "weight_grad" in sees else []):
+    with undisturbed(model, [slot.stored for slot in fold.slots.values()]), call_by_call():
         for number, given in enumerate(tqdm(batches, desc="collect", disable=None if progress else True, leave=False)):
             if not isinstance(given, (Tensor, Mapping, tuple, list)) and how.forward is default_forward:
                 raise TypeError(f"batch {number} is a {type(given).__name__}; give tensors, tuples or mappings, or pass forward=")
@@ -137,14 +138,11 @@ def _finite(x: Tensor) -> bool:
 def _layers(  # noqa: PLR0917 (of one caller)
     model: nn.Module, fold: Fold, heard: Heard, batch: Any, how: How, needs_grad: list[str], *, number: int
 ) -> Fold:
-    """One forward, and one backward if a statistic needs it; what a layer sees is added at once, before the forward writes into it.
-
-    Where gradients of outputs alone are asked for, weights have none: they end at the first outputs, a third of the backward is saved.
-    """
+    """One forward, and one backward if a statistic needs it; what a layer sees is added at once, before the forward writes into it."""
     token_weights = how.token_weights(batch)
+    handles = []
+    outputs: list[GradientEdge] = []  # of which the gradients are asked for
     kinds = {s.sees for s in fold.statistics}
-    roots: list[Tensor] = []  # outputs at which gradients end
-    again = False  # layers called during the backward (checkpoints) only repeat the forward
 
     def add(name: str, kind: str, evidence: Any) -> None:
         nonlocal fold
@@ -162,49 +160,58 @@ def _layers(  # noqa: PLR0917 (of one caller)
             last = key, attrs.evolve(call, known={})  # kept, so that its memory is not another's
         return attrs.evolve(call, known=last[1].known)
 
-    def rooted(output: Any) -> Any:
-        """The output, with a gradient."""
-        raw: Tensor = output[0] if isinstance(output, tuple) else output
-        if raw.requires_grad or "output_grad" not in kinds or not torch.is_grad_enabled():
-            return output
-        roots.append(raw.detach().requires_grad_())
-        raw = roots[-1].clone()  # which may be written into
-        return (raw, *output[1:]) if isinstance(output, tuple) else raw
-
-    def listen(name: str, slot: Slot) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            output = rooted(output)
-            if again:
-                return output
+    def listen(name: str, slot: Slot) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             raw: Tensor = output[0] if isinstance(output, tuple) else output
-            views = [x.detach() for x in rows(slot, module, args, kwargs)] if "inputs" in kinds else []
-            call = attrs.evolve(_call(slot, module, views, raw, token_weights), name=name)
             with torch.no_grad():
+                views = [x.detach() for x in rows(slot, module, args, kwargs)] if "inputs" in kinds else []
+                call = attrs.evolve(_call(slot, module, views, raw, token_weights), name=name)
                 if "inputs" in kinds:
                     add(name, "inputs", shared(call))
                 add(name, "output", call)
             if "output_grad" in kinds and raw.requires_grad:  # the gradient of this value, also if it is overwritten later
                 raw.register_hook(lambda g: add(name, "output_grad", attrs.evolve(call, output_grad=_matrix(slot, g))))
-            return output
+                outputs.append(get_gradient_edge(raw))
 
         return hook
 
-    with contextlib.ExitStack() as stack:
-        if kinds & {"inputs", "output", "output_grad"}:
-            for name, slot, module in heard:
-                if input_axis(slot) == input_axis(fold.slots[name]):  # not a head tied to an embedding
-                    stack.callback(module.register_forward_hook(listen(name, slot), with_kwargs=True).remove)
+    if kinds & {"inputs", "output", "output_grad"}:
+        for name, slot, module in heard:
+            if input_axis(slot) == input_axis(fold.slots[name]):  # not a head tied to an embedding
+                handles.append(module.register_forward_hook(listen(name, slot), with_kwargs=True))
+    try:
         with torch.set_grad_enabled(bool(needs_grad)):
             output = how.forward(model, batch)
             loss = scalar(how, output, batch, needs_grad) if needs_grad else None
-        if loss is not None:
-            again = True
-            weights = {name: slot.stored for name, slot in fold.slots.items()} if "weight_grad" in kinds else {}
-            if sought := [*weights.values(), *roots]:
-                grads = torch.autograd.grad(loss, sought, allow_unused=True)
-                for name, g in zip(weights, grads, strict=False):
-                    add(name, "weight_grad", g)  # None: this batch does not reach the weight
+    finally:
+        for handle in handles:
+            handle.remove()
+    if loss is not None and "weight_grad" in kinds:
+        weights = {name: slot.stored for name, slot in fold.slots.items()}
+        grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        for name, g in zip(weights, grads, strict=True):
+            add(name, "weight_grad", g)  # None: this batch does not reach the weight
+    elif loss is not None and outputs:  # none of weights: a third of the backward is saved
+        torch.autograd.grad(loss, _lowest(outputs), allow_unused=True)
     return fold
+
+
+def _lowest(edges: Sequence[GradientEdge]) -> list[GradientEdge]:
+    """Those below which there are no others: on the way to them gradients pass all."""
+    nodes = {edge.node for edge in edges}
+
+    def ends(node: Any) -> bool:
+        seen: set[Any] = set()
+        below = [node]
+        while below:
+            following = {f for f, _ in below.pop().next_functions if f is not None} - seen
+            if following & nodes:
+                return False
+            seen |= following
+            below += following
+        return True
+
+    return [edge for edge in edges if ends(edge.node)]
 
 
 def _matrix(slot: Slot, raw: Tensor) -> Tensor:
@@ -260,18 +267,16 @@ def _to(batch: Any, like: Tensor) -> Any:
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module, weights: Sequence[Tensor] | None = None) -> Iterator[None]:
-    """Evaluation mode, if given gradients for these weights alone; afterwards all as before: modes, flags, buffers, random numbers."""
+def undisturbed(model: nn.Module, weights: Sequence[Tensor] = ()) -> Iterator[None]:
+    """Evaluation mode, gradients on for these weights; afterwards all as before: modes, flags, buffers, random numbers."""
     modes = [(module, module.training) for module in model.modules()]
-    flags = [(p, p.requires_grad) for p in ([] if weights is None else itertools.chain(model.parameters(), weights))]
+    flags = [(p, p.requires_grad) for p in weights]
     buffers = [(b, b._version, b.clone()) for b in model.buffers()]
     devices = sorted({p.device.index or 0 for p in itertools.chain(model.parameters(), model.buffers()) if p.device.type == "cuda"})
     with torch.random.fork_rng(devices):
         try:
             model.eval()
-            for p, _ in flags:
-                p.requires_grad_(False)
-            for p in weights or ():
+            for p in weights:
                 p.requires_grad_(True)
             yield
         finally:

@@ -37,7 +37,7 @@ def test_the_quality_table_runs_on_one_cell_and_its_masks_are_timed(tmp_path: Pa
     command = [sys.executable, "speed.py", "models", "--tiny", "--models", "encoder", "--masks", str(found)]
     done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert "32x32, 50%, OBS + budget + cluster" in done.stdout
+    assert "minilm, 32x32, 0.5, OBS + budget + cluster" in done.stdout
 
 
 @pytest.mark.parametrize(("what", "said"), [("layers", "16x16"), ("models", "of the type")])

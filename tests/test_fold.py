@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import blockprune as bp
 from blockprune import collect, statistics
+from blockprune.fold import call_by_call
 from blockprune.statistics import Statistic
 from blockprune.types import Data
 
@@ -455,31 +456,95 @@ def test_an_input_written_to_after_the_layer_changes_nothing(s: Statistic) -> No
     assert_same(seen(models[0], x, [s]), seen(models[1], x, [s]))
 
 
+class Branches(nn.Module):
+    """Layers that follow each other, one that stands apart, one that is called twice, one that only some batches reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.apart, self.some = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(3, 4), nn.Linear(4, 4)
+        self.prompt = torch.ones(1, 3, dtype=torch.float64, requires_grad=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(torch.relu_(self.b(self.a(torch.cat([x, self.prompt]))))) + self.apart(torch.cat([x, self.prompt]))
+        return self.some(y) if len(x) > 1 else y
+
+
+@pytest.mark.parametrize("where", [TILES, bp.named("some.weight", (2, 2))])
+@pytest.mark.parametrize("trained", [True, False])
+def test_gradients_of_outputs_alone_are_those_beside_gradients_of_weights(trained: bool, where: bp.Where) -> None:
+    model = Branches().double().requires_grad_(trained)
+    x = [normal((n, 3), n) for n in (4, 1, 2)]
+    x[1].requires_grad_()
+    alone = seen(model, x, [statistics.output_grad_sq], where=where)
+    beside = seen(model, x, [statistics.output_grad_sq, statistics.weight_grad], where=where)
+    for name, p in alone.items():
+        torch.testing.assert_close(p.stats["output_grad_sq"], beside[name].stats["output_grad_sq"], rtol=0, atol=0)
+
+
 def test_gradients_of_outputs_alone_cost_none_of_weights() -> None:
-    model, wanted = net(), []
-    model.register_forward_pre_hook(lambda module, args: wanted.append([p.requires_grad for p in module.parameters()]))
-    seen(model, [normal((5, 3), 0)], [statistics.output_grad_sq])
-    assert wanted == [[False] * 6]
-    assert all(p.requires_grad for p in model.parameters())
+    class Costly(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, weight: Tensor) -> Tensor:
+            return weight * 1
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            spent.append(1)
+            return grad
+
+    class Layer(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, Costly.apply(self.weight), self.bias)
+
+    spent: list[int] = []
+    model, x = nn.Sequential(Layer(3, 4), nn.Tanh(), Layer(4, 2)).double(), [normal((5, 3), 0)]
+    seen(model, x, [statistics.output_grad_sq])
+    assert not spent
+    seen(model, x, [statistics.output_grad_sq, statistics.weight_grad])
+    assert len(spent) == 2
+
+
+@pytest.mark.parametrize("s", each([statistics.input_sq, statistics.output_grad_sq]))
+def test_a_padded_encoder_is_looked_at_without_its_fast_path(s: Statistic) -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2).double()
+    padding = torch.tensor([[False, False, False], [False, False, True]])
+    options = {"forward": lambda m, b: m(b, src_key_padding_mask=padding)[~padding], "where": bp.named("*linear?.weight", (2, 2))}
+    found = seen(model, [normal((2, 3, 4), 0)], [s], **options)
+    with call_by_call():
+        assert_same(found, seen(model, [normal((2, 3, 4), 0)], [s], **options))
 
 
 class Checkpointed(nn.Module):
-    """Forgets what is in `body` and calls it again in the backward."""
+    """Forgets what is in its body and calls it again in the backward."""
 
-    def __init__(self, forgets: bool) -> None:
+    def __init__(self, body: nn.Module, forgets: bool) -> None:
         super().__init__()
-        self.body, self.head, self.forgets = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 2), forgets
+        self.body, self.forgets = body, forgets
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(checkpoint(self.body, x, use_reentrant=False) if self.forgets else self.body(x))
+        return checkpoint(self.body, x, use_reentrant=False) if self.forgets else self.body(x)
 
 
+BODIES = {
+    "linear": lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)),
+    "convolution": lambda: nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Conv1d(3, 2, 2)),
+    "attention": lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("kind", BODIES)
 @pytest.mark.parametrize("stats", [[statistics.output_grad_sq], [statistics.input_sq, statistics.output_grad_sq, statistics.weight_grad]])
-def test_checkpoints_change_nothing(stats: list[Statistic]) -> None:
-    models = [Checkpointed(forgets).double() for forgets in (True, False)]
-    models[0].load_state_dict(models[1].state_dict())
-    x = [normal((5, 3), 0), normal((5, 3), 1)]
-    first, second = (collect.fold(model, where=TILES, statistics=stats, batches=x, loss=loss).sums for model in models)
+def test_checkpoints_change_nothing(kind: str, stats: list[Statistic]) -> None:
+    body = BODIES[kind]().double()
+    x = [normal((3, 2, 4), 0), normal((5, 2, 4), 1)]
+    rule = bp.named("*linear?.weight", (2, 2)) if kind == "attention" else bp.first_of(bp.linears((2, 2)), bp.convs((1, 1)))
+    if len(stats) > 1 and kind == "attention":
+        rule = bp.first_of(rule, bp.named("*out_proj.weight", (2, 2)))
+        stats = stats[:1] + stats[2:]
+    first, second = (
+        collect.fold(Checkpointed(body, forgets), where=rule, statistics=stats, batches=x, loss=lambda y, _: y.exp().sum()).sums
+        for forgets in (True, False)
+    )
     torch.testing.assert_close(first, second)
 
 
