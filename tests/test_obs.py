@@ -3,7 +3,10 @@
 import contextlib
 import itertools
 import math
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -11,7 +14,7 @@ import attrs
 import pytest
 import reference
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from strategies import normal, seeds, shares_memory
 from torch import Tensor, nn
@@ -204,6 +207,33 @@ def test_the_compiled_loop_equals_torch_where_its_rows_are_longer_than_vectors(
         close(got, expected, rtol=1e-4 if dtype == torch.float32 else 1e-10, atol=0)
     if dtype == torch.float64 and block == (8, 16):
         check_removals(p, bp.BlockScore(found[0], p.grid), 0.1)
+
+
+@pytest.mark.parametrize("block", [(1, 1), (5, 1), (1, 4), (3, 5), (4, 4), (2, 11), (16, 16), (2, 40)])
+@settings(max_examples=4)
+@given(inputs=st.integers(100, 210), most=st.sampled_from([0.3, 0.9, 1.0]), seed=seeds)
+def test_the_compiled_loop_equals_torch_where_many_removals_wait_and_gaps_close(
+    block: tuple[int, int], inputs: int, most: float, seed: int
+) -> None:
+    p = param(normal((2 * block[0], inputs), seed), normal((2 * inputs, inputs), seed + 1), block)
+    found = []
+    for compiled in (True, False):
+        with loops(compiled):
+            found.append(metric.obs({"w": p}, damping=0.1, max_sparsity=most)["w"].value)
+    close(*found, rtol=1e-8, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+@pytest.mark.parametrize("vectors", [True, False])
+def test_sanitizers_find_nothing(tmp_path: Path, vectors: bool) -> None:
+    flags = ["-std=c++17", "-O1", "-DSANITIZED", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread", "-Wno-psabi"]
+    flags += [f"-I{Path(native.__file__).parent}", *([] if vectors else ["-DWITHOUT_VECTORS"])]  # what other compilers get
+    command = ["g++", *flags, str(Path(__file__).parent / "obs_check.cpp"), "-o", str(tmp_path / "check")]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run([str(tmp_path / "check"), "60"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "each block once" in done.stdout
 
 
 @SCORES

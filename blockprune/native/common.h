@@ -13,7 +13,7 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-#if defined(__x86_64__) && defined(__linux__) && (defined(__GNUC__) || defined(__clang__))
+#if defined(__x86_64__) && defined(__linux__) && (defined(__GNUC__) || defined(__clang__)) && !defined(SANITIZED)
 #define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))  // chosen by the processor at load time
 #else
 #define CLONES
