@@ -1,4 +1,5 @@
-// Random bands for blockprune/native/obs.cpp, compiled with sanitizers by tests/test_obs.py: nothing is read or written outside, each block goes once.
+// Random bands for blockprune/native/obs.cpp, compiled with sanitizers by tests/test_obs.py: nothing is read or written outside, and each
+// block goes once.
 
 #include "obs.cpp"
 
@@ -6,7 +7,9 @@
 #include <cstdlib>
 #include <random>
 
-template <class T> static bool each_block_once(const std::vector<double>& rows, const std::vector<double>& inverse, int64_t k, int64_t m, int64_t n, int64_t stop) {
+using Numbers = std::vector<double>;
+
+template <class T> static bool each_once(const Numbers& rows, const Numbers& inverse, int64_t k, int64_t m, int64_t n, int64_t stop) {
     const std::vector<T> given(rows.begin(), rows.end()), h(inverse.begin(), inverse.end());
     const int64_t blocks = k / n, group[] = {0, 0};
     std::vector<T> errors(2 * blocks);
@@ -21,13 +24,13 @@ int main(int, char** arguments) {
     std::normal_distribution<double> normal;
     for (int64_t i = 0; i < std::atoi(arguments[1]); i++) {
         const int64_t n = 1 + random() % (i % 3 ? 5 : 40), blocks = 1 + random() % (n > 10 ? 6 : 60), k = n * blocks, m = 1 + random() % 20;
-        std::vector<double> x(2 * k), inverse(k * k), rows(2 * k * m);
+        Numbers x(2 * k), inverse(k * k), rows(2 * k * m);
         for (double& v : x) v = normal(random);
         for (double& v : rows) v = normal(random);
         for (int64_t r = 0; r < k; r++)
             for (int64_t c = 0; c < k; c++) inverse[r * k + c] = (x[r] * x[c] + x[k + r] * x[k + c]) / k + (r == c);
         const int64_t stop = random() % (blocks + 1);
-        if (!each_block_once<float>(rows, inverse, k, m, n, stop) || !each_block_once<double>(rows, inverse, k, m, n, blocks)) return 1;
+        if (!each_once<float>(rows, inverse, k, m, n, stop) || !each_once<double>(rows, inverse, k, m, n, blocks)) return 1;
     }
     std::puts("each block once");
 }
