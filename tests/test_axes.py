@@ -95,12 +95,14 @@ def test_channels_between_convolutions_with_their_norms_and_the_stream_behind_fl
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of transformers and what it imports
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize(("kv", "tied"), [(4, True), (2, True), (1, False)])
-def test_a_llama_with_shared_values(kv: int, tied: bool) -> None:
+@pytest.mark.parametrize(("kv", "tied", "normed"), [(4, True, True), (2, True, True), (1, False, True), (2, False, False)])
+def test_a_llama_with_shared_values(kv: int, tied: bool, normed: bool) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 31, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.LlamaConfig(**sizes, num_key_value_heads=kv, initializer_range=0.3, tie_word_embeddings=tied)
     model = transformers.LlamaForCausalLM(config).eval()
+    if not normed:
+        model.model.norm = nn.Identity()  # the head sees the stream's units one by one
     stream, *found = bp.find_axes(model, torch.randint(31, (1, 5)))
     places = [f"model.layers.{i}" for i in range(2)]
     norms = [f"{at}.{norm}_layernorm.weight" for at in places for norm in ("input", "post_attention")]
@@ -109,7 +111,8 @@ def test_a_llama_with_shared_values(kv: int, tied: bool) -> None:
         f"{at}.mlp.{x}_proj.weight" for at in places for x in ("gate", "up")
     ]
     ends = {"model.embed_tokens.weight", "lm_head.weight"}
-    assert shape(stream) == (32, {*writers, *norms, "model.norm.weight"}, {*readers, *ends}, 1, {})
+    last = {"model.norm.weight"} if normed else set()
+    assert shape(stream) == (32, {*writers, *norms, *last}, {*readers, *ends}, 1, {})
     values = [
         (8 * kv, {f"{at}.self_attn.v_proj.weight"}, {out := f"{at}.self_attn.o_proj.weight"}, kv, {out: 4 // kv} if kv < 4 else {})
         for at in places
@@ -399,6 +402,30 @@ def test_channels_between_transposed_convolutions() -> None:
     torch.testing.assert_close(bp.permute(model, [swapped(one, 0, 4), swapped(two, 1, 3)])(x), model(x), atol=1e-5, rtol=1e-5)
     scores = bp.metric.l1(bp.collect.weights(model, where=bp.convs((1, 1))))
     torch.testing.assert_close(bp.permute(model, bp.cluster(scores, [one, two], block=(2, 2)))(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+def test_a_stream_stays_in_the_groups_of_its_group_norms() -> None:
+    class Stream(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm, self.up, self.down = (
+                nn.Conv2d(3, 8, 1),
+                nn.GroupNorm(2, 8),
+                nn.Conv2d(8, 6, 3, padding=1),
+                nn.Conv2d(6, 8, 1),
+            )
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head((x + self.down(F.silu(self.up(self.norm(x))))).mean((-2, -1)))
+
+    model, x = Stream(), torch.randn(2, 3, 4, 4)
+    stream, inside = bp.find_axes(model, x)
+    rows = {f"{name}.{x}" for name in ("stem", "norm", "down") for x in ("weight", "bias")}
+    assert shape(stream) == (8, rows, {"up.weight", "head.weight"}, 2, {})
+    assert shape(inside) == (6, {"up.weight", "up.bias"}, {"down.weight"}, 1, {})
+    torch.testing.assert_close(bp.permute(model, [swapped(stream, 4, 7)])(x), model(x), atol=1e-5, rtol=1e-5)
 
 
 class Inverted(nn.Module):
