@@ -191,7 +191,7 @@ def _layers(  # noqa: PLR0917 (of one caller)
         grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
         for name, g in zip(weights, grads, strict=True):
             add(name, "weight_grad", g)  # None: this batch does not reach the weight
-    elif loss is not None and outputs:  # none of weights: a third of the backward is saved
+    elif loss is not None and outputs:  # none of weights: a third of the products of the backward
         torch.autograd.grad(loss, _lowest(outputs), allow_unused=True)
     return fold
 
