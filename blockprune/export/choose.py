@@ -128,7 +128,7 @@ def choose(
     """Measure every masked layer, dense and block-sparse, at the inputs that it meets; the faster way is its choice.
 
     Layers alike (shape, blocks, sparsity to 2 %, inputs) are measured once, on copies that do not fit into the caches, as in a model. What
-    runs if "dense" is chosen is F.linear; the reason also tells of oneDNN's packed product, which compiled models with frozen weights run.
+    runs if "dense" is chosen is F.linear; the reason also tells of oneDNN's product with packed weights.
 
     Args:
         model: with masks.

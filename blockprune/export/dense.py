@@ -56,7 +56,7 @@ def onnx(model: nn.Module, args: tuple[Any, ...], path: str | Path, **options: A
 def packed(model: M) -> M:
     """A copy whose Linears hold their weight as oneDNN wants it, for any batch, where oneDNN is there; for inference on a CPU.
 
-    It is what `torch.compile` does with frozen weights, without the compiler.
+    It is the fastest dense product that was found; `torch.compile` with frozen weights was measured no faster than F.linear.
 
     Example:
         >>> from blockprune.export.dense import packed
