@@ -4,9 +4,9 @@ import platform
 
 import torch
 
-from blockprune.export.timing import medians
+from blockprune.export.timing import captured, medians, waited
 
-__all__ = ["machine", "medians"]
+__all__ = ["captured", "machine", "medians", "waited"]
 
 
 def machine() -> str:
@@ -20,4 +20,6 @@ def machine() -> str:
         )
     except OSError:
         pass
+    if torch.cuda.is_available():
+        model += f"; {torch.cuda.get_device_name()}"
     return f"{model}; {torch.get_num_threads()} threads by default; torch {torch.__version__}; Python {platform.python_version()}"

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from blockprune.blocks import BlockGrid
 
-__all__ = ["BlockSparse", "bands", "check", "pack", "unpack"]
+__all__ = ["BlockSparse", "bands", "check", "pack", "reorder", "unpack"]
 
-_TALLEST, _WIDEST = 16, 64  # larger blocks are stored as several, so that what is multiplied together stays close to the processor
+_TALLEST, _WIDEST = {True: 16, False: 128}, 64  # larger blocks are stored as several: what is multiplied together stays close
 _CHUNK = 1 << 22  # elements that are moved at a time
 
 
@@ -20,8 +20,8 @@ class BlockSparse:
     """A matrix of which only some blocks are kept.
 
     It is cut into bands of ``block[0]`` rows (the last may be lower), and a band into blocks of ``block[1]`` columns (the last may be
-    narrower), which is 1 or even. A band's kept columns, in order, are a dense matrix with the band's rows. It is stored two columns at
-    a time, ``[columns / 2, rows, 2]``, and an odd last column as ``[rows]``.
+    narrower), which is 1 or even. A band's kept columns, in order, are a dense matrix with the band's rows. CPUs want it stored two columns
+    at a time, ``[columns / 2, rows, 2]``, and an odd last column as ``[rows]``; GPUs, not paired, as ``[columns, rows]``.
 
     Args:
         values: the kept weights, band after band, one number each.
@@ -29,6 +29,7 @@ class BlockSparse:
         col: int32, the column of blocks that each kept block is in; rising within a band.
         shape: of the matrix.
         block: as stored, which need not be that which was pruned: `pack` chooses it.
+        paired: two columns at a time.
 
     Example:
         >>> from blockprune import storage
@@ -43,9 +44,10 @@ class BlockSparse:
     col: Tensor
     shape: tuple[int, int]
     block: tuple[int, int]
+    paired: bool = True
 
 
-def pack(weight: Tensor, keep: Tensor, grid: BlockGrid) -> BlockSparse:
+def pack(weight: Tensor, keep: Tensor, grid: BlockGrid, *, paired: bool = True) -> BlockSparse:
     """The blocks of ``weight [rows, cols]`` that ``keep [*grid.size]`` keeps.
 
     Example:
@@ -60,19 +62,40 @@ def pack(weight: Tensor, keep: Tensor, grid: BlockGrid) -> BlockSparse:
     if len(grid.shape) != 2 or tuple(weight.shape) != grid.shape or tuple(keep.shape) != grid.size:
         raise ValueError(f"weight {tuple(weight.shape)} and keep {tuple(keep.shape)} must be those of a matrix's grid, not of {grid}")
     shape = (grid.shape[0], grid.shape[1])
-    block = _divided(grid.block[0], shape[0], _TALLEST, 1), _divided(grid.block[1], shape[1], _WIDEST, 2)
+    block = _divided(grid.block[0], shape[0], _TALLEST[paired], 1), _divided(grid.block[1], shape[1], _WIDEST, 2)
     for axis in (0, 1):
         stored = torch.arange(-(-shape[axis] // block[axis]), device=keep.device)
         keep = keep.index_select(axis, stored * block[axis] // grid.block[axis])
     crow = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.sum(1).cumsum(0)])
-    sparse = BlockSparse(weight.new_empty(0), crow, keep.nonzero()[:, 1].int(), shape, block)
+    sparse = BlockSparse(weight.new_empty(0), crow, keep.nonzero()[:, 1].int(), shape, block, paired)
     packed = []
     for rows, band, column, first in _columns(sparse):
         kept = weight[rows].detach().unflatten(0, (-1, _height(sparse, rows)))[band, :, column]  # [columns, height]
-        pairs = torch.stack((kept[first], kept[first + 1]), dim=-1)  # [pairs, height, 2]
-        kept[first], kept[first + 1] = pairs.flatten(1).chunk(2, dim=1)
+        if paired:
+            pairs = torch.stack((kept[first], kept[first + 1]), dim=-1)  # [pairs, height, 2]
+            kept[first], kept[first + 1] = pairs.flatten(1).chunk(2, dim=1)
         packed.append(kept.flatten())
     return attrs.evolve(sparse, values=torch.cat(packed))
+
+
+def reorder(sparse: BlockSparse, *, paired: bool) -> BlockSparse:
+    """The same matrix in the other order; bands that keep the same columns are one in the order of GPUs.
+
+    Example:
+        >>> from blockprune import storage
+        >>> sparse = storage.pack(torch.arange(64.).view(32, 2), torch.ones(1, 1).bool(), bp.BlockGrid((32, 2), (32, 2)))
+        >>> sparse.block, storage.reorder(sparse, paired=False).block
+        ((16, 2), (32, 2))
+    """
+    if sparse.paired == paired:
+        return sparse
+    (rows, cols), (height, width) = sparse.shape, sparse.block
+    keep = sparse.col.new_zeros(len(sparse.crow) - 1, -(-cols // width), dtype=torch.bool)
+    keep[torch.repeat_interleave(sparse.crow.diff()), sparse.col[: int(sparse.crow[-1])].long()] = True
+    together = 1
+    while not paired and 2 * together * height <= min(rows, _TALLEST[False]) and _alike(keep, 2 * together):
+        together *= 2
+    return pack(unpack(sparse), keep[::together], BlockGrid(sparse.shape, (together * height, min(width, cols))), paired=paired)
 
 
 def unpack(sparse: BlockSparse) -> Tensor:
@@ -91,8 +114,9 @@ def unpack(sparse: BlockSparse) -> Tensor:
         height = _height(sparse, rows)
         kept = sparse.values[start : start + len(band) * height].view(-1, height).clone()
         start += kept.numel()
-        pairs = torch.cat((kept[first], kept[first + 1]), dim=1).unflatten(1, (height, 2))
-        kept[first], kept[first + 1] = pairs.unbind(-1)
+        if sparse.paired:
+            pairs = torch.cat((kept[first], kept[first + 1]), dim=1).unflatten(1, (height, 2))
+            kept[first], kept[first + 1] = pairs.unbind(-1)
         dense[rows].unflatten(0, (-1, height))[band, :, column] = kept
     return dense
 
@@ -119,9 +143,9 @@ def bands(sparse: BlockSparse) -> Iterator[tuple[slice, Tensor, Tensor]]:
             columns = columns[columns < cols]
         stored = sparse.values[start : start + len(columns) * high]
         start += len(stored)
-        even = len(columns) // 2 * 2
+        even = len(columns) // 2 * 2 if sparse.paired else 0
         pairs = stored[: even * high].view(-1, high, 2).transpose(1, 2).reshape(even, high)
-        yield here, columns, pairs if even == len(columns) else torch.cat((pairs, stored[even * high :][None]))
+        yield here, columns, torch.cat((pairs, stored[even * high :].view(-1, high)))
 
 
 def check(sparse: BlockSparse) -> None:
@@ -176,6 +200,11 @@ def _divided(block: int, axis: int, most: int, step: int) -> int:
         return min(most, -(-block // step) * step)
     fits = [size for size in range(step, most + 1, step) if block % size == 0]
     return block if block <= most or not fits or fits[-1] < 8 else fits[-1]
+
+
+def _alike(keep: Tensor, together: int) -> bool:
+    """Whether so many bands each, from the first, keep the same columns."""
+    return all(torch.equal(keep[i::together], keep[::together][: len(keep[i::together])]) for i in range(1, together))
 
 
 def _height(sparse: BlockSparse, rows: slice) -> int:

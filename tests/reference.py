@@ -477,8 +477,8 @@ def sparsegpt(p: Param, sparsity: float, group: int, damping: float) -> Tensor:
 # Block-sparse weights.
 
 
-def stored(weight: Tensor, keep: Tensor, block: tuple[int, int]) -> tuple[list[float], list[int], list[int]]:
-    """Values, crow and col of the elements that ``keep [rows, cols]`` keeps, in such blocks."""
+def stored(weight: Tensor, keep: Tensor, block: tuple[int, int], paired: bool) -> tuple[list[float], list[int], list[int]]:
+    """Values, crow and col of the elements that ``keep [rows, cols]`` keeps, in such blocks, two columns at a time or one."""
     (rows, cols), (height, width) = weight.shape, block
     values: list[float] = []
     crow, col = [0], []
@@ -486,10 +486,9 @@ def stored(weight: Tensor, keep: Tensor, block: tuple[int, int]) -> tuple[list[f
         band = range(top, min(rows, top + height))
         blocks = [j for j in range(-(-cols // width)) if keep[top, j * width]]
         columns = [c for j in blocks for c in range(j * width, min(cols, (j + 1) * width))]
-        for first, second in zip(columns[::2], columns[1::2], strict=False):
-            values += [float(weight[r, c]) for r in band for c in (first, second)]
-        if len(columns) % 2:
-            values += [float(weight[r, columns[-1]]) for r in band]
+        step = 2 if paired else 1
+        for start in range(0, len(columns), step):
+            values += [float(weight[r, c]) for r in band for c in columns[start : start + step]]
         col += blocks
         crow.append(len(col))
     return values, crow, col

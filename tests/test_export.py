@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations
 
 import blockprune as bp
 from blockprune import export, storage
-from blockprune.export import product
+from blockprune.export import gpu, product
 from blockprune.native import spmm
 
 BACKENDS = [
@@ -120,7 +120,7 @@ def test_the_operator_keeps_torchs_rules(backend: str) -> None:
     weight, keep = torch.randn(6, 8, dtype=torch.float64), torch.rand(3, 2) > 0.4
     w = storage.pack(weight, keep, bp.BlockGrid((6, 8), (2, 4)))
     x, bias = torch.randn(3, 8, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
-    arguments = (x, bias, w.values, w.crow, w.col, w.shape, w.block, backend)
+    arguments = (x, bias, w.values, w.crow, w.col, w.shape, w.block, w.paired, backend)
     torch.library.opcheck(product.linear, arguments)
     torch.library.opcheck(product.linear_input_grad, (torch.randn(3, 6, dtype=torch.float64), *arguments[2:]))
     x, bias = x.requires_grad_(), bias.requires_grad_()
@@ -179,6 +179,29 @@ def test_it_saves_loads_copies_and_moves(backend: str, tmp_path: Path) -> None:
     half = copy.deepcopy(again[0]).to(torch.bfloat16)
     close(half(x.bfloat16()), model(x).bfloat16())
     assert half[0].layout.dtype == torch.int64
+
+
+@pytest.mark.parametrize("block", [(8, 8), (8, 1), (5, 3)])
+def test_a_weight_is_stored_as_its_device_wants_it(monkeypatch: pytest.MonkeyPatch, block: tuple[int, int]) -> None:
+    model, x = masked(mlp(), block), torch.randn(3, 24)
+    at_home = export.block_sparse(model, backend="torch")
+    home, y = {key: value.clone() for key, value in at_home.state_dict().items()}, at_home(x)
+    moved = copy.deepcopy(at_home)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "takes", lambda device: True)
+        away = export.block_sparse(model, backend="torch")
+        state = {key: value.clone() for key, value in away.state_dict().items()}
+        moved.to("cpu")  # as if to another device
+        assert {key: value.tolist() for key, value in moved.state_dict().items()} == {key: value.tolist() for key, value in state.items()}
+        assert state["0.layout"].tolist()[-1] == 0
+        close(away(x), y)
+        close(export.load_state_dict(mlp(), home)(x), y)
+        away.load_state_dict(home)
+        assert {key: value.tolist() for key, value in away.state_dict().items()} == {key: value.tolist() for key, value in state.items()}
+    at_home.load_state_dict(state)
+    assert at_home[0].layout.tolist()[-1] == 1
+    assert torch.equal(at_home(x), y)
+    close(export.load_state_dict(mlp(), state)(x), y)
 
 
 def test_another_mask_loads_into_the_same_layer() -> None:
@@ -287,6 +310,7 @@ def test_auto_takes_what_was_faster() -> None:
         ({"0.crow": lambda x: x.flip(0)}, "crow must rise"),
         ({"0.layout": lambda x: x[:3]}, "layout is"),
         ({"0.layout": lambda x: x.flip(0)}, "it is not what was exported"),
+        ({"0.layout": lambda x: x + torch.tensor([0, 0, 0, 0, 2])}, "must end in 1 (in pairs) or 0"),
         ({"0.crow": lambda x: x.int()}, "crow is"),
     ],
 )
@@ -319,7 +343,7 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="has no masks"):
         export.block_sparse(mlp())
     model = masked(mlp())
-    with pytest.raises(ValueError, match="backend='cuda' must be 'auto', one of 'native', 'triton', 'torch', 'dense'"):
+    with pytest.raises(ValueError, match="backend='cuda' must be 'auto', one of 'native', 'triton', '2:4', 'torch', 'dense'"):
         export.block_sparse(model, backend="cuda")
     with pytest.raises(ValueError, match="rows=0"):
         export.block_sparse(model, rows=0)
@@ -402,7 +426,7 @@ def test_no_index_reaches_the_product_unchecked(backend: str) -> None:
         layer.load_state_dict({"col": far}, strict=False)
     with pytest.raises(RuntimeError, match="is all of values, crow, col, layout"):
         layer.load_state_dict({**{k: v for k, v in state.items() if k != "layout"}, "col": far})
-    for layout in ([8, 8, 2**63 - 1, 4], [8, 8, 8, 2**40], [8, 8, -4, 4], [2**62, 8, 4, 4]):
+    for layout in ([8, 8, 2**63 - 1, 4, 1], [8, 8, 8, 2**40, 1], [8, 8, -4, 4, 0], [2**62, 8, 4, 4, 1]):
         with pytest.raises(RuntimeError, match=r"it is not what was exported|does not fit into a layer"):
             layer.load_state_dict({**state, "layout": torch.tensor(layout)})
     for values in (state["values"].to(torch.complex64), state["values"].to("meta"), state["values"].long()):
@@ -449,7 +473,7 @@ def test_who_watches_sees_the_product(backend: str) -> None:
     close(torch.func.jvp(layer, (x,), (2 * x,))[1], layer(2 * x) - layer.bias)
     flat = torch.func.hessian(lambda x: layer(x).square().sum())(x[0])
     close(flat, 2 * layer.weight.mT @ layer.weight, times=4)
-    how = layer.values, layer.crow, layer.col, layer.shape, layer.block, backend
+    how = layer.values, layer.crow, layer.col, layer.shape, layer.block, layer.paired, backend
     biases = torch.randn(5, 8)
     close(torch.vmap(lambda bias: product.multiply(x, bias, *how))(biases), layer(x)[None] - layer.bias + biases[:, None])
 

@@ -1,5 +1,6 @@
 """The GPU's kernel equals its definition, on a GPU or interpreted on the CPU; and it compiles for GPUs that are not there."""
 
+import copy
 import ctypes
 import importlib.util
 import itertools
@@ -9,11 +10,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import integers, kept_matrices, normal, seeds
 from test_spmm import Matrix, batches
@@ -22,12 +24,15 @@ from torch import Tensor, nn
 import blockprune as bp
 from blockprune import export, storage
 from blockprune.blocks import BlockGrid
-from blockprune.export import gpu, product
+from blockprune.export import gpu, product, two_of_four
+from blockprune.export.choose import forced
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 RUNS = pytest.mark.skipif(not INTERPRETED and not gpu.status()[0], reason=f"{gpu.status()[1]}, and TRITON_INTERPRET is not 1")
 TRITON = pytest.mark.skipif(INTERPRETED or importlib.util.find_spec("triton") is None, reason="needs Triton, not interpreting already")
+CUDA = pytest.mark.skipif(not gpu.status()[0], reason=gpu.status()[1])
+TWO_OF_FOUR = pytest.mark.skipif(not two_of_four.status()[0], reason=two_of_four.status()[1])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -48,6 +53,7 @@ def guarded(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, sparse: storage.BlockSparse, bias: Tensor | None = None) -> Tensor:
+    sparse = storage.reorder(sparse, paired=False)
     tensors = [guarded(t) for t in (x, sparse.values, sparse.crow, sparse.col)]
     out = gpu.linear(*tensors, shape=sparse.shape, block=sparse.block, bias=None if bias is None else guarded(bias))
     assert out is not None
@@ -72,7 +78,6 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 @given(kept_matrices(), batches, seeds, st.sampled_from(DTYPES))
 def test_sums_of_whole_numbers_are_exact(matrix: Matrix, n: int, seed: int, dtype: torch.dtype) -> None:
     rows, cols = matrix[2].shape
-    assume(storage.pack(*matrix).block[0] <= gpu._HIGHEST)  # torch multiplies with what is higher
     exact(integers((n, cols), seed, top=4), matrix, integers((rows,), seed + 1) if seed % 2 else None, dtype)
 
 
@@ -91,10 +96,20 @@ def test_blocks_that_gpus_like_are_exact(dtype: torch.dtype, block: tuple[int, i
 
 @RUNS
 @pytest.mark.parametrize("n", [129, 300])
-def test_many_inputs_are_several_tiles(n: int) -> None:
-    grid = BlockGrid((40, 200), (16, 16))
-    matrix = integers(grid.shape, 0, top=4), torch.rand(grid.size) < 0.5, grid
-    exact(integers((n, 200), 1, top=4), matrix, None, torch.float32)
+@pytest.mark.parametrize("block", [(16, 16), (32, 32), (64, 64), (128, 64), (16, 1), (256, 32)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_inputs_are_several_tiles(n: int, block: tuple[int, int], dtype: torch.dtype) -> None:
+    for grid in (BlockGrid((256, 192), block), BlockGrid((272, 200), block)):
+        matrix = integers(grid.shape, 0, top=2), torch.rand(grid.size) < 0.5, grid
+        exact(integers((n, grid.shape[1]), 1, top=2), matrix, integers((grid.shape[0],), 2) if n == 300 else None, dtype)
+
+
+@RUNS
+def test_wide_blocks_are_fetched_as_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_gathered", None)
+    grid = BlockGrid((128, 192), (64, 64))
+    matrix = integers(grid.shape, 0, top=2), torch.rand(grid.size) < 0.7, grid
+    exact(integers((150, 192), 1, top=2), matrix, None, torch.bfloat16)
 
 
 @RUNS
@@ -150,16 +165,35 @@ def test_it_compiles_for_gpus_that_are_not_there(
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # what unset means; 3.9 warns that this will change
-    for block, n in itertools.product([(16, 16), (16, 1), (8, 6)], [1, 128]):
-        grid = BlockGrid((70, 96), block)
-        sparse = storage.pack(torch.ones(70, 96, dtype=dtype), torch.ones(grid.size).bool(), grid)
-        compiled = _compile(monkeypatch, capability, torch.ones(n, 96, dtype=dtype), sparse)
-        assert compiled.asm["cubin"]
+    monkeypatch.setattr(gpu, "_fit", lambda *_: False)
+    for block, n in itertools.product([(16, 16), (64, 64), (16, 1), (8, 6)], [1, 128, 304]):
+        rows = 70 if block[1] < 10 else 128
+        compiled = _compile(monkeypatch, capability, torch.ones(n, 96, dtype=dtype), _whole(BlockGrid((rows, 96), block), dtype))
         assert compiled.metadata.shared <= 99 * 1024, "what a block of threads may use on every GPU"
         assert not re.search(r"\b(st|ld)\.local", compiled.asm["ptx"]), "registers spill"
-        if dtype != torch.float32 and n == 128:
-            assert mma in compiled.asm["ptx"]
-            assert re.search(r"cp\.async\.cg\.\S+ \[[^]]*\], \[[^]]*\], 0x10", compiled.asm["ptx"]), "16 bytes at a time"
+        if dtype != torch.float32 and n > 1:
+            assert mma in compiled.asm["ptx"] or "mma.sync" in compiled.asm["ptx"]
+            assert re.search(r"cp\.async\.cg\.\S+ \[[^]]*\], \[[^]]*\], 0x10", compiled.asm["ptx"]), f"16 bytes {block} {n} at a time"
+
+
+@TRITON
+@pytest.mark.parametrize(("capability", "mma"), [(90, "wgmma.mma_async"), (100, "tcgen05.mma")])
+@pytest.mark.parametrize("block", [(32, 32), (64, 64), (128, 64)])
+def test_the_copy_engine_fetches_boxes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: int, mma: str, block: tuple[int, int]
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    monkeypatch.setattr(gpu, "_gathered", None)
+    compiled = _compile(monkeypatch, capability, torch.ones(300, 128, dtype=torch.bfloat16), _whole(BlockGrid((256, 128), block)))
+    assert compiled.metadata.shared <= 227 * 1024
+    assert mma in compiled.asm["ptx"]
+    assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
+    assert not re.search(r"\b(st|ld)\.local", compiled.asm["ptx"]), "registers spill"
+
+
+def _whole(grid: BlockGrid, dtype: torch.dtype = torch.bfloat16) -> storage.BlockSparse:
+    return storage.pack(torch.ones(grid.shape, dtype=dtype), torch.ones(grid.size).bool(), grid, paired=False)
 
 
 def _compile(monkeypatch: pytest.MonkeyPatch, capability: int, x: Tensor, sparse: storage.BlockSparse) -> Any:
@@ -167,29 +201,39 @@ def _compile(monkeypatch: pytest.MonkeyPatch, capability: int, x: Tensor, sparse
     from triton import compile  # noqa: PLC0415
     from triton.backends.compiler import GPUTarget  # noqa: PLC0415
     from triton.compiler import ASTSource  # noqa: PLC0415
+    from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: PLC0415
 
-    from blockprune.export.gpu_kernel import product as kernel  # noqa: PLC0415
+    from blockprune.export import gpu_kernel  # noqa: PLC0415
 
-    launched: list[dict[str, Any]] = []
+    launched: list[tuple[Any, dict[str, Any]]] = []
 
     class Grids:
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *args, **options: launched.append(dict(zip(kernel.arg_names, args, strict=False)) | options)
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
 
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **options: launched.append((self.kernel, dict(zip(self.kernel.arg_names, args, strict=False)) | options))
+
+    kernels = SimpleNamespace(gathered=Grids(gpu_kernel.gathered), boxes=Grids(gpu_kernel.boxes))
     monkeypatch.setattr(gpu, "_interpreted", lambda: True)
-    monkeypatch.setattr(gpu, "_kernel", Grids)
+    monkeypatch.setattr(gpu, "_kernels", lambda: kernels)
     gpu.linear(x, sparse.values, sparse.crow, sparse.col, shape=sparse.shape, block=sparse.block)
-    (given,) = launched
+    ((kernel, given),) = launched
     options = {name: given.pop(name) for name in ("num_warps", "num_stages")}
     given["WIDEN"] = False
-    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32"}
-    runtime = {name: value for name, value in given.items() if isinstance(value, Tensor) or (name[0].islower() and value not in (None, 1))}
-    signature = {
-        name: "constexpr" if name not in runtime else types[value.dtype] if isinstance(value, Tensor) else "i32"
-        for name, value in given.items()
-    }
+    types = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
+
+    def kind(value: Any) -> str:
+        if isinstance(value, TensorDescriptor):
+            return f"tensordesc<{types[value.base.dtype]}{value.block_shape}>"
+        return f"*{types[value.dtype]}" if isinstance(value, Tensor) else "i32"
+
+    runtime = {name: value for name, value in given.items() if not isinstance(value, int) or (name[0].islower() and value != 1)}
+    runtime = {name: value for name, value in runtime.items() if value is not None}
+    signature = {name: kind(value) if name in runtime else "constexpr" for name, value in given.items()}
     place = {name: (i,) for i, name in enumerate(given)}
-    aligned = {place[name]: [["tt.divisibility", 16]] for name, value in runtime.items() if isinstance(value, Tensor) or value % 16 == 0}
+    plain = {name: value for name, value in runtime.items() if not isinstance(value, TensorDescriptor)}
+    aligned = {place[name]: [["tt.divisibility", 16]] for name, value in plain.items() if isinstance(value, Tensor) or value % 16 == 0}
     source = ASTSource(kernel, signature, {place[name]: given[name] for name in given if name not in runtime}, aligned)
     return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
@@ -203,7 +247,7 @@ def test_it_says_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert gpu.status() == (False, 'Triton is not installed: pip install "blockprune[gpu]"')
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    assert gpu.status() == (True, "Triton kernel on A GPU")
+    assert gpu.status() == (True, "Triton kernels on A GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert gpu.status() == (False, "A GPU has compute capability 7.5; 8.0 is needed")
 
@@ -221,3 +265,73 @@ def test_on_a_cpu_its_layers_run_what_cpus_have() -> None:
     layer = export.BlockSparseLinear(sparse, None, "triton")
     assert torch.equal(layer(torch.ones(2, 32)), torch.full((2, 32), 16.0))
     assert "triton" in repr(layer)
+
+
+@CUDA
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler, as it is imported
+@pytest.mark.parametrize("graph", [False, True])
+def test_layers_are_chosen_and_timed_on_a_gpu(graph: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, 1024)).cuda().bfloat16()
+    bp.apply_masks(model, {f"{i}.weight": bp.BlockMask(torch.rand(16, 16) > 0.9, BlockGrid((1024, 1024), (64, 64))) for i in (0, 2)})
+    x = torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16)
+    choices = export.choose(model, inputs=x, graph=graph, rounds=3, progress=False)
+    assert set(choices.rows[0].milliseconds) == {"F.linear", "triton", *([] if graph else ["torch"])}
+    sparse = export.block_sparse(model, backend="triton")
+    assert sparse[0].block == (64, 64)
+    torch.testing.assert_close(sparse(x), model(x), atol=2e-2, rtol=2e-2)
+    table = export.benchmark(model, sparse, inputs=x, graph=graph, rounds=3)
+    assert [row.name for row in table.rows] == ["dense", "Sequential"]
+    torch.testing.assert_close(copy.deepcopy(sparse).cpu()(x.cpu()), sparse(x).cpu(), atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(torch.compile(sparse, fullgraph=True)(x), sparse(x), atol=2e-2, rtol=2e-2)
+
+
+@TWO_OF_FOUR
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("bias", [False, True])
+def test_two_of_four_is_torchs_own_product(tmp_path: Path, bias: bool) -> None:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16
+    model = nn.Sequential(nn.Linear(256, 512, bias=bias), nn.Linear(512, 10)).cuda().to(dtype)
+    scores = bp.metric.l1(bp.collect.weights(model, where=bp.linears((1, 1))))
+    bp.apply_masks(model, bp.allocate.n_of_m(scores, 0.5, m=4))
+    choices = export.choose(model, rows=64, rounds=3, progress=False)
+    assert ["2:4" in row.milliseconds for row in choices.rows] == [True, False]
+    sparse = export.block_sparse(model, backend="2:4")
+    assert [row.backend for row in forced(model, "2:4").rows] == ["2:4", "dense"]
+    torch.save(sparse, tmp_path / "model.pt")
+    for n in (0, 1, 7, 130):
+        x = torch.randn(n, 256, device="cuda", dtype=dtype)
+        for one in (sparse, copy.deepcopy(sparse), torch.load(tmp_path / "model.pt", weights_only=False), export.dense(sparse)):
+            torch.testing.assert_close(one(x), model(x), atol=2e-2, rtol=2e-2)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(sparse, fullgraph=True)(x), sparse(x), atol=2e-2, rtol=2e-2)
+    assert torch.equal(export.dense(sparse)[0].weight, model[0].weight)
+    assert (
+        export.benchmark(model, sparse, inputs=x, rounds=1).rows[1].mebibytes
+        < export.benchmark(model, inputs=x, rounds=1).rows[0].mebibytes
+    )
+
+
+@given(integers_of=st.tuples(st.integers(1, 3), st.integers(1, 4), seeds))
+def test_two_of_four_is_its_definition(integers_of: tuple[int, int, int]) -> None:
+    rows, groups, seed = integers_of
+    weight = (torch.rand(rows, 4 * groups, generator=torch.Generator().manual_seed(seed)) < 0.4).float()
+    definition = all(sum(bool(weight[r, 4 * g + i]) for i in range(4)) <= 2 for r in range(rows) for g in range(groups))
+    assert two_of_four.is_two_of_four(weight) == definition
+    assert not two_of_four.fits(weight)
+
+
+def test_two_of_four_says_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert two_of_four.status() == (False, "no CUDA device")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    assert two_of_four.status() == (False, "this torch was built without cuSPARSELt")
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    assert two_of_four.status()[0]
+    model = nn.Linear(16, 16)
+    bp.apply_masks(model, bp.allocate.n_of_m(bp.metric.l1(bp.collect.weights(model, where=bp.linears((1, 1)))), 0.5, m=4))
+    (choice,) = forced(model, "2:4").rows
+    assert (choice.backend, choice.reason) == ("dense", "not 2:4 in bfloat16 on a GPU, in sides of 16")

@@ -18,30 +18,54 @@ from blockprune.blocks import BlockGrid
 Matrix = tuple[Tensor, Tensor, BlockGrid]  # weight, keep, grid
 
 
-@given(kept_matrices(), dtypes)
-def test_unpacking_gives_back_what_was_kept_and_zeros(matrix: Matrix, dtype: torch.dtype) -> None:
+@given(kept_matrices(), dtypes, st.booleans())
+def test_unpacking_gives_back_what_was_kept_and_zeros(matrix: Matrix, dtype: torch.dtype, paired: bool) -> None:
     weight, keep, grid = matrix
-    sparse = storage.pack(weight.to(dtype), keep, grid)
+    sparse = storage.pack(weight.to(dtype), keep, grid, paired=paired)
     storage.check(sparse)
     assert torch.equal(storage.unpack(sparse), torch.where(bp.expand(keep, grid), weight, 0).to(dtype))
     assert sparse.values.dtype == dtype
     assert sparse.values.numel() == int(bp.expand(keep, grid).sum()), "one number a kept weight"
 
 
-@given(kept_matrices())
-def test_packing_is_the_definition(matrix: Matrix) -> None:
+@given(kept_matrices(), st.booleans())
+def test_packing_is_the_definition(matrix: Matrix, paired: bool) -> None:
     weight, keep, grid = matrix
-    sparse = storage.pack(weight, keep, grid)
-    values, crow, col = reference.stored(weight, bp.expand(keep, grid), sparse.block)
+    sparse = storage.pack(weight, keep, grid, paired=paired)
+    values, crow, col = reference.stored(weight, bp.expand(keep, grid), sparse.block, paired)
     assert (sparse.values.tolist(), sparse.crow.tolist(), sparse.col.tolist()) == (values, crow, col)
 
 
-@given(kept_matrices())
-def test_bands_multiply_to_the_whole(matrix: Matrix) -> None:
+@given(kept_matrices(), st.booleans())
+def test_the_other_order_is_the_same_matrix(matrix: Matrix, paired: bool) -> None:
+    one, other = (storage.pack(*matrix, paired=order) for order in (paired, not paired))
+    again = storage.reorder(one, paired=not paired)
+    storage.check(again)
+    assert torch.equal(storage.unpack(again), storage.unpack(other))
+    assert again.values.numel() == other.values.numel()
+    assert paired == (not again.paired)
+    assert storage.reorder(one, paired=paired) is one
+    if paired and matrix[1].any() and not matrix[1].all():
+        assert again.block[0] >= one.block[0]
+
+
+@pytest.mark.parametrize(
+    ("block", "tall"), [((16, 16), 16), ((32, 32), 32), ((64, 1), 64), ((128, 64), 128), ((256, 64), 128), ((24, 8), 24)]
+)
+def test_bands_of_a_tall_block_are_one_for_gpus(block: tuple[int, int], tall: int) -> None:
+    grid = BlockGrid((3 * block[0] + 16, 4 * block[1]), block)
+    keep = torch.rand(grid.size, generator=torch.Generator().manual_seed(0)) < 0.5
+    keep[:, 0] = torch.arange(len(keep)) % 2 == 0  # no two rows of blocks alike
+    again = storage.reorder(storage.pack(torch.ones(grid.shape), keep, grid), paired=False)
+    assert again.block[0] == tall == storage.pack(torch.ones(grid.shape), keep, grid, paired=False).block[0]
+
+
+@given(kept_matrices(), st.booleans())
+def test_bands_multiply_to_the_whole(matrix: Matrix, paired: bool) -> None:
     weight, keep, grid = matrix
     x = normal((3, grid.shape[1]), 1)
     y = x.new_full((3, grid.shape[0]), float("nan"))
-    for rows, columns, weights in storage.bands(storage.pack(weight, keep, grid)):
+    for rows, columns, weights in storage.bands(storage.pack(weight, keep, grid, paired=paired)):
         y[:, rows] = x[:, columns] @ weights
     torch.testing.assert_close(y, x @ torch.where(bp.expand(keep, grid), weight, 0).mT)
 

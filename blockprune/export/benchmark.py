@@ -12,10 +12,11 @@ from torch.utils._pytree import tree_map_only
 
 from blockprune.apply import apply_masks, read_masks
 from blockprune.export.block_sparse import block_sparse
-from blockprune.export.choose import backends, waited
+from blockprune.export.choose import backends
 from blockprune.export.dense import PackedLinear, dense, packed
 from blockprune.export.layers import BlockSparseLinear
-from blockprune.export.timing import medians
+from blockprune.export.timing import captured, medians, waited
+from blockprune.export.two_of_four import TwoOfFourLinear
 from blockprune.fold import default_forward
 from blockprune.tables import Rows, Table
 from blockprune.types import BlockMask
@@ -75,6 +76,7 @@ def benchmark(
     names: Sequence[str] = (),
     forward: Callable[..., Any] = default_forward,
     compiled: bool = False,
+    graph: bool = False,
     rounds: int = 9,
 ) -> Comparison:
     """Median time of models against the best dense one: as it is, packed by oneDNN, in bfloat16, and compiled; all run in turn.
@@ -88,6 +90,7 @@ def benchmark(
         names: of the others; their classes by default.
         forward: as in `collect.with_statistics`.
         compiled: also `torch.compile` dense models, with frozen weights; minutes.
+        graph: on a GPU, time each model as a CUDA graph replays it.
         rounds: of measurement, of which the median counts.
 
     Raises:
@@ -107,7 +110,7 @@ def benchmark(
     tried: dict[str, nn.Module] = {}
     for other, name in zip(others, names or [type(other).__name__ for other in others], strict=True):
         tried[name if name not in {**whole, **tried} else f"{name} {len(tried) + 1}"] = other
-    time = partial(_time, inputs=inputs, forward=forward, rounds=rounds)
+    time = partial(_time, inputs=inputs, forward=forward, graph=graph, rounds=rounds)
     models = {**whole, **tried}
     ms = time(models)
     best = {dtype: min((n for n in whole if _dtype(whole[n]) == dtype), key=ms.__getitem__) for dtype in map(_dtype, whole.values())}
@@ -128,10 +131,10 @@ def benchmark(
 
 def _dense_ways(model: nn.Module, compiled: bool) -> dict[str, nn.Module]:
     plain = dense(model)
-    found = {"dense": plain, "dense, oneDNN packed": packed(plain)}
+    found = {"dense": plain}
     if _dtype(plain) == torch.float32:
-        half = copy.deepcopy(plain).to(torch.bfloat16)
-        found |= {"dense bfloat16": half, "dense bfloat16, oneDNN packed": packed(half)}
+        found["dense bfloat16"] = copy.deepcopy(plain).to(torch.bfloat16)
+    found |= {f"{name}, oneDNN packed": packed(one) for name, one in found.items() if all(p.device.type == "cpu" for p in one.parameters())}
     if compiled:
         plain_ones = [name for name in found if "packed" not in name]
         freezing: Any = {"freezing": True}
@@ -139,13 +142,14 @@ def _dense_ways(model: nn.Module, compiled: bool) -> dict[str, nn.Module]:
     return found
 
 
-def _time(models: Mapping[str, nn.Module], *, inputs: Any, forward: Callable[..., Any], rounds: int) -> dict[str, float]:
+def _time(models: Mapping[str, nn.Module], *, inputs: Any, forward: Callable[..., Any], graph: bool, rounds: int) -> dict[str, float]:
     """Median milliseconds a call."""
     calls = {}
-    for name, model in models.items():
-        somewhere = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0))
-        calls[name] = waited(partial(forward, model, _as(_dtype(model), inputs)), somewhere)
     with torch.no_grad():
+        for name, model in models.items():
+            device = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0)).device
+            call = partial(forward, model, _as(_dtype(model), inputs))
+            calls[name] = waited(captured(call) if graph else call, device)
         return {name: 1e3 * seconds for name, seconds in medians(calls, rounds=rounds).items()}
 
 
@@ -164,7 +168,8 @@ def _would(model: nn.Module, dtype: torch.dtype, dense_ms: float, time: Callable
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    sparse = next((module.values.dtype for module in model.modules() if isinstance(module, BlockSparseLinear)), None)
+    kinds = BlockSparseLinear, TwoOfFourLinear
+    sparse = next((module.values.dtype for module in model.modules() if isinstance(module, kinds)), None)
     return sparse or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 

@@ -11,6 +11,7 @@ from blockprune.export.choose import ROWS, Choices, choose, forced
 from blockprune.export.dense import replaced
 from blockprune.export.layers import TENSORS, BlockSparseLinear, as_matrix, layer_like, read
 from blockprune.export.places import places
+from blockprune.export.two_of_four import TwoOfFourLinear
 from blockprune.fold import default_forward
 from blockprune.names import near, slots
 
@@ -33,7 +34,8 @@ def block_sparse(
 
     Args:
         model: with masks; it stays as it is.
-        backend: "auto" measures every layer (`choose`); "native", "triton", "torch" or "dense" for all; or the result of `choose`.
+        backend: "auto" measures every layer (`choose`); "native", "triton", "2:4", "torch" or "dense" for all; or the result of `choose`.
+            What "2:4" makes cannot move to another device or type, nor go through `load_state_dict`.
         inputs, rows, forward, progress: for "auto", as in `choose`: what the layers will meet.
 
     Raises:
@@ -66,8 +68,9 @@ def block_sparse(
         if place.name not in chosen:
             raise KeyError(f"backend has no choice for {place.name!r}{near(place.name, chosen)}; make it from this model: choose(model)")
         if chosen[place.name] != "dense" and not place.obstacle:
-            layer = plain.get_submodule(place.layer)
-            new[layer] = layer_like(layer, as_matrix(place.weight, place.mask), chosen[place.name])
+            layer: Any = plain.get_submodule(place.layer)
+            made = chosen[place.name]
+            new[layer] = TwoOfFourLinear(layer) if made == "2:4" else layer_like(layer, as_matrix(place.weight, place.mask), made)
     return replaced(plain, new.get)
 
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from blockprune.apply import finalize
-from blockprune.export import gpu
+from blockprune.export import gpu, two_of_four
 from blockprune.export.dense import ways
 from blockprune.export.layers import as_matrix, layer_like
 from blockprune.export.places import Place, places
 from blockprune.export.product import BACKENDS
-from blockprune.export.timing import in_turn, medians
+from blockprune.export.timing import captured, in_turn, medians, waited
 from blockprune.fold import default_forward, undisturbed
 from blockprune.native import spmm
 from blockprune.tables import Rows, Table
@@ -69,17 +69,18 @@ def backends() -> Backends:
     Example:
         >>> from blockprune import export
         >>> [row.name for row in export.backends().rows]
-        ['native', 'triton', 'torch', 'dense']
+        ['native', 'triton', '2:4', 'torch', 'dense']
     """
     sets = ", ".join(spmm.instructions())
     native = Backend("native", bool(sets), f"compiled product on the CPU, {spmm.status}" + (f": {sets}" if sets else ""))
     groups = Backend("torch", True, f"torch {torch.__version__}: gathered columns, a small dense product a band; any device and type")
-    return Backends((native, Backend("triton", *gpu.status()), groups, Backend("dense", True, "the layer as it was, with zeros")))
+    on_gpus = Backend("triton", *gpu.status()), Backend("2:4", *two_of_four.status())
+    return Backends((native, *on_gpus, groups, Backend("dense", True, "the layer as it was, with zeros")))
 
 
 @attrs.frozen
 class Choice:
-    """How one masked weight runs: "native", "triton", "torch" or "dense"; milliseconds of each way that was measured.
+    """How one masked weight runs: "native", "triton", "2:4", "torch" or "dense"; milliseconds of each way that was measured.
 
     Example:
         >>> from blockprune import export
@@ -122,6 +123,7 @@ def choose(
     inputs: Any = None,
     rows: int = ROWS,
     forward: Callable[..., Any] = default_forward,
+    graph: bool = False,
     rounds: int = 9,
     progress: bool = True,
 ) -> Choices:
@@ -136,6 +138,8 @@ def choose(
             convolutions stay dense.
         rows: inputs of a layer in one call, such as batch x tokens.
         forward: as in `collect.with_statistics`.
+        graph: on a GPU, time layers as a CUDA graph replays them, for models that run so (``mode="reduce-overhead"`` of `torch.compile`);
+            otherwise with what launching them from Python takes.
         rounds: of measurement, of which the median counts.
         progress: show a bar on a terminal.
 
@@ -167,7 +171,7 @@ def choose(
             continue
         key = (place.mask.grid, round(pruned * 50), x.shape, x.dtype, x.device, _settings(place.module))
         if key not in measured:
-            measured[key] = _measure(place, x, rounds)
+            measured[key] = _measure(place, x, rounds, graph)
         choices.append(_fastest(place.name, pruned, measured[key], x))
     return Choices(tuple(choices))
 
@@ -191,7 +195,11 @@ def forced(model: nn.Module, backend: str) -> Choices:
         raise ValueError(f"backend={backend!r} must be 'auto', one of {', '.join(map(repr, known))}, or what choose(model) found")
     if not known[backend].available:
         raise RuntimeError(f"backend={backend!r} is not available: {known[backend].reason}; backend='torch' always is")
-    rows = (Choice(p.name, p.pruned, "dense" if p.obstacle else backend, p.obstacle or "as asked") for p in places(model))
+    rows = []
+    for place in places(model):
+        other = "" if backend != "2:4" or two_of_four.fits(place.weight) else "not 2:4 in bfloat16 on a GPU, in sides of 16"
+        why = place.obstacle or other
+        rows.append(Choice(place.name, place.pruned, "dense" if why else backend, why or "as asked"))
     return Choices(tuple(rows))
 
 
@@ -234,10 +242,11 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
     return (module.kernel_size, module.stride, module.padding, module.dilation) if isinstance(module, nn.Conv2d) else ()
 
 
-def _measure(place: Place, x: Tensor, rounds: int) -> dict[str, float]:
+def _measure(place: Place, x: Tensor, rounds: int, graph: bool) -> dict[str, float]:
     """Median milliseconds of each way. So many copies of a layer take turns that caches hold none of them, as in a model."""
     kept = as_matrix(place.weight, place.mask)
-    copies = [finalize(place.module) for _ in range(max(1, min(_COPIES, _CACHE // place.slot.stored.nbytes)))]
+    bytes_ = place.slot.stored.nbytes if x.device.type == "cpu" else max(1, kept.values.nbytes)  # there, copies of one way run in a row
+    copies = [finalize(place.module) for _ in range(max(1, min(_COPIES, _CACHE // bytes_)))]
     calls: dict[str, list[Callable[[], Any]]] = defaultdict(list)
     available = [row.name for row in backends().rows if row.available and row.name in BACKENDS]
     for plain in copies:
@@ -247,35 +256,26 @@ def _measure(place: Place, x: Tensor, rounds: int) -> dict[str, float]:
         for name, call in dense.items():
             calls[name].append(call)
         for name in available:
-            if _DEVICES.get(name, x.device.type) == x.device.type:
+            if _DEVICES.get(name, x.device.type) == x.device.type and not (graph and name == "torch"):  # it waits for the device
                 own = attrs.evolve(kept, values=kept.values.clone(), col=kept.col.clone())
                 calls[name].append(partial(layer_like(plain, own, name), x))
-    turns = {name: waited(in_turn(each), x) for name, each in calls.items()}
+        if two_of_four.status()[0] and isinstance(plain, nn.Linear) and two_of_four.fits(weight):
+            calls["2:4"].append(partial(two_of_four.TwoOfFourLinear(plain), x))
     with torch.no_grad():
-        return {name: 1e3 * seconds for name, seconds in medians(turns, rounds=rounds).items()}
+        if x.device.type == "cpu":
+            return {name: 1e3 * seconds for name, seconds in medians({n: in_turn(c) for n, c in calls.items()}, rounds=rounds).items()}
+        rows = {name: partial(_each, of) for name, of in calls.items()}
+        turns = {name: waited(captured(row) if graph else row, x.device) for name, row in rows.items()}
+        return {name: 1e3 * seconds / len(copies) for name, seconds in medians(turns, rounds=rounds).items()}
 
 
-def waited(call: Callable[[], Any], x: Tensor) -> Callable[[], Any]:
-    """The call, and on an accelerator its end.
-
-    Example:
-        >>> from blockprune.export.choose import waited
-        >>> waited(lambda: 3, torch.ones(1))()
-        3
-    """
-    if x.device.type == "cpu":
-        return call
-
-    def and_wait() -> Any:
-        out = call()
-        torch.accelerator.synchronize()
-        return out
-
-    return and_wait
+def _each(calls: Iterable[Callable[[], Any]]) -> None:
+    for call in calls:
+        call()
 
 
 def _fastest(name: str, pruned: float, ms: Mapping[str, float], x: Tensor) -> Choice:
-    sparse, dense = ({key: t for key, t in ms.items() if (key in BACKENDS) == wanted} for wanted in (True, False))
+    sparse, dense = ({key: t for key, t in ms.items() if (key in (*BACKENDS, "2:4")) == wanted} for wanted in (True, False))
     best, other, plain = min(sparse, key=lambda key: sparse[key]), min(dense, key=lambda key: dense[key]), next(iter(dense))
     where = f"on {tuple(x.shape)}: {best} {ms[best]:.3g} ms, {other} {ms[other]:.3g} ms"
     return Choice(name, pruned, best if ms[best] < ms[plain] else "dense", f"{ms[other] / ms[best]:.2f}x {where}", dict(ms))

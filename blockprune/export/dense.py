@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from blockprune.apply import finalize
 from blockprune.export.layers import BlockSparseConv2d, BlockSparseLinear
+from blockprune.export.two_of_four import TwoOfFourLinear
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -135,7 +136,7 @@ def replaced(model: M, change: Callable[[nn.Module], nn.Module | None]) -> M:
 
 
 def _plain(module: nn.Module) -> nn.Module | None:
-    if not isinstance(module, BlockSparseLinear):
+    if not isinstance(module, (BlockSparseLinear, TwoOfFourLinear)):
         return None
     weight, bias = module.weight, module.bias
     if isinstance(module, BlockSparseConv2d):

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from blockprune import storage
 from blockprune.blocks import BlockGrid, expand
+from blockprune.export import gpu
 from blockprune.export.product import BACKENDS, compiled, multiply
 from blockprune.storage import BlockSparse
 from blockprune.types import BlockMask
@@ -21,13 +22,14 @@ __all__ = ["BlockSparseConv2d", "BlockSparseLinear", "as_matrix"]
 class BlockSparseLinear(nn.Module):
     """A Linear whose kept blocks are ordinary buffers and do not train; its bias, if any, is a parameter as before.
 
-    Its state dict holds ``values``, ``crow``, ``col`` (see `storage.BlockSparse`), ``layout`` (rows, columns, and the height and width of a
-    stored block) and ``bias``. Another mask of the same layer loads into it; indices out of range do not.
+    Its state dict holds ``values``, ``crow``, ``col`` (see `storage.BlockSparse`), ``layout`` (rows, columns, the height and width of a
+    stored block, 1 if in pairs) and ``bias``. Another mask of the same layer loads into it; indices out of range do not. The weight is
+    stored as its device wants it, in pairs but on a GPU, also after ``to`` and ``load_state_dict``.
 
     Args:
         weight: the kept blocks of ``[out_features, in_features]``.
         bias: ``[out_features]`` or None; taken as it is.
-        backend: "native" or "triton", which leave what they cannot multiply (another device) to each other and then to torch, or "torch".
+        backend: "native" or "triton", which are one (the device decides) and leave what they cannot multiply to torch, or "torch".
 
     Raises:
         ValueError: a weight whose tensors do not fit each other, a backend that is none of these.
@@ -51,11 +53,10 @@ class BlockSparseLinear(nn.Module):
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r} must be one of {BACKENDS}")
         storage.check(weight)
-        self.shape, self.block, self.backend = weight.shape, weight.block, backend
-        self.register_buffer("values", weight.values)
-        self.register_buffer("crow", weight.crow)
-        self.register_buffer("col", weight.col)
-        self.register_buffer("layout", torch.tensor([*weight.shape, *weight.block], device=weight.values.device))
+        self.backend = backend
+        for name in TENSORS:
+            self.register_buffer(name, None)
+        self._store(weight)
         self.register_parameter("bias", bias)
 
     @property
@@ -71,7 +72,7 @@ class BlockSparseLinear(nn.Module):
     @property
     def sparse(self) -> BlockSparse:
         """The weight as it is stored."""
-        return BlockSparse(self.values, self.crow, self.col, self.shape, self.block)
+        return BlockSparse(self.values, self.crow, self.col, self.shape, self.block, self.paired)
 
     @property
     def weight(self) -> Tensor:
@@ -92,10 +93,17 @@ class BlockSparseLinear(nn.Module):
                 f"an input of {input.dtype} meets a weight of {values.dtype}; convert one: model.to({input.dtype}) or input.to(...)"
             )
         if not torch.compiler.is_compiling():  # no dispatcher in between
-            out = compiled(input, BlockSparse(values, self.crow, self.col, self.shape, self.block), bias, self.backend)
+            out = compiled(input, BlockSparse(values, self.crow, self.col, self.shape, self.block, self.paired), bias, self.backend)
             if out is not None:
                 return out
-        return multiply(input, bias, values, self.crow, self.col, self.shape, self.block, self.backend)
+        return multiply(input, bias, values, self.crow, self.col, self.shape, self.block, self.paired, self.backend)
+
+    def _store(self, weight: BlockSparse) -> None:
+        """Take a weight, in the order that its device wants."""
+        weight = storage.reorder(weight, paired=not gpu.takes(weight.values.device))
+        self.shape, self.block, self.paired = weight.shape, weight.block, weight.paired
+        self.values, self.crow, self.col = weight.values, weight.crow, weight.col
+        self.layout = torch.tensor([*weight.shape, *weight.block, weight.paired], device=weight.values.device)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Take over another number of blocks, if the tensors fit each other; otherwise say why and stay as it is."""
@@ -111,11 +119,13 @@ class BlockSparseLinear(nn.Module):
             except ValueError as error:
                 cast(list[str], args[-1]).append(f"{prefix.removesuffix('.')}: {error}")
                 return
-            self.block = new.block
+            self.block, self.paired = new.block, new.paired
             for name, tensor in (("values", values), ("crow", crow), ("col", col)):
                 old = getattr(self, name)
                 setattr(self, name, torch.empty(tensor.shape, dtype=old.dtype, device=old.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if found and self.paired == gpu.takes(self.values.device):
+            self._store(self.sparse)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BlockSparseLinear":
         """Follow the model to another device and type, but keep the bits of the indices: `type` and `to_empty` would lose them."""
@@ -125,6 +135,8 @@ class BlockSparseLinear(nn.Module):
             now: Tensor = getattr(self, name)
             if not now.is_meta:  # what comes from the meta device has no numbers: until it is loaded, no block is kept
                 setattr(self, name, torch.zeros_like(now, dtype=index.dtype) if index.is_meta else index.to(now.device))
+        if not self.values.is_meta and self.paired == gpu.takes(self.values.device):
+            self._store(self.sparse)
         return self
 
     def extra_repr(self) -> str:
@@ -204,13 +216,15 @@ def read(values: Tensor, crow: Tensor, col: Tensor, layout: Tensor) -> BlockSpar
 
     Example:
         >>> from blockprune.export.layers import read
-        >>> read(torch.ones(2), torch.tensor([0, 1]), torch.tensor([0]).int(), torch.tensor([2, 4, 2, 1])).shape
+        >>> read(torch.ones(2), torch.tensor([0, 1]), torch.tensor([0]).int(), torch.tensor([2, 4, 2, 1, 1])).shape
         (2, 4)
     """
-    if layout.shape != (4,) or layout.dtype != torch.int64:
-        raise ValueError(f"layout is {layout.dtype} of shape {tuple(layout.shape)} and must be int64 of 4 numbers")
-    rows, cols, height, width = layout.tolist()
-    weight = BlockSparse(values, crow, col, (rows, cols), (height, width))
+    if layout.shape != (5,) or layout.dtype != torch.int64:
+        raise ValueError(f"layout is {layout.dtype} of shape {tuple(layout.shape)} and must be int64 of 5 numbers")
+    rows, cols, height, width, paired = layout.tolist()
+    if paired not in (0, 1):
+        raise ValueError(f"layout is {layout.tolist()}: it must end in 1 (in pairs) or 0; it is not what was exported")
+    weight = BlockSparse(values, crow, col, (rows, cols), (height, width), bool(paired))
     storage.check(weight)
     return weight
 

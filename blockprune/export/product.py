@@ -24,28 +24,29 @@ def linear(
     col: Tensor,
     shape: Sequence[int],
     block: Sequence[int],
+    paired: bool,
     backend: str,
 ) -> Tensor:
     """``x W^T + bias`` of ``x [..., cols]`` with ``W [rows, cols]`` stored as `storage.BlockSparse` says, and checked: ``[..., rows]``.
 
-    The native backend is for CPUs and triton for GPUs; either leaves what it cannot multiply (other types, other devices) to the other and
-    then to torch. Inside `torch.func` use `multiply`.
+    What is stored in pairs is for CPUs and their compiled product, what is not for GPUs and Triton's, whichever of "native" and "triton" is
+    the backend; what neither can multiply (other types, other devices) is torch's. Inside `torch.func` use `multiply`.
 
     Example:
         >>> from blockprune import storage
         >>> from blockprune.export.product import linear
         >>> w = storage.pack(torch.ones(4, 4), torch.tensor([[True, False]]), bp.BlockGrid((4, 4), (4, 2)))
-        >>> linear(torch.ones(1, 4), None, w.values, w.crow, w.col, w.shape, w.block, "native")
+        >>> linear(torch.ones(1, 4), None, w.values, w.crow, w.col, w.shape, w.block, w.paired, "native")
         tensor([[2., 2., 2., 2.]])
     """
-    weight = BlockSparse(values, crow, col, (shape[0], shape[1]), (block[0], block[1]))
+    weight = BlockSparse(values, crow, col, (shape[0], shape[1]), (block[0], block[1]), paired)
     out = compiled(x, weight, bias, backend)
     return by_groups(x, weight, bias) if out is None else out
 
 
 @torch.library.custom_op("blockprune::linear_input_grad", mutates_args=())
 def linear_input_grad(
-    grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, shape: Sequence[int], block: Sequence[int], backend: str
+    grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, shape: Sequence[int], block: Sequence[int], paired: bool, backend: str
 ) -> Tensor:
     """``grad W`` of ``grad [..., rows]``: ``[..., cols]``.
 
@@ -53,24 +54,24 @@ def linear_input_grad(
         >>> from blockprune import storage
         >>> from blockprune.export.product import linear_input_grad
         >>> w = storage.pack(torch.ones(4, 4), torch.tensor([[True, False]]), bp.BlockGrid((4, 4), (4, 2)))
-        >>> linear_input_grad(torch.ones(1, 4), w.values, w.crow, w.col, w.shape, w.block, "native")
+        >>> linear_input_grad(torch.ones(1, 4), w.values, w.crow, w.col, w.shape, w.block, w.paired, "native")
         tensor([[4., 4., 0., 0.]])
     """
     rows, cols = shape
     flat = grad.reshape(-1, rows).mT  # [rows, n]
     out = flat.new_zeros(cols, flat.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))  # a sum over bands
-    for here, columns, weights in bands(BlockSparse(values, crow, col, (rows, cols), (block[0], block[1]))):
+    for here, columns, weights in bands(BlockSparse(values, crow, col, (rows, cols), (block[0], block[1]), paired)):
         out.index_add_(0, columns, (weights @ flat[here]).to(out.dtype))
     return out.mT.to(grad.dtype).contiguous().view(*grad.shape[:-1], cols)
 
 
 @linear.register_fake
-def _(x: Tensor, bias: Any, values: Tensor, crow: Tensor, col: Tensor, shape: Sequence[int], block: Sequence[int], backend: str) -> Tensor:
+def _(x: Tensor, bias: Any, values: Any, crow: Any, col: Any, shape: Sequence[int], block: Any, paired: bool, backend: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
 @linear_input_grad.register_fake
-def _(grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, shape: Sequence[int], block: Sequence[int], backend: str) -> Tensor:
+def _(grad: Tensor, values: Any, crow: Any, col: Any, shape: Sequence[int], block: Any, paired: bool, backend: str) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], shape[1]))
 
 
@@ -85,13 +86,13 @@ class _Linear(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[2:5])
         ctx.save_for_forward(*inputs[2:5])
-        ctx.how, ctx.shape = inputs[5:], output.shape  # shape, block, backend
+        ctx.how, ctx.shape = inputs[5:], output.shape  # shape, block, paired, backend
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         to_x = _input_grad(grad, *ctx.saved_tensors, *ctx.how) if ctx.needs_input_grad[0] else None
         to_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
-        return to_x, to_bias, None, None, None, None, None, None
+        return to_x, to_bias, None, None, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor | None, bias: Tensor | None, *_: None) -> Tensor:
@@ -127,7 +128,7 @@ class _InputGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return multiply(grad, None, *ctx.saved_tensors, *ctx.how), None, None, None, None, None, None
+        return multiply(grad, None, *ctx.saved_tensors, *ctx.how), None, None, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, grad: Tensor, *_: None) -> Tensor:
@@ -149,7 +150,7 @@ def multiply(*arguments: Any) -> Tensor:
         >>> from blockprune import storage
         >>> from blockprune.export.product import multiply
         >>> w = storage.pack(torch.ones(4, 4), torch.tensor([[True, False]]), bp.BlockGrid((4, 4), (4, 2)))
-        >>> how = w.values, w.crow, w.col, w.shape, w.block, "torch"
+        >>> how = w.values, w.crow, w.col, w.shape, w.block, w.paired, "torch"
         >>> torch.func.grad(lambda x: multiply(x, None, *how).sum())(torch.ones(4))
         tensor([4., 4., 0., 0.])
     """
@@ -173,11 +174,10 @@ def compiled(x: Tensor, sparse: BlockSparse, bias: Tensor | None, backend: str) 
         >>> w = storage.pack(torch.ones(4, 4), torch.tensor([[True, False]]), bp.BlockGrid((4, 4), (4, 2)))
         >>> compiled(torch.ones(1, 4), w, None, "torch")
     """
-    for product in {"native": (spmm.linear, gpu.linear), "triton": (gpu.linear, spmm.linear)}.get(backend, ()):
-        out = product(x, sparse.values, sparse.crow, sparse.col, shape=sparse.shape, block=sparse.block, bias=bias)
-        if out is not None:
-            return out
-    return None
+    if backend == "torch":
+        return None
+    product = spmm.linear if sparse.paired else gpu.linear
+    return product(x, sparse.values, sparse.crow, sparse.col, shape=sparse.shape, block=sparse.block, bias=bias)
 
 
 def by_groups(x: Tensor, sparse: BlockSparse, bias: Tensor | None = None) -> Tensor:

@@ -5,6 +5,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 
+import torch
+
 
 def medians(calls: Mapping[str, Callable[[], object]], *, rounds: int = 9) -> dict[str, float]:
     """Median seconds of each call, all run in turn, round after round, after a warm-up round.
@@ -44,3 +46,38 @@ def in_turn(calls: Iterable[Callable[[], object]]) -> Callable[[], object]:
         return next(turns)()
 
     return call
+
+
+def waited(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """The call, and on an accelerator its end.
+
+    Example:
+        >>> from blockprune.export.timing import waited
+        >>> waited(lambda: 3, torch.device("cpu"))()
+        3
+    """
+    if device.type == "cpu":
+        return call
+
+    def and_wait() -> object:
+        out = call()
+        torch.accelerator.synchronize()
+        return out
+
+    return and_wait
+
+
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """The call as a CUDA graph, which launches its kernels again without Python in between.
+
+    Example:
+        >>> from blockprune.export.timing import captured
+        >>> x = torch.ones(2, device="cuda") if torch.cuda.is_available() else None
+        >>> again = captured(lambda: x + 1) if x is not None else None
+    """
+    call()  # compiles what it calls
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
