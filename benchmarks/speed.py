@@ -23,7 +23,7 @@ from typing import Any
 import minilm
 import smollm
 import torch
-from timing import captured, machine, medians, waited
+from timing import by_turns, copies, machine
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -32,7 +32,6 @@ from blockprune import export
 from blockprune.export.dense import ways
 from blockprune.export.two_of_four import TwoOfFourLinear
 
-FLUSH = 1 << 28  # bytes that take turns on a GPU, so that its cache does not hold them
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -54,17 +53,8 @@ def roofline(options: argparse.Namespace, dtype: torch.dtype) -> tuple[float, fl
 
 
 def timed(calls: Mapping[Any, Sequence[Callable[[], object]]], options: argparse.Namespace) -> dict[Any, float]:
-    """Median seconds of each; of several, which caches do not hold, that of one. On a GPU as a CUDA graph replays them."""
-
-    def all_of(each: Sequence[Callable[[], object]]) -> None:
-        for call in each:
-            call()
-
-    device = torch.device(options.device)
-    rows = {name: each[0] if len(each) == 1 else partial(all_of, each) for name, each in calls.items()}
-    if device.type == "cuda":
-        rows = {name: waited(captured(row), device) for name, row in rows.items()}
-    return {name: seconds / len(calls[name]) for name, seconds in medians(rows, rounds=options.rounds).items()}
+    """Median seconds; on a GPU as a CUDA graph replays them, over several copies that its cache does not hold."""
+    return by_turns(calls, torch.device(options.device), graph=options.device == "cuda", rounds=options.rounds)
 
 
 @torch.no_grad()
@@ -73,11 +63,11 @@ def layers(options: argparse.Namespace, dtype: torch.dtype, shape: tuple[int, in
     rows, cols = shape
     weight, bias, x = (torch.randn(size, generator=generator).to(options.device, dtype) for size in (shape, (rows,), (batch, cols)))
 
-    def copies(held: int) -> range:
-        return range(1 if options.device == "cpu" else max(4, min(64, FLUSH // held)))
+    def several(held: int) -> range:
+        return range(1 if options.device == "cpu" else copies(held, x.device))
 
     calls: dict[Any, list[Callable[[], object]]] = {}
-    for _ in copies(weight.nbytes):
+    for _ in several(weight.nbytes):
         for name, way in ways(x, weight.clone(), bias).items():
             calls.setdefault(name, []).append(way)
     if options.inductor:
@@ -88,16 +78,16 @@ def layers(options: argparse.Namespace, dtype: torch.dtype, shape: tuple[int, in
         grid = bp.BlockGrid(shape, (min(block[0], rows), min(block[1], cols)))
         keep = random_mask(grid, sparsity, generator)
         sparse = export.BlockSparseLinear(export.as_matrix(weight, keep), nn.Parameter(bias, requires_grad=False), options.backend)
-        calls[block, sparsity] = [partial(copy.deepcopy(sparse), x) for _ in copies(sparse.values.nbytes)]
+        calls[block, sparsity] = [partial(copy.deepcopy(sparse), x) for _ in several(sparse.values.nbytes)]
         square = block[0] == block[1] and (dtype == torch.float32 if options.device == "cpu" else block[0] >= 16 and batch >= 16)
         if options.bsr and square:
             bsr = (weight * bp.expand(keep.keep, keep.grid).to(options.device)).to_sparse_bsr(block)
-            calls[f"BSR {block[0]}x{block[1]}", sparsity] = torchs_own(options, x, bsr, copies(sparse.values.nbytes))
+            calls[f"BSR {block[0]}x{block[1]}", sparsity] = torchs_own(options, x, bsr, several(sparse.values.nbytes))
     if options.two_of_four:
         kept = torch.tensor([True, True, False, False], device=options.device).repeat(rows, cols // 4)
         halved = nn.Linear(cols, rows, bias=False, device=options.device, dtype=dtype)
         halved.weight, halved.bias = nn.Parameter(weight * kept), nn.Parameter(bias)
-        calls["2:4", 0.5] = [partial(TwoOfFourLinear(halved), x) for _ in copies(weight.nbytes)]
+        calls["2:4", 0.5] = [partial(TwoOfFourLinear(halved), x) for _ in several(weight.nbytes)]
     seconds = timed(calls, options)
     most = roofline(options, dtype) if options.roofline else None
     best = min(dense, key=seconds.__getitem__)
@@ -122,9 +112,9 @@ def layers(options: argparse.Namespace, dtype: torch.dtype, shape: tuple[int, in
         print(f"    {block if isinstance(block, str) else f'{block[0]}x{block[1]}':16}{text}", flush=True)
 
 
-def torchs_own(options: argparse.Namespace, x: Tensor, bsr: Tensor, copies: range) -> list[Callable[[], object]]:
+def torchs_own(options: argparse.Namespace, x: Tensor, bsr: Tensor, several: range) -> list[Callable[[], object]]:
     """F.linear with a BSR weight; on a GPU the kernel below it, with the fastest of some settings of its own."""
-    many = [torch.sparse_bsr_tensor(bsr.crow_indices(), bsr.col_indices(), bsr.values().clone(), bsr.shape) for _ in copies]
+    many = [torch.sparse_bsr_tensor(bsr.crow_indices(), bsr.col_indices(), bsr.values().clone(), bsr.shape) for _ in several]
     if options.device == "cpu":
         return [partial(nn.functional.linear, x, one) for one in many]
     from torch.sparse._triton_ops import bsr_dense_addmm  # noqa: PLC0415

@@ -4,9 +4,9 @@ import platform
 
 import torch
 
-from blockprune.export.timing import captured, medians, waited
+from blockprune.export.timing import by_turns, copies, medians
 
-__all__ = ["captured", "machine", "medians", "waited"]
+__all__ = ["by_turns", "copies", "machine", "medians"]
 
 
 def machine() -> str:

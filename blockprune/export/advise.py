@@ -1,8 +1,11 @@
 """Which blocks pay on this machine, and what a block costs: measured on single layers."""
 
+import copy
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import attrs
 import torch
@@ -13,7 +16,7 @@ from blockprune.blocks import BlockGrid, BlockShape
 from blockprune.export.choose import ROWS, backends
 from blockprune.export.dense import ways
 from blockprune.export.layers import BlockSparseLinear, as_matrix
-from blockprune.export.timing import medians
+from blockprune.export.timing import by_turns, copies
 from blockprune.tables import Rows, Table
 from blockprune.types import BlockMask, Masks, Scores
 
@@ -94,17 +97,19 @@ def advise(
     blocks: Sequence[BlockShape] = BLOCKS,
     sparsities: Sequence[float] = SPARSITIES,
     dtype: torch.dtype = torch.float32,
+    graph: bool = False,
     rounds: int = 5,
     progress: bool = True,
 ) -> Advice:
     """Which block shape and sparsity pay for layers of these shapes on this machine, from random masks of each.
 
     Args:
-        layers: masks or scores; their shapes and blocks count, not their values.
+        layers: masks or scores; their shapes and blocks count, and where they are, not their values.
         inputs: how many a layer meets in one call, or such inputs ``[..., in_features]`` of all these layers.
         blocks: more shapes to try.
         sparsities: to try, in (0, 1).
         dtype: of weights and inputs; that of the inputs, if they are a tensor.
+        graph: as in `choose`.
         rounds: of measurement, of which the median counts.
         progress: show a bar on a terminal.
 
@@ -118,7 +123,7 @@ def advise(
         >>> [(row.shape, row.block, list(row.speedup)) for row in advice.rows]
         [((256, 256), (16, 16), [0.5, 0.9])]
     """
-    rows, dtype = _asked(layers, inputs, dtype)
+    like = _asked(layers, inputs, dtype)
     if not all(0 < s < 1 for s in sparsities):
         raise ValueError(f"sparsities={list(sparsities)} must be above 0 and below 1")
     tried: dict[tuple[int, int], list[tuple[int, ...]]] = {}
@@ -129,9 +134,9 @@ def advise(
     found = []
     for shape, each in tqdm(tried.items(), desc="advise", disable=None if progress else True, leave=False):
         grids = [BlockGrid(shape, block) for block in dict.fromkeys(each)]
-        best, times = _times(grids, sparsities, rows, dtype, rounds)
+        best, times = _times(grids, sparsities, like, graph, rounds)
         found += [Paying(shape, grid.block, {s: best / times[grid.block, s] for s in sparsities}) for grid in grids]
-    return Advice(tuple(found), rows)
+    return Advice(tuple(found), len(like))
 
 
 @attrs.frozen
@@ -188,6 +193,7 @@ def cost_table(
     inputs: int | Tensor = ROWS,
     *,
     dtype: torch.dtype = torch.float32,
+    graph: bool = False,
     rounds: int = 9,
     progress: bool = True,
 ) -> Costs:
@@ -196,8 +202,8 @@ def cost_table(
     Layers of the same shape and blocks are measured once.
 
     Args:
-        layers: scores or masks; their shapes and blocks count, not their values.
-        inputs, dtype, rounds, progress: as in `advise`.
+        layers: scores or masks; their shapes and blocks count, and where they are, not their values.
+        inputs, dtype, graph, rounds, progress: as in `advise`.
 
     Raises:
         ValueError: no layers, no inputs.
@@ -210,22 +216,23 @@ def cost_table(
         >>> list(budget)
         ['fc.weight']
     """
-    rows, dtype = _asked(layers, inputs, dtype)
+    like = _asked(layers, inputs, dtype)
     measured: dict[BlockGrid, tuple[float, float]] = {}
     found = []
     for name, layer in tqdm(layers.items(), desc="cost_table", disable=None if progress else True, leave=False):
         grid = _matrix(layer.grid)
         if grid not in measured:
-            _, times = _times([grid], (0.5, 0.9), rows, dtype, rounds)
+            _, times = _times([grid], (0.5, 0.9), like, graph, rounds)
             half, tenth = times[grid.block, 0.5], times[grid.block, 0.9]
             block = max(half - tenth, 0.01 * half) / (0.4 * grid.blocks)  # a cost is positive, however noisy
             measured[grid] = block, max(0.0, tenth - 0.1 * grid.blocks * block)
         found.append(Cost(name, grid.block, *measured[grid]))
-    return Costs(tuple(found), rows)
+    return Costs(tuple(found), len(like))
 
 
-def _asked(layers: Scores | Masks, inputs: int | Tensor, dtype: torch.dtype) -> tuple[int, torch.dtype]:
-    rows, dtype = (inputs, dtype) if isinstance(inputs, int) else (inputs.numel() // inputs.shape[-1], inputs.dtype)
+def _asked(layers: Scores | Masks, inputs: int | Tensor, dtype: torch.dtype) -> Tensor:
+    """As many numbers as there are inputs, of their type, where they are or, if only counted, where the layers are."""
+    rows = inputs if isinstance(inputs, int) else inputs.numel() // inputs.shape[-1]
     if not layers or rows < 1:
         raise ValueError(f"give at least one layer (given {len(layers)}) and one input, as a number or a tensor [..., in] (given {rows})")
     wide = {name: math.prod(layer.grid.shape[1:]) for name, layer in layers.items()}
@@ -234,7 +241,10 @@ def _asked(layers: Scores | Masks, inputs: int | Tensor, dtype: torch.dtype) -> 
         raise ValueError(f"{given}; give how many inputs a layer meets as a number")
     if flat := [name for name, layer in layers.items() if len(layer.grid.shape) < 2]:
         raise ValueError(f"{flat[0]} of shape {layers[flat[0]].grid.shape} is no weight of a Linear or a convolution; leave it out")
-    return rows, dtype
+    if isinstance(inputs, Tensor):
+        return inputs.new_empty(rows)
+    one: Any = next(iter(layers.values()))
+    return torch.empty(rows, dtype=dtype, device=one.keep.device if isinstance(one, BlockMask) else one.value.device)
 
 
 def _fitted(block: BlockShape, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -253,24 +263,30 @@ def _matrix(grid: BlockGrid) -> BlockGrid:
 
 
 def _times(
-    grids: Sequence[BlockGrid], sparsities: Sequence[float], rows: int, dtype: torch.dtype, rounds: int
+    grids: Sequence[BlockGrid], sparsities: Sequence[float], like: Tensor, graph: bool, rounds: int
 ) -> tuple[float, dict[tuple[tuple[int, ...], float], float]]:
-    """Milliseconds of the best dense product, and of random masks by block and sparsity; all in turn."""
+    """Milliseconds of the best dense product, and of random masks by block and sparsity; of as many inputs as ``like`` has; all in turn."""
     generator, backend = torch.Generator().manual_seed(0), next(row.name for row in backends().rows if row.available)
-    weight = torch.randn(grids[0].shape, generator=generator).to(dtype)
-    x = torch.randn(rows, weight.shape[1], generator=generator).to(dtype)
-    calls: dict[str, Callable[[], Tensor]] = {**ways(x, weight, None)}
-    dense, keys = list(calls), {}
+    weight = torch.randn(grids[0].shape, generator=generator).to(like)
+    x = torch.randn(len(like), weight.shape[1], generator=generator).to(like)
+
+    def several(held: int) -> range:
+        return range(1 if x.device.type == "cpu" else copies(held, x.device))
+
+    calls: dict[Any, list[Callable[[], Tensor]]] = defaultdict(list)
+    for _ in several(weight.nbytes):
+        for name, way in ways(x, weight.clone(), None).items():
+            calls[name].append(way)
+    dense = list(calls)
     for grid in grids:
         order = torch.randperm(grid.blocks, generator=generator)
         for sparsity in sparsities:
             keep = (order >= round(sparsity * grid.blocks)).view(grid.size)
-            name = f"{grid} {sparsity}"
-            keys[name] = grid.block, sparsity
-            calls[name] = partial(BlockSparseLinear(as_matrix(weight, BlockMask(keep, grid)), None, backend), x)
+            layer = BlockSparseLinear(as_matrix(weight, BlockMask(keep, grid)), None, backend)
+            calls[grid.block, sparsity] = [partial(copy.deepcopy(layer), x) for _ in several(layer.values.nbytes)]
     with torch.no_grad():
-        seconds = medians(calls, rounds=rounds)
-    return 1e3 * min(seconds[name] for name in dense), {keys[name]: 1e3 * seconds[name] for name in keys}
+        ms = {name: 1e3 * seconds for name, seconds in by_turns(calls, x.device, graph=graph, rounds=rounds).items()}
+    return min(ms.pop(name) for name in dense), ms
 
 
 def _by(sizes: Sequence[int]) -> str:

@@ -131,14 +131,16 @@ def benchmark(
 
 def _dense_ways(model: nn.Module, compiled: bool) -> dict[str, nn.Module]:
     plain = dense(model)
-    found = {"dense": plain}
-    if _dtype(plain) == torch.float32:
-        found["dense bfloat16"] = copy.deepcopy(plain).to(torch.bfloat16)
-    found |= {f"{name}, oneDNN packed": packed(one) for name, one in found.items() if all(p.device.type == "cpu" for p in one.parameters())}
+    wide = _dtype(plain) == torch.float32
+    eager = {"dense": plain, **({"dense bfloat16": copy.deepcopy(plain).to(torch.bfloat16)} if wide else {})}
+    found: dict[str, nn.Module] = {}
+    for name, one in eager.items():
+        found[name] = one
+        if all(p.device.type == "cpu" for p in one.parameters()):
+            found[f"{name}, oneDNN packed"] = packed(one)
     if compiled:
-        plain_ones = [name for name in found if "packed" not in name]
         freezing: Any = {"freezing": True}
-        found |= {f"{name}, compiled": cast(nn.Module, torch.compile(copy.deepcopy(found[name]), options=freezing)) for name in plain_ones}
+        found |= {f"{name}, compiled": cast(nn.Module, torch.compile(copy.deepcopy(found[name]), options=freezing)) for name in eager}
     return found
 
 

@@ -16,13 +16,12 @@ from blockprune.export.dense import ways
 from blockprune.export.layers import as_matrix, layer_like
 from blockprune.export.places import Place, places
 from blockprune.export.product import BACKENDS
-from blockprune.export.timing import captured, in_turn, medians, waited
+from blockprune.export.timing import by_turns, copies
 from blockprune.fold import default_forward, undisturbed
 from blockprune.native import spmm
 from blockprune.tables import Rows, Table
 
 ROWS = 128  # inputs of a layer in one call, where none are given
-_COPIES, _CACHE = 32, 1 << 26  # copies of a layer that take turns when it is measured, and their bytes, at most
 _DEVICES = {"native": "cpu", "triton": "cuda"}  # where a backend is measured; others everywhere
 
 
@@ -245,11 +244,11 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
 def _measure(place: Place, x: Tensor, rounds: int, graph: bool) -> dict[str, float]:
     """Median milliseconds of each way. So many copies of a layer take turns that caches hold none of them, as in a model."""
     kept = as_matrix(place.weight, place.mask)
-    bytes_ = place.slot.stored.nbytes if x.device.type == "cpu" else max(1, kept.values.nbytes)  # there, copies of one way run in a row
-    copies = [finalize(place.module) for _ in range(max(1, min(_COPIES, _CACHE // bytes_)))]
+    held = place.slot.stored.nbytes if x.device.type == "cpu" else kept.values.nbytes  # on a GPU nothing else runs in between
     calls: dict[str, list[Callable[[], Any]]] = defaultdict(list)
     available = [row.name for row in backends().rows if row.available and row.name in BACKENDS]
-    for plain in copies:
+    for _ in range(copies(held, x.device)):
+        plain: Any = finalize(place.module)
         bias: Any = plain.bias
         weight: Any = plain.weight
         dense = {"Conv2d": partial(plain, x)} if isinstance(plain, nn.Conv2d) else ways(x, weight, bias)
@@ -262,16 +261,7 @@ def _measure(place: Place, x: Tensor, rounds: int, graph: bool) -> dict[str, flo
         if two_of_four.status()[0] and isinstance(plain, nn.Linear) and two_of_four.fits(weight):
             calls["2:4"].append(partial(two_of_four.TwoOfFourLinear(plain), x))
     with torch.no_grad():
-        if x.device.type == "cpu":
-            return {name: 1e3 * seconds for name, seconds in medians({n: in_turn(c) for n, c in calls.items()}, rounds=rounds).items()}
-        rows = {name: partial(_each, of) for name, of in calls.items()}
-        turns = {name: waited(captured(row) if graph else row, x.device) for name, row in rows.items()}
-        return {name: 1e3 * seconds / len(copies) for name, seconds in medians(turns, rounds=rounds).items()}
-
-
-def _each(calls: Iterable[Callable[[], Any]]) -> None:
-    for call in calls:
-        call()
+        return {name: 1e3 * seconds for name, seconds in by_turns(calls, x.device, graph=graph, rounds=rounds).items()}
 
 
 def _fastest(name: str, pruned: float, ms: Mapping[str, float], x: Tensor) -> Choice:

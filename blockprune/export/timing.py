@@ -3,12 +3,14 @@
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
 
-def medians(calls: Mapping[str, Callable[[], object]], *, rounds: int = 9) -> dict[str, float]:
+def medians(calls: Mapping[Any, Callable[[], object]], *, rounds: int = 9) -> dict[Any, float]:
     """Median seconds of each call, all run in turn, round after round, after a warm-up round.
 
     Args:
@@ -20,7 +22,7 @@ def medians(calls: Mapping[str, Callable[[], object]], *, rounds: int = 9) -> di
         >>> list(medians({"add": lambda: torch.ones(2) + 1}, rounds=3))
         ['add']
     """
-    seen: dict[str, list[float]] = {name: [] for name in calls}
+    seen: dict[Any, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
     for _ in range(rounds):
@@ -81,3 +83,45 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         call()
     return graph.replay
+
+
+def by_turns(
+    ways: Mapping[Any, Sequence[Callable[[], object]]], device: torch.device, *, graph: bool = False, rounds: int = 9
+) -> dict[Any, float]:
+    """Median seconds of a call of each way, of which there are several that read copies, so that caches hold none of them, as in a model.
+
+    On a CPU the next call of a way takes its turn in each round; on an accelerator all of them, and the end is waited for once.
+
+    Args:
+        ways: calls, by name.
+        device: where they run.
+        graph: of a GPU, as a CUDA graph replays them.
+        rounds: how often each way is timed.
+
+    Example:
+        >>> from blockprune.export.timing import by_turns
+        >>> list(by_turns({"add": [lambda: torch.ones(2) + 1, lambda: torch.ones(3) + 1]}, torch.device("cpu"), rounds=3))
+        ['add']
+    """
+    if device.type == "cpu":
+        return medians({name: in_turn(calls) for name, calls in ways.items()}, rounds=rounds)
+    rows = {name: partial(_each, calls) for name, calls in ways.items()}
+    turns = {name: waited(captured(row) if graph else row, device) for name, row in rows.items()}
+    return {name: seconds / len(ways[name]) for name, seconds in medians(turns, rounds=rounds).items()}
+
+
+def copies(held: int, device: torch.device) -> int:
+    """How many copies of so many bytes caches do not hold.
+
+    Example:
+        >>> from blockprune.export.timing import copies
+        >>> copies(1 << 20, torch.device("cpu")), copies(1 << 30, torch.device("cuda"))
+        (32, 2)
+    """
+    least, cache = (1, 1 << 26) if device.type == "cpu" else (2, 1 << 28)
+    return max(least, min(32, cache // max(1, held)))
+
+
+def _each(calls: Iterable[Callable[[], object]]) -> None:
+    for call in calls:
+        call()
