@@ -14,6 +14,7 @@ from torch import nn
 
 import blockprune as bp
 from blockprune import export
+from blockprune.export import timing
 from blockprune.export.timing import medians
 
 benchmarking = sys.modules["blockprune.export.benchmark"]  # the name in the package is the function
@@ -126,6 +127,25 @@ def test_medians_take_turns() -> None:
     found = medians({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
     assert calls == ["a", "b"] * 4
     assert set(found) == {"a", "b"}
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_on_an_accelerator_all_copies_of_a_way_run_and_the_end_is_waited_for(monkeypatch: pytest.MonkeyPatch, graph: bool) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: calls.append("end"))
+    monkeypatch.setattr(timing, "captured", lambda call: lambda: (calls.append("replay"), call()))
+    monkeypatch.setattr(timing.time, "perf_counter", itertools.count().__next__)
+    ways = {"a": [lambda: calls.append("a"), lambda: calls.append("A")], "b": [lambda: calls.append("b")]}
+    found = timing.by_turns(ways, torch.device("cuda"), graph=graph, rounds=2)
+    replay = ["replay"] * graph
+    assert calls == [*replay, "a", "A", "end", *replay, "b", "end"] * 3
+    assert found == {"a": 0.5, "b": 1}
+
+
+def test_as_many_copies_as_caches_do_not_hold() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [timing.copies(held, cpu) for held in (0, 1 << 22, 1 << 30)] == [32, 16, 1]
+    assert [timing.copies(held, cuda) for held in (0, 1 << 25, 1 << 30)] == [32, 8, 2]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch's exporter and onnx
