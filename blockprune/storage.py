@@ -92,9 +92,8 @@ def reorder(sparse: BlockSparse, *, paired: bool) -> BlockSparse:
     (rows, cols), (height, width) = sparse.shape, sparse.block
     keep = sparse.col.new_zeros(len(sparse.crow) - 1, -(-cols // width), dtype=torch.bool)
     keep[torch.repeat_interleave(sparse.crow.diff()), sparse.col[: int(sparse.crow[-1])].long()] = True
-    together = 1
-    while not paired and 2 * together * height <= min(rows, _TALLEST[False]) and _alike(keep, 2 * together):
-        together *= 2
+    most = 1 if paired else max(1, min(rows, _TALLEST[False]) // height)
+    together = next(together for together in range(most, 0, -1) if _alike(keep, together))
     return pack(unpack(sparse), keep[::together], BlockGrid(sparse.shape, (together * height, min(width, cols))), paired=paired)
 
 
@@ -145,7 +144,8 @@ def bands(sparse: BlockSparse) -> Iterator[tuple[slice, Tensor, Tensor]]:
         start += len(stored)
         even = len(columns) // 2 * 2 if sparse.paired else 0
         pairs = stored[: even * high].view(-1, high, 2).transpose(1, 2).reshape(even, high)
-        yield here, columns, torch.cat((pairs, stored[even * high :].view(-1, high)))
+        rest = stored[even * high :].view(-1, high)
+        yield here, columns, pairs if not len(rest) else torch.cat((pairs, rest)) if even else rest
 
 
 def check(sparse: BlockSparse) -> None:

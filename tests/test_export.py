@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 import torch.fx.experimental.proxy_tensor
@@ -204,6 +205,27 @@ def test_a_weight_is_stored_as_its_device_wants_it(monkeypatch: pytest.MonkeyPat
     close(export.load_state_dict(mlp(), state)(x), y)
 
 
+def test_a_weight_of_another_kind_of_device_is_stored_anew_however_it_comes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, x = masked(mlp()), torch.randn(3, 24)
+    at_home = export.block_sparse(model, backend="torch")
+    y, kept = at_home(x), at_home.state_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "takes", lambda device: True)
+        away = export.block_sparse(model, backend="torch")
+        torch.save(away, tmp_path / "away.pt")
+        state = away.state_dict()
+    assert torch.load(tmp_path / "away.pt", weights_only=False)[0].paired, "as `torch.load` with map_location moves it"
+    meta = copy.deepcopy(at_home).to("meta")
+    with pytest.warns(UserWarning, match="no-op"):
+        meta.load_state_dict(state)
+    meta.load_state_dict(state, assign=True)
+    close(meta(x), y)
+    at_home.load_state_dict(state)
+    assert kept["0.layout"].tolist()[-1] == 1, "a state dict that was taken before stays as it was"
+    at_home.load_state_dict(kept)
+    assert torch.equal(at_home(x), y)
+
+
 def test_another_mask_loads_into_the_same_layer() -> None:
     first, second = (export.block_sparse(masked(mlp(), sparsity=s), backend="torch") for s in (0.3, 0.8))
     x = torch.randn(3, 24)
@@ -327,6 +349,16 @@ def test_a_corrupt_state_dict_is_caught_before_anything_reads_it(change: dict[st
     assert torch.equal(sparse(x), before)
 
 
+def test_a_state_dict_without_numbers_is_refused_and_types_of_indices_stay() -> None:
+    sparse, x = export.block_sparse(masked(mlp()), backend="torch"), torch.randn(3, 24)
+    with pytest.raises(RuntimeError, match=r"the layer: layout is torch.int64 of shape \(5,\) on meta"):
+        sparse[0].load_state_dict({**sparse[0].state_dict(), "layout": torch.empty(5, dtype=torch.int64, device="meta")})
+    y, state = sparse(x), {key: value.clone() for key, value in sparse.state_dict().items()}
+    again = copy.deepcopy(sparse).to("meta").type(torch.float64).to_empty(device="cpu").float()
+    again.load_state_dict(state)
+    assert torch.equal(again(x), y)
+
+
 def test_a_state_dict_of_another_model_says_which_layer() -> None:
     state = export.block_sparse(masked(mlp()), backend="torch").state_dict()
     with pytest.raises(ValueError, match=r"0: the state dict has a weight of shape \(32, 24\), and the layer one of \(8, 24\)"):
@@ -343,13 +375,17 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="has no masks"):
         export.block_sparse(mlp())
     model = masked(mlp())
-    with pytest.raises(ValueError, match="backend='cuda' must be 'auto', one of 'native', 'triton', '2:4', 'torch', 'dense'"):
+    with pytest.raises(ValueError, match="backend='cuda' must be 'auto', one of 'native', 'triton', 'torch', '2:4', 'dense'"):
         export.block_sparse(model, backend="cuda")
     with pytest.raises(ValueError, match="rows=0"):
         export.block_sparse(model, rows=0)
     with pytest.raises(KeyError, match=r"no choice for '2.weight'"):
         export.block_sparse(model, backend=export.Choices(export.choose(model, progress=False).rows[:1]))
     sparse = export.block_sparse(model, backend="torch")
+    with pytest.raises(ValueError, match=r"a bias of shape \(1,\) does not fit a weight of shape \(32, 24\): it must be \(32,\)"):
+        export.BlockSparseLinear(sparse[0].sparse, nn.Parameter(torch.ones(1)))
+    with pytest.raises(ValueError, match=r"0.weight is not 2:4 in bfloat16 on a GPU"):
+        export.block_sparse(model, backend=export.Choices(tuple(attrs.evolve(r, backend="2:4") for r in export.choose(model).rows)))
     with pytest.raises(ValueError, match=r"\(3, 25\) meets a weight of shape \(32, 24\): its last axis must be 24"):
         sparse(torch.randn(3, 25))
     with pytest.raises(TypeError, match=r"torch.float64 meets a weight of torch.float32"):

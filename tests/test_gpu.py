@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,6 +27,8 @@ from blockprune import export, storage
 from blockprune.blocks import BlockGrid
 from blockprune.export import gpu, product, two_of_four
 from blockprune.export.choose import forced
+
+choose_file, block_sparse_file = sys.modules["blockprune.export.choose"], sys.modules["blockprune.export.block_sparse"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -185,6 +188,7 @@ def test_the_copy_engine_fetches_boxes(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     monkeypatch.setattr(gpu, "_gathered", None)
+    monkeypatch.setattr(gpu, "_shared", lambda device: 223 << 10)  # as there
     compiled = _compile(monkeypatch, capability, torch.ones(300, 128, dtype=torch.bfloat16), _whole(BlockGrid((256, 128), block)))
     assert compiled.metadata.shared <= 227 * 1024
     assert mma in compiled.asm["ptx"]
@@ -304,13 +308,71 @@ def test_two_of_four_is_torchs_own_product(tmp_path: Path, bias: bool) -> None:
         x = torch.randn(n, 256, device="cuda", dtype=dtype)
         for one in (sparse, copy.deepcopy(sparse), torch.load(tmp_path / "model.pt", weights_only=False), export.dense(sparse)):
             torch.testing.assert_close(one(x), model(x), atol=2e-2, rtol=2e-2)
-    with torch.no_grad():
-        torch.testing.assert_close(torch.compile(sparse, fullgraph=True)(x), sparse(x), atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(torch.compile(sparse, fullgraph=True)(x), sparse(x), atol=2e-2, rtol=2e-2)
+    x, same = x.clone().requires_grad_(), x.clone().requires_grad_()
+    torch.testing.assert_close(*(torch.autograd.grad(f(z).sum(), z)[0] for f, z in ((sparse, x), (model, same))), atol=2e-2, rtol=2e-2)
+    x = x.detach()
     assert torch.equal(export.dense(sparse)[0].weight, model[0].weight)
     assert (
         export.benchmark(model, sparse, inputs=x, rounds=1).rows[1].mebibytes
         < export.benchmark(model, inputs=x, rounds=1).rows[0].mebibytes
     )
+
+
+class Library:
+    """What cuSPARSELt does, on a CPU."""
+
+    @staticmethod
+    def mm_search(*_: Any) -> tuple[int, ...]:
+        return (7, 1, 1, 1)
+
+    @staticmethod
+    def product(values: Tensor, x: Tensor, bias: Tensor | None, *, alg_id: int, transpose_result: bool) -> Tensor:
+        assert transpose_result
+        assert (alg_id, x.shape[1] % 8) == (7, 0)
+        return x.mT @ values.mT + (0 if bias is None else bias)
+
+
+def test_a_two_of_four_layer_is_an_ordinary_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(two_of_four, "fits", two_of_four.is_two_of_four)
+    monkeypatch.setattr(two_of_four, "status", lambda: (True, "so it says"))
+    monkeypatch.setattr(block_sparse_file, "fits", two_of_four.is_two_of_four)
+    monkeypatch.setattr(torch, "_cslt_compress", Tensor.clone, raising=False)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", Library.product, raising=False)
+    monkeypatch.setattr(torch._C, "_cusparselt", Library, raising=False)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16, bias=False), nn.Linear(16, 16)).double()
+    scores = bp.metric.l1(bp.collect.weights(model, where=bp.linears((1, 1))))
+    whole = {name: score for name, score in scores.items() if name != "1.weight"}
+    bp.apply_masks(model, bp.allocate.n_of_m(whole, 0.5, m=4) | bp.allocate.per_layer({"1.weight": scores["1.weight"]}, 0.5))
+    choices = export.choose(model, rows=8, rounds=1, progress=False)
+    assert ["2:4" in row.milliseconds for row in choices.rows] == [True, False, True], "layers alike are told apart by it"
+    sparse = export.block_sparse(model, backend="2:4")
+    assert [type(layer).__name__ for layer in sparse] == ["TwoOfFourLinear", "Linear", "TwoOfFourLinear"]
+    for n in ((), (0,), (3,), (2, 5)):
+        x, same = (normal((*n, 16), 1).requires_grad_() for _ in range(2))
+        for one in (sparse, copy.deepcopy(sparse), export.dense(sparse)):
+            torch.testing.assert_close(one(x), model(x))
+        torch.testing.assert_close(*(torch.autograd.grad(f(z).square().sum(), z)[0] for f, z in ((sparse, x), (model, same))))
+        torch.testing.assert_close(*(torch.autograd.grad(f(x).square().sum(), f[2].bias)[0] for f in (sparse, model)))
+    torch.testing.assert_close(torch.compile(sparse, fullgraph=True, backend="aot_eager")(x), model(x))
+    with pytest.raises(TypeError, match=r"a 2:4 weight \(16, 16\) cannot become torch.float32 on cpu"):
+        sparse.float()
+    with pytest.raises(ValueError, match="meets a weight of 16 columns"):
+        sparse[0](x[..., 1:])
+    with pytest.raises(TypeError, match=r"torch.float32 meets a 2:4 weight of torch.float64"):
+        sparse[0](x.float())
+    with pytest.raises(ValueError, match=r"a weight \(16, 16\) of torch.float64 on cpu is not 2:4"):
+        two_of_four.TwoOfFourLinear(export.dense(sparse)[1])
+    with pytest.raises(ValueError, match=r"1\.weight is not 2:4"):
+        export.block_sparse(model, backend=export.Choices(tuple(attrs.evolve(row, backend="2:4") for row in choices.rows)))
+
+
+def test_where_a_graph_leaves_nothing_sparse_layers_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    masked = bp.apply_masks(nn.Linear(8, 8), {"weight": bp.BlockMask(torch.eye(2).bool(), BlockGrid((8, 8), (4, 4)))})
+    monkeypatch.setattr(choose_file, "BACKENDS", ())
+    (choice,) = export.choose(masked, rows=2, graph=True, rounds=1, progress=False).rows
+    assert (choice.backend, choice.reason) == ("dense", "nothing sparse to measure for torch.float32 on cpu in a graph")
 
 
 @given(integers_of=st.tuples(st.integers(1, 3), st.integers(1, 4), seeds))

@@ -145,7 +145,7 @@ def test_on_an_accelerator_all_copies_of_a_way_run_and_the_end_is_waited_for(mon
 def test_as_many_copies_as_caches_do_not_hold() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert [timing.copies(held, cpu) for held in (0, 1 << 22, 1 << 30)] == [32, 16, 1]
-    assert [timing.copies(held, cuda) for held in (0, 1 << 25, 1 << 30)] == [32, 8, 2]
+    assert [timing.copies(held, cuda) for held in (0, 1 << 25, 1 << 30)] == [512, 4, 2]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch's exporter and onnx

@@ -50,7 +50,8 @@ def test_the_other_order_is_the_same_matrix(matrix: Matrix, paired: bool) -> Non
 
 
 @pytest.mark.parametrize(
-    ("block", "tall"), [((16, 16), 16), ((32, 32), 32), ((64, 1), 64), ((128, 64), 128), ((256, 64), 128), ((24, 8), 24)]
+    ("block", "tall"),
+    [((16, 16), 16), ((32, 32), 32), ((64, 1), 64), ((128, 64), 128), ((256, 64), 128), ((24, 8), 24), ((48, 16), 48), ((112, 16), 112)],
 )
 def test_bands_of_a_tall_block_are_one_for_gpus(block: tuple[int, int], tall: int) -> None:
     grid = BlockGrid((3 * block[0] + 16, 4 * block[1]), block)

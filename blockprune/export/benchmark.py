@@ -151,7 +151,7 @@ def _time(models: Mapping[str, nn.Module], *, inputs: Any, forward: Callable[...
         for name, model in models.items():
             device = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0)).device
             call = partial(forward, model, _as(_dtype(model), inputs))
-            calls[name] = waited(captured(call) if graph else call, device)
+            calls[name] = waited(captured(call) if graph and device.type == "cuda" else call, device)
         return {name: 1e3 * seconds for name, seconds in medians(calls, rounds=rounds).items()}
 
 

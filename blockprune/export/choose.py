@@ -1,9 +1,10 @@
 """How each masked layer will run: measured, with the reason."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import torch
@@ -68,13 +69,13 @@ def backends() -> Backends:
     Example:
         >>> from blockprune import export
         >>> [row.name for row in export.backends().rows]
-        ['native', 'triton', '2:4', 'torch', 'dense']
+        ['native', 'triton', 'torch', '2:4', 'dense']
     """
     sets = ", ".join(spmm.instructions())
     native = Backend("native", bool(sets), f"compiled product on the CPU, {spmm.status}" + (f": {sets}" if sets else ""))
     groups = Backend("torch", True, f"torch {torch.__version__}: gathered columns, a small dense product a band; any device and type")
-    on_gpus = Backend("triton", *gpu.status()), Backend("2:4", *two_of_four.status())
-    return Backends((native, *on_gpus, groups, Backend("dense", True, "the layer as it was, with zeros")))
+    triton, halved = Backend("triton", *gpu.status()), Backend("2:4", *two_of_four.status())
+    return Backends((native, triton, groups, halved, Backend("dense", True, "the layer as it was, with zeros")))
 
 
 @attrs.frozen
@@ -168,7 +169,7 @@ def choose(
             )
             choices.append(Choice(place.name, pruned, "dense", why))
             continue
-        key = (place.mask.grid, round(pruned * 50), x.shape, x.dtype, x.device, _settings(place.module))
+        key = (place.mask.grid, round(pruned * 50), x.shape, x.dtype, x.device, _settings(place.module), two_of_four.fits(place.weight))
         if key not in measured:
             measured[key] = _measure(place, x, rounds, graph)
         choices.append(_fastest(place.name, pruned, measured[key], x))
@@ -243,29 +244,34 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
 
 def _measure(place: Place, x: Tensor, rounds: int, graph: bool) -> dict[str, float]:
     """Median milliseconds of each way. So many copies of a layer take turns that caches hold none of them, as in a model."""
-    kept = as_matrix(place.weight, place.mask)
-    held = place.slot.stored.nbytes if x.device.type == "cpu" else kept.values.nbytes  # on a GPU nothing else runs in between
+    plain, kept = finalize(place.module), as_matrix(place.weight, place.mask)
     calls: dict[str, list[Callable[[], Any]]] = defaultdict(list)
-    available = [row.name for row in backends().rows if row.available and row.name in BACKENDS]
-    for _ in range(copies(held, x.device)):
-        plain: Any = finalize(place.module)
-        bias: Any = plain.bias
-        weight: Any = plain.weight
-        dense = {"Conv2d": partial(plain, x)} if isinstance(plain, nn.Conv2d) else ways(x, weight, bias)
-        for name, call in dense.items():
+
+    def several(held: int) -> range:  # on a CPU all ways take turns, and so there are as many of each
+        return range(copies(place.slot.stored.nbytes if x.device.type == "cpu" else held, x.device))
+
+    for one in (finalize(place.module) for _ in several(place.slot.stored.nbytes)):
+        weight, bias = cast(Tensor, one.weight), cast(Any, one.bias)
+        for name, call in ({"Conv2d": partial(one, x)} if isinstance(one, nn.Conv2d) else ways(x, weight, bias)).items():
             calls[name].append(call)
-        for name in available:
-            if _DEVICES.get(name, x.device.type) == x.device.type and not (graph and name == "torch"):  # it waits for the device
+    for name in (row.name for row in backends().rows if row.available and row.name in BACKENDS):
+        waits = name == "torch" or x.dtype not in gpu.DTYPES  # for the device, which a graph cannot
+        if _DEVICES.get(name, x.device.type) == x.device.type and not (graph and waits and x.is_cuda):
+            for _ in several(kept.values.nbytes):
                 own = attrs.evolve(kept, values=kept.values.clone(), col=kept.col.clone())
                 calls[name].append(partial(layer_like(plain, own, name), x))
-        if two_of_four.status()[0] and isinstance(plain, nn.Linear) and two_of_four.fits(weight):
-            calls["2:4"].append(partial(two_of_four.TwoOfFourLinear(plain), x))
+    if two_of_four.status()[0] and isinstance(plain, nn.Linear) and two_of_four.fits(plain.weight):
+        halved = two_of_four.TwoOfFourLinear(plain)
+        calls["2:4"] = [partial(copy.deepcopy(halved), x) for _ in several(halved.values.nbytes)]
     with torch.no_grad():
         return {name: 1e3 * seconds for name, seconds in by_turns(calls, x.device, graph=graph, rounds=rounds).items()}
 
 
 def _fastest(name: str, pruned: float, ms: Mapping[str, float], x: Tensor) -> Choice:
     sparse, dense = ({key: t for key, t in ms.items() if (key in (*BACKENDS, "2:4")) == wanted} for wanted in (True, False))
-    best, other, plain = min(sparse, key=lambda key: sparse[key]), min(dense, key=lambda key: dense[key]), next(iter(dense))
+    other, plain = min(dense, key=lambda key: dense[key]), next(iter(dense))
+    if not sparse:
+        return Choice(name, pruned, "dense", f"nothing sparse to measure for {x.dtype} on {x.device.type} in a graph", dict(ms))
+    best = min(sparse, key=lambda key: sparse[key])
     where = f"on {tuple(x.shape)}: {best} {ms[best]:.3g} ms, {other} {ms[other]:.3g} ms"
     return Choice(name, pruned, best if ms[best] < ms[plain] else "dense", f"{ms[other] / ms[best]:.2f}x {where}", dict(ms))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blockprune.native.library import plain
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def status() -> tuple[bool, str]:
@@ -57,9 +57,11 @@ def linear(
     """
     device = "cpu" if _interpreted() else "cuda"
     tensors = [x := x.contiguous(), values, *([] if bias is None else [bias])]
-    if x.dtype not in _DTYPES or not all(plain(t, device) and t.dtype == x.dtype and t.device == x.device for t in tensors):
+    if x.dtype not in DTYPES or not all(plain(t, device) and t.dtype == x.dtype and t.device == x.device for t in tensors):
         return None
     if not (_interpreted() or _status()[0]) or crow.device != x.device or col.device != x.device:
+        return None
+    if bias is not None and bias.shape != shape[:1]:
         return None
     (rows, cols), n = shape, x.numel() // shape[1]
     if x.shape[-1] != cols:

@@ -24,7 +24,8 @@ class BlockSparseLinear(nn.Module):
 
     Its state dict holds ``values``, ``crow``, ``col`` (see `storage.BlockSparse`), ``layout`` (rows, columns, the height and width of a
     stored block, 1 if in pairs) and ``bias``. Another mask of the same layer loads into it; indices out of range do not. The weight is
-    stored as its device wants it, in pairs but on a GPU, also after ``to`` and ``load_state_dict``.
+    stored as its device wants it, in pairs but on a GPU, also after ``to`` and ``load_state_dict``; tensors copied one by one into another
+    layer mean the same there only if both layers are on GPUs, or neither.
 
     Args:
         weight: the kept blocks of ``[out_features, in_features]``.
@@ -32,7 +33,7 @@ class BlockSparseLinear(nn.Module):
         backend: "native" or "triton", which are one (the device decides) and leave what they cannot multiply to torch, or "torch".
 
     Raises:
-        ValueError: a weight whose tensors do not fit each other, a backend that is none of these.
+        ValueError: a weight whose tensors do not fit each other, a bias that does not fit it, a backend that is none of these.
 
     Example:
         >>> from blockprune import export, storage
@@ -53,6 +54,10 @@ class BlockSparseLinear(nn.Module):
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r} must be one of {BACKENDS}")
         storage.check(weight)
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"a bias of shape {tuple(bias.shape)} does not fit a weight of shape {weight.shape}: it must be ({weight.shape[0]},)"
+            )
         self.backend = backend
         for name in TENSORS:
             self.register_buffer(name, None)
@@ -105,6 +110,11 @@ class BlockSparseLinear(nn.Module):
         self.values, self.crow, self.col = weight.values, weight.crow, weight.col
         self.layout = torch.tensor([*weight.shape, *weight.block, weight.paired], device=weight.values.device)
 
+    def _settle(self) -> None:
+        """Store the weight in the other order where it came from a device that wants that."""
+        if not self.values.is_meta and self.paired == gpu.takes(self.values.device):
+            self._store(self.sparse)
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Take over another number of blocks, if the tensors fit each other; otherwise say why and stay as it is."""
         found = [name for name in TENSORS if prefix + name in state_dict]
@@ -117,15 +127,14 @@ class BlockSparseLinear(nn.Module):
                 if new.shape != self.shape:
                     raise ValueError(f"a weight of shape {new.shape} does not fit into a layer of {self.shape}")
             except ValueError as error:
-                cast(list[str], args[-1]).append(f"{prefix.removesuffix('.')}: {error}")
+                cast(list[str], args[-1]).append(f"{prefix.removesuffix('.') or 'the layer'}: {error}")
                 return
             self.block, self.paired = new.block, new.paired
-            for name, tensor in (("values", values), ("crow", crow), ("col", col)):
+            for name, tensor in (("values", values), ("crow", crow), ("col", col), ("layout", layout)):
                 old = getattr(self, name)
                 setattr(self, name, torch.empty(tensor.shape, dtype=old.dtype, device=old.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if found and self.paired == gpu.takes(self.values.device):
-            self._store(self.sparse)
+        self._settle()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BlockSparseLinear":
         """Follow the model to another device and type, but keep the bits of the indices: `type` and `to_empty` would lose them."""
@@ -135,9 +144,14 @@ class BlockSparseLinear(nn.Module):
             now: Tensor = getattr(self, name)
             if not now.is_meta:  # what comes from the meta device has no numbers: until it is loaded, no block is kept
                 setattr(self, name, torch.zeros_like(now, dtype=index.dtype) if index.is_meta else index.to(now.device))
-        if not self.values.is_meta and self.paired == gpu.takes(self.values.device):
-            self._store(self.sparse)
+            else:
+                setattr(self, name, now.to(index.dtype))
+        self._settle()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._settle()  # `torch.load` may have moved it
 
     def extra_repr(self) -> str:
         kept = self.values.numel() / (self.shape[0] * self.shape[1])
@@ -219,8 +233,8 @@ def read(values: Tensor, crow: Tensor, col: Tensor, layout: Tensor) -> BlockSpar
         >>> read(torch.ones(2), torch.tensor([0, 1]), torch.tensor([0]).int(), torch.tensor([2, 4, 2, 1, 1])).shape
         (2, 4)
     """
-    if layout.shape != (5,) or layout.dtype != torch.int64:
-        raise ValueError(f"layout is {layout.dtype} of shape {tuple(layout.shape)} and must be int64 of 5 numbers")
+    if layout.shape != (5,) or layout.dtype != torch.int64 or layout.is_meta:
+        raise ValueError(f"layout is {layout.dtype} of shape {tuple(layout.shape)} on {layout.device} and must be 5 numbers of int64")
     rows, cols, height, width, paired = layout.tolist()
     if paired not in (0, 1):
         raise ValueError(f"layout is {layout.tolist()}: it must end in 1 (in pairs) or 0; it is not what was exported")
@@ -241,10 +255,10 @@ def as_matrix(weight: Tensor, mask: BlockMask) -> BlockSparse:
         (4, 12)
     """
     (rows, *others), (height, *sides), keep = mask.grid.shape, mask.grid.block, mask.keep.to(weight.device)
-    flat = weight.detach().flatten(1)
+    flat, paired = weight.detach().flatten(1), not gpu.takes(weight.device)
     if sides[1:] == others[1:]:  # whole kernels
         taps = flat.shape[1] // others[0]
         grid = BlockGrid((rows, flat.shape[1]), (height, sides[0] * taps))
-        return storage.pack(flat, keep.reshape(grid.size), grid)
+        return storage.pack(flat, keep.reshape(grid.size), grid, paired=paired)
     each = expand(keep, BlockGrid((len(keep), *others), (1, *sides))).flatten(1)  # [bands, columns]
-    return storage.pack(flat, each, BlockGrid((rows, flat.shape[1]), (height, 1)))
+    return storage.pack(flat, each, BlockGrid((rows, flat.shape[1]), (height, 1)), paired=paired)

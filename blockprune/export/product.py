@@ -166,7 +166,7 @@ def _transforming() -> bool:
 
 
 def compiled(x: Tensor, sparse: BlockSparse, bias: Tensor | None, backend: str) -> Tensor | None:
-    """The same by the compiled loops or the GPU's kernel, the backend's own first; None where neither can, or is not asked.
+    """The same by the compiled loops, or the GPU's kernels if the weight is in their order; None where they cannot, or are not asked.
 
     Example:
         >>> from blockprune import storage

@@ -55,14 +55,17 @@ class TwoOfFourLinear(nn.Module):
     """A Linear whose weight is 2:4 and frozen, held as cuSPARSELt wants it in a buffer; its bias, if any, is a parameter as before.
 
     Its numbers mean something to cuSPARSELt alone: for another type or device it is made again, from the masked model or `export.dense`.
-    Where a gradient is recorded, the product is dense.
+    Gradients of inputs are dense products.
 
     Args:
         plain: on a GPU, with a weight that `fits`; its bias is taken as it is.
 
+    Raises:
+        ValueError: a weight that does not fit.
+
     Example:
         >>> from blockprune.export.two_of_four import TwoOfFourLinear
-        >>> TwoOfFourLinear(nn.Linear(16, 16).cuda().half())(x)  # doctest: +SKIP
+        >>> TwoOfFourLinear(export.dense(masked)[0])(x)  # doctest: +SKIP
     """
 
     values: Tensor
@@ -70,7 +73,11 @@ class TwoOfFourLinear(nn.Module):
 
     def __init__(self, plain: nn.Linear) -> None:
         super().__init__()
-        weight, library = plain.weight.detach(), cast(Any, torch._C)
+        weight, library = plain.weight.detach().contiguous(), cast(Any, torch._C)
+        if not fits(weight):
+            raise ValueError(
+                f"a weight {tuple(weight.shape)} of {weight.dtype} on {weight.device} is not 2:4 in bfloat16 on a GPU, in sides of 16"
+            )
         self.in_features, self.out_features = plain.in_features, plain.out_features
         self.register_buffer("values", torch._cslt_compress(weight))
         self.register_parameter("bias", plain.bias)
@@ -80,7 +87,7 @@ class TwoOfFourLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight, zero where pruned; made anew at each read, which is a product."""
-        return self._product(torch.eye(self.in_features, dtype=self.values.dtype, device=self.values.device), None).mT.contiguous()
+        return _dense(self.values, self.algorithm, self.out_features, self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:
         if input.ndim == 0 or input.shape[-1] != self.in_features:
@@ -91,24 +98,50 @@ class TwoOfFourLinear(nn.Module):
             input = input.to(self.values.dtype)
         if input.dtype != self.values.dtype:
             raise TypeError(f"an input of {input.dtype} meets a 2:4 weight of {self.values.dtype}; convert the input")
-        if torch.is_grad_enabled() and (input.requires_grad or (self.bias is not None and self.bias.requires_grad)):
-            return F.linear(input, self.weight, self.bias)
-        return self._product(input.reshape(-1, self.in_features), self.bias).view(*input.shape[:-1], self.out_features)
-
-    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if not len(x):
-            return x.new_empty(0, self.out_features)
-        padded = F.pad(x, (0, 0, 0, -len(x) % _FEWEST))
-        return torch._cslt_sparse_mm(self.values, padded.mT, bias, alg_id=self.algorithm, transpose_result=True)[: len(x)]
+        out = linear(input.reshape(-1, self.in_features), self.bias, self.values, self.algorithm, self.out_features)
+        return cast(Tensor, out).view(*input.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TwoOfFourLinear":
         new = fn(self.values)
         if new.dtype != self.values.dtype or not new.is_cuda:
+            weight = f"a 2:4 weight ({self.out_features}, {self.in_features})"
             raise TypeError(
-                f"a 2:4 weight cannot become {new.dtype} on {new.device.type}; make it again: export.dense(model), or the masked model"
+                f"{weight} cannot become {new.dtype} on {new.device.type}; make it again: export.dense(model), or the masked model"
             )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, 2:4"
+
+
+@torch.library.custom_op("blockprune::two_of_four_linear", mutates_args=())
+def linear(x: Tensor, bias: Tensor | None, values: Tensor, algorithm: int, rows: int) -> Tensor:
+    """``x W^T + bias`` of ``x [n, columns]`` with ``W [rows, columns]`` as cuSPARSELt holds it, by one of its algorithms: ``[n, rows]``."""
+    if not len(x):
+        return x.new_empty(0, rows)
+    padded = F.pad(x, (0, 0, 0, -len(x) % _FEWEST))
+    return torch._cslt_sparse_mm(values, padded.mT, bias, alg_id=algorithm, transpose_result=True)[: len(x)]
+
+
+@linear.register_fake
+def _(x: Tensor, bias: Any, values: Any, algorithm: int, rows: int) -> Tensor:
+    return x.new_empty(len(x), rows)
+
+
+def _dense(values: Tensor, algorithm: int, rows: int, columns: int) -> Tensor:
+    eye = torch.eye(columns, dtype=values.dtype, device=values.device)
+    return cast(Tensor, linear(eye, None, values, algorithm, rows)).mT.contiguous()
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[2])
+    ctx.how = *inputs[3:], inputs[0].shape[1]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    to_x = grad @ _dense(ctx.saved_tensors[0], *ctx.how) if ctx.needs_input_grad[0] else None
+    return to_x, grad.sum(0) if ctx.needs_input_grad[1] else None, None, None, None
+
+
+linear.register_autograd(_backward, setup_context=_setup)
