@@ -393,6 +393,7 @@ def test_two_of_four_says_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
     assert two_of_four.status()[0]
+    monkeypatch.setattr(gpu, "status", lambda: (False, "not asked here"))
     model = nn.Linear(16, 16)
     bp.apply_masks(model, bp.allocate.n_of_m(bp.metric.l1(bp.collect.weights(model, where=bp.linears((1, 1)))), 0.5, m=4))
     (choice,) = forced(model, "2:4").rows
