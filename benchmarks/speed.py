@@ -88,7 +88,8 @@ def layers(options: argparse.Namespace, dtype: torch.dtype, shape: tuple[int, in
         kept = torch.tensor([True, True, False, False], device=options.device).repeat(rows, cols // 4)
         halved = nn.Linear(cols, rows, bias=False, device=options.device, dtype=dtype)
         halved.weight, halved.bias = nn.Parameter(weight * kept), nn.Parameter(bias)
-        calls["2:4", 0.5] = [partial(TwoOfFourLinear(halved), x) for _ in several(weight.nbytes)]
+        searched = TwoOfFourLinear(halved)
+        calls["2:4", 0.5] = [partial(copy.deepcopy(searched), x) for _ in several(searched.values.nbytes)]
     seconds = timed(calls, options)
     most = roofline(options, dtype) if options.roofline else None
     best = min(dense, key=seconds.__getitem__)

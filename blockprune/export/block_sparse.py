@@ -11,7 +11,7 @@ from blockprune.export.choose import ROWS, Choices, choose, forced
 from blockprune.export.dense import replaced
 from blockprune.export.layers import TENSORS, BlockSparseLinear, as_matrix, layer_like, read
 from blockprune.export.places import places
-from blockprune.export.two_of_four import TwoOfFourLinear, fits
+from blockprune.export.two_of_four import WANTED, TwoOfFourLinear, fits
 from blockprune.fold import default_forward
 from blockprune.names import near, slots
 
@@ -71,9 +71,7 @@ def block_sparse(
             layer: Any = plain.get_submodule(place.layer)
             made = chosen[place.name]
             if made == "2:4" and not fits(layer.weight):
-                raise ValueError(
-                    f"{place.name} is not 2:4 in bfloat16 on a GPU, in sides of 16, as backend has it; make it from this model"
-                )
+                raise ValueError(f"{place.name} is not {WANTED}, as backend has it; make it from this model")
             new[layer] = TwoOfFourLinear(layer) if made == "2:4" else layer_like(layer, as_matrix(place.weight, place.mask), made)
     return replaced(plain, new.get)
 

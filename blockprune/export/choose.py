@@ -197,7 +197,7 @@ def forced(model: nn.Module, backend: str) -> Choices:
         raise RuntimeError(f"backend={backend!r} is not available: {known[backend].reason}; backend='torch' always is")
     rows = []
     for place in places(model):
-        other = "" if backend != "2:4" or two_of_four.fits(place.weight) else "not 2:4 in bfloat16 on a GPU, in sides of 16"
+        other = "" if backend != "2:4" or two_of_four.fits(place.weight) else f"not {two_of_four.WANTED}"
         why = place.obstacle or other
         rows.append(Choice(place.name, place.pruned, "dense" if why else backend, why or "as asked"))
     return Choices(tuple(rows))

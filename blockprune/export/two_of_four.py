@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _DTYPES = (torch.bfloat16,)  # in float16 cuSPARSELt's search for an algorithm ended in an illegal instruction (H200, torch 2.11)
+WANTED = "2:4 in bfloat16 on a GPU, in sides of 16"
 _SIDES = 16  # of which cuSPARSELt wants multiples
 _FEWEST = 8  # and of inputs
 _ROWS = 2048  # inputs for which its algorithm is searched: fewer hardly pay
@@ -75,9 +76,7 @@ class TwoOfFourLinear(nn.Module):
         super().__init__()
         weight, library = plain.weight.detach().contiguous(), cast(Any, torch._C)
         if not fits(weight):
-            raise ValueError(
-                f"a weight {tuple(weight.shape)} of {weight.dtype} on {weight.device} is not 2:4 in bfloat16 on a GPU, in sides of 16"
-            )
+            raise ValueError(f"a weight {tuple(weight.shape)} of {weight.dtype} on {weight.device} is not {WANTED}")
         self.in_features, self.out_features = plain.in_features, plain.out_features
         self.register_buffer("values", torch._cslt_compress(weight))
         self.register_parameter("bias", plain.bias)
