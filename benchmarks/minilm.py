@@ -74,7 +74,7 @@ def pearson(model: Callable[..., Any], batches: list[dict[str, Tensor]]) -> floa
     with torch.no_grad():
         found = torch.cat([embed(model, batch) for batch in batches])
     upper = torch.ones(len(found), len(found)).triu(1).bool()
-    return float(torch.stack([(found @ found.mT)[upper], judgements()[upper]]).corrcoef()[0, 1])
+    return float(torch.stack([(found @ found.mT).cpu()[upper], judgements()[upper]]).corrcoef()[0, 1])
 
 
 def likeness(model: Callable[..., Any], batches: list[dict[str, Tensor]], wanted: Tensor) -> float:
@@ -94,7 +94,7 @@ def other_halves(
         answers = embed(model, second)  # [texts, 384]
 
     def loss(embedding: Tensor, batch: Any) -> Tensor:
-        return F.cross_entropy(embedding @ answers.mT / 0.05, batch["answer"])
+        return F.cross_entropy(embedding @ answers.mT.to(embedding) / 0.05, batch["answer"])
 
     asked = {**first, "answer": torch.arange(count)}
     return [{key: value[i : i + size] for key, value in asked.items()} for i in range(0, count, size)], loss

@@ -84,11 +84,12 @@ PATTERNS = {
 Found = tuple[nn.Module, bp.Masks, bp.Weights]  # the model that they are of
 
 
-def smollm_task(windows: int, held_out: int, gradients: int) -> Task:
+def smollm_task(windows: int, held_out: int, gradients: int, device: str) -> Task:
     """SmolLM2, Wikipedia: calibrate on the first articles, perplexity of the last 30."""
     model, tokenizer = smollm.load()
     texts = smollm.articles()
-    calibration, held = smollm.spread(tokenizer, texts[:-30], windows), smollm.windows(tokenizer, texts[-30:], held_out)
+    calibration = smollm.spread(tokenizer, texts[:-30], windows).to(device)
+    held = smollm.windows(tokenizer, texts[-30:], held_out).to(device)
 
     def figures(model: nn.Module) -> list[float]:
         losses = smollm.losses(model, held).double()
@@ -98,7 +99,7 @@ def smollm_task(windows: int, held_out: int, gradients: int) -> Task:
         return nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
 
     return Task(
-        model=model,
+        model=model.to(device),
         linears=partial(bp.excluding, pattern="lm_head*"),
         batches=list(calibration[:, None]),
         asked=list(calibration[:gradients, None]),
@@ -111,12 +112,13 @@ def smollm_task(windows: int, held_out: int, gradients: int) -> Task:
     )
 
 
-def minilm_task(texts: int) -> Task:
+def minilm_task(texts: int, device: str) -> Task:
     """MiniLM, Lee's news texts: calibrate on the background, Pearson correlation with people's judgement of 50 others."""
     model, tokenizer = minilm.load()
     documents, background = minilm.documents(), minilm.background()[:texts]
     judged = [minilm.tokens(tokenizer, documents[i : i + 10]) for i in range(0, 50, 10)]
     asked, loss = minilm.other_halves(model, tokenizer, min(texts, 128))
+    model, judged = model.to(device), [{key: x.to(device) for key, x in batch.items()} for batch in judged]
     with torch.no_grad():
         dense = torch.cat([minilm.embed(model, batch) for batch in judged])
     return Task(
@@ -249,8 +251,13 @@ METHODS: dict[str, Callable[[Task, Pattern, float], Found]] = {
 }
 
 
-def peak_mib(reset: bool = False) -> float:
-    """Peak resident memory since the last reset (Linux)."""
+def peak_mib(device: str, reset: bool = False) -> float:
+    """Peak memory since the last reset: resident (Linux), or of the GPU's tensors."""
+    if device != "cpu":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / 2**20
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     status = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
@@ -273,10 +280,10 @@ def main(options: argparse.Namespace) -> None:
     torch.manual_seed(SEED)
     print(machine())
     if options.model == "smollm":
-        task = smollm_task(options.calibration or 16, options.held_out, options.gradients or 24)
+        task = smollm_task(options.calibration or 16, options.held_out, options.gradients or 24, options.device)
         print(f"SmolLM2-135M: perplexity of 8 and {options.held_out} x 512 held-out tokens, calibration {len(task.batches)} x 512", end="")
     else:
-        task = minilm_task(options.calibration or 128)
+        task = minilm_task(options.calibration or 128, options.device)
         print("all-MiniLM-L6-v2: correlation with people (Lee50) / cosine with the dense embeddings, ", end="")
         print(f"calibration {8 * len(task.batches)} texts", end="")
     print(f", gradients of {len(task.asked)} batches; seed {SEED}; damping {DAMPING}; dense {shown(task, task.model)}")
@@ -287,10 +294,11 @@ def main(options: argparse.Namespace) -> None:
             for method in options.methods:
                 if not runs(method, PATTERNS[name], sparsity, options.model):
                     continue
-                peak_mib(reset=True)
+                peak_mib(options.device, reset=True)
                 start = time.perf_counter()
                 model, masks, weights = METHODS[method](task, PATTERNS[name], sparsity)
-                seconds, peak = time.perf_counter() - start, peak_mib()
+                peak = peak_mib(options.device)
+                seconds = time.perf_counter() - start
                 before = {key: p.detach().clone() for key, p in model.named_parameters() if key in weights}
                 figures = shown(task, bp.apply_masks(model, masks, weights))
                 bp.apply_masks(model, {}, before)
@@ -311,6 +319,7 @@ if __name__ == "__main__":
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--calibration", type=int, help="windows of 512 tokens (SmolLM2; 16) or texts (MiniLM; 128)")
     parser.add_argument("--gradients", type=int, help="windows for gradients (SmolLM2; 24)")
+    parser.add_argument("--device", default="cpu", help="cuda: on a GPU, and the peak memory there")
     parser.add_argument("--save", help="a folder for the masks (of clustered units, in their new order), which speed.py times")
     parser.add_argument("--held-out", type=int, default=40, help="windows of 512 held-out tokens (SmolLM2; 40)")
     main(parser.parse_args())

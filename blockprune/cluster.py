@@ -52,7 +52,7 @@ def cluster(
                 [0., 0., 8., 7.]])
     """
     tall, wide = _block(block)
-    values = {name: _matrix(name, scores) for shuffle in plan for name in (*shuffle.rows, *shuffle.columns) if name in scores}
+    values = _together({name: _matrix(name, scores) for shuffle in plan for name in (*shuffle.rows, *shuffle.columns) if name in scores})
     level = _level(values, (tall, wide), sparsity)
     found: list[Shuffle] = []
     with torch.no_grad():
@@ -70,9 +70,8 @@ def cluster(
             found.append(attrs.evolve(shuffle, order=order))
             for axis, names in enumerate((shuffle.rows, shuffle.columns)):
                 for name in set(names) & values.keys():
-                    values[name] = (
-                        values[name].unflatten(axis, (len(at := found[-1].along(name)), -1)).index_select(axis, at).flatten(axis, axis + 1)
-                    )
+                    at = found[-1].along(name).to(values[name].device)
+                    values[name] = values[name].unflatten(axis, (len(at), -1)).index_select(axis, at).flatten(axis, axis + 1)
     return found
 
 
@@ -89,7 +88,13 @@ def _matrix(name: str, scores: Scores) -> Tensor:
         raise ValueError(f"{name}: cluster looks at single elements, but the scores are of {grid}; collect with blocks of (1, 1)")
     if not value.isfinite().all():
         raise ValueError(f"{name}: the scores of {grid} have NaN or infinite values, which do not add up; cluster before `restrict`")
-    return value.detach().cpu().reshape(grid.size[0], -1).float().clamp_min(0)
+    return value.detach().reshape(grid.size[0], -1).float().clamp_min(0)
+
+
+def _together(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the one device where they are, or the CPU."""
+    devices = {value.device for value in values.values()}
+    return {name: value if len(devices) == 1 else value.cpu() for name, value in values.items()}
 
 
 def _level(values: Mapping[str, Tensor], block: tuple[int, int], sparsity: float) -> float:
@@ -99,7 +104,7 @@ def _level(values: Mapping[str, Tensor], block: tuple[int, int], sparsity: float
     means = []
     for value in values.values():
         grid = BlockGrid(value.shape, [min(b, s) for b, s in zip(block, value.shape, strict=True)])
-        means.append((pool(value, grid) / block_elements(grid)).flatten())
+        means.append((pool(value, grid) / block_elements(grid, device=value.device)).flatten())
     if not means:
         raise KeyError("cluster has no scores for any name of the plan; give scores of the model's weights")
     every = torch.cat(means).sort().values
@@ -128,11 +133,10 @@ def _part(name: str, value: Tensor, shuffle: Shuffle, axis: int, block: tuple[in
 
 
 def _order(parts: Mapping[int, Tensor], within: int, rounds: int) -> Tensor:
-    """``parts[g]`` [units, blocks across]: what blocks of g units would hold of each, in units of the level."""
-    units = len(next(iter(parts.values())))
-    total = sum((part.sum(1) for part in parts.values()), torch.zeros(units))
-    size = units // within
-    place = torch.empty(units, dtype=torch.long)  # of each unit
+    """``parts[g]`` [units, blocks across]: what blocks of g units would hold of each, in units of the level; on the CPU."""
+    total = torch.stack([part.sum(1).cpu() for part in parts.values()]).sum(0)
+    size = (units := len(total)) // within
+    place = torch.empty(units, dtype=torch.long)  # of each unit, on the CPU as the loop over exchanges is
     place[(total.view(within, size).argsort(dim=1, stable=True) + torch.arange(0, units, size)[:, None]).flatten()] = torch.arange(units)
     parts = {group: part for group, part in parts.items() if group > 1}  # alone in its block a unit costs the same everywhere
     for _ in range(rounds if parts else 0):
@@ -147,7 +151,7 @@ def _saturated(held: Tensor) -> Tensor:
 
 def _held(part: Tensor, block: Tensor) -> Tensor:
     """What each block holds, ``[blocks along, blocks across]``."""
-    return torch.zeros(int(block.max()) + 1, part.shape[1]).index_add_(0, block, part)
+    return part.new_zeros(int(block.max()) + 1, part.shape[1]).index_add_(0, block, part)
 
 
 def _adds(part: Tensor, block: Tensor) -> Tensor:
@@ -161,20 +165,22 @@ def _adds(part: Tensor, block: Tensor) -> Tensor:
 
 def _exchange(parts: Mapping[int, Tensor], place: Tensor, size: int) -> bool:
     """Exchange units pairwise, in place; whether any was. No exchange raises the cost: each is worked out, and no two touch one block."""
-    adds = {group: _adds(part, place // group) for group, part in parts.items()}
-    apart, exchanged = max(parts), False
+    (device,), apart, exchanged = {part.device for part in parts.values()}, max(parts), False
+    adds = {group: _adds(part, place.to(device) // group) for group, part in parts.items()}
     for _ in range(SWEEPS):
-        other = _partners(adds, place, size)  # [units, few]
-        gain = sum((_gain(part, place // group, other) for group, part in parts.items()), torch.zeros(()))
+        there = place.to(device)
+        other = _partners(adds, there, size)  # [units, few]
+        gain = torch.stack([_gain(part, there // group, other) for group, part in parts.items()]).sum(0)
         best, which = gain.max(1)
         order = best.argsort(descending=True)
-        taken: set[int] = set()
-        for unit in order[best[order] > 0].tolist():
-            partner = int(other[unit, which[unit]])
-            blocks = {int(place[unit]) // apart, int(place[partner]) // apart}
+        order = order[best[order] > 0]
+        pairs = torch.stack([order, other[order, which[order]]], 1).tolist()
+        at, taken = place.tolist(), set[int]()
+        for unit, partner in pairs:
+            blocks = {at[unit] // apart, at[partner] // apart}
             if not blocks & taken:
                 taken |= blocks
-                place[unit], place[partner] = int(place[partner]), int(place[unit])
+                place[unit], place[partner] = at[partner], at[unit]
         exchanged |= bool(taken)
         if not taken:
             break
@@ -185,8 +191,8 @@ def _partners(adds: Mapping[int, Tensor], place: Tensor, size: int) -> Tensor:
     """The units with which an exchange promises most, for each: ``[units, few]``."""
     moves = {group: add - add.gather(1, (place // group)[:, None]) for group, add in adds.items()}  # [units, blocks] of going there
     found = []
-    for rows in torch.arange(len(place)).split(max(1, CHUNK // len(place))):
-        change = sum((move[rows][:, place // g] + move[:, place[rows] // g].mT for g, move in moves.items()), torch.zeros(()))
+    for rows in torch.arange(len(place), device=place.device).split(max(1, CHUNK // len(place))):
+        change = torch.stack([move[rows][:, place // g] + move[:, place[rows] // g].mT for g, move in moves.items()]).sum(0)
         together = torch.stack([place[rows][:, None] // g == place // g for g in moves]).all(0)
         change[together | (place[rows][:, None] // size != place // size)] = torch.inf  # [rows, units]
         least = change.topk(min(FEW, len(place)), dim=1, largest=False)
@@ -198,7 +204,7 @@ def _gain(part: Tensor, block: Tensor, other: Tensor) -> Tensor:
     """What the cost falls by when a unit and another change places, ``[units, few]``."""
     held, own = _held(part, block), part[:, None]
     gain = []
-    for rows in torch.arange(len(block)).split(max(1, CHUNK // (other.shape[1] * part.shape[1]))):
+    for rows in torch.arange(len(block), device=block.device).split(max(1, CHUNK // (other.shape[1] * part.shape[1]))):
         theirs = part[other[rows]]  # [rows, few, blocks across]
         here, there = held[block[rows]][:, None], held[block[other[rows]]]
         change = theirs - own[rows]

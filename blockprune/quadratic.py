@@ -108,6 +108,19 @@ def _factor(hessian: Tensor) -> Tensor | None:
     return factor
 
 
+def room(device: torch.device, memory: int | None) -> int:
+    """Bytes for temporaries: as asked, else 512 MiB, or a quarter of what is free on a GPU.
+
+    Example:
+        >>> from blockprune.quadratic import room
+        >>> room(torch.device("cpu"), None) >> 20
+        512
+    """
+    if memory is None:
+        return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 1 << 29
+    return memory
+
+
 def _mean(p: Param, statistic: str, groups: int, k: int) -> Tensor:
     """[groups, k], from the shape in which `statistics.input_mean` broadcasts to the weight."""
     mean = p.stats[statistic]

@@ -7,7 +7,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from blockprune.blocks import expand
-from blockprune.quadratic import quadratic
+from blockprune.quadratic import quadratic, room
 from blockprune.types import BlockMask, Data, Masks, Param
 
 __all__ = ["bias", "least_squares", "none", "sparsegpt"]
@@ -23,7 +23,9 @@ def none(data: Data, masks: Masks) -> dict[str, Tensor]:
     return {}
 
 
-def least_squares(data: Data, masks: Masks, *, damping: float = 0.01, memory: int = 1 << 29, progress: bool = True) -> dict[str, Tensor]:
+def least_squares(
+    data: Data, masks: Masks, *, damping: float = 0.01, memory: int | None = None, progress: bool = True
+) -> dict[str, Tensor]:
     """The best kept weights: ``W_S = W H_:S (H_SS)^-1`` for the kept inputs S of each band of rows (exact minimum of the layer's error).
 
     ``H = X^T X / n + damping * its diagonal``; damping draws weights to what they were. With the statistics ``input_mean`` and ``bias``
@@ -34,7 +36,7 @@ def least_squares(data: Data, masks: Masks, *, damping: float = 0.01, memory: in
         data: with the statistic ``input_gram``.
         masks: any blocks; rows that have the same mask are solved together.
         damping: share of H's diagonal that is added to it.
-        memory: bytes for the systems that are solved at a time, at least one.
+        memory: bytes for the systems that are solved at a time, at least one; by default 512 MiB, on a GPU a quarter of what is free.
         progress: show a bar on a terminal.
 
     Returns:
@@ -62,8 +64,8 @@ def least_squares(data: Data, masks: Masks, *, damping: float = 0.01, memory: in
     return found
 
 
-def _least_squares(name: str, p: Param, mask: BlockMask, damping: float, memory: int) -> dict[str, Tensor]:
-    q = quadratic(name, p, damping=damping)
+def _least_squares(name: str, p: Param, mask: BlockMask, damping: float, memory: int | None) -> dict[str, Tensor]:
+    q, memory = quadratic(name, p, damping=damping), room(p.weight.device, memory)
     _, rows, k = q.rows.shape
     height = math.gcd(mask.grid.block[0], rows)  # rows that share a mask, and a Hessian
     keep = expand(mask.keep.to(p.weight.device), mask.grid).reshape(-1, height, k)[:, 0]  # [bands, k]

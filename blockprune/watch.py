@@ -154,9 +154,11 @@ class Watch:
             if isinstance(self.modules[at], nn.Embedding):
                 continue
             axis = _channels(self.modules[at], before[0])
-            found[at] = torch.stack(
-                [(x != y).movedim(axis, -1).reshape(-1, x.shape[axis]).any(0) for x, y in zip(before, after, strict=True)]
-            ).any(0)
+            found[at] = (
+                torch.stack([(x != y).movedim(axis, -1).reshape(-1, x.shape[axis]).any(0) for x, y in zip(before, after, strict=True)])
+                .any(0)
+                .cpu()
+            )
         return found
 
     def units(self, name: str) -> int:

@@ -77,6 +77,8 @@ def test_fpgm_in_chunks_equals_fpgm_at_once_and_replaceable_rows_score_low() -> 
     close(one(metric.fpgm, p), expected.view(-1, 1), p.weight, atol=1e-6)
     line = bp.Param(torch.tensor([[-9.0], [1.0], [0.0], [10.0], [-1.0]]), bp.BlockGrid((5, 1), (1,)))
     assert one(metric.fpgm, line).argmin() == 2
+    flat = bp.Param(line.weight[:, 0], bp.BlockGrid((5,), (1,)))
+    assert torch.equal(one(metric.fpgm, flat), one(metric.fpgm, line)[:, 0])
 
 
 @given(params(exact=True))

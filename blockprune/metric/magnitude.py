@@ -97,7 +97,9 @@ def fpgm(data: Data) -> Scores:
     return each(
         data,
         lambda p: pool(
-            _mean_distance(p.weight.flatten(1)).view(-1, *[1] * (p.weight.ndim - 1)).expand(p.weight.shape), p.grid, reduce="mean"
+            _mean_distance(p.weight[..., None].flatten(1)).view(-1, *[1] * (p.weight.ndim - 1)).expand(p.weight.shape),
+            p.grid,
+            reduce="mean",
         ),
     )
 

@@ -14,13 +14,13 @@ from tqdm import tqdm
 from blockprune import native
 from blockprune.blocks import BlockGrid, block_elements, expand
 from blockprune.metric.scoring import needs
-from blockprune.quadratic import Quadratic, quadratic
+from blockprune.quadratic import Quadratic, quadratic, room
 from blockprune.types import BlockScore, Data, Param, Scores
 
 DIGITS = 0.01  # the relative error of a score, by rounding, from which on the sweep is done in float64
 
 
-def obs(data: Data, *, damping: float = 0.01, max_sparsity: float = 1.0, memory: int = 1 << 30, progress: bool = True) -> Scores:
+def obs(data: Data, *, damping: float = 0.01, max_sparsity: float = 1.0, memory: int | None = None, progress: bool = True) -> Scores:
     """Band-exact Optimal Brain Surgeon: what each further block adds to the layer's error, per element (OBC 2208.11580, ZipLM 2302.04089).
 
     In each band (row of blocks) the block of least ``s_B = tr(W_B ([H^-1]_BB)^-1 W_B^T)`` goes, ``W -= W_B ([H^-1]_BB)^-1 [H^-1]_B:``,
@@ -33,7 +33,8 @@ def obs(data: Data, *, damping: float = 0.01, max_sparsity: float = 1.0, memory:
             weighed by the loss's gradient with respect to them (K-FAC 1503.05671; LLM Surgeon 2312.17244): only then do layers compare.
         damping: share of H's diagonal that is added to it (Marquardt 1963).
         max_sparsity: stop when this share of a band is gone (faster); what is left ranks above, by what each block alone would add.
-        memory: bytes for inverses where the compiled loop is missing, at least one band at a time; the compiled loop holds one a thread.
+        memory: bytes for inverses, at least one band at a time; by default 512 MiB, on a GPU a quarter of what is free. The compiled loop
+            on a CPU holds one a thread.
         progress: show a bar on a terminal.
 
     Raises:
@@ -56,10 +57,10 @@ def obs(data: Data, *, damping: float = 0.01, max_sparsity: float = 1.0, memory:
         return {name: BlockScore(_obs(name, p, damping, max_sparsity, memory), p.grid) for name, p in bar}
 
 
-def _obs(name: str, p: Param, damping: float, max_sparsity: float, memory: int) -> Tensor:
+def _obs(name: str, p: Param, damping: float, max_sparsity: float, memory: int | None) -> Tensor:
     rows, inverse, group, width = _prepared(name, p, damping)
     count = rows.shape[2] // width
-    how = {"width": width, "stop": _stop(p.grid, max_sparsity), "memory": memory}
+    how = {"width": width, "stop": _stop(p.grid, max_sparsity), "memory": room(rows.device, memory)}
     try:
         errors, order = _sweep(rows, inverse.to(rows.dtype), group, **how)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, though torch does not say so to mypy
@@ -155,15 +156,18 @@ def _sweep_torch(rows: Tensor, inverse: Tensor, width: int, stop: int) -> tuple[
     gone = torch.zeros(bands, count, dtype=torch.bool, device=rows.device)
     errors: list[Tensor] = []
     order: list[Tensor] = []
-    eye = torch.eye(width, dtype=rows.dtype, device=rows.device)
+    eye, failed = torch.eye(width, dtype=rows.dtype, device=rows.device), torch.zeros((), dtype=torch.bool, device=rows.device)
     for step in range(count):
         diagonal = inverse.view(bands, count, width, count, width).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)  # [bands, C, N, N]
-        lower = torch.linalg.cholesky(torch.where(gone[:, :, None, None], eye, diagonal))
+        lower, bad = _roots(torch.where(gone[:, :, None, None], eye, diagonal))
+        failed |= bad  # looked at once, at the end: a GPU would stop at each step
         moved = torch.linalg.solve_triangular(lower, rows.view(bands, height, count, width).permute(0, 2, 3, 1), upper=False)
         saliency = moved.square().sum((2, 3)).masked_fill(gone, torch.inf)  # [bands, C]
         if step >= stop:
             rest, which = saliency.sort(dim=1, stable=True)
-            return torch.cat([*errors, rest[:, : count - step]], 1), torch.cat([*order, which[:, : count - step]], 1)
+            errors.append(rest[:, : count - step])
+            order.append(which[:, : count - step])
+            break
         least, j = saliency.min(1)
         panel = torch.linalg.solve_triangular(lower[b, j], inverse.view(bands, count, width, k)[b, j], upper=False)  # [bands, N, k]
         rows.baddbmm_(moved[b, j].mT, panel, alpha=-1)
@@ -171,14 +175,24 @@ def _sweep_torch(rows: Tensor, inverse: Tensor, width: int, stop: int) -> tuple[
         gone[b, j] = True
         errors.append(least[:, None])
         order.append(j[:, None])
+    if failed:
+        raise torch.linalg.LinAlgError(f"the inverse lost positive definiteness in {rows.dtype}")  # type: ignore[attr-defined]
     return torch.cat(errors, 1), torch.cat(order, 1)
+
+
+def _roots(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factors of ``[..., N, N]``, and whether any of them failed."""
+    if blocks.shape[-1] == 1:
+        return blocks.sqrt(), ~(blocks > 0).all()
+    factors, info = torch.linalg.cholesky_ex(blocks)
+    return factors, info.any()
 
 
 def _rising(each: Tensor, order: Tensor) -> Tensor:
     """Scores ``[bands, C]`` made strictly rising along each band's order of removal, so that a tie cannot break it."""
-    steps = list(each.gather(1, order).unbind(1))
+    steps, infinity = list(each.gather(1, order).unbind(1)), each.new_full((), torch.inf)
     for i in range(1, len(steps)):
-        steps[i] = torch.maximum(steps[i], steps[i - 1].nextafter(steps[i].new_tensor(torch.inf)))
+        steps[i] = torch.maximum(steps[i], steps[i - 1].nextafter(infinity))
     return torch.empty_like(each).scatter_(1, order, torch.stack(steps, 1))
 
 
@@ -219,14 +233,14 @@ def _sparsegpt(name: str, p: Param, sparsity: float, group: int, damping: float)
     elements = block_elements(p.grid, device=rows.device).reshape(len(rows), -1).to(rows)
     step = max(1, group // width)
     for first in range(0, count, step):
-        chosen = range(first, min(count, first + step))
+        chosen = range(first, last := min(count, first + step))
         corners = [upper[:, j * width : (j + 1) * width, j * width : (j + 1) * width][of] for j in chosen]  # [bands, N, N] each
         moved = [
             torch.linalg.solve_triangular(u, rows[..., j * width : (j + 1) * width], upper=True, left=False)
             for u, j in zip(corners, chosen, strict=True)
         ]
-        value[:, list(chosen)] = torch.stack([m.square().sum((1, 2)) for m in moved], 1) / elements[:, list(chosen)]
-        here = value[:, list(chosen)]
+        here = torch.stack([m.square().sum((1, 2)) for m in moved], 1) / elements[:, first:last]
+        value[:, first:last] = here
         falls = torch.zeros(here.numel(), dtype=torch.bool, device=rows.device)
         falls[here.flatten().argsort(stable=True)[: round(sparsity * here.numel())]] = True
         falls = falls.view(here.shape)
