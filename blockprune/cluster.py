@@ -14,7 +14,8 @@ from blockprune.permute import Shuffle
 from blockprune.types import Scores
 
 SWEEPS = 30  # times that pairs are exchanged between two looks at what units would add to blocks, at most
-FEW = 8  # partners that are looked at closely
+FEW = 8  # partners of a unit that are looked at closely, and for each block the pairs of them that are looked at first
+SHORT = 512  # pairs that are looked at at once in any case
 CHUNK = 1 << 24  # numbers of one temporary
 
 
@@ -46,10 +47,10 @@ def cluster(
         >>> scores = {"up": bp.BlockScore(value, bp.BlockGrid((4, 4), (1, 1)))}
         >>> (found,) = bp.cluster(scores, [Shuffle(torch.arange(4), rows=["up"])], block=(2, 2), sparsity=0.5)
         >>> value[found.order]
-        tensor([[6., 9., 0., 0.],
-                [8., 9., 0., 0.],
-                [0., 0., 7., 9.],
-                [0., 0., 8., 7.]])
+        tensor([[0., 0., 7., 9.],
+                [0., 0., 8., 7.],
+                [6., 9., 0., 0.],
+                [8., 9., 0., 0.]])
     """
     tall, wide = _block(block)
     values = _together({name: _matrix(name, scores) for shuffle in plan for name in (*shuffle.rows, *shuffle.columns) if name in scores})
@@ -167,50 +168,50 @@ def _exchange(parts: Mapping[int, Tensor], place: Tensor, size: int) -> bool:
     """Exchange units pairwise, in place; whether any was. No exchange raises the cost: each is worked out, and no two touch one block."""
     (device,), apart, exchanged = {part.device for part in parts.values()}, max(parts), False
     adds = {group: _adds(part, place.to(device) // group) for group, part in parts.items()}
+    short = max(SHORT, FEW * -(-len(place) // min(parts)))
     for _ in range(SWEEPS):
         there = place.to(device)
-        other = _partners(adds, there, size)  # [units, few]
-        gain = torch.stack([_gain(part, there // group, other) for group, part in parts.items()]).sum(0)
-        best, which = gain.max(1)
-        order = best.argsort(descending=True)
-        order = order[best[order] > 0]
-        pairs = torch.stack([order, other[order, which[order]]], 1).tolist()
-        at, taken = place.tolist(), set[int]()
-        for unit, partner in pairs:
-            blocks = {at[unit] // apart, at[partner] // apart}
-            if not blocks & taken:
-                taken |= blocks
-                place[unit], place[partner] = at[partner], at[unit]
+        pairs = _promising(adds, there, size)
+        held = {group: _held(part, there // group) for group, part in parts.items()}
+        at, taken, seen = place.tolist(), set[int](), set[int]()
+        for some in (pairs[:short], pairs[len(pairs) if exchanged else short :]):  # the others only where nothing else is left
+            gain = torch.stack([_gain(part, held[group], there // group, some) for group, part in parts.items()]).sum(0)
+            order = gain.argsort(descending=True)
+            for unit, partner in some[order[gain[order] > 0]].tolist():
+                blocks = {at[unit] // apart, at[partner] // apart}
+                if unit not in seen and not blocks & taken:
+                    taken |= blocks
+                    place[unit], place[partner] = at[partner], at[unit]
+                seen.add(unit)  # with its best partner or none
+            if taken:
+                break
         exchanged |= bool(taken)
         if not taken:
             break
     return exchanged
 
 
-def _partners(adds: Mapping[int, Tensor], place: Tensor, size: int) -> Tensor:
-    """The units with which an exchange promises most, for each: ``[units, few]``."""
+def _promising(adds: Mapping[int, Tensor], place: Tensor, size: int) -> Tensor:
+    """For each unit those with which an exchange promises most, the best of all first: ``[pairs, 2]``."""
     moves = {group: add - add.gather(1, (place // group)[:, None]) for group, add in adds.items()}  # [units, blocks] of going there
-    found = []
+    found, promise = [], []
     for rows in torch.arange(len(place), device=place.device).split(max(1, CHUNK // len(place))):
         change = torch.stack([move[rows][:, place // g] + move[:, place[rows] // g].mT for g, move in moves.items()]).sum(0)
         together = torch.stack([place[rows][:, None] // g == place // g for g in moves]).all(0)
         change[together | (place[rows][:, None] // size != place // size)] = torch.inf  # [rows, units]
         least = change.topk(min(FEW, len(place)), dim=1, largest=False)
-        found.append(torch.where(least.values.isfinite(), least.indices, rows[:, None]))  # with itself, which gains nothing
-    return torch.cat(found)
+        found.append(torch.stack([rows[:, None].expand_as(least.indices), least.indices], 2).flatten(0, 1))
+        promise.append(least.values.flatten())
+    order = torch.cat(promise).argsort()
+    return torch.cat(found)[order[torch.cat(promise)[order].isfinite()]]
 
 
-def _gain(part: Tensor, block: Tensor, other: Tensor) -> Tensor:
-    """What the cost falls by when a unit and another change places, ``[units, few]``."""
-    held, own = _held(part, block), part[:, None]
-    gain = []
-    for rows in torch.arange(len(block), device=block.device).split(max(1, CHUNK // (other.shape[1] * part.shape[1]))):
-        theirs = part[other[rows]]  # [rows, few, blocks across]
-        here, there = held[block[rows]][:, None], held[block[other[rows]]]
-        change = theirs - own[rows]
-        before, after = (
-            _saturated(here) + _saturated(there),
-            _saturated((here + change).clamp_min(0)) + _saturated((there - change).clamp_min(0)),
-        )
-        gain.append(torch.where(block[rows][:, None] == block[other[rows]], 0, (before - after).sum(2)))
+def _gain(part: Tensor, held: Tensor, block: Tensor, pairs: Tensor) -> Tensor:
+    """What the cost falls by when two units change places, ``[pairs]``."""
+    gain = [part.new_zeros(0)]
+    for one, other in (some.unbind(1) for some in pairs.split(max(1, CHUNK // part.shape[1]))):
+        here, there, change = held[block[one]], held[block[other]], part[other] - part[one]  # [pairs, blocks across]
+        before = _saturated(here) + _saturated(there)
+        after = _saturated((here + change).clamp_min(0)) + _saturated((there - change).clamp_min(0))
+        gain.append(torch.where(block[one] == block[other], 0, (before - after).sum(1)))
     return torch.cat(gain)
