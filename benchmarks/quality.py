@@ -255,9 +255,9 @@ def peak_mib(device: str, reset: bool = False) -> float:
     """Peak memory since the last reset: resident (Linux), or of the GPU's tensors."""
     if device != "cpu":
         if reset:
-            torch.cuda.reset_peak_memory_stats()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() / 2**20
+            torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) / 2**20
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     status = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
@@ -319,7 +319,7 @@ if __name__ == "__main__":
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--calibration", type=int, help="windows of 512 tokens (SmolLM2; 16) or texts (MiniLM; 128)")
     parser.add_argument("--gradients", type=int, help="windows for gradients (SmolLM2; 24)")
-    parser.add_argument("--device", default="cpu", help="cuda: on a GPU, and the peak memory there")
+    parser.add_argument("--device", default="cpu", help="cuda, or cuda:1: on a GPU, and the peak memory there")
     parser.add_argument("--save", help="a folder for the masks (of clustered units, in their new order), which speed.py times")
     parser.add_argument("--held-out", type=int, default=40, help="windows of 512 held-out tokens (SmolLM2; 40)")
     main(parser.parse_args())

@@ -20,7 +20,7 @@ from torch import Tensor
 from blockprune.blocks import BlockGrid, block_elements, tiles, untile
 from blockprune.distribute import check_fraction, clamps, erk, lagrangian, loss_weighted, owl, uniform
 from blockprune.names import key_for, lookup, matches, near
-from blockprune.ranking import drop_lowest, falls
+from blockprune.ranking import drop_lowest, falls, together
 from blockprune.types import BlockMask, Distribute, Masks, Scores, Sparsity
 
 __all__ = ["erk", "global_", "lagrangian", "loss_weighted", "n_of_m", "owl", "per_bank", "per_layer", "per_row", "uniform"]
@@ -181,7 +181,7 @@ def global_(
         >>> masks["low"].keep.tolist(), masks["high"].keep.tolist()
         ([False, False, False, True], [False, True, True, True])
     """
-    units = _units(scores, coupled)
+    units = _units(together(scores), coupled)
     _check_sparsity(sparsity)
     pool_of = {name: "" if not isinstance(sparsity, Mapping) else key_for(sparsity, name) for name in scores}
     wanted = _spread(scores, sparsity, uniform)
@@ -300,7 +300,7 @@ def _per_bank(  # noqa: PLR0917 (the options of three public functions, in their
 
 def _masks(scores: Scores, keep: Mapping[_Unit, Tensor]) -> Masks:
     found = {name: _alive(unit, part) for unit, part in keep.items() for name in unit.names}
-    return {name: BlockMask(found[name].reshape(score.grid.size), score.grid) for name, score in scores.items()}
+    return {name: BlockMask(found[name].reshape(score.grid.size).to(score.value.device), score.grid) for name, score in scores.items()}
 
 
 def _alive(unit: _Unit, keep: Tensor) -> Tensor:

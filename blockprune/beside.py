@@ -222,7 +222,7 @@ def _joined(shown: Sequence[tuple[str, Tensor]], before: int, y: Tensor) -> str 
     for _, later in shown[before:]:
         slack = min(max(NEAR * size, 2 * torch.finfo(later.dtype).eps * _norm(later)), 0.5 * size)
         for name, stream in shown[:before]:
-            if size and names.count(name) == 1 and _norm(later - y - stream) <= slack:
+            if size and names.count(name) == 1 and _norm(later - y.to(later.device) - stream.to(later.device)) <= slack:
                 return name
     return None
 

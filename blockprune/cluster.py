@@ -11,11 +11,13 @@ from tqdm import tqdm
 from blockprune.blocks import BlockGrid, BlockShape, block_elements, pool
 from blockprune.names import near
 from blockprune.permute import Shuffle
-from blockprune.types import Scores
+from blockprune.ranking import together
+from blockprune.types import BlockScore, Scores
 
 SWEEPS = 30  # times that pairs are exchanged between two looks at what units would add to blocks, at most
-FEW = 8  # partners of a unit that are looked at closely, and for each block the pairs of them that are looked at first
-SHORT = 512  # pairs that are looked at at once in any case
+FEW = 8  # partners of a unit that are looked at closely
+FIRST = 8  # times the blocks: pairs of these that are looked at first
+SHORT = 512  # pairs of which there is no need to look at some first
 CHUNK = 1 << 24  # numbers of one temporary
 
 
@@ -34,7 +36,7 @@ def cluster(
         plan: the axes; their orders are not used. `Shuffle(torch.arange(units), rows=..., columns=...)` names one.
         block: the blocks in which the weights will be pruned, two axes.
         sparsity: share of the elements that will go.
-        rounds: looks at the blocks, at most.
+        rounds: looks at the blocks, at most; after the last there may be pairs left that would gain.
         progress: show a bar on a terminal.
 
     Raises:
@@ -53,7 +55,8 @@ def cluster(
                 [8., 9., 0., 0.]])
     """
     tall, wide = _block(block)
-    values = _together({name: _matrix(name, scores) for shuffle in plan for name in (*shuffle.rows, *shuffle.columns) if name in scores})
+    named = {name: scores[name] for shuffle in plan for name in (*shuffle.rows, *shuffle.columns) if name in scores}
+    values = {name: _matrix(name, score) for name, score in together(named).items()}
     level = _level(values, (tall, wide), sparsity)
     found: list[Shuffle] = []
     with torch.no_grad():
@@ -82,20 +85,14 @@ def _block(block: BlockShape) -> tuple[int, int]:
     return block[0], block[1]
 
 
-def _matrix(name: str, scores: Scores) -> Tensor:
+def _matrix(name: str, score: BlockScore) -> Tensor:
     """The scores of single elements, ``[outputs, inputs]``, float32."""
-    value, grid = scores[name].value, scores[name].grid
+    value, grid = score.value, score.grid
     if grid.block[:2] != (1, 1) or len(grid.shape) < 2:
         raise ValueError(f"{name}: cluster looks at single elements, but the scores are of {grid}; collect with blocks of (1, 1)")
     if not value.isfinite().all():
         raise ValueError(f"{name}: the scores of {grid} have NaN or infinite values, which do not add up; cluster before `restrict`")
     return value.detach().reshape(grid.size[0], -1).float().clamp_min(0)
-
-
-def _together(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the one device where they are, or the CPU."""
-    devices = {value.device for value in values.values()}
-    return {name: value if len(devices) == 1 else value.cpu() for name, value in values.items()}
 
 
 def _level(values: Mapping[str, Tensor], block: tuple[int, int], sparsity: float) -> float:
@@ -150,14 +147,16 @@ def _saturated(held: Tensor) -> Tensor:
     return held / (1 + held)
 
 
-def _held(part: Tensor, block: Tensor) -> Tensor:
-    """What each block holds, ``[blocks along, blocks across]``."""
-    return part.new_zeros(int(block.max()) + 1, part.shape[1]).index_add_(0, block, part)
+def _held(part: Tensor, place: Tensor, group: int) -> Tensor:
+    """What each block holds, ``[blocks along, blocks across]``; added up in one order, on a GPU too."""
+    in_order: Tensor = F.pad(part[place.argsort()], (0, 0, 0, -len(part) % group))
+    return in_order.view(-1, group, part.shape[1]).sum(1)
 
 
-def _adds(part: Tensor, block: Tensor) -> Tensor:
+def _adds(part: Tensor, place: Tensor, group: int) -> Tensor:
     """What each unit adds to the cost of each block, in exchange for an average unit of it: ``[units, blocks along]``."""
-    held, of = _held(part, block), block.bincount()
+    block = place // group
+    held, of = _held(part, place, group), block.bincount()
     without = held * (1 - 1 / of)[:, None]
     adds = torch.stack([(_saturated(one + part) - _saturated(one)).sum(1) for one in without], 1)
     own = (_saturated(held[block]) - _saturated((held[block] - part).clamp_min(0))).sum(1)
@@ -166,19 +165,19 @@ def _adds(part: Tensor, block: Tensor) -> Tensor:
 
 def _exchange(parts: Mapping[int, Tensor], place: Tensor, size: int) -> bool:
     """Exchange units pairwise, in place; whether any was. No exchange raises the cost: each is worked out, and no two touch one block."""
-    (device,), apart, exchanged = {part.device for part in parts.values()}, max(parts), False
-    adds = {group: _adds(part, place.to(device) // group) for group, part in parts.items()}
-    short = max(SHORT, FEW * -(-len(place) // min(parts)))
+    (device,), exchanged = {part.device for part in parts.values()}, False
+    adds = {group: _adds(part, place.to(device), group) for group, part in parts.items()}
+    short = max(SHORT, FIRST * -(-len(place) // min(parts)))
     for _ in range(SWEEPS):
         there = place.to(device)
         pairs = _promising(adds, there, size)
-        held = {group: _held(part, there // group) for group, part in parts.items()}
-        at, taken, seen = place.tolist(), set[int](), set[int]()
+        held = {group: _held(part, there, group) for group, part in parts.items()}
+        at, taken, seen = place.tolist(), set[tuple[int, int]](), set[int]()
         for some in (pairs[:short], pairs[len(pairs) if exchanged else short :]):  # the others only where nothing else is left
             gain = torch.stack([_gain(part, held[group], there // group, some) for group, part in parts.items()]).sum(0)
-            order = gain.argsort(descending=True)
+            order = gain.argsort(descending=True, stable=True)
             for unit, partner in some[order[gain[order] > 0]].tolist():
-                blocks = {at[unit] // apart, at[partner] // apart}
+                blocks = {(group, at[one] // group) for group in parts for one in (unit, partner)}
                 if unit not in seen and not blocks & taken:
                     taken |= blocks
                     place[unit], place[partner] = at[partner], at[unit]
@@ -202,7 +201,7 @@ def _promising(adds: Mapping[int, Tensor], place: Tensor, size: int) -> Tensor:
         least = change.topk(min(FEW, len(place)), dim=1, largest=False)
         found.append(torch.stack([rows[:, None].expand_as(least.indices), least.indices], 2).flatten(0, 1))
         promise.append(least.values.flatten())
-    order = torch.cat(promise).argsort()
+    order = torch.cat(promise).argsort(stable=True)
     return torch.cat(found)[order[torch.cat(promise)[order].isfinite()]]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blockprune.blocks import block_elements
 from blockprune.names import key_for, lookup
-from blockprune.ranking import drop_lowest
+from blockprune.ranking import drop_lowest, together
 from blockprune.types import Scores
 
 V = TypeVar("V", int, float)
@@ -217,7 +217,7 @@ def priced(scores: Scores, *, cost: Mapping[str, float] | None = None, relative:
     _check_ranks(scores)
     each = dict.fromkeys(scores, 1.0) if cost is None else lookup(cost, scores, what="cost", default=1.0)
     ranks, sizes, prices = [], [], []
-    for name, score in scores.items():
+    for name, score in together(scores).items():
         if cost is not None and key_for(cost, name) is None:
             raise KeyError(f"cost has no key for {name}; name it, or end with a pattern for the rest, such as {{..., '*': 1.0}}")
         if isinstance(each[name], bool) or not isinstance(each[name], numbers.Real) or not 0 < each[name] < math.inf:
@@ -244,7 +244,8 @@ def _outliers(scores: Scores, names: list[str], m: float) -> float:
                 f"{name}: owl compares scores with their mean, and {bad} of the scores {tuple(value.shape)} are negative or infinite; "
                 "use a metric that gives neither, such as wanda"
             )
-    value = torch.cat([scores[name].value.flatten().double().clamp_min(0) for name in names])  # pruned blocks are zeros
+    scores = together({name: scores[name] for name in names})
+    value = torch.cat([score.value.flatten().double().clamp_min(0) for score in scores.values()])  # pruned blocks are zeros
     elements = torch.cat([block_elements(scores[name].grid, device=value.device).flatten() for name in names])
     mean = float((value * elements).sum()) / int(elements.sum())
     return int(elements[value > m * mean].sum()) / int(elements.sum())

@@ -272,8 +272,7 @@ def undisturbed(model: nn.Module, weights: Sequence[Tensor] = ()) -> Iterator[No
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in weights]
     buffers = [(b, b._version, b.clone()) for b in model.buffers()]
-    devices = sorted({p.device.index or 0 for p in itertools.chain(model.parameters(), model.buffers()) if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(gpus(model)):
         try:
             model.eval()
             for p in weights:
@@ -288,6 +287,11 @@ def undisturbed(model: nn.Module, weights: Sequence[Tensor] = ()) -> Iterator[No
                 for b, version, value in buffers:
                     if b._version != version:
                         b.copy_(value)
+
+
+def gpus(model: nn.Module) -> list[int]:
+    """The GPUs on which a model is, whose random numbers it may draw."""
+    return sorted({p.device.index or 0 for p in itertools.chain(model.parameters(), model.buffers()) if p.device.type == "cuda"})
 
 
 @contextlib.contextmanager

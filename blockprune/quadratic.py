@@ -109,16 +109,18 @@ def _factor(hessian: Tensor) -> Tensor | None:
 
 
 def room(device: torch.device, memory: int | None) -> int:
-    """Bytes for temporaries: as asked, else 512 MiB, or a quarter of what is free on a GPU.
+    """Bytes for temporaries: as asked, else 512 MiB, or a quarter of what is free on a GPU (CUDA), what torch holds in reserve included.
 
     Example:
         >>> from blockprune.quadratic import room
         >>> room(torch.device("cpu"), None) >> 20
         512
     """
-    if memory is None:
-        return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 1 << 29
-    return memory
+    if memory is not None:
+        return memory
+    if device.type != "cuda":
+        return 1 << 29
+    return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) // 4
 
 
 def _mean(p: Param, statistic: str, groups: int, k: int) -> Tensor:

@@ -4,8 +4,19 @@ Blocks fall in ascending order of score, the earlier position first among equals
 closer to its budget. So the order does not depend on the budget, and what falls for a smaller one falls for a larger.
 """
 
+import attrs
 import torch
 from torch import Tensor
+
+from blockprune.types import Scores
+
+
+def together(scores: Scores) -> Scores:
+    """On one device, that of the first: what is ranked against each other is compared there."""
+    if len({score.value.device for score in scores.values()}) < 2:
+        return scores
+    first = next(iter(scores.values())).value.device
+    return {name: attrs.evolve(score, value=score.value.to(first)) for name, score in scores.items()}
 
 
 def drop_lowest(value: Tensor, elements: Tensor, budget: float, *, down: bool = False) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 
-from blockprune.fold import call_by_call, moved, wide
+from blockprune.fold import call_by_call, gpus, moved, wide
 from blockprune.gates import Forward
 from blockprune.layerwise import CACHES
 
@@ -55,8 +55,9 @@ def _wide(model: nn.Module, example: Any, forward: Forward) -> tuple[nn.Module, 
     """A copy in evaluation mode, in float64 if the model can run so, and how to run it."""
 
     def run(model: nn.Module) -> list[Tensor]:
-        with call_by_call(), torch.random.fork_rng([]):
-            torch.default_generator.manual_seed(SEED)  # noise, if any, is the same each time
+        with call_by_call(), torch.random.fork_rng(devices := gpus(model)):
+            for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
+                generator.manual_seed(SEED)  # noise, if any, is the same each time
             output = forward(model, moved(model, example))
         if isinstance(output, Mapping):
             output = {key: value for key, value in output.items() if not str(key).startswith(CACHES)}

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
 AWAY = "away"
-PICK = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}  # take indices of the CPU too
+PICK = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}  # their indices may be here
 
 
 class Away(Tensor):
@@ -66,13 +66,17 @@ def _asked(kwargs: Mapping[str, Any]) -> str:
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     there = [t for t in tensors if isinstance(t, Away)]
-    here = [t for t in tensors if not isinstance(t, Away) and t.ndim]
+    picked = {id(t) for t in tree_leaves(args[1])} if func in PICK else set()
+    one_number = torch.Tag.pointwise in func.tags and not func._schema.is_mutable  # numbers may be here too
+    here = [t for t in tensors if not (isinstance(t, Away) or id(t) in picked or (t.ndim == 0 and (one_number or t is not args[0])))]
     wanted = bool(there)
+    if (there or _asked(kwargs) == AWAY) and kwargs.get("generator") is not None:
+        raise RuntimeError(f"{func}: the generator is on the CPU")
     if asked := _asked(kwargs):
         wanted, kwargs = asked == AWAY, {**kwargs, "device": "cpu"}
     elif func is aten.copy_.default:
         wanted = isinstance(args[0], Away)
-    elif there and here and not (func in PICK and isinstance(args[0], Away)):
+    elif there and here:
         raise RuntimeError(f"{func}: all tensors must be on one device, but {[tuple(t.shape) for t in here]} are on the CPU")
     found = func(*tree_map_only(Away, lambda t: t.here, args), **tree_map_only(Away, lambda t: t.here, kwargs))
     known = {id(t.here): t for t in there} | {id(t): t for t in tensors if not isinstance(t, Away)}  # what was changed in place

@@ -4,6 +4,7 @@
 
 import contextlib
 import copy
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -80,7 +81,8 @@ def in_order(model: nn.Module, x: Tensor) -> Found:
     elements = collect.with_statistics(model, where=single, statistics=GRAM, batches=list(x))
     plan = bp.cluster(metric.obs(elements, max_sparsity=0), bp.find_axes(model, x[0]), block=(4, 2))
     better = bp.permute(model, plan)
-    return better(x[0]), bp.weakest_first(metric.l2(elements), units=len(plan[0].order), rows=plan[0].rows[:1]).order.tolist()
+    weakest = bp.weakest_first(metric.l2(elements), units=len(plan[0].order), rows=plan[0].rows[:1])
+    return better(x[0]), [(s.order.tolist(), s.rows, s.columns) for s in (*plan, weakest)]
 
 
 def exported(model: nn.Module, x: Tensor) -> Found:
@@ -108,8 +110,11 @@ def trained(model: nn.Module, x: Tensor) -> Found:
 
 def masks_of(model: nn.Module, x: Tensor) -> Found:
     one, two = (allocate.per_layer(score(collect.weights(model, where=WHERE)), 0.5) for score in (metric.l1, metric.l2))
-    bp.summary(one), bp.agreement(one, two), bp.sparsity(one)
-    return bp.union(one, two), bp.intersect(one, two), bp.difference(one, two)
+    with tempfile.TemporaryDirectory() as folder:
+        bp.save_masks(one, f"{folder}/masks.safetensors")
+        bp.apply_masks(model, bp.load_masks(f"{folder}/masks.safetensors"))
+    numbers = bp.summary(one).table(), bp.agreement(one, two), bp.sparsity(one)
+    return numbers, bp.union(one, two), bp.intersect(one, two), bp.difference(one, two), bp.read_masks(model)
 
 
 SEEN = [getattr(statistics, name) for name in statistics.__all__ if isinstance(getattr(statistics, name), statistics.Statistic)]
@@ -137,6 +142,7 @@ RANKS: dict[str, Callable[[bp.Scores], Any]] = {
     "per_bank": lambda scores: allocate.per_bank(scores, 0.5, bank=(-1, 2)),
     "n_of_m": lambda scores: allocate.n_of_m(scores, 0.5, m=2),
     "global_": lambda scores: allocate.global_(scores, 0.4, max_sparsity=0.7),
+    "coupled": lambda scores: allocate.global_(scores, 0.4, coupled=[("0.q.weight", "0.k.weight")] if "0.q.weight" in scores else []),
     "uniform": lambda scores: distribute.uniform(scores, 0.4),
     "erk": lambda scores: distribute.erk(scores, 0.4),
     "owl": lambda scores: distribute.owl(scores, 0.4),
@@ -148,6 +154,10 @@ RANKS: dict[str, Callable[[bp.Scores], Any]] = {
 
 def metric_of(model: nn.Module, x: Tensor, name: str) -> Found:
     return getattr(metric, name)(data(model, x, *METRICS[name]), **OPTIONS.get(name, {}))
+
+
+def conditioned(model: nn.Module, x: Tensor) -> Found:
+    return bp.conditioning(data(model, x, *GRAM)).rows["0.up.weight" if isinstance(model[0], Attends) else "3.weight"][:3]
 
 
 def ranked(model: nn.Module, x: Tensor, rank: Callable[[bp.Scores], Any]) -> Found:
@@ -170,6 +180,7 @@ LAWS: dict[str, Callable[[nn.Module, Tensor], Found]] = {
     "reconstruct.bias": partial(rebuilt, repair=reconstruct.bias),
     "reconstruct.least_squares": partial(rebuilt, repair=reconstruct.least_squares),
     "cluster": in_order,
+    "conditioning": conditioned,
     "sensitivity": curve,
     "training": trained,
     "masks": masks_of,
@@ -206,4 +217,28 @@ def test_a_stage_gives_elsewhere_what_it_gives_here(law: str, model: Callable[[]
         there, y = (here.cuda(), x.cuda()) if gpu else (moved(here), x.to(AWAY))
         for got, wanted in zip([*tensors(LAWS[law](there, y))], expected, strict=True):
             assert not got.ndim or got.device.type != "cpu", f"{tuple(got.shape)} came back to the CPU"
+            torch.testing.assert_close(got.here if isinstance(got, Away) else got.cpu(), wanted, rtol=1e-6, atol=1e-9)
+
+
+class Apart(nn.Module):
+    """A layer that moves what it is given to where it is."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.to(next(self.layer.parameters()).device))
+
+
+@pytest.mark.parametrize("law", [*(f"rank {name}" for name in RANKS if name != "coupled"), "cluster", "sequential", "training"])
+def test_a_model_on_two_devices_gives_what_it_gives_on_one(law: str) -> None:
+    torch.manual_seed(0)
+    here, x = nn.Sequential(*(Apart(Attends()) for _ in range(2))).eval().double(), torch.randn(6, 4, 5, 8).double()
+    expected = [*tensors(LAWS[law](copy.deepcopy(here), x))]
+    gpu = torch.cuda.is_available()
+    with contextlib.nullcontext() if gpu else elsewhere():
+        here[1] = here[1].cuda() if gpu else moved(here[1])
+        found = [*tensors(LAWS[law](here, x))]
+        for got, wanted in zip(found, expected, strict=True):
             torch.testing.assert_close(got.here if isinstance(got, Away) else got.cpu(), wanted, rtol=1e-6, atol=1e-9)

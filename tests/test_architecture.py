@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "gates": {"blocks", "names", "statistics"},
     "fold": {"gates", "layers", "names", "statistics", "types"},
     "quadratic": {"tables", "types"},
-    "ranking": set(),
+    "ranking": {"types"},
     "distribute": {"blocks", "names", "ranking", "types"},
     # stages
     "collect": {"blocks", "fold", "gates", "names", "statistics", "types", "where"},
@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "permute": {"blocks", "names", "types"},
     "watch": {"fold", "gates", "layerwise"},
     "axes": {"apply", "fold", "gates", "permute", "watch"},
-    "cluster": {"blocks", "names", "permute", "types"},
+    "cluster": {"blocks", "names", "permute", "ranking", "types"},
     "export": {"apply", "blocks", "fold", "masks", "names", "native", "storage", "tables", "types"},
 }
 STAGES = {"collect", "metric", "allocate", "reconstruct", "apply", "schedule", "pipeline", "masks", "maskfile"}

@@ -1,6 +1,10 @@
 """Units that share blocks: whatever is exchanged, the cost falls; what was planted is found; the function stays the same."""
 
+import importlib
+import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +16,8 @@ from torch import Tensor
 
 import blockprune as bp
 from blockprune.permute import Shuffle, permute
+
+cluster: Any = importlib.import_module("blockprune.cluster")  # bp.cluster is the function
 
 
 def scored(**values: Tensor) -> dict[str, bp.BlockScore]:
@@ -53,7 +59,10 @@ def moved(values: Mapping[str, Tensor], plan: Sequence[Shuffle]) -> dict[str, Te
 def test_the_cost_is_never_above_that_of_sorted_units(data: st.DataObject, seed: int) -> None:
     """Axis after axis, in whole and ragged blocks."""
     torch.manual_seed(seed)
-    units, block = data.draw(st.integers(2, 24)), data.draw(st.sampled_from([(2, 2), (4, 4), (2, 4), (3, 3), (4, 1), (1, 3)]))
+    units, block = (
+        data.draw(st.integers(2, 24)),
+        data.draw(st.sampled_from([(2, 2), (4, 4), (2, 4), (3, 3), (4, 1), (1, 3), (3, 2), (2, 3), (4, 6)])),
+    )
     values = {"up": torch.rand(units, 8) ** 4, "down": torch.rand(6, units) ** 4}
     plan = [Shuffle(torch.arange(units), rows=["up"], columns=["down"]), Shuffle(torch.arange(8), columns=["up"])]
     level = level_of(values, block, 0.25)
@@ -65,6 +74,31 @@ def test_the_cost_is_never_above_that_of_sorted_units(data: st.DataObject, seed:
     columns = Shuffle(after_one["up"].sum(0).argsort(stable=True), columns=["up"])
     assert cost(moved(values, found), block, level) <= cost(moved(after_one, [columns]), block, level) * (1 + 1e-5)
     assert [(s.rows, s.columns) for s in found] == [(s.rows, s.columns) for s in plan]
+
+
+@given(seeds, st.sampled_from([(2, 2), (3, 2), (4, 4), (6, 4)]), st.sampled_from([1, 7, 10_000]))
+def test_what_is_looked_at_first_decides_nothing_about_the_end(seed: int, groups: tuple[int, int], short: int) -> None:
+    """However few pairs are looked at first: no sweep raises the cost, and where nothing was exchanged no pair looked at would gain."""
+    torch.manual_seed(seed)
+    parts, place = {group: torch.rand(24, 5) ** 4 for group in groups}, torch.randperm(24)
+
+    def total() -> float:
+        held = torch.cat([part[place.argsort()].view(-1, group, 5).sum(1) for group, part in parts.items()])
+        return float((held / (1 + held)).sum())
+
+    before, ended = total(), False
+    with mock.patch.multiple(cluster, SHORT=short, FIRST=0, FEW=24):
+        for _ in range(60):
+            ended = not cluster._exchange(parts, place, 24)
+            assert total() <= before * (1 + 1e-6)
+            before = total()
+            if ended:
+                break
+    assert ended
+    for a, b in itertools.combinations(range(24), 2):
+        place[[a, b]] = place[[b, a]]
+        assert total() >= before - 1e-5
+        place[[a, b]] = place[[b, a]]
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])

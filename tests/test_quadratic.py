@@ -1,7 +1,9 @@
 """The damped Hessian and its table against numpy."""
 
+import contextlib
 import warnings
 from typing import Any
+from unittest import mock
 
 import attrs
 import numpy as np
@@ -16,7 +18,7 @@ from torch import nn
 
 import blockprune as bp
 from blockprune import collect, metric, reconstruct, statistics
-from blockprune.quadratic import quadratic
+from blockprune.quadratic import quadratic, room
 from blockprune.types import Param
 
 
@@ -158,3 +160,12 @@ def test_nothing_is_written_to() -> None:
     close(q.means[0], (p.weight @ (normal((20, 6), 0) + 1).mean(0))[None])
     close(q.means[1], (normal((20, 6), 0) + 1).mean(0)[None])
     assert all(torch.equal(p.stats[name], value) for name, value in before.items())
+
+
+def test_what_torch_holds_in_reserve_counts_as_free_on_a_gpu() -> None:
+    gpu, found = torch.device("cuda", 0), {"mem_get_info": (8, 90), "memory_reserved": 40, "memory_allocated": 28}
+    with contextlib.ExitStack() as stack:
+        for name, value in found.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, return_value=value))
+        assert room(gpu, None) == (8 + 40 - 28) // 4
+        assert room(gpu, 3) == 3

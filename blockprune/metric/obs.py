@@ -160,7 +160,9 @@ def _sweep_torch(rows: Tensor, inverse: Tensor, width: int, stop: int) -> tuple[
     for step in range(count):
         diagonal = inverse.view(bands, count, width, count, width).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)  # [bands, C, N, N]
         lower, bad = _roots(torch.where(gone[:, :, None, None], eye, diagonal))
-        failed |= bad  # looked at once, at the end: a GPU would stop at each step
+        failed |= bad
+        if failed.device.type == "cpu" and failed:  # a GPU would wait at each step, so it is asked at the end
+            break
         moved = torch.linalg.solve_triangular(lower, rows.view(bands, height, count, width).permute(0, 2, 3, 1), upper=False)
         saliency = moved.square().sum((2, 3)).masked_fill(gone, torch.inf)  # [bands, C]
         if step >= stop:

@@ -144,7 +144,8 @@ def stream_cross(ahead: Mapping[str, list[Tensor]], *, names: Collection[str]) -
     def update(sums: Sums, call: Call) -> Sums:
         if not sums:
             return sums
-        found = wide(ahead[call.name].pop(0)).mT @ _and_one(call, call.inputs[0])
+        x = _and_one(call, call.inputs[0])
+        found = wide(ahead[call.name].pop(0)).to(x.device).mT @ x  # a stream may come from another device
         return {"sum": sums["sum"] + found, "n": sums["n"] + output_rows(call, sums["n"])}
 
     def finalize(sums: Sums, slot: Slot, param: Param) -> Tensor:
