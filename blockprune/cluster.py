@@ -173,7 +173,7 @@ def _exchange(parts: Mapping[int, Tensor], place: Tensor, size: int) -> bool:
         pairs = _promising(adds, there, size)
         held = {group: _held(part, there, group) for group, part in parts.items()}
         at, taken, seen = place.tolist(), set[tuple[int, int]](), set[int]()
-        for some in (pairs[:short], pairs[len(pairs) if exchanged else short :]):  # the others only where nothing else is left
+        for some in (pairs[:short],) if exchanged else (pairs[:short], pairs[short:]):  # the others only where nothing else is left
             gain = torch.stack([_gain(part, held[group], there // group, some) for group, part in parts.items()]).sum(0)
             order = gain.argsort(descending=True, stable=True)
             for unit, partner in some[order[gain[order] > 0]].tolist():
@@ -184,9 +184,9 @@ def _exchange(parts: Mapping[int, Tensor], place: Tensor, size: int) -> bool:
                 seen.add(unit)  # with its best partner or none
             if taken:
                 break
-        exchanged |= bool(taken)
         if not taken:
             break
+        exchanged = True
     return exchanged
 
 
@@ -196,13 +196,13 @@ def _promising(adds: Mapping[int, Tensor], place: Tensor, size: int) -> Tensor:
     found, promise = [], []
     for rows in torch.arange(len(place), device=place.device).split(max(1, CHUNK // len(place))):
         change = torch.stack([move[rows][:, place // g] + move[:, place[rows] // g].mT for g, move in moves.items()]).sum(0)
-        together = torch.stack([place[rows][:, None] // g == place // g for g in moves]).all(0)
-        change[together | (place[rows][:, None] // size != place // size)] = torch.inf  # [rows, units]
+        beside = torch.stack([place[rows][:, None] // g == place // g for g in moves]).all(0)
+        change[beside | (place[rows][:, None] // size != place // size)] = torch.inf  # [rows, units]
         least = change.topk(min(FEW, len(place)), dim=1, largest=False)
         found.append(torch.stack([rows[:, None].expand_as(least.indices), least.indices], 2).flatten(0, 1))
         promise.append(least.values.flatten())
-    order = torch.cat(promise).argsort(stable=True)
-    return torch.cat(found)[order[torch.cat(promise)[order].isfinite()]]
+    best, order = torch.cat(promise).sort(stable=True)
+    return torch.cat(found)[order[best.isfinite()]]
 
 
 def _gain(part: Tensor, held: Tensor, block: Tensor, pairs: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise RuntimeError(f"{func}: all tensors must be on one device, but {[tuple(t.shape) for t in here]} are on the CPU")
     found = func(*tree_map_only(Away, lambda t: t.here, args), **tree_map_only(Away, lambda t: t.here, kwargs))
     known = {id(t.here): t for t in there} | {id(t): t for t in tensors if not isinstance(t, Away)}  # what was changed in place
-    return tree_map_only(Tensor, lambda t: known.get(id(t)) if id(t) in known else Away(t) if wanted else t, found)
+    return tree_map_only(Tensor, lambda t: known[id(t)] if id(t) in known else Away(t) if wanted else t, found)
 
 
 def _empty(func: Any) -> Callable[..., Tensor]:
