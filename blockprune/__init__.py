@@ -7,6 +7,7 @@ See ARCHITECTURE.md for which file holds which idea.
 
 from blockprune import allocate, collect, distribute, distributed, export, metric, reconstruct, schedule, statistics
 from blockprune.apply import apply_masks, finalize, masked_parameters, read_masks
+from blockprune.as_linears import as_linears
 from blockprune.axes import find_axes
 from blockprune.blocks import BlockGrid, block_elements, expand, pool
 from blockprune.blockwise import blockwise
@@ -20,7 +21,7 @@ from blockprune.quadratic import Conditioning, conditioning
 from blockprune.sensitivity import Sensitivity, sensitivity
 from blockprune.sequential import Repaired, sequential
 from blockprune.types import BlockMask, BlockScore, Data, Masks, Param, Scores, Sparsity, Weights, Where
-from blockprune.where import convs, excluding, first_of, linears, named
+from blockprune.where import convs, excluding, first_of, including, linears, named
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "agreement",
     "allocate",
     "apply_masks",
+    "as_linears",
     "block_elements",
     "blockwise",
     "cluster",
@@ -59,6 +61,7 @@ __all__ = [
     "finalize",
     "find_axes",
     "first_of",
+    "including",
     "intersect",
     "linears",
     "load_masks",

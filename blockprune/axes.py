@@ -1,7 +1,7 @@
 """Which tensors share a hidden axis: found by changing what one layer gives and looking at what the others are given (`watch`)."""
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -23,11 +23,11 @@ CLOSE = 1e-5  # of an output, or of the median one: rounding where a model compu
 def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forward, progress: bool = True) -> list[Shuffle]:
     """The hidden axes whose units may change places, for `cluster` and `permute`; each is proved on the example.
 
-    Found are units of MLPs (gated or not), channels of value heads (shared ones too), channels between convolutions (depthwise ones in
-    between move along), and a residual stream that ends in a layer, not in the output. A Linear, convolution or embedding is made to give
-    something else for some of its units, while all others give what they gave: where other layers see those units and no others, the
-    axis is theirs as well. Last, all units change places at random: an axis stays if the outputs do, each to 1e-5 of itself or of the
-    median one.
+    Found are units of MLPs (gated or not, the gate in the same Linear or not), channels of value heads (shared ones too), channels between
+    convolutions (depthwise ones in between move along), and a residual stream that ends in a layer, not in the output. A Linear,
+    convolution or embedding is made to give something else for some of its units, while all others give what they gave: where other
+    layers see those units and no others, the axis is theirs as well. Last, all units change places at random: an axis stays if the
+    outputs do, each to 1e-5 of itself or of the median one.
 
     Not found are axes that a bare parameter knows too (a learned position, a scale) and projections in one piece (queries, keys and values
     in one Linear). What the example does not show is not known: layers that it does not call (a warning names them, and axes as long as
@@ -65,9 +65,9 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
 
 @attrs.frozen
 class _Part:
-    """Layers whose units are one axis, and who sees them."""
+    """Layers whose units are one axis, with how many pieces of them each gives, and who sees them."""
 
-    givers: Sequence[str]
+    givers: Mapping[str, int]
     links: Mapping[str, Link]
     heads: Collection[int] = ()  # how many of its readers' inputs see the same unit of yet another layer
 
@@ -76,7 +76,11 @@ def _parts(watch: Watch, progress: bool) -> Iterator[_Part]:
     """The stream, whose units each layer sees all at once; then what shows its units one by one, in the order of the layers."""
     names = tqdm(watch.given, desc="axes", disable=None if progress else True, leave=False)
     reached = {name: links for name in names if (links := watch.reach(name)) is not None}
-    parts = [(givers, {at: link for a in givers for at, link in reached[a].items()}) for givers in _joined(reached, watch)]
+    pieces = {name: max((link.pieces for link in links.values()), default=1) for name, links in reached.items()}
+    parts = [
+        ({a: pieces[a] for a in givers}, {at: link for a in givers for at, link in reached[a].items()})
+        for givers in _joined(reached, pieces, watch)
+    ]
     inner = [part for part in parts if all(link.copies for link in part[1].values())]
     shown = {at for _, links in inner for at in links}
     for givers, links in parts:
@@ -87,44 +91,54 @@ def _parts(watch: Watch, progress: bool) -> Iterator[_Part]:
         yield _Part(givers, links, {head for a, at in mixed if (head := watch.head(a, at))})
 
 
-def _joined(reached: Mapping[str, Mapping[str, Link]], watch: Watch) -> list[list[str]]:
-    """Layers that a same layer or norm sees in the same way (one by one, or all at once), together; those that no layer sees left out."""
-    parts: list[tuple[list[str], set[tuple[str, bool]]]] = []
+def _joined(reached: Mapping[str, Mapping[str, Link]], pieces: Mapping[str, int], watch: Watch) -> list[list[str]]:
+    """Layers that a same layer or norm sees in the same way (one by one, or all at once), or whose weight a reader has, such as a head
+    tied to the embedding, together; those that no layer sees left out.
+    """
+    parts: list[tuple[list[str], set[tuple[Any, ...]]]] = []
+    along = {watch.axis(name, gives=True) for name in reached}
     for name, seen in reached.items():
-        n = watch.units(name)
-        readers = {(at, link.copies > 0) for at, link in seen.items() if at in watch.given or watch.numbers(at, n)}
-        mine = [part for part in parts if part[1] & readers]
-        others = [part for part in parts if not part[1] & readers]
-        parts = (
-            [*others, ([*(a for part in mine for a in part[0]), name], readers.union(*(part[1] for part in mine)))] if readers else parts
-        )
-    parts = [part for part in parts if any(at in watch.given for at, _ in part[1])]
+        n = watch.units(name) // pieces[name]
+        marks: set[tuple[Any, ...]] = {(at, link.copies > 0) for at, link in seen.items() if at in watch.given or watch.numbers(at, n)}
+        marks |= {watch.axis(at, gives=False) for at in seen if at in watch.given} & along
+        if marks:
+            marks.add(watch.axis(name, gives=True))
+            mine = [part for part in parts if part[1] & marks]
+            others = [part for part in parts if not part[1] & marks]
+            parts = [*others, ([*(a for part in mine for a in part[0]), name], marks.union(*(part[1] for part in mine)))]
+    parts = [part for part in parts if any(at in watch.given for at, *_ in part[1])]
     return [givers for givers, _ in sorted(parts, key=lambda part: [*reached].index(part[0][0]))]
 
 
 def _shuffle(watch: Watch, part: _Part) -> Shuffle | None:
     """The shuffle of a part, nothing moved; None if its layers do not fit each other."""
-    n = watch.units(part.givers[0])
+    n, *others = (watch.units(a) // pieces for a, pieces in part.givers.items())
     groups = {link.groups for link in part.links.values()} | {n // head for head in part.heads if n % head == 0}
     groups |= {m.num_groups for m in map(watch.modules.__getitem__, part.links) if isinstance(m, nn.GroupNorm) and m.num_groups < n}
     within = max(groups)
-    if any(watch.units(a) != n for a in part.givers) or within >= n or any(within % g for g in groups):
+    if any(other != n for other in others) or within >= n or any(within % g for g in groups):
+        return None
+    if within > 1 and max(part.givers.values()) > 1:  # groups of a piece would lie apart
         return None
     if any(link.inputs != n for at, link in part.links.items() if not link.copies or at not in watch.given):
         return None
     readers = [at for at in part.links if at in watch.given]
     biases = [f"{a}.bias" for a in part.givers if getattr(watch.modules[a], "bias", None) is not None]
+    copies = {f"{at}.weight": link.copies for at, link in part.links.items()}
+    copies |= {name: pieces for a, pieces in part.givers.items() for name in (f"{a}.weight", f"{a}.bias") if name not in copies}
     small = [f"{at}.{name}" for at in part.links if at not in watch.given for name in watch.numbers(at, n)]
 
-    def weights(names: Sequence[str], turned: bool) -> list[str]:
+    def weights(names: Iterable[str], turned: bool) -> list[str]:
         return [f"{name}.weight" for name in names if watch.turned(name) == turned]
 
+    rows = [*weights(part.givers, False), *biases, *small, *weights(readers, True)]
+    columns = [*weights(part.givers, True), *weights(readers, False)]
     return Shuffle(
         torch.arange(n),
-        rows=[*weights(part.givers, False), *biases, *small, *weights(readers, True)],
-        columns=[*weights(part.givers, True), *weights(readers, False)],
+        rows=rows,
+        columns=columns,
         within=within,
-        copies={f"{at}.weight": link.copies for at, link in part.links.items() if link.copies > 1},
+        copies={name: times for name, times in copies.items() if times > 1 and name in (*rows, *columns)},
     )
 
 

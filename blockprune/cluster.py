@@ -33,14 +33,15 @@ def cluster(
     Args:
         scores: of single elements (blocks of ``(1, 1)``) that add up, such as ``metric.obs(data, max_sparsity=0)`` weighed by output
             gradients: what dropping one adds to the loss.
-        plan: the axes; their orders are not used. `Shuffle(torch.arange(units), rows=..., columns=...)` names one.
+        plan: the axes; `Shuffle(torch.arange(units), rows=..., columns=...)` names one. Their orders are not used; an axis without scores
+            keeps its own.
         block: the blocks in which the weights will be pruned, two axes.
         sparsity: share of the elements that will go.
         rounds: looks at the blocks, at most; after the last there may be pairs left that would gain.
         progress: show a bar on a terminal.
 
     Raises:
-        KeyError: an axis without scores.
+        KeyError: a plan of which no axis has scores.
         ValueError: scores of larger blocks or not finite, a block that is not two positive numbers, units that do not divide an axis.
 
     Example:
@@ -57,6 +58,9 @@ def cluster(
     tall, wide = _block(block)
     named = {name: scores[name] for shuffle in plan for name in (*shuffle.rows, *shuffle.columns) if name in scores}
     values = {name: _matrix(name, score) for name, score in together(named).items()}
+    if plan and not values:
+        wanted = [name for shuffle in plan for name in (*shuffle.rows, *shuffle.columns)]
+        raise KeyError(f"cluster has no scores for any of {wanted[:6]}{near(wanted[0] if wanted else '', scores)}")
     level = _level(values, (tall, wide), sparsity)
     found: list[Shuffle] = []
     with torch.no_grad():
@@ -68,8 +72,8 @@ def cluster(
                         group, part = _part(name, values[name], shuffle, axis, (tall, wide))
                         parts.setdefault(group, []).append(part / (level * tall * wide))
             if not parts:
-                wanted = [*shuffle.rows, *shuffle.columns]
-                raise KeyError(f"cluster has no scores for any of {wanted[:6]}{near(wanted[0] if wanted else '', scores)}")
+                found.append(shuffle)
+                continue
             order = _order({group: torch.cat(of, 1) for group, of in parts.items()}, shuffle.within, rounds)
             found.append(attrs.evolve(shuffle, order=order))
             for axis, names in enumerate((shuffle.rows, shuffle.columns)):
@@ -104,7 +108,7 @@ def _level(values: Mapping[str, Tensor], block: tuple[int, int], sparsity: float
         grid = BlockGrid(value.shape, [min(b, s) for b, s in zip(block, value.shape, strict=True)])
         means.append((pool(value, grid) / block_elements(grid, device=value.device)).flatten())
     if not means:
-        raise KeyError("cluster has no scores for any name of the plan; give scores of the model's weights")
+        return 1.0
     every = torch.cat(means).sort().values
     level = float(every[round(sparsity * (len(every) - 1))])
     return level or float(every[every > 0].min() if every.any() else 1)  # zeros go first, and at no cost

@@ -9,6 +9,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from blockprune.as_linears import is_transposed
 from blockprune.names import Slot
 
 
@@ -43,9 +44,10 @@ def rows(slot: Slot, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
             return list(x.movedim(1, -1).split(owner.in_channels // owner.groups, dim=-1))
         if isinstance(owner, _ConvNd):
             return list(_unfold(owner, x).split(owner.weight[0].numel(), dim=-1))
+    rest = "turn it into a Linear, bp.as_linears(model)" if is_transposed(owner) else "choose statistics of gates (gate_grad, gate_fisher)"
     raise NotImplementedError(
         f"{slot.name}: the input of a {nn.utils.parametrize.type_before_parametrizations(owner).__name__}'s {slot.attr!r} cannot be seen; "
-        "choose statistics of gates (gate_grad, gate_fisher) or leave it out with `excluding`"
+        f"{rest} or leave it out with `excluding`"
     )
 
 

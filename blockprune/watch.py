@@ -171,6 +171,11 @@ class Watch:
         """Whether a layer's weight has its inputs along axis 0 and its outputs along axis 1."""
         return isinstance(self.modules[name], (nn.Embedding, _ConvTransposeNd))
 
+    def axis(self, name: str, *, gives: bool) -> tuple[int, int]:
+        """Which tensor's axis the units lie along that a layer gives, or is given: tied weights are one tensor."""
+        module = self.modules[name]
+        return id(module._parameters.get("weight", module)), int(self.turned(name) == gives)
+
     def numbers(self, name: str, n: int) -> list[str]:
         """Parameters and buffers of a small module that have one number a unit, or one kernel."""
         module = self.modules[name]
@@ -226,24 +231,28 @@ def _note(seen: dict[str, list[Tensor]], name: str, args: Sequence[Any], kwargs:
 class Link:
     """How a module sees the units of a layer: each input shows one unit (``copies`` times in groups, side by side), or many (0 copies).
 
+    With ``pieces`` the layer gives several halves, such as an MLP's gate and what goes through it, and an input shows a unit of each.
+
     Example:
         >>> from blockprune.watch import Link
         >>> half = torch.tensor([True, False])
         >>> Link.of(half, one=half.repeat_interleave(3), other=~half.repeat_interleave(3))  # flattened: three inputs a unit
-        Link(inputs=6, copies=1, groups=1)
+        Link(inputs=6, copies=1, groups=1, pieces=1)
     """
 
     inputs: int
     copies: int
     groups: int = 1
+    pieces: int = 1
 
     @classmethod
     def of(cls, half: Tensor, one: Tensor, other: Tensor) -> "Link":
         """From the inputs that change with half of the units, and with the others."""
         n, m = len(half), len(one)
 
-        def shows(unit: Tensor) -> bool:  # dead inputs may show nothing, but not most
-            return not ((one & ~half[unit]) | (other & half[unit])).any() and 2 * int((one | other).sum()) >= m
+        def shows(*units: Tensor) -> bool:  # dead inputs may show nothing, but not most
+            some, rest = half[torch.stack(units)].any(0), ~half[torch.stack(units)].all(0)
+            return not ((one & ~some) | (other & ~rest)).any() and 2 * int((one | other).sum()) >= m
 
         if m % n == 0:
             if shows(torch.arange(n).repeat_interleave(m // n)):  # a unit is m / n inputs, as after flatten
@@ -251,4 +260,6 @@ class Link:
             for groups in (g for g in range(1, n) if n % g == 0):
                 if shows(torch.arange(n).view(groups, 1, -1).expand(-1, m // n, -1).flatten()):
                     return cls(m, m // n, groups)
+        elif n % m == 0 and shows(*torch.arange(n).view(-1, m)):
+            return cls(m, 1, pieces=n // m)
         return cls(m, 0)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from blockprune.as_linears import is_transposed
 from blockprune.blocks import BlockGrid, BlockShape, integers
 from blockprune.names import Pattern, Slot, matches, near, slots
 from blockprune.types import Where
@@ -59,6 +60,17 @@ def first_of(*rules: Where) -> Where:
     return partial(_first_of, rules=rules)
 
 
+def including(rule: Where, pattern: Pattern, *others: Pattern) -> Where:
+    """A rule with only the parameters whose name fits the pattern, or one of several: those of the layers, say, without the head.
+
+    Example:
+        >>> rule = bp.including(bp.linears((4, 4)), "model.layers.*")
+        >>> rule("model.layers.0.mlp.weight", nn.Linear(8, 8)), rule("lm_head.weight", nn.Linear(8, 8))
+        ((4, 4), None)
+    """
+    return partial(_including, rule=rule, pattern=pattern) if not others else first_of(*(including(rule, p) for p in (pattern, *others)))
+
+
 def excluding(rule: Where, pattern: Pattern, *others: Pattern) -> Where:
     """A rule without the parameters whose name fits the pattern, or one of several.
 
@@ -83,6 +95,10 @@ def _named(name: str, owner: nn.Module, *, pattern: Pattern, block: tuple[int, .
 
 def _first_of(name: str, owner: nn.Module, *, rules: tuple[Where, ...]) -> BlockShape | None:
     return next((block for rule in rules if (block := rule(name, owner)) is not None), None)
+
+
+def _including(name: str, owner: nn.Module, *, rule: Where, pattern: Pattern) -> BlockShape | None:
+    return rule(name, owner) if matches(pattern, name) else None
 
 
 def _excluding(name: str, owner: nn.Module, *, rule: Where, pattern: Pattern) -> BlockShape | None:
@@ -113,7 +129,8 @@ def select(model: nn.Module, where: Where) -> dict[str, tuple[Slot, BlockGrid]]:
     if not chosen:
         seen = [f"{name!r} {s.shape} of {_plain_type(s.owner)}" for name, (s, *_) in known.items()]
         listed = ", ".join(seen[:8] + ["..."] * (len(seen) > 8)) or "no parameters"
-        raise ValueError(f"where={where!r} matches no parameter of {_plain_type(model)}; it has {listed}{_tied(known)}")
+        rest = "; its Conv1D are no Linears: bp.as_linears(model)" if any(map(is_transposed, model.modules())) else ""
+        raise ValueError(f"where={where!r} matches no parameter of {_plain_type(model)}; it has {listed}{_tied(known)}{rest}")
     return chosen
 
 

@@ -123,6 +123,48 @@ def test_a_llama_with_shared_values(kv: int, tied: bool, normed: bool) -> None:
     assert all(want in got for want in values + units)
 
 
+class Fused(nn.Module):
+    """Several pieces of an MLP's hidden units from one Linear, behind each other; words that a tied head gives again."""
+
+    def __init__(self, pieces: int, tied: bool, bias: bool) -> None:
+        super().__init__()
+        self.pieces = pieces
+        self.words, self.norm = nn.Embedding(11, 8), nn.LayerNorm(8)
+        self.both, self.down = nn.Linear(8, 12 * pieces, bias=bias), nn.Linear(12, 8)
+        self.dense, self.last, self.head = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 11)
+        if tied:
+            self.head.weight = self.words.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        gate, *others = self.both(self.norm(x)).chunk(self.pieces, dim=-1)
+        hidden = torch.sigmoid(gate)
+        for other in others:
+            hidden = hidden * other
+        return self.head(self.last(torch.relu(self.dense(x + self.down(hidden)))))
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3])
+@pytest.mark.parametrize(("tied", "bias"), [(True, True), (False, False)])
+def test_a_gate_in_the_same_linear_and_a_head_tied_to_the_embedding(pieces: int, tied: bool, bias: bool) -> None:
+    model, ids = Fused(pieces, tied, bias).eval(), torch.randint(11, (3, 5))
+    found = bp.find_axes(model, ids)
+    giving = {"both.weight", "both.bias"} if bias else {"both.weight"}
+    units = (12, giving, {"down.weight"}, 1, dict.fromkeys(giving, pieces) if pieces > 1 else {})
+    norm, last = {"norm.weight", "norm.bias"}, {"dense.weight", "dense.bias", "last.weight", "last.bias"}
+    stream = {"down.weight", "down.bias", *norm}, {"words.weight", "both.weight", "dense.weight"}
+    if tied:
+        streams = [(8, stream[0] | last, stream[1] | {"head.weight"}, 1, {})]
+    else:
+        streams = [(8, *stream, 1, {}), (8, last, {"head.weight"}, 1, {})]
+    assert len(found) == len(streams) + 1
+    assert all(want in map(shape, found) for want in [*streams, units])
+    scores = bp.metric.l1(bp.collect.weights(model, where=bp.linears((1, 1))))
+    moved = bp.permute(model, bp.cluster(scores, found, block=(2, 2)))
+    assert not torch.equal(moved.both.weight, model.both.weight)
+    torch.testing.assert_close(moved(ids), model(ids), atol=1e-5, rtol=1e-5)
+
+
 class Scaled(nn.Module):
     """A hidden axis that a bare parameter knows, and one that nothing else does."""
 

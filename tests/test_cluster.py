@@ -183,7 +183,7 @@ def test_more_is_left_after_pruning_than_from_sorted_units() -> None:
 
 ONE = Shuffle(torch.arange(4), rows=["w"])
 MISTAKES = {
-    "no scores": (KeyError, r"cluster has no scores for any of \['up'\]; near it", {"plan": [ONE, Shuffle(torch.arange(4), rows=["up"])]}),
+    "no scores": (KeyError, r"cluster has no scores for any of \['up'\]; near it", {"plan": [Shuffle(torch.arange(4), rows=["up"])]}),
     "large blocks": (
         ValueError,
         r"w: cluster looks at single elements, but the scores are of .*\(1, 1\)",
@@ -228,3 +228,10 @@ def test_no_unit_leaves_its_group(data: st.DataObject, seed: int) -> None:
     plan = [Shuffle(torch.arange(units), rows=["up"], columns=["down"], within=groups)]
     (found,) = bp.cluster(scored(**values), plan, block=(block, block), sparsity=0.3)
     assert (found.order // size == torch.arange(units) // size).all()
+
+
+def test_an_axis_without_scores_keeps_its_order() -> None:
+    scores = scored(w=torch.rand(8, 8))
+    one, other = Shuffle(torch.arange(8), rows=["w"]), Shuffle(torch.tensor([2, 0, 1]), rows=["conv"])
+    assert bp.cluster(scores, [other, one, other], block=(2, 2)) == [other, *bp.cluster(scores, [one], block=(2, 2)), other]
+    assert bp.cluster(scores, [], block=(2, 2)) == []

@@ -17,16 +17,24 @@ def small() -> nn.Module:
     return nn.Sequential(OrderedDict(a=nn.Linear(32, 32), relu=nn.ReLU(), b=nn.Linear(32, 16)))
 
 
+def layered() -> nn.Module:
+    """Named as Hugging Face names a language model."""
+    layers = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    body = nn.Sequential(OrderedDict(layers=layers, norm=nn.LayerNorm(32)))
+    return nn.Sequential(OrderedDict(model=body, lm_head=nn.Linear(32, 16)))
+
+
 def test_the_readmes_code_runs_as_printed() -> None:
     x = torch.randn(4, 32)
     names: dict[str, Any] = {"x": x, "batches": [x], "loader": [x] * 3}
     names["loss"], names["evaluate"] = lambda output, batch: output.square().mean(), lambda model: model(x).square().mean()
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     for block in blocks:
-        names |= {"model": small(), "skeleton": small(), "batch": x}
+        names |= {"model": layered() if "model.layers" in block else small(), "skeleton": small(), "batch": x}
         if "block_sparse" in block:
             bp.apply_masks(names["model"], names["prune"](names["model"], 0.5))
         exec(block, names)
     assert len(blocks) >= 5
+    assert set(names["found"].masks) == {"model.layers.0.weight", "model.layers.2.weight"}
     assert names["masks"].keys() == {0.25, 0.5, 0.75}
     assert set(names["wanda"](small(), 0.5)) == set(names["fisher"](small(), 0.5)) == {"a.weight", "b.weight"}

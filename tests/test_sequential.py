@@ -803,6 +803,14 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], dict[str, Any]]]] =
         lambda: {"pipeline": bound(statistics=[statistics.input_gram, statistics.input_cross({})])},
     ),
     "outside": (ValueError, r"4.weight lies in none of the layers '0' to '2'.*excluding", lambda: {"layers": ["0", "1", "2"]}),
+    "a head": (
+        ValueError,
+        r"head.weight lies in none of the layers 'body.0' to 'body.1'; keep to theirs, bp.including\(rule, \"body\.\*\"\)",
+        lambda: {
+            "model": nn.ModuleDict({"body": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "head": nn.Linear(8, 8)}).double(),
+            "pipeline": pipeline(where=bp.linears((4, 4))),
+        },
+    ),
     "apart": (ValueError, r"layer '2' is not given the output of the one before", lambda: {"layers": ["0", "2", "3", "4"]}),
     "branches": (ValueError, r"layer 'layers.1' is not given the output of the one before", lambda: {"model": branching()}),
     "written into between": (ValueError, r"layer 'layers.1' is not given", lambda: {"model": Overwritten().double()}),

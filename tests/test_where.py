@@ -59,6 +59,9 @@ def masked(model: nn.Module, rule: bp.Where, seed: int = 0) -> nn.Module:
          {"stem.weight": (4, 3, 3, 3), "body.0.weight": (4, 4), "body.2.weight": (4, 4), "head.weight": (1, 2)}),
         (bp.excluding(bp.linears((4, 4)), "head.*"), {"body.0.weight": (4, 4), "body.2.weight": (4, 4)}),
         (bp.excluding(bp.linears((4, 4)), re.compile("^body")), {"head.weight": (4, 4)}),
+        (bp.including(bp.linears((4, 4)), "body.*"), {"body.0.weight": (4, 4), "body.2.weight": (4, 4)}),
+        (bp.including(bp.linears((4, 4)), re.compile("^h"), "body.2.*"), {"body.2.weight": (4, 4), "head.weight": (4, 4)}),
+        (bp.excluding(bp.including(bp.linears((4, 4)), "body.*"), "*.2.*"), {"body.0.weight": (4, 4)}),
         (lambda name, owner: (3,) if type(owner) is nn.BatchNorm1d and name.endswith("weight") else None, {"norm.weight": (3,)}),
     ],
 )  # fmt: skip
@@ -171,6 +174,7 @@ def test_find_gives_the_places_by_canonical_name() -> None:
         (bp.named("head.wieght", (4, 4)), ["'head.wieght'", "'head.weight'"]),
         (bp.named(re.compile("haed"), (4, 4)), ["haed", "matches no parameter"]),
         (bp.first_of(bp.linears((4, 4)), bp.named("steem.weight", (4,))), ["'steem.weight'", "'stem.weight'"]),
+        (bp.including(bp.linears((4, 4)), "head.*", "haed.weight"), ["'haed.weight'", "'head.weight'"]),
         (bp.excluding(bp.linears((4, 4)), "haed.weight"), ["'haed.weight'", "'head.weight'"]),
         (bp.excluding(bp.linears((4, 4)), "*"), ["matches no parameter of Net", "'stem.weight' (8, 3, 3, 3) of Conv2d", "linears"]),
         (bp.first_of(), ["matches no parameter of Net"]),

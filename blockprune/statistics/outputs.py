@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blockprune.as_linears import is_transposed
 from blockprune.layers import input_axis
 from blockprune.names import Slot
 from blockprune.statistics.triples import Call, Statistic, Sums, output_rows, row_weights, total, wide, zeros
@@ -19,11 +20,18 @@ def _per_output(name: str, contribution: Callable[[Tensor], Tensor], of: Literal
             raise NotImplementedError(
                 f"{slot.name}: {name} is of a layer's outputs, which are not those of {slot.attr!r}; use another statistic"
             )
+        if is_transposed(slot.owner):
+            raise NotImplementedError(f"{slot.name}: {name} is not known of a Conv1D; turn it into a Linear, bp.as_linears(model)")
         return {"sum": zeros(_outputs(slot, param), like=param), "n": zeros(like=param)}
 
     def update(sums: Sums, call: Call) -> Sums:
         seen = call.output if of == "output" else call.output_grad
         assert seen is not None
+        if seen.shape[1:] != sums["sum"].shape:
+            raise ValueError(
+                f"{call.name}: {name} has {len(sums['sum'])} outputs by the weight's shape, but the layer gives {seen.shape[1]}: "
+                "its outputs do not lie along axis 0; leave it out with `excluding`"
+            )
         return {"sum": sums["sum"] + total(call, contribution(wide(seen))), "n": sums["n"] + output_rows(call, sums["n"])}
 
     def finalize(sums: Sums, slot: Slot, param: Param) -> Tensor:
