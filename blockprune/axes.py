@@ -92,14 +92,14 @@ def _parts(watch: Watch, progress: bool) -> Iterator[_Part]:
 
 
 def _joined(reached: Mapping[str, Mapping[str, Link]], pieces: Mapping[str, int], watch: Watch) -> list[list[str]]:
-    """Layers that a same layer or norm sees in the same way (one by one, or all at once), or whose weight a reader has, such as a head
-    tied to the embedding, together; those that no layer sees left out.
+    """Layers of as many units that a same layer or norm sees in the same way (one by one, or all at once), or whose weight a reader has,
+    such as a head tied to the embedding, together; those that no layer sees left out.
     """
     parts: list[tuple[list[str], set[tuple[Any, ...]]]] = []
     along = {watch.axis(name, gives=True) for name in reached}
     for name, seen in reached.items():
         n = watch.units(name) // pieces[name]
-        marks: set[tuple[Any, ...]] = {(at, link.copies > 0) for at, link in seen.items() if at in watch.given or watch.numbers(at, n)}
+        marks: set[tuple[Any, ...]] = {(at, link.copies > 0, n) for at, link in seen.items() if at in watch.given or watch.numbers(at, n)}
         marks |= {watch.axis(at, gives=False) for at in seen if at in watch.given} & along
         if marks:
             marks.add(watch.axis(name, gives=True))

@@ -1,0 +1,107 @@
+"""The README's repair on one small model of each of many families, from evidence to the exported model and a checkpoint."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import blockprune as bp
+from blockprune import allocate, collect, distribute, export, metric, reconstruct, statistics
+
+hf = pytest.importorskip("transformers")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of transformers and what it imports
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+WORDS = {**SIZES, "vocab_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SHARED = {**WORDS, "num_key_value_heads": 2}
+IMAGE = {"image_size": 16, "patch_size": 4, "num_labels": 5}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 48, "bos_token_id": 1, "eos_token_id": 2}
+OPT = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 48, "word_embed_proj_dim": 32}
+MAMBA = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 48}
+STAGES = {"hidden_sizes": [16, 32], "depths": [1, 2], "num_stages": 2, "image_size": 16, "patch_size": 2, "num_labels": 5}
+
+# the model's and its configuration's names, what it is made of, where its blocks are, how many hidden axes are found and Linears pruned
+FAMILIES: dict[str, tuple[str, str, dict[str, Any], str, int, int]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", SHARED, "model.layers.*", 5, 14),
+    "qwen 3": ("Qwen3ForCausalLM", "Qwen3Config", {**SHARED, "head_dim": 16}, "model.layers.*", 5, 14),
+    "gemma 3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**SHARED, "head_dim": 16}, "model.layers.*", 5, 14),
+    "phi 3": ("Phi3ForCausalLM", "Phi3Config", SHARED, "model.layers.*", 3, 8),  # gate and up in one, queries, keys and values too
+    "pythia": ("GPTNeoXForCausalLM", "GPTNeoXConfig", WORDS, "gpt_neox.layers.*", 3, 8),
+    "opt": ("OPTForCausalLM", "OPTConfig", OPT, "model.decoder.layers.*", 5, 12),
+    "gpt-2": ("GPT2LMHeadModel", "GPT2Config", GPT2, "transformer.h.*", 3, 8),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**SHARED, "num_local_experts": 2}, "model.layers.*.self_attn.*", 2, 8),
+    "mamba": (
+        "MambaForCausalLM",
+        "MambaConfig",
+        {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 48},
+        "*.mixer.[iox]*_proj.weight",
+        1,
+        6,
+    ),
+    "bert": ("BertForMaskedLM", "BertConfig", WORDS, "bert.encoder.*", 5, 12),  # the head is tied
+    "modern bert": ("ModernBertForMaskedLM", "ModernBertConfig", WORDS, "model.layers.*", 3, 8),
+    "t5": ("T5EncoderModel", "T5Config", {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4}, "encoder.block.*", 4, 12),
+    "vit": ("ViTForImageClassification", "ViTConfig", {**SIZES, **IMAGE}, "vit.*layer*", 4, 12),
+    "convnext": ("ConvNextForImageClassification", "ConvNextConfig", STAGES, "convnext.encoder.*", 4, 6),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_repair_of_the_readme(family: str, tmp_path: Path) -> None:
+    kind, config, sizes, pattern, axes, linears = FAMILIES[family]
+    torch.manual_seed(0)
+    make: Callable[[], nn.Module] = lambda: getattr(hf, kind)(getattr(hf, config)(**sizes)).eval()  # noqa: E731
+    model = bp.as_linears(make())
+    images = "image_size" in sizes
+    batches = [torch.randn(3, 3, 16, 16) if images else torch.randint(3, 48, (3, 16)) for _ in range(3)]
+    inside = partial(bp.including, pattern=pattern)
+    look = partial(collect.with_statistics, batches=batches, loss=_loss, progress=False)
+
+    alone = [statistics.input_gram, statistics.output_grad_sq]
+    single = metric.obs(look(model, where=inside(bp.linears((1, 1))), statistics=alone), max_sparsity=0, progress=False)
+    assert len(single) == linears
+    found = bp.find_axes(model, batches[0], progress=False)
+    assert len(found) == axes
+    moved = bp.permute(model, bp.cluster(single, found, block=(4, 4), progress=False))
+    torch.testing.assert_close(_first(moved(batches[0])), _first(model(batches[0])), atol=1e-5, rtol=1e-5)
+
+    where = inside(bp.linears((4, 4)))
+    seen = look(moved, where=where, statistics=[statistics.input_gram, statistics.output_grad_gram])
+    budget = distribute.loss_weighted(metric.obs(seen, progress=False), 0.25, max_sparsity=0.6)
+    pipeline = bp.Pipeline(
+        partial(collect.with_statistics, where=where, statistics=[statistics.input_gram]),
+        partial(metric.obs, damping=0.4, progress=False),
+        allocate.per_layer,
+    )
+    squares = partial(reconstruct.least_squares, damping=0.4, progress=False)
+    repaired = bp.sequential(moved, pipeline, squares, batches, budget, evidence=seen, progress=False)
+    assert abs(bp.sparsity(repaired.masks) - 0.25) < 0.01
+    masked = bp.apply_masks(moved, repaired.masks, repaired.weights)
+    want = _first(masked(batches[0]))
+
+    sparse = export.block_sparse(masked, backend="torch")
+    assert sum(isinstance(m, export.BlockSparseLinear) for m in sparse.modules()) == linears
+    torch.testing.assert_close(_first(sparse(batches[0])), want, atol=1e-5, rtol=1e-5)
+    again = export.load_state_dict(bp.as_linears(make()), sparse.state_dict())
+    torch.testing.assert_close(_first(again(batches[0])), want, atol=1e-5, rtol=1e-5)
+    final: Any = bp.finalize(masked)
+    if family != "gpt-2":  # whose checkpoints are transposed
+        final.save_pretrained(tmp_path)
+        torch.testing.assert_close(_first(type(final).from_pretrained(tmp_path).eval()(batches[0])), want)
+
+
+def _first(output: Any) -> Tensor:
+    x: Tensor = output.logits if "logits" in output else output.last_hidden_state
+    return x.detach()
+
+
+def _loss(output: Any, batch: Tensor) -> Tensor:
+    x: Tensor = output.logits if "logits" in output else output.last_hidden_state
+    return x.float().log_softmax(-1)[..., 0].mean().neg()
