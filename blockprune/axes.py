@@ -30,8 +30,9 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
     outputs do, each to 1e-5 of itself or of the median one.
 
     Not found are axes that a bare parameter knows too (a learned position, a scale) and projections in one piece (queries, keys and values
-    in one Linear). What the example does not show is not known: layers that it does not call (a warning names them, and axes as long as
-    theirs are left out), heads if its sequences have one token only.
+    in one Linear; a gate whose units take turns with what they gate). Of two orders of one axis the first is kept. What the example does
+    not show is not known: layers that it does not call (a warning names them, and axes as long as theirs are left out), heads if its
+    sequences have one token only.
 
     Args:
         model: without masks; it stays as it is (a copy in float64 is looked at).
@@ -96,36 +97,36 @@ def _joined(reached: Mapping[str, Mapping[str, Link]], pieces: Mapping[str, int]
     such as a head tied to the embedding, together; those that no layer sees left out.
     """
     parts: list[tuple[list[str], set[tuple[Any, ...]]]] = []
-    along = {watch.axis(name, gives=True) for name in reached}
+    given = {watch.axis(name, gives=True) for name in reached}
     for name, seen in reached.items():
         n = watch.units(name) // pieces[name]
-        marks: set[tuple[Any, ...]] = {(at, link.copies > 0, n) for at, link in seen.items() if at in watch.given or watch.numbers(at, n)}
-        marks |= {watch.axis(at, gives=False) for at in seen if at in watch.given} & along
+        readers = [at for at in seen if at in watch.given]
+        marks: set[tuple[Any, ...]] = {(at, seen[at].copies > 0, n) for at in seen if at in readers or watch.numbers(at, n)}
+        marks |= given & {watch.axis(at, gives=False) for at in readers}
         if marks:
             marks.add(watch.axis(name, gives=True))
             mine = [part for part in parts if part[1] & marks]
             others = [part for part in parts if not part[1] & marks]
             parts = [*others, ([*(a for part in mine for a in part[0]), name], marks.union(*(part[1] for part in mine)))]
-    parts = [part for part in parts if any(at in watch.given for at, *_ in part[1])]
-    return [givers for givers, _ in sorted(parts, key=lambda part: [*reached].index(part[0][0]))]
+    read = [givers for givers, _ in parts if any(at in watch.given for a in givers for at in reached[a])]
+    return sorted(read, key=lambda givers: [*reached].index(givers[0]))
 
 
 def _shuffle(watch: Watch, part: _Part) -> Shuffle | None:
     """The shuffle of a part, nothing moved; None if its layers do not fit each other."""
-    n, *others = (watch.units(a) // pieces for a, pieces in part.givers.items())
+    first, pieces = next(iter(part.givers.items()))
+    n = watch.units(first) // pieces
     groups = {link.groups for link in part.links.values()} | {n // head for head in part.heads if n % head == 0}
     groups |= {m.num_groups for m in map(watch.modules.__getitem__, part.links) if isinstance(m, nn.GroupNorm) and m.num_groups < n}
     within = max(groups)
-    if any(other != n for other in others) or within >= n or any(within % g for g in groups):
-        return None
-    if within > 1 and max(part.givers.values()) > 1:  # groups of a piece would lie apart
+    if within >= n or any(within % g for g in groups):
         return None
     if any(link.inputs != n for at, link in part.links.items() if not link.copies or at not in watch.given):
         return None
     readers = [at for at in part.links if at in watch.given]
     biases = [f"{a}.bias" for a in part.givers if getattr(watch.modules[a], "bias", None) is not None]
     copies = {f"{at}.weight": link.copies for at, link in part.links.items()}
-    copies |= {name: pieces for a, pieces in part.givers.items() for name in (f"{a}.weight", f"{a}.bias") if name not in copies}
+    copies |= {name: times for a, times in part.givers.items() for name in (f"{a}.weight", f"{a}.bias")}
     small = [f"{at}.{name}" for at in part.links if at not in watch.given for name in watch.numbers(at, n)]
 
     def weights(names: Iterable[str], turned: bool) -> list[str]:
@@ -160,7 +161,7 @@ def _called(watch: Watch, plan: list[Shuffle]) -> list[Shuffle]:
 
 
 def _proved(watch: Watch, plan: list[Shuffle]) -> list[Shuffle]:
-    """Those of a plan that leave the outputs as they are."""
+    """Those of a plan that together leave the outputs as they are."""
 
     def holds(some: Sequence[Shuffle]) -> bool:
         try:
@@ -174,7 +175,12 @@ def _proved(watch: Watch, plan: list[Shuffle]) -> list[Shuffle]:
     if len(plan) == 1:
         return []
     middle = len(plan) // 2
-    return [*_proved(watch, plan[:middle]), *_proved(watch, plan[middle:])]
+    kept, others = _proved(watch, plan[:middle]), _proved(watch, plan[middle:])
+    if not kept or not others or holds([*kept, *others]):
+        return [*kept, *others]
+    for shuffle in others:  # two may move one axis
+        kept = [*kept, shuffle] if holds([*kept, shuffle]) else kept
+    return kept
 
 
 def _same(got: Tensor, want: Tensor) -> bool:

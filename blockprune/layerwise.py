@@ -87,9 +87,10 @@ def find_layers(model: nn.Module, layers: Sequence[str] | None, names: Sequence[
         raise ValueError("layers is empty; name at least one, or leave it out")
     order = [Layer(layer, modules[layer], [name for name in names if not layer or name.startswith(f"{layer}.")]) for layer in layers]
     if outside := set(names).difference(*(layer.inside for layer in order)):
-        parent = layers[0].rpartition(".")[0]
-        rest = f'keep to theirs, bp.including(rule, "{parent}.*"),' if parent else "leave it out (`excluding`)"
-        raise ValueError(f"{sorted(outside)[0]} lies in none of the layers {layers[0]!r} to {layers[-1]!r}; {rest} or give layers")
+        name, inside = sorted(outside)[0], f"{layers[0].rpartition('.')[0]}."
+        known = inside != "." and not name.startswith(inside) and all(layer.startswith(inside) for layer in layers)
+        rest = f'keep to theirs, bp.including(rule, "{inside}*"),' if known else "leave it out (`excluding`)"
+        raise ValueError(f"{name} lies in none of the layers {layers[0]!r} to {layers[-1]!r}; {rest} or give layers")
     return order
 
 

@@ -187,7 +187,21 @@ class Watch:
         one, other = self.changed(name, half), self.changed(name, ~half)
         if one is None or other is None:
             return None
-        return {at: Link.of(half, one[at], other[at]) for at in one if (one[at] | other[at]).any()}
+        links = {at: Link.of(half, one[at], other[at]) for at in one if (one[at] | other[at]).any()}
+        for m in {link.inputs for link in links.values() if not link.copies and n % link.inputs == 0 and link.inputs < n}:
+            links |= self._pieces(name, n // m, half[:m], [at for at, link in links.items() if link.inputs == m])
+        return links
+
+    def _pieces(self, name: str, pieces: int, half: Tensor, readers: Sequence[str]) -> dict[str, "Link"]:
+        """Of some readers those that see a unit of each piece of a layer's in every input, and would miss any of the pieces."""
+        one, other = self.changed(name, half.repeat(pieces)), self.changed(name, ~half.repeat(pieces))
+        alone = [self.changed(name, torch.arange(pieces).repeat_interleave(len(half)) == i) for i in range(pieces)]
+        links = {at: Link.of(half, one[at], other[at]) for at in readers if one and other}
+        return {
+            at: attrs.evolve(link, pieces=pieces)
+            for at, link in links.items()
+            if link.copies == 1 and all(look is not None and look[at].any() for look in alone)
+        }
 
     def head(self, name: str, at: str) -> int:
         """How many inputs of a module see the first unit of a layer, such as a query's: if they are an equal share of all, else 0."""
@@ -231,7 +245,8 @@ def _note(seen: dict[str, list[Tensor]], name: str, args: Sequence[Any], kwargs:
 class Link:
     """How a module sees the units of a layer: each input shows one unit (``copies`` times in groups, side by side), or many (0 copies).
 
-    With ``pieces`` the layer gives several halves, such as an MLP's gate and what goes through it, and an input shows a unit of each.
+    With ``pieces`` the layer gives several, one behind the other, such as an MLP's gate and what goes through it, and an input shows one
+    unit of each.
 
     Example:
         >>> from blockprune.watch import Link
@@ -250,9 +265,8 @@ class Link:
         """From the inputs that change with half of the units, and with the others."""
         n, m = len(half), len(one)
 
-        def shows(*units: Tensor) -> bool:  # dead inputs may show nothing, but not most
-            some, rest = half[torch.stack(units)].any(0), ~half[torch.stack(units)].all(0)
-            return not ((one & ~some) | (other & ~rest)).any() and 2 * int((one | other).sum()) >= m
+        def shows(unit: Tensor) -> bool:  # dead inputs may show nothing, but not most
+            return not ((one & ~half[unit]) | (other & half[unit])).any() and 2 * int((one | other).sum()) >= m
 
         if m % n == 0:
             if shows(torch.arange(n).repeat_interleave(m // n)):  # a unit is m / n inputs, as after flatten
@@ -260,6 +274,4 @@ class Link:
             for groups in (g for g in range(1, n) if n % g == 0):
                 if shows(torch.arange(n).view(groups, 1, -1).expand(-1, m // n, -1).flatten()):
                     return cls(m, m // n, groups)
-        elif n % m == 0 and shows(*torch.arange(n).view(-1, m)):
-            return cls(m, 1, pieces=n // m)
         return cls(m, 0)

@@ -39,7 +39,29 @@ def test_the_copy_computes_the_same_and_the_model_stays() -> None:
     assert [*found.state_dict()] == [*before]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not {p.data_ptr() for p in found.parameters()} & {p.data_ptr() for p in model.parameters()}
+    assert all(m.weight.is_contiguous() for m in found if isinstance(m, nn.Linear))
     assert isinstance(bp.as_linears(Conv1D(6, 4)), nn.Linear)
+
+
+def test_tied_weights_stay_tied_and_hooks_listen() -> None:
+    model, x = nn.Sequential(Conv1D(4, 4), nn.ReLU(), Conv1D(4, 4)), torch.randn(3, 4)
+    model[2].weight, model[2].bias = model[0].weight, model[0].bias
+    model[0].register_forward_hook(lambda module, args, output: 2 * output)
+    found = bp.as_linears(model)
+    torch.testing.assert_close(found(x), model(x))
+    assert found[0].weight is found[2].weight
+    assert len([*found.parameters()]) == 2
+
+
+def test_others_of_that_name_are_left_alone() -> None:
+    other = type("Conv1D", (nn.Conv1d,), {})(4, 4, 3)
+    wrapper = type("Conv1D", (nn.Sequential,), {})(other)
+    model, x = nn.Sequential(wrapper), torch.randn(2, 4, 6)
+    found = bp.as_linears(model)
+    assert type(found[0][0]) is type(other)
+    assert torch.equal(found(x), model(x))
+    where = bp.named("*.weight", (2, 2))
+    assert "0.0.weight" in collect.with_statistics(model, where=where, statistics=[statistics.output_sq], batches=[x])
 
 
 def test_errors_name_the_remedy() -> None:
@@ -47,12 +69,17 @@ def test_errors_name_the_remedy() -> None:
     with pytest.raises(ValueError, match=r"matches no parameter.*its Conv1D are no Linears: bp\.as_linears\(model\)"):
         select(model, bp.linears((2, 2)))
     look = partial(collect.with_statistics, model, where=bp.named("*.weight", (2, 2)), batches=[torch.randn(3, 4)])
-    for statistic in (statistics.input_sq, statistics.input_gram, statistics.output_sq, statistics.output_mean):
+    for statistic in (statistics.input_sq, statistics.input_gram, statistics.output_sq, statistics.output_grad_gram):
         with pytest.raises(NotImplementedError, match=r"0\.weight.*Conv1D.*bp\.as_linears\(model\)"):
-            look(statistics=[statistic])
+            look(statistics=[statistic], loss=lambda output, batch: output.sum())
     masks = allocate.per_layer(metric.l1(collect.weights(model, where=bp.named("*.weight", (2, 2)))), 0.5)
-    with pytest.raises(ValueError, match=r"0 is a parametrized Conv1D.*finalize"):
-        bp.as_linears(bp.apply_masks(model, masks))
+    tied = nn.Sequential(Conv1D(4, 4), nn.Embedding(4, 4))
+    tied[1].weight = tied[0].weight
+    replaced = nn.Sequential(Conv1D(4, 4))
+    replaced[0].forward = lambda x: x
+    for bad in (bp.apply_masks(model, masks), tied, replaced):
+        with pytest.raises(ValueError, match=r"0 is a Conv1D that is parametrized, does more.*another layer has.*finalize"):
+            bp.as_linears(bad)
 
 
 class Turned(nn.Module):
@@ -66,9 +93,11 @@ class Turned(nn.Module):
         return x @ self.weight
 
 
-def test_outputs_that_are_not_the_rows_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"weight: output_sq has 4 outputs by the weight's shape, but the layer gives 6.*excluding"):
-        collect.with_statistics(Turned(), where=bp.named("weight", (2, 2)), statistics=[statistics.output_sq], batches=[torch.randn(3, 4)])
+@pytest.mark.parametrize("statistic", [statistics.output_sq, statistics.output_grad_gram])
+def test_outputs_that_are_not_the_rows_are_refused(statistic: statistics.Statistic) -> None:
+    look = partial(collect.with_statistics, Turned(), where=bp.named("weight", (2, 2)), loss=lambda output, batch: output.sum())
+    with pytest.raises(ValueError, match=rf"weight: {statistic.name} is of 4 outputs by the weight's shape.* gives has 6; .*excluding"):
+        look(statistics=[statistic], batches=[torch.randn(3, 4)])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of transformers and what it imports

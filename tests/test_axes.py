@@ -54,7 +54,7 @@ def test_every_hidden_axis_of_a_chain_is_found_and_any_two_units_of_it_may_chang
     layers: list[nn.Module] = []
     for (a, b), (n, kind) in zip(itertools.pairwise(widths[:-1]), gaps, strict=True):
         layers += [nn.Linear(a, b, bias=bias), BETWEEN[kind](n)]
-    model, x = nn.Sequential(*layers, nn.Linear(*widths[-2:])).eval(), torch.randn(4, 3)
+    model, x = nn.Sequential(*layers, nn.Linear(*widths[-2:])).double().eval(), torch.randn(4, 3).double()
     found = bp.find_axes(model, x)
     expected = [{f"{i}.weight" for i in (at, at + 2)} for at in range(0, 2 * len(gaps), 2)]
     assert sorted(len(s.order) for s in found) == sorted(n for n, _ in gaps)
@@ -163,6 +163,53 @@ def test_a_gate_in_the_same_linear_and_a_head_tied_to_the_embedding(pieces: int,
     moved = bp.permute(model, bp.cluster(scores, found, block=(2, 2)))
     assert not torch.equal(moved.both.weight, model.both.weight)
     torch.testing.assert_close(moved(ids), model(ids), atol=1e-5, rtol=1e-5)
+
+
+class Outer(nn.Module):
+    """Both axes of an outer product are orders of one axis of the next layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(3, 6), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c((self.a(x).relu()[..., :, None] * self.b(x).relu()[..., None, :]).flatten(-2))
+
+
+def test_of_two_orders_of_one_axis_one_stays() -> None:
+    model, x = Outer().eval(), torch.randn(9, 3)
+    found = bp.find_axes(model, x)
+    assert [shape(s) for s in found] == [(4, {"a.weight", "a.bias"}, {"c.weight"}, 1, {})]
+    torch.testing.assert_close(bp.permute(model, [swapped(found[0], 0, 3)])(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+class Attention(nn.Module):
+    """Queries and keys of another width than values, or all in one Linear."""
+
+    def __init__(self, wide: int, narrow: int, heads: int, fused: bool) -> None:
+        super().__init__()
+        self.sizes, self.heads = (wide, wide, narrow), heads
+        if fused:
+            self.qkv = nn.Linear(8, sum(self.sizes))
+        else:
+            self.q, self.k, self.v = nn.Linear(8, wide), nn.Linear(8, wide), nn.Linear(8, narrow)
+        self.o = nn.Linear(narrow, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).split(self.sizes, -1) if hasattr(self, "qkv") else (self.q(x), self.k(x), self.v(x))
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        return self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("wide", "narrow"), [(16, 16), (128, 16), (256, 8)])
+def test_queries_much_wider_than_values_are_not_pieces(wide: int, narrow: int) -> None:
+    found = bp.find_axes(Attention(wide, narrow, 2, fused=False).eval(), torch.randn(2, 5, 8))
+    assert [shape(s) for s in found] == [(narrow, {"v.weight", "v.bias"}, {"o.weight"}, 2, {})]
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_queries_keys_and_values_in_one_linear_are_not_pieces(tokens: int) -> None:
+    assert bp.find_axes(Attention(8, 8, 2, fused=True).eval(), torch.randn(2, tokens, 8)) == []
 
 
 class Scaled(nn.Module):

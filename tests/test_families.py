@@ -40,7 +40,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], str, int, int]] = {
     "mamba": (
         "MambaForCausalLM",
         "MambaConfig",
-        {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 48},
+        MAMBA,
         "*.mixer.[iox]*_proj.weight",
         1,
         6,

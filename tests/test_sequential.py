@@ -811,6 +811,15 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], dict[str, Any]]]] =
             "pipeline": pipeline(where=bp.linears((4, 4))),
         },
     ),
+    "some of the layers": (
+        ValueError,
+        r"body.1.weight lies in none of the layers 'body.0' to 'body.0'; leave it out \(`excluding`\)",
+        lambda: {
+            "model": nn.ModuleDict({"body": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))}).double(),
+            "pipeline": pipeline(where=bp.linears((4, 4))),
+            "layers": ["body.0"],
+        },
+    ),
     "apart": (ValueError, r"layer '2' is not given the output of the one before", lambda: {"layers": ["0", "2", "3", "4"]}),
     "branches": (ValueError, r"layer 'layers.1' is not given the output of the one before", lambda: {"model": branching()}),
     "written into between": (ValueError, r"layer 'layers.1' is not given", lambda: {"model": Overwritten().double()}),

@@ -13,6 +13,9 @@ from blockprune.names import Slot
 from blockprune.statistics.triples import Call, Statistic, Sums, output_rows, row_weights, total, wide, zeros
 from blockprune.types import Param
 
+_TURN = "{}: {} is not known of a Conv1D; turn it into a Linear, bp.as_linears(model)"
+_OTHER = "{}: {} is of {} outputs by the weight's shape, but a row of what the layer gives has {}; leave it out with `excluding`"
+
 
 def _per_output(name: str, contribution: Callable[[Tensor], Tensor], of: Literal["output", "output_grad"] = "output") -> Statistic:
     def init(slot: Slot, param: Param) -> Sums:
@@ -21,17 +24,14 @@ def _per_output(name: str, contribution: Callable[[Tensor], Tensor], of: Literal
                 f"{slot.name}: {name} is of a layer's outputs, which are not those of {slot.attr!r}; use another statistic"
             )
         if is_transposed(slot.owner):
-            raise NotImplementedError(f"{slot.name}: {name} is not known of a Conv1D; turn it into a Linear, bp.as_linears(model)")
+            raise NotImplementedError(_TURN.format(slot.name, name))
         return {"sum": zeros(_outputs(slot, param), like=param), "n": zeros(like=param)}
 
     def update(sums: Sums, call: Call) -> Sums:
         seen = call.output if of == "output" else call.output_grad
         assert seen is not None
         if seen.shape[1:] != sums["sum"].shape:
-            raise ValueError(
-                f"{call.name}: {name} has {len(sums['sum'])} outputs by the weight's shape, but the layer gives {seen.shape[1]}: "
-                "its outputs do not lie along axis 0; leave it out with `excluding`"
-            )
+            raise ValueError(_OTHER.format(call.name, name, len(sums["sum"]), seen.shape[1]))
         return {"sum": sums["sum"] + total(call, contribution(wide(seen))), "n": sums["n"] + output_rows(call, sums["n"])}
 
     def finalize(sums: Sums, slot: Slot, param: Param) -> Tensor:
@@ -60,6 +60,8 @@ output_grad_sq = _per_output("output_grad_sq", torch.square, of="output_grad")
 
 
 def _grad_gram_init(slot: Slot, param: Param) -> Sums:
+    if is_transposed(slot.owner):
+        raise NotImplementedError(_TURN.format(slot.name, "output_grad_gram"))
     if input_axis(slot) == 0 or slot.attr != "weight":
         raise NotImplementedError(f"{slot.name}: output_grad_gram is of outputs along axis 0 of a weight; use gate_fisher for this one")
     bands, height = param.grid.size[0], param.grid.block[0]
@@ -70,6 +72,8 @@ def _grad_gram_update(sums: Sums, call: Call) -> Sums:
     assert call.output_grad is not None
     bands, height, _ = sums["sum"].shape
     g = wide(call.output_grad)  # [n, outputs]
+    if -(-g.shape[1] // height) != bands:
+        raise ValueError(_OTHER.format(call.name, "output_grad_gram", bands * height, g.shape[1]))
     g = F.pad(g, (0, bands * height - g.shape[1])).unflatten(1, (bands, height)).movedim(1, 0)  # [bands, n, height]
     weights = row_weights(call, call.output)
     weighed = g if weights is None else g * weights[:, None]
