@@ -178,7 +178,9 @@ def _exchange(parts: Mapping[int, Tensor], place: Tensor, size: int) -> bool:
         held = {group: _held(part, there, group) for group, part in parts.items()}
         at, taken, seen = place.tolist(), set[tuple[int, int]](), set[int]()
         for some in (pairs[:short],) if exchanged else (pairs[:short], pairs[short:]):  # the others only where nothing else is left
-            gain = torch.stack([_gain(part, held[group], there // group, some) for group, part in parts.items()]).sum(0)
+            once, which = (some.amin(1) * len(place) + some.amax(1)).unique(return_inverse=True)  # most promise each other
+            both = torch.stack([once // len(place), once % len(place)], 1)
+            gain = torch.stack([_gain(part, held[group], there // group, both) for group, part in parts.items()]).sum(0)[which]
             order = gain.argsort(descending=True, stable=True)
             for unit, partner in some[order[gain[order] > 0]].tolist():
                 blocks = {(group, at[one] // group) for group in parts for one in (unit, partner)}
