@@ -18,7 +18,7 @@ SWEEPS = 30  # times that pairs are exchanged between two looks at what units wo
 FEW = 8  # partners of a unit that are looked at closely
 FIRST = 8  # times the blocks: pairs of these that are looked at first
 SHORT = 512  # pairs of which there is no need to look at some first
-CHUNK = 1 << 24  # numbers of one temporary
+CHUNK = {"cpu": 1 << 20}  # numbers of one temporary: so many stay in caches
 
 
 def cluster(
@@ -147,6 +147,11 @@ def _order(parts: Mapping[int, Tensor], within: int, rounds: int) -> Tensor:
     return place.argsort()
 
 
+def _few(like: Tensor, width: int) -> int:
+    """Rows of so many numbers for one temporary."""
+    return max(1, CHUNK.get(like.device.type, 1 << 24) // width)
+
+
 def _saturated(held: Tensor) -> Tensor:
     return held / (1 + held)
 
@@ -162,7 +167,8 @@ def _adds(part: Tensor, place: Tensor, group: int) -> Tensor:
     block = place // group
     held, of = _held(part, place, group), block.bincount()
     without = held * (1 - 1 / of)[:, None]
-    adds = torch.stack([(_saturated(one + part) - _saturated(one)).sum(1) for one in without], 1)
+    some = part.split(_few(part, part.shape[1]))
+    adds = torch.stack([torch.cat([(_saturated(one + x) - _saturated(one)).sum(1) for x in some]) for one in without], 1)
     own = (_saturated(held[block]) - _saturated((held[block] - part).clamp_min(0))).sum(1)
     return adds.scatter_(1, block[:, None], own[:, None])
 
@@ -200,7 +206,7 @@ def _promising(adds: Mapping[int, Tensor], place: Tensor, size: int) -> Tensor:
     """For each unit those with which an exchange promises most, the best of all first: ``[pairs, 2]``."""
     moves = {group: add - add.gather(1, (place // group)[:, None]) for group, add in adds.items()}  # [units, blocks] of going there
     found, promise = [], []
-    for rows in torch.arange(len(place), device=place.device).split(max(1, CHUNK // len(place))):
+    for rows in torch.arange(len(place), device=place.device).split(_few(place, len(place))):
         change = torch.stack([move[rows][:, place // g] + move[:, place[rows] // g].mT for g, move in moves.items()]).sum(0)
         beside = torch.stack([place[rows][:, None] // g == place // g for g in moves]).all(0)
         change[beside | (place[rows][:, None] // size != place // size)] = torch.inf  # [rows, units]
@@ -214,7 +220,7 @@ def _promising(adds: Mapping[int, Tensor], place: Tensor, size: int) -> Tensor:
 def _gain(part: Tensor, held: Tensor, block: Tensor, pairs: Tensor) -> Tensor:
     """What the cost falls by when two units change places, ``[pairs]``."""
     gain = [part.new_zeros(0)]
-    for one, other in (some.unbind(1) for some in pairs.split(max(1, CHUNK // part.shape[1]))):
+    for one, other in (some.unbind(1) for some in pairs.split(_few(part, part.shape[1]))):
         here, there, change = held[block[one]], held[block[other]], part[other] - part[one]  # [pairs, blocks across]
         before = _saturated(here) + _saturated(there)
         after = _saturated((here + change).clamp_min(0)) + _saturated((there - change).clamp_min(0))

@@ -60,7 +60,7 @@ def obs(data: Data, *, damping: float = 0.01, max_sparsity: float = 1.0, memory:
 def _obs(name: str, p: Param, damping: float, max_sparsity: float, memory: int | None) -> Tensor:
     rows, inverse, group, width = _prepared(name, p, damping)
     count = rows.shape[2] // width
-    how = {"width": width, "stop": _stop(p.grid, max_sparsity), "memory": room(rows.device, memory)}
+    how = {"width": width, "stop": _stop(p.grid, max_sparsity), "memory": room(rows.device, memory, cpu=1 << 29)}
     try:
         errors, order = _sweep(rows, inverse.to(rows.dtype), group, **how)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, though torch does not say so to mypy
