@@ -108,18 +108,18 @@ def _factor(hessian: Tensor) -> Tensor | None:
     return factor
 
 
-def room(device: torch.device, memory: int | None, *, cpu: int) -> int:
-    """Bytes for temporaries: as asked, else so many on a CPU, a quarter of what is free on a GPU (CUDA), torch's reserve included.
+def room(device: torch.device, memory: int | None) -> int:
+    """Bytes for temporaries: as asked, else 16 MiB, or a quarter of what is free on a GPU (CUDA), what torch holds in reserve included.
 
     Example:
         >>> from blockprune.quadratic import room
-        >>> room(torch.device("cpu"), None, cpu=1 << 29)
-        536870912
+        >>> room(torch.device("cpu"), None) >> 20
+        16
     """
     if memory is not None:
         return memory
     if device.type != "cuda":
-        return cpu
+        return 1 << 24  # stays in caches, and malloc need not take it from the system anew each time
     return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) // 4
 
 

@@ -10,8 +10,6 @@ from blockprune.blocks import expand
 from blockprune.quadratic import quadratic, room
 from blockprune.types import BlockMask, Data, Masks, Param
 
-NEAR = 1 << 24  # bytes that stay in caches, and that malloc does not take anew from the system each time: twice to three times as fast
-
 __all__ = ["bias", "least_squares", "none", "sparsegpt"]
 
 
@@ -67,7 +65,7 @@ def least_squares(
 
 
 def _least_squares(name: str, p: Param, mask: BlockMask, damping: float, memory: int | None) -> dict[str, Tensor]:
-    q, memory = quadratic(name, p, damping=damping), room(p.weight.device, memory, cpu=NEAR)
+    q, memory = quadratic(name, p, damping=damping), room(p.weight.device, memory)
     _, rows, k = q.rows.shape
     height = math.gcd(mask.grid.block[0], rows)  # rows that share a mask, and a Hessian
     keep = expand(mask.keep.to(p.weight.device), mask.grid).reshape(-1, height, k)[:, 0]  # [bands, k]

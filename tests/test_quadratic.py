@@ -167,5 +167,5 @@ def test_what_torch_holds_in_reserve_counts_as_free_on_a_gpu() -> None:
     with contextlib.ExitStack() as stack:
         for name, value in found.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, return_value=value))
-        assert room(gpu, None, cpu=7) == (8 + 40 - 28) // 4
-        assert room(gpu, 3, cpu=7) == 3
+        assert room(gpu, None) == (8 + 40 - 28) // 4
+        assert room(gpu, 3) == 3

@@ -33,7 +33,7 @@ def obs(data: Data, *, damping: float = 0.01, max_sparsity: float = 1.0, memory:
             weighed by the loss's gradient with respect to them (K-FAC 1503.05671; LLM Surgeon 2312.17244): only then do layers compare.
         damping: share of H's diagonal that is added to it (Marquardt 1963).
         max_sparsity: stop when this share of a band is gone (faster); what is left ranks above, by what each block alone would add.
-        memory: bytes for inverses, at least one band at a time; by default 512 MiB, on a GPU a quarter of what is free. The compiled loop
+        memory: bytes for inverses, at least one band at a time; by default 16 MiB, on a GPU a quarter of what is free. The compiled loop
             on a CPU holds one a thread.
         progress: show a bar on a terminal.
 
@@ -60,7 +60,7 @@ def obs(data: Data, *, damping: float = 0.01, max_sparsity: float = 1.0, memory:
 def _obs(name: str, p: Param, damping: float, max_sparsity: float, memory: int | None) -> Tensor:
     rows, inverse, group, width = _prepared(name, p, damping)
     count = rows.shape[2] // width
-    how = {"width": width, "stop": _stop(p.grid, max_sparsity), "memory": room(rows.device, memory, cpu=1 << 29)}
+    how = {"width": width, "stop": _stop(p.grid, max_sparsity), "memory": room(rows.device, memory)}
     try:
         errors, order = _sweep(rows, inverse.to(rows.dtype), group, **how)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, though torch does not say so to mypy
