@@ -97,12 +97,12 @@ def _joined(reached: Mapping[str, Mapping[str, Link]], pieces: Mapping[str, int]
     such as a head tied to the embedding, together; those that no layer sees left out.
     """
     parts: list[tuple[list[str], set[tuple[Any, ...]]]] = []
-    given = {watch.axis(name, gives=True) for name in reached}
+    theirs = {watch.axis(name, gives=True) for name in reached}
     for name, seen in reached.items():
         n = watch.units(name) // pieces[name]
         readers = [at for at in seen if at in watch.given]
         marks: set[tuple[Any, ...]] = {(at, seen[at].copies > 0, n) for at in seen if at in readers or watch.numbers(at, n)}
-        marks |= given & {watch.axis(at, gives=False) for at in readers}
+        marks |= theirs & {watch.axis(at, gives=False) for at in readers}
         if marks:
             marks.add(watch.axis(name, gives=True))
             mine = [part for part in parts if part[1] & marks]

@@ -188,20 +188,19 @@ class Watch:
         if one is None or other is None:
             return None
         links = {at: Link.of(half, one[at], other[at]) for at in one if (one[at] | other[at]).any()}
-        for m in {link.inputs for link in links.values() if not link.copies and n % link.inputs == 0 and link.inputs < n}:
-            links |= self._pieces(name, n // m, half[:m], [at for at, link in links.items() if link.inputs == m])
+        for m in {link.inputs for link in links.values() if 1 < link.inputs < n and n % link.inputs == 0}:
+            links |= self._pieces(name, n // m, m, [at for at, link in links.items() if link.inputs == m])
         return links
 
-    def _pieces(self, name: str, pieces: int, half: Tensor, readers: Sequence[str]) -> dict[str, "Link"]:
+    def _pieces(self, name: str, pieces: int, m: int, readers: Sequence[str]) -> dict[str, "Link"]:
         """Of some readers those that see a unit of each piece of a layer's in every input, and would miss any of the pieces."""
+        half = torch.rand(m).argsort() < m // 2
         one, other = self.changed(name, half.repeat(pieces)), self.changed(name, ~half.repeat(pieces))
-        alone = [self.changed(name, torch.arange(pieces).repeat_interleave(len(half)) == i) for i in range(pieces)]
-        links = {at: Link.of(half, one[at], other[at]) for at in readers if one and other}
-        return {
-            at: attrs.evolve(link, pieces=pieces)
-            for at, link in links.items()
-            if link.copies == 1 and all(look is not None and look[at].any() for look in alone)
-        }
+        links = {at: link for at in readers if one and other and (link := Link.of(half, one[at], other[at])).copies}
+        for piece in range(pieces if links else 0):
+            alone = self.changed(name, torch.arange(pieces).repeat_interleave(m) == piece)
+            links = {at: link for at, link in links.items() if alone and alone[at].any()}
+        return {at: attrs.evolve(link, pieces=pieces) for at, link in links.items()}
 
     def head(self, name: str, at: str) -> int:
         """How many inputs of a module see the first unit of a layer, such as a query's: if they are an equal share of all, else 0."""

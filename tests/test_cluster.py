@@ -235,3 +235,14 @@ def test_an_axis_without_scores_keeps_its_order() -> None:
     one, other = Shuffle(torch.arange(8), rows=["w"]), Shuffle(torch.tensor([2, 0, 1]), rows=["conv"])
     assert bp.cluster(scores, [other, one, other], block=(2, 2)) == [other, *bp.cluster(scores, [one], block=(2, 2)), other]
     assert bp.cluster(scores, [], block=(2, 2)) == []
+
+
+@given(st.integers(0, 100), st.sampled_from([1, 7, 40]))
+def test_orders_do_not_depend_on_how_much_is_looked_at_at_a_time(seed: int, chunk: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = scored(up=torch.rand(24, 10, generator=generator), down=torch.rand(6, 24, generator=generator))
+    plan = [Shuffle(torch.arange(24), rows=["up"], columns=["down"])]
+    want = bp.cluster(scores, plan, block=(4, 4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(cluster.CHUNK, "cpu", chunk)
+        assert bp.cluster(scores, plan, block=(4, 4)) == want

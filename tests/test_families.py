@@ -37,14 +37,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], str, int, int]] = {
     "opt": ("OPTForCausalLM", "OPTConfig", OPT, "model.decoder.layers.*", 5, 12),
     "gpt-2": ("GPT2LMHeadModel", "GPT2Config", GPT2, "transformer.h.*", 3, 8),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**SHARED, "num_local_experts": 2}, "model.layers.*.self_attn.*", 2, 8),
-    "mamba": (
-        "MambaForCausalLM",
-        "MambaConfig",
-        MAMBA,
-        "*.mixer.[iox]*_proj.weight",
-        1,
-        6,
-    ),
+    "mamba": ("MambaForCausalLM", "MambaConfig", MAMBA, "*.mixer.[iox]*_proj.weight", 1, 6),
     "bert": ("BertForMaskedLM", "BertConfig", WORDS, "bert.encoder.*", 5, 12),  # the head is tied
     "modern bert": ("ModernBertForMaskedLM", "ModernBertConfig", WORDS, "model.layers.*", 3, 8),
     "t5": ("T5EncoderModel", "T5Config", {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4}, "encoder.block.*", 4, 12),
