@@ -7,7 +7,7 @@ See ARCHITECTURE.md for which file holds which idea.
 
 from blockprune import allocate, collect, distribute, distributed, export, metric, reconstruct, schedule, statistics
 from blockprune.apply import apply_masks, finalize, masked_parameters, read_masks
-from blockprune.as_linears import as_linears
+from blockprune.as_linears import as_linears, from_linears
 from blockprune.axes import find_axes
 from blockprune.blocks import BlockGrid, block_elements, expand, pool
 from blockprune.blockwise import blockwise
@@ -61,6 +61,7 @@ __all__ = [
     "finalize",
     "find_axes",
     "first_of",
+    "from_linears",
     "including",
     "intersect",
     "linears",

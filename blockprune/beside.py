@@ -10,6 +10,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from blockprune.experts import Experts
 from blockprune.gates import Heard
 from blockprune.layers import rows
 from blockprune.layerwise import Calls, Enough, Layer
@@ -68,6 +69,8 @@ class Alone:
 class Beside:
     """The same of a layer as far as it is pruned, compared with the dense one, which runs before each batch, where no hooks listen.
 
+    Tokens go through the experts that the dense layer's router chose, so that the two can be compared.
+
     Example:
         >>> from blockprune.beside import Anatomy, Beside
         >>> from blockprune.layerwise import Layer
@@ -85,6 +88,7 @@ class Beside:
     rows: dict[str, list[list[Tensor]]] = attrs.field(factory=lambda: defaultdict(list))  # of the dense layer, call by call
     stream: dict[str, list[Tensor]] = attrs.field(factory=lambda: defaultdict(list))
     ahead: dict[str, list[Tensor]] = attrs.field(factory=lambda: defaultdict(list))
+    chosen: dict[str, list[Any]] = attrs.field(factory=lambda: defaultdict(list))  # by the router, for each call of a module of experts
 
     @property
     def statistics(self) -> Sequence[Statistic]:
@@ -94,8 +98,8 @@ class Beside:
     def batches(self) -> Iterator[int]:
         """The dense layer, batch by batch."""
         for i in range(len(self.calls)):
-            for left in (self.rows, self.stream, self.ahead):
-                left.clear()  # of experts that only one of the two used
+            for left in (self.rows, self.stream, self.ahead, self.chosen):
+                left.clear()
             self._look({}, self.dense[i], i, join=self.stream, meet=self.rows)
             yield i
 
@@ -128,7 +132,16 @@ class Beside:
 
             return hook
 
+        def choose(name: str, module: nn.Module, args: Any) -> Any:
+            if meet is None:
+                return args[0], *self.chosen[name].pop(0)
+            self.chosen[name].append(args[1:])
+            return None
+
         with contextlib.ExitStack() as stack:
+            for name, module in self.layer.module.named_modules():
+                if isinstance(module, Experts):
+                    stack.callback(module.register_forward_pre_hook(partial(choose, name)).remove)
             for name, slot, module in self.heard:
                 if name in self.anatomy.joins:
                     source = self.layer.module.get_submodule(self.anatomy.joins[name])
@@ -173,7 +186,7 @@ def dissect(layer: Layer, hidden: Tensor, call: Calls, heard: Heard) -> Anatomy:
     def after(name: str, slot: Slot) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-            met.append((name, (x.data_ptr(), x._version, x.shape, x.stride())))
+            met.append((name, beside.get(name) or (x.data_ptr(), x._version, x.shape, x.stride())))
             alive.append(x)
             if isinstance(module, nn.Linear) and slot.attr == "weight" and output.shape == hidden.shape:
                 outputs.append((name, len(shown), output.detach()[:1].clone()))
@@ -181,6 +194,7 @@ def dissect(layer: Layer, hidden: Tensor, call: Calls, heard: Heard) -> Anatomy:
         return hook
 
     alive: list[Tensor] = []  # so that no memory is used twice
+    beside = _beside(layer, heard)
     with contextlib.ExitStack() as stack:
         for name, module in layer.module.named_modules():
             hook = _given(partial(show, name))
@@ -189,20 +203,26 @@ def dissect(layer: Layer, hidden: Tensor, call: Calls, heard: Heard) -> Anatomy:
             stack.callback(module.register_forward_hook(after(name, slot), with_kwargs=True).remove)
         result = layer.run({}, hidden, call)
     show("", result)
-    groups: list[list[str]] = []
-    inputs: list[Any] = []
-    for name, key in met:
-        if any(name in group for group in groups):
-            continue
-        if inputs and inputs[-1] == key:
-            groups[-1].append(name)
-        else:
-            groups.append([name])
-            inputs.append(key)
-    groups += [[name] for name in layer.inside if not any(name in group for group in groups)]  # never called: collecting will say so
+    groups: dict[Any, list[str]] = {}
+    for name, key in [*met, *((name, beside.get(name, name)) for name in layer.inside)]:  # the last never called: collecting will say so
+        if not any(name in group for group in groups.values()):
+            groups.setdefault(key, []).append(name)
     calls = {name: sum(one == name for one, _ in met) for name, _ in met}
     joins = {name: at for name, before, y in outputs if calls[name] == 1 and (at := _joined(shown, before, y)) is not None}
-    return Anatomy(groups, calls, joins)
+    return Anatomy([*groups.values()], calls, joins)
+
+
+def _beside(layer: Layer, heard: Heard) -> dict[str, tuple[str, bool]]:
+    """What the Linears of all experts of a module have in common that meet their inputs at one time, though each its own."""
+    name_of = {id(slot.owner): name for name, slot, _ in heard}
+    return {
+        name_of[id(linear)]: (at, part == "down_proj")
+        for at, experts in layer.module.named_modules()
+        if isinstance(experts, Experts)
+        for expert in experts.numbered()
+        for part, linear in expert.named_children()
+        if id(linear) in name_of
+    }
 
 
 def _given(show: Callable[[Tensor], None]) -> Callable[..., None]:

@@ -25,7 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "types": {"blocks"},
     "parametrization": {"blocks"},
     "names": {"parametrization"},
-    "as_linears": set(),
+    "experts": set(),
+    "as_linears": {"experts"},
     "where": {"as_linears", "blocks", "names", "types"},
     # helpers of one stage
     "layers": {"as_linears", "names"},
@@ -50,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sensitivity": {"apply", "pipeline", "tables"},
     "blockwise": {"parametrization", "types"},
     "layerwise": {"gates", "names"},
-    "beside": {"gates", "layers", "layerwise", "names", "statistics"},
+    "beside": {"experts", "gates", "layers", "layerwise", "names", "statistics"},
     "sequential": {
         "apply",
         "beside",

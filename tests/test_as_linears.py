@@ -40,6 +40,8 @@ def test_the_copy_computes_the_same_and_the_model_stays() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not {p.data_ptr() for p in found.parameters()} & {p.data_ptr() for p in model.parameters()}
     assert all(m.weight.is_contiguous() for m in found if isinstance(m, nn.Linear))
+    back = bp.from_linears(found, model)
+    assert all(torch.equal(value, before[key]) for key, value in back.state_dict().items())
     assert isinstance(bp.as_linears(Conv1D(6, 4)), nn.Linear)
 
 
@@ -77,8 +79,12 @@ def test_errors_name_the_remedy() -> None:
     tied[1].weight = tied[0].weight
     replaced = nn.Sequential(Conv1D(4, 4))
     replaced[0].forward = lambda x: x
-    for bad in (bp.apply_masks(model, masks), tied, replaced):
-        with pytest.raises(ValueError, match=r"0 is a Conv1D that is parametrized, does more.*another layer has.*finalize"):
+    for bad, cause in (
+        (bp.apply_masks(model, masks), r"is parametrized; .*bp\.finalize"),
+        (tied, "has a weight that 1 has too.*untie"),
+        (replaced, "has a forward of its own.*delete"),
+    ):
+        with pytest.raises(ValueError, match=f"0, a Conv1D, {cause}"):
             bp.as_linears(bad)
 
 

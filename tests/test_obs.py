@@ -389,7 +389,6 @@ def test_output_grad_gram_is_the_moments_of_explicit_gradients_within_each_row_o
     for name, layer in {"a.weight": model.a, "b.weight": model.b}.items():
         grid = data[name].grid
         sums = torch.zeros(grid.shape[0], grid.shape[0]).double()
-        count = 0.0
         for batch in batches:
             outputs: list[Tensor] = []
             handle = layer.register_forward_hook(lambda _module, _args, out, outputs=outputs: outputs.append(out))
@@ -398,15 +397,37 @@ def test_output_grad_gram_is_the_moments_of_explicit_gradients_within_each_row_o
             for i, j in itertools.product(range(2), range(4)):
                 weight = float(batch["attention_mask"][i, j]) if tokens else 1.0
                 sums += weight * torch.outer(g[i, j], g[i, j])
-                count += weight
         got, tall = data[name].stats["output_grad_gram"], grid.block[0]
         assert got.shape == (grid.size[0], tall, tall)
         for band in range(grid.size[0]):
             expected = torch.zeros(tall, tall).double()
-            here = sums[band * tall : (band + 1) * tall, band * tall : (band + 1) * tall] / count
+            here = sums[band * tall : (band + 1) * tall, band * tall : (band + 1) * tall]
             expected[: len(here), : len(here)] = here  # rows beyond a ragged edge: 0
             close(got[band], expected, atol=1e-14)
-        close(data[name].stats["output_grad_sq"].flatten(), sums.diagonal() / count)
+        close(data[name].stats["output_grad_sq"].flatten(), sums.diagonal())
+
+
+class Maps(nn.Module):
+    """Two convolutions of the same weights, one on a map four times as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.large = nn.Conv1d(2, 4, 1, bias=False), nn.Conv1d(2, 4, 1, bias=False)
+        self.large.weight.data.copy_(self.small.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.small(x), self.large(x.repeat(1, 1, 4))], 2)
+
+
+@pytest.mark.parametrize("stat", [statistics.output_grad_sq, statistics.output_grad_gram], ids=lambda s: s.name)
+def test_a_layer_that_meets_more_rows_costs_as_much_more(stat: Statistic) -> None:
+    """The loss adds up over positions, so what the same blocks cost does, too; an expert that few tokens choose costs little."""
+    x = normal((5, 2, 3), 0)
+    data = collect.with_statistics(
+        Maps().double(), where=bp.convs((2, 1)), statistics=[GRAM, stat], batches=[x], loss=lambda y, _: y.square().sum()
+    )
+    scores = metric.obs(data)
+    close(scores["large.weight"].value, 4 * scores["small.weight"].value)
 
 
 @pytest.mark.parametrize("make", [lambda: nn.ConvTranspose1d(2, 3, 2), lambda: nn.Embedding(5, 3)])

@@ -329,8 +329,8 @@ def test_output_grad_sq_is_the_gradient_of_the_loss_with_respect_to_each_output(
     hidden = model[0](x)
     out = model[1:](hidden)
     of_hidden, of_out = torch.autograd.grad(out.exp().sum(), [hidden, out])
-    close(got["0.weight"]["output_grad_sq"].flatten(), of_hidden.square().mean((0, 1 if first == "linear" else 2)))
-    close(got["3.weight"]["output_grad_sq"].flatten(), of_out.square().mean(0))
+    close(got["0.weight"]["output_grad_sq"].flatten(), of_hidden.square().sum((0, 1 if first == "linear" else 2)))
+    close(got["3.weight"]["output_grad_sq"].flatten(), of_out.square().sum(0))
 
 
 # Gradients of weights.

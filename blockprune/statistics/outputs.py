@@ -35,12 +35,14 @@ def _per_output(name: str, contribution: Callable[[Tensor], Tensor], of: Literal
         return {"sum": sums["sum"] + total(call, contribution(wide(seen))), "n": sums["n"] + output_rows(call, sums["n"])}
 
     def finalize(sums: Sums, slot: Slot, param: Param) -> Tensor:
-        mean = sums["sum"] / sums["n"]
+        found = sums["sum"] if of == "output_grad" else sums["sum"] / sums["n"]
         if input_axis(slot) == 0:  # outputs lie along axis 1
             groups = getattr(slot.owner, "groups", 1)
-            mean = mean.view(groups, -1) if groups == 1 else mean.view(groups, -1).repeat_interleave(param.grid.shape[0] // groups, dim=0)
-            return mean.view(*mean.shape, *[1] * (param.weight.ndim - 2))
-        return mean.view(-1, *[1] * (param.weight.ndim - 1))
+            found = (
+                found.view(groups, -1) if groups == 1 else found.view(groups, -1).repeat_interleave(param.grid.shape[0] // groups, dim=0)
+            )
+            return found.view(*found.shape, *[1] * (param.weight.ndim - 2))
+        return found.view(-1, *[1] * (param.weight.ndim - 1))
 
     return Statistic(name, of, init, update, finalize)
 
@@ -56,7 +58,9 @@ output_mean = _per_output("output_mean", lambda x: x)
 """Mean of each output of the layer, ``[outputs, 1, ...]``."""
 
 output_grad_sq = _per_output("output_grad_sq", torch.square, of="output_grad")
-"""Mean square of the summed loss's gradient with respect to each output: the diagonal of K-FAC's G (Martens & Grosse 1503.05671)."""
+"""Square of the loss's gradient with respect to each output, summed over rows, ``[outputs, 1, ...]``: the diagonal of K-FAC's G (Martens &
+Grosse 1503.05671) times the rows. A layer that meets more of them moves the loss more: a convolution on a larger map (KFC, Grosse
+& Martens 1602.01407), an expert that more tokens choose."""
 
 
 def _grad_gram_init(slot: Slot, param: Param) -> Sums:
@@ -80,11 +84,9 @@ def _grad_gram_update(sums: Sums, call: Call) -> Sums:
     return {"sum": sums["sum"] + g.mT @ weighed, "n": sums["n"] + output_rows(call, sums["n"])}
 
 
-output_grad_gram = Statistic(
-    "output_grad_gram", "output_grad", _grad_gram_init, _grad_gram_update, lambda sums, slot, param: sums["sum"] / sums["n"]
-)
-"""Second moments of the summed loss's gradient with respect to the outputs that share a row of blocks, ``[rows of blocks, M, M]``:
-K-FAC's G within a band (Martens & Grosse 1503.05671; LLM Surgeon 2312.17244)."""
+output_grad_gram = Statistic("output_grad_gram", "output_grad", _grad_gram_init, _grad_gram_update, lambda sums, slot, param: sums["sum"])
+"""Products of the loss's gradients with respect to the outputs that share a row of blocks, summed over rows, ``[rows of blocks, M, M]``:
+K-FAC's G within a band (Martens & Grosse 1503.05671; LLM Surgeon 2312.17244) times the rows, as `output_grad_sq`."""
 
 
 def activation(name: str, function: Callable[[Tensor], Tensor] = F.relu) -> Statistic:

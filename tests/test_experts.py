@@ -1,0 +1,195 @@
+"""Stacked experts as Linears: the same outputs in every layout, and back; repair beside a dense router."""
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import blockprune as bp
+from blockprune import allocate, collect, export, metric, reconstruct, statistics
+from blockprune.experts import Experts
+
+LAYOUTS = [
+    *itertools.product((True,), (True, False), (True, False), (True, False)),
+    *itertools.product((False,), (True,), (True, False), (True, False)),
+]
+
+
+class Stacked(nn.Module):
+    """As transformers has it; each token and expert by itself."""
+
+    def __init__(self, gate: bool = True, concatenated: bool = True, transposed: bool = False, bias: bool = False) -> None:
+        super().__init__()
+        self.has_gate, self.is_concatenated, self.is_transposed, self.has_bias, self.act_fn = (
+            gate,
+            concatenated,
+            transposed,
+            bias,
+            nn.Tanh(),
+        )
+        tall, name = (10, "gate_up_proj") if gate else (5, "up_proj")
+        for key, rows, columns in ((name, tall, 4), ("down_proj", 4, 5)):
+            weight = torch.randn(3, rows, columns)
+            self.register_parameter(key, nn.Parameter(weight.mT.contiguous() if transposed else weight))
+            if bias:
+                self.register_parameter(f"{key}_bias", nn.Parameter(torch.randn(3, rows)))
+
+    def _apply_gate(self, both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, -1) if self.is_concatenated else (both[..., ::2], both[..., 1::2])
+        return self.act_fn(gate) * up
+
+    def forward(self, x: Tensor, chosen: Tensor, share: Tensor) -> Tensor:
+        def product(name: str, e: int, x: Tensor) -> Tensor:
+            weight = getattr(self, name)[e]
+            y = x @ (weight if self.is_transposed else weight.mT)
+            return y + getattr(self, f"{name}_bias")[e] if self.has_bias else y
+
+        rows = []
+        for i, token in enumerate(x):
+            row = torch.zeros_like(token)
+            for e, s in zip(chosen[i].tolist(), share[i], strict=True):
+                up = product("gate_up_proj" if self.has_gate else "up_proj", e, token)
+                row = row + s * product("down_proj", e, self._apply_gate(up) if self.has_gate else self.act_fn(up))
+            rows.append(row)
+        return torch.stack(rows)
+
+
+def tokens(n: int = 12) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(n, 4), torch.rand(n, 3).argsort(1)[:, :2], torch.rand(n, 2)
+
+
+@pytest.mark.parametrize(("gate", "concatenated", "transposed", "bias"), LAYOUTS)
+def test_the_same_outputs_and_back(gate: bool, concatenated: bool, transposed: bool, bias: bool) -> None:
+    model = nn.Sequential(Stacked(gate, concatenated, transposed, bias)).double().eval()
+    model[0].down_proj.requires_grad_(False)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    given = [x.double() if x.is_floating_point() else x for x in tokens()]
+    want = model[0](*given)
+    found = bp.as_linears(model)
+    torch.testing.assert_close(found[0](*given), want)
+    assert isinstance(found[0], Experts)
+    linears = {name: m for name, m in found.named_modules() if isinstance(m, nn.Linear)}
+    assert [*linears][: 2 + gate] == [f"0.0.{name}" for name in ("gate_proj", "up_proj", "down_proj")[not gate :]]
+    assert len(linears) == 3 * (2 + gate)
+    assert all(m.weight.is_contiguous() and not m.training for m in linears.values())
+    assert all(m.weight.requires_grad == ("down" not in name) for name, m in linears.items())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+    scaled = bp.finalize(bp.apply_masks(found, allocate.per_layer(metric.l1(collect.weights(found, where=bp.linears((1, 1)))), 0.5)))
+    back = bp.from_linears(scaled, model)
+    torch.testing.assert_close(back[0](*given), scaled[0](*given))
+    assert [*back.state_dict()] == [*before]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert abs(float((back[0].down_proj == 0).double().mean()) - 0.5) < 0.02
+
+
+def test_hooks_attributes_and_shared_modules_stay() -> None:
+    model = nn.ModuleList([experts := Stacked().eval(), nn.ModuleList([experts])])
+    experts.register_forward_hook(lambda module, args, output: 2 * output)
+    given = tokens()
+    found = bp.as_linears(model)
+    assert found[0] is found[1][0]
+    torch.testing.assert_close(found[0](*given), experts(*given))
+    torch.testing.assert_close(bp.from_linears(found, model)[0](*given), experts(*given))
+    alone = bp.as_linears(experts)
+    torch.testing.assert_close(alone(*given), experts(*given))
+    torch.testing.assert_close(bp.from_linears(alone, experts)(*given), experts(*given))
+
+
+def test_an_expert_of_another_device_gives_nothing() -> None:
+    experts = Stacked()
+    x, chosen, share = tokens()
+    chosen[:, 1] = 3
+    alone = experts(x, chosen[:, :1], share[:, :1])
+    torch.testing.assert_close(bp.as_linears(experts)(x, chosen, share), alone)
+
+
+class Scaled(Stacked):
+    def forward(self, x: Tensor, chosen: Tensor, share: Tensor) -> Tensor:
+        return 2 * super().forward(x, chosen, share)
+
+
+class Fewer(Stacked):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x
+
+
+@pytest.mark.parametrize("kind", [Scaled, Fewer])
+def test_what_computes_something_else_stays_as_it_is(kind: type[Stacked]) -> None:
+    model = nn.ModuleList([kind(), Stacked()])
+    with pytest.warns(UserWarning, match=rf"0, a {kind.__name__}, computes something else than its experts.*stays as it is"):
+        found = bp.as_linears(model)
+    assert [type(m) for m in found] == [kind, Experts]
+    back = bp.from_linears(found, model)
+    assert all(torch.equal(value, back.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_a_model_without_values_becomes_linears_too() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(Stacked())
+    assert isinstance(bp.as_linears(model)[0], Experts)
+
+
+def test_errors_name_the_remedy() -> None:
+    model = nn.ModuleList([Stacked(), nn.Linear(2, 2)])
+    masks = allocate.per_layer(metric.l1(collect.weights(model, where=bp.named("0.*proj", (1, 2, 2)))), 0.5)
+    masked = bp.apply_masks(bp.as_linears(model), allocate.per_layer(metric.l1(collect.weights(model, where=bp.linears((2, 2)))), 0.5))
+    with pytest.raises(ValueError, match=r"0, a Stacked, is parametrized; .*bp\.finalize"):
+        bp.as_linears(bp.apply_masks(model, masks))
+    with pytest.raises(ValueError, match=r"1 is parametrized; give a plain model: bp\.finalize"):
+        bp.from_linears(masked, model)
+    with pytest.raises(ValueError, match=r"not as bp\.as_linears\(like\) is: .*0\.0\.gate_proj\.weight.*like="):
+        bp.from_linears(nn.Linear(2, 2), nn.ModuleList([Stacked()]))
+    with pytest.raises(ValueError, match=r"not as bp\.as_linears\(like\) is: .*like="):
+        bp.from_linears(bp.as_linears(nn.ModuleList([Stacked(), nn.Linear(2, 2)])), nn.ModuleList([Stacked(), nn.Linear(2, 3)]))
+
+
+class Layer(nn.Module):
+    """A Linear whose pruning makes the router choose others, then experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.experts, self.router = nn.Linear(4, 4), Stacked(), nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + self.first(x)
+        share, chosen = (h @ self.router.mT).softmax(-1).topk(2)
+        return h + self.experts(h, chosen, share)
+
+
+def test_experts_are_compared_on_the_tokens_that_the_dense_router_chose() -> None:
+    torch.manual_seed(0)
+    model = bp.as_linears(nn.Sequential(Layer(), Layer())).double()
+    batches = list(torch.randn(4, 20, 4).double())
+    seen: dict[str, Tensor] = {}
+    order: list[list[str]] = []
+
+    def repair(data: bp.Data, masks: bp.Masks) -> bp.Weights:
+        order.append(sorted(data))
+        seen.update({name: p.stats["input_cross"] for name, p in data.items()})
+        return reconstruct.least_squares(data, masks, damping=0.1, progress=False)
+
+    look = partial(collect.with_statistics, where=bp.linears((2, 2)), statistics=[statistics.input_gram])
+    pipeline = bp.Pipeline(look, partial(metric.obs, progress=False), allocate.per_layer)
+    found = bp.sequential(model, pipeline, repair, batches, 0.5, progress=False)
+    ups = [f"experts.{e}.{name}.weight" for e in range(3) for name in ("gate_proj", "up_proj")]
+    downs = [f"experts.{e}.down_proj.weight" for e in range(3)]
+    assert order == [[f"{i}.{name}" for name in names] for i in range(2) for names in (["first.weight"], ups, downs)]
+
+    pruned = bp.finalize(bp.apply_masks(bp.as_linears(model), found.masks, found.weights))
+    counts: list[int] = []
+    for number in range(3):
+        sums, n = torch.zeros(4, 5).double(), 0
+        for x in batches:
+            h, g = x + model[0].first(x), x + pruned[0].first(x)
+            chosen, others = ((y @ model[0].router.mT).topk(2).indices == number for y in (h, g))
+            counts.append(int((chosen != others).sum()))
+            token = torch.where(chosen)[0]
+            sums += h[token].mT @ torch.cat([g[token], torch.ones(len(token), 1).double()], 1)
+            n += len(token)
+        torch.testing.assert_close(seen[f"0.experts.{number}.up_proj.weight"][0], sums / n)
+    assert sum(counts), "the router chose the same: nothing was shown"
+    sparse = export.block_sparse(bp.apply_masks(model, found.masks, found.weights), backend="torch")
+    torch.testing.assert_close(sparse(batches[0]), pruned(batches[0]))
