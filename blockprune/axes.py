@@ -27,10 +27,11 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
     convolutions (depthwise ones in between move along), and a residual stream that ends in a layer, not in the output. A Linear,
     convolution or embedding is made to give something else for some of its units, while all others give what they gave: where other
     layers see those units and no others, the axis is theirs as well. Last, all units change places at random: an axis stays if the
-    outputs do, each to 1e-5 of itself or of the median one.
+    outputs do, each to 1e-5 of itself or of the median one; if it does not, all bare parameters that are as long along one axis alone
+    (learned positions, scales, a router) move along, and it is tried again.
 
-    Not found are axes that a bare parameter knows too (a learned position, a scale) and projections in one piece (queries, keys and values
-    in one Linear; a gate whose units take turns with what they gate). Of two orders of one axis the first is kept. What the example does
+    Not found are projections in one piece (queries, keys and values in one Linear; a gate whose units take turns with what they gate) and
+    axes that a number in the model's code knows. Of two orders of one axis the first is kept. What the example does
     not show is not known: layers that it does not call (a warning names them, and axes as long as theirs are left out), heads if its
     sequences have one token only.
 
@@ -173,7 +174,9 @@ def _proved(watch: Watch, plan: list[Shuffle]) -> list[Shuffle]:
     if not plan or holds(plan):
         return plan
     if len(plan) == 1:
-        return []
+        more = watch.beside(len(plan[0].order))
+        whole = attrs.evolve(plan[0], **{role: (*getattr(plan[0], role), *names) for role, names in more.items()})  # type: ignore[arg-type]
+        return [whole] if any(more.values()) and holds([whole]) else []
     middle = len(plan) // 2
     kept, others = _proved(watch, plan[:middle]), _proved(watch, plan[middle:])
     if not kept or not others or holds([*kept, *others]):

@@ -34,7 +34,7 @@ def _permutation(order: Tensor) -> Tensor:
 
 def _names(names: Sequence[str]) -> tuple[str, ...]:
     if isinstance(names, str):
-        raise TypeError(f"a Shuffle's rows and columns are tuples of names, not the string {names!r}; write ({names!r},)")
+        raise TypeError(f"a Shuffle's rows, columns and last are tuples of names, not the string {names!r}; write ({names!r},)")
     return tuple(names)
 
 
@@ -53,6 +53,7 @@ class Shuffle:
         order: int64 ``[units]``, each of 0..units-1 once.
         rows: parameters and buffers whose axis 0 is made of the units: weights that compute them, biases, batch norm's running_mean.
         columns: those whose axis 1 is made of the units: weights that read them.
+        last: those whose last axis is made of the units: learned positions and tokens, ``[1, tokens, units]``.
         within: equal groups of consecutive units that none may leave, such as heads whose channels are the units.
         copies: names on whose axis each group stands several times, one copy behind the other: the output projection where so many
             query heads share the values of one head.
@@ -69,6 +70,7 @@ class Shuffle:
     order: Tensor = attrs.field(eq=_same, converter=_permutation)  # [units] int64
     rows: tuple[str, ...] = attrs.field(default=(), converter=_names, kw_only=True)
     columns: tuple[str, ...] = attrs.field(default=(), converter=_names, kw_only=True)
+    last: tuple[str, ...] = attrs.field(default=(), converter=_names, kw_only=True)
     within: int = attrs.field(default=1, kw_only=True)
     copies: Mapping[str, int] = attrs.field(factory=dict, converter=_counts, kw_only=True)
 
@@ -168,7 +170,7 @@ def weakest_first(
 def _by_unit(name: str, score: BlockScore, axis: int, units: int) -> Tensor:
     """The sum over each unit's elements, which all have their block's score: float64 ``[units]`` on the CPU."""
     grid, value = score.grid, score.value.detach().cpu().double()
-    _check_axis(name, grid.shape, axis, units)
+    _check_axis(name, grid.shape, axis, units, role=("rows", "columns")[axis])
     if not value.isfinite().all():
         raise ValueError(f"{name}: the scores of {grid} have NaN or infinite values, which do not add up; sort before `restrict`")
     line = BlockGrid((grid.shape[axis],), (grid.block[axis],))
@@ -178,8 +180,7 @@ def _by_unit(name: str, score: BlockScore, axis: int, units: int) -> Tensor:
     return expand(along / block_elements(line), line).reshape(units, -1).sum(1)
 
 
-def _check_axis(name: str, shape: Sequence[int], axis: int, units: int) -> None:
-    role = ("rows", "columns")[axis]
+def _check_axis(name: str, shape: Sequence[int], axis: int, units: int, *, role: str) -> None:
     if len(shape) <= axis:
         raise ValueError(f"{name}: its shape {tuple(shape)} has no axis {axis}, which `{role}` moves; only weights have columns")
     if not shape[axis] or shape[axis] % units:
@@ -203,15 +204,15 @@ def _moves(model: nn.Module, plan: Sequence[Shuffle]) -> dict[tuple[str, int], T
     moves: dict[tuple[str, int], Tensor] = {}
     taken: dict[tuple[int, int], int] = {}  # which shuffle moves this axis of this tensor
     for number, shuffle in enumerate(plan):
-        for axis, names in enumerate((shuffle.rows, shuffle.columns)):
+        for role, names in (("rows", shuffle.rows), ("columns", shuffle.columns), ("last", shuffle.last)):
             for name in names:
                 if name not in tensors:
                     raise KeyError(f"plan[{number}] names {name!r}, which is no parameter or buffer of the model{near(name, tensors)}")
                 tensor, here = tensors[name], f"{name}: {tuple(tensors[name].shape)}"
                 if name in computed:
                     raise ValueError(f"{here} is computed by a parametrization; remove that first (`remove_parametrizations`)")
-                order = shuffle.along(name)
-                _check_axis(name, tensor.shape, axis, len(order))
+                order, axis = shuffle.along(name), {"rows": 0, "columns": 1}.get(role, max(0, tensor.ndim - 1))
+                _check_axis(name, tensor.shape, axis, len(order), role=role)
                 if missing := [other for other, t in tensors.items() if t is tensor and other not in names]:
                     raise ValueError(f"{here} is tied to {missing}, which plan[{number}] would change too; name all, or untie them")
                 if (first := taken.get((id(tensor), axis))) is None:

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 
+from blockprune.experts import Experts
 from blockprune.fold import call_by_call, gpus, moved, wide
 from blockprune.gates import Forward
 from blockprune.layerwise import CACHES
@@ -48,7 +49,11 @@ def _channels(module: nn.Module, x: Tensor) -> int:
     """The axis of units in what a module is given or gives."""
     if isinstance(module, _ConvNd):
         return x.ndim - 1 - len(module.kernel_size)
-    return 1 if isinstance(module, (_NormBase, nn.PReLU, nn.GroupNorm)) and x.ndim > 1 else x.ndim - 1
+    if isinstance(module, (_NormBase, nn.PReLU, nn.GroupNorm)):
+        return min(1, x.ndim - 1)
+    sizes = {t.shape[0] for t in module._parameters.values() if t is not None and t.ndim == 1}
+    first = not _mixes(module) and x.ndim > 1 and x.shape[1] in sizes and x.shape[-1] not in sizes  # a norm where channels come first
+    return 1 if first else x.ndim - 1
 
 
 def _wide(model: nn.Module, example: Any, forward: Forward) -> tuple[nn.Module, Run]:
@@ -92,6 +97,8 @@ class Watch:
     given: Mapping[str, Sequence[Tensor]]  # by the mixing layers, call by call
     seen: Seen  # by all of them
     outputs: Sequence[Tensor]
+    chosen: Mapping[str, Sequence[Any]]  # by the router of each module of experts, call by call
+    bare: Mapping[str, Tensor]  # parameters in which no change shows: learned positions, scales, routers
 
     @classmethod
     def of(cls, original: nn.Module, example: Any, forward: Forward) -> "Watch":
@@ -110,21 +117,29 @@ class Watch:
             if _mixes(module):
                 given.setdefault(name, []).append(output.clone())
 
+        def choose(module: nn.Module, args: Any, *, name: str) -> None:
+            chosen.setdefault(name, []).append(args[1:])
+
+        chosen: dict[str, list[Any]] = {}
         watched = {name: m for name, m in model.named_modules() if _mixes(m)} | beside
         with contextlib.ExitStack() as stack:
             for name, module in watched.items():
                 stack.callback(module.register_forward_hook(partial(look, name=name), with_kwargs=True).remove)
+            for name, module in _experts(model):
+                stack.callback(module.register_forward_pre_hook(partial(choose, name=name)).remove)
             outputs = run(model)
-        return cls(watched, run, model, given, seen, outputs)
+        known = {id(p) for m in watched.values() for p in m.parameters() if m not in beside.values() or _alone(m) or p.ndim == 1}
+        bare = {name: p for name, p in model.named_parameters() if id(p) not in known and p.is_floating_point()}
+        return cls(watched, run, model, given, seen, outputs, chosen, bare)
 
     def changed(self, name: str, units: Tensor) -> Units | None:
         """Which inputs of each module change if these units of one layer do; None if the model then takes another course or ends there."""
-        calls: dict[str, Iterator[Tensor]] = {}
+        calls: dict[str, Iterator[Any]] = {}
         seen: dict[str, list[Tensor]] = {}
 
         def cut(at: str, /, *args: Any, **kwargs: Any) -> Tensor:
             _note(seen, at, args, kwargs)
-            y = next(calls.setdefault(at, iter(self.given[at])))
+            y: Tensor = next(calls.setdefault(at, iter(self.given[at])))
             if at != name:
                 return y.clone()
             axis = _channels(self.modules[at], y)
@@ -133,7 +148,12 @@ class Watch:
         def note(module: nn.Module, args: Any, kwargs: Any, *, at: str) -> None:
             _note(seen, at, args, kwargs)
 
+        def choose(at: str, module: nn.Module, args: Any) -> Any:
+            return args[0], *next(calls.setdefault(at, iter(self.chosen[at])))
+
         with contextlib.ExitStack() as stack:
+            for at, module in _experts(self.model):
+                stack.callback(module.register_forward_pre_hook(partial(choose, at)).remove)
             for at, module in self.modules.items():
                 if at in self.given:
                     stack.callback(vars(module).update, {key: own for key, own in vars(module).items() if key == "forward"})
@@ -209,14 +229,14 @@ class Watch:
         return size if look and size and look[at][:size].all() and len(look[at]) % size == 0 else 0
 
     def unused(self) -> list[str]:
-        """Modules that the example does not use, which no change shows."""
-        return self._unused([name for name in self.modules if name not in self.seen])
+        """Modules and bare parameters that the example does not use, which no change shows."""
+        return self._unused([*(name for name in self.modules if name not in self.seen), *self.bare])
 
     def _unused(self, names: Sequence[str]) -> list[str]:
         """Those of some that were not called on which no output depends: the layer around may use their weights, as attention does."""
-        before = [(t, t.clone()) for name in names for t in _own(self.modules[name]).values() if t.is_floating_point()]
+        before = [(t, t.clone()) for name in names for t in self._tensors(name) if t.is_floating_point()]
         for t, _ in before:
-            t.add_(1)
+            t.add_(1 + torch.rand_like(t))  # not a shift that a softmax forgets
         outputs = self.run(self.model) if names else self.outputs
         for t, was in before:
             t.copy_(was)
@@ -226,8 +246,23 @@ class Watch:
         return [*self._unused(names[:middle]), *self._unused(names[middle:])] if middle else []
 
     def sizes(self, name: str) -> set[int]:
-        """How long the axes of a module's tensors are."""
-        return {size for t in _own(self.modules[name]).values() for size in t.shape[:2]}
+        """How long the axes of a module's tensors are, or of a bare parameter."""
+        return {size for t in self._tensors(name) for size in (t.shape if name in self.bare else t.shape[:2])}
+
+    def _tensors(self, name: str) -> list[Tensor]:
+        return [self.bare[name]] if name in self.bare else [*_own(self.modules[name]).values()]
+
+    def beside(self, n: int) -> dict[str, list[str]]:
+        """Bare parameters of which one axis alone is so long, by the role that they would have in a `Shuffle`."""
+        found: dict[str, list[str]] = {"rows": [], "columns": [], "last": []}
+        for name, p in self.bare.items():
+            if [*p.shape].count(n) == 1 and (axis := [*p.shape].index(n)) in {0, 1, p.ndim - 1}:
+                found["rows" if axis == 0 else "columns" if axis == 1 else "last"].append(name)
+        return found
+
+
+def _experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Experts)]
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:

@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "pareto": {"distribute", "tables", "types"},
     "permute": {"blocks", "names", "types"},
-    "watch": {"fold", "gates", "layerwise"},
+    "watch": {"experts", "fold", "gates", "layerwise"},
     "axes": {"apply", "fold", "gates", "permute", "watch"},
     "cluster": {"blocks", "names", "permute", "ranking", "types"},
     "export": {"apply", "blocks", "fold", "masks", "names", "native", "storage", "tables", "types"},

@@ -224,8 +224,63 @@ class Scaled(nn.Module):
         return self.c(torch.relu(self.b(torch.relu(self.a(x) * self.scale))))
 
 
-def test_an_axis_that_something_unseen_knows_does_not_stand_the_proof() -> None:
-    assert [shape(s) for s in bp.find_axes(Scaled(), torch.randn(4, 3))] == [(6, {"b.weight", "b.bias"}, {"c.weight"}, 1, {})]
+def test_a_bare_parameter_moves_along() -> None:
+    model, x = Scaled(), torch.randn(4, 3)
+    found = bp.find_axes(model, x)
+    assert [shape(s) for s in found] == [
+        (6, {"a.weight", "a.bias", "scale"}, {"b.weight"}, 1, {}),
+        (6, {"b.weight", "b.bias"}, {"c.weight"}, 1, {}),
+    ]
+    torch.testing.assert_close(bp.permute(model, [attrs.evolve(s, order=torch.randperm(6)) for s in found])(x), model(x))
+
+
+class Tokens(nn.Module):
+    """A stream that learned positions, a token, scales and a router know, each along an axis of its own."""
+
+    def __init__(self, unused: bool = False) -> None:
+        super().__init__()
+        self.embed, self.up, self.down, self.head = nn.Linear(3, 6), nn.Linear(6, 9), nn.Linear(9, 6), nn.Linear(6, 2)
+        self.token, self.position = nn.Parameter(torch.randn(1, 1, 6)), nn.Parameter(torch.randn(1, 5, 6))
+        self.scale, self.router = nn.Parameter(torch.rand(6)), nn.Parameter(torch.randn(2, 6))
+        self.other = nn.Parameter(torch.randn(6, 6))  # two axes are as long, and it has no part in this
+        self.unused = nn.Parameter(torch.randn(1, 6)) if unused else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(x), 1, 6), self.embed(x)], 1) + self.position
+        x = x + self.scale * self.down(torch.relu(self.up(x)))
+        share = (x @ self.router.mT).softmax(-1)[..., :1]
+        return self.head(x * share) + self.other.sum()
+
+
+def test_a_stream_with_positions_tokens_scales_and_a_router() -> None:
+    model, x = Tokens(), torch.randn(2, 4, 3)
+    found = bp.find_axes(model, x)
+    assert [len(s.order) for s in found] == [6, 9]
+    assert {*found[0].last} == {"token", "position"}
+    assert "scale" in found[0].rows
+    assert "router" in found[0].columns
+    assert not {"other"} & {*found[0].rows, *found[0].columns, *found[0].last}
+    torch.testing.assert_close(bp.permute(model, [attrs.evolve(s, order=torch.randperm(len(s.order))) for s in found])(x), model(x))
+
+
+def test_a_bare_parameter_that_no_output_shows_keeps_its_axis() -> None:
+    with pytest.warns(UserWarning, match="does not call unused, which may share the axis of 6 units"):
+        found = bp.find_axes(Tokens(unused=True), torch.randn(2, 4, 3))
+    assert [len(s.order) for s in found] == [9]
+
+
+def test_a_norm_where_channels_come_first() -> None:
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.weight[:, None, None] * x / x.norm(dim=1, keepdim=True)
+
+    model, x = nn.Sequential(nn.Conv2d(3, 6, 2), First(), nn.Conv2d(6, 2, 2)), torch.randn(2, 3, 8, 8)
+    (found,) = bp.find_axes(model, x)
+    assert shape(found) == (6, {"0.weight", "0.bias", "1.weight"}, {"2.weight"}, 1, {})
 
 
 def test_an_attention_in_one_piece_leaves_the_layers_around_it() -> None:
@@ -328,11 +383,11 @@ def test_outputs_without_tensors() -> None:
 
 
 class Bare(nn.Module):
-    """A hidden axis that a bare parameter knows too, so none may be found."""
+    """A hidden axis that a number in the model's code knows too, so none may be found."""
 
     def __init__(self, last: Callable[[Tensor, Tensor], Any]) -> None:
         super().__init__()
-        self.up, self.own, self.down, self.last = nn.Linear(4, 8), nn.Parameter(torch.randn(8)), nn.Linear(8, 3), last
+        self.up, self.own, self.down, self.last = nn.Linear(4, 8), torch.randn(8), nn.Linear(8, 3), last
 
     def forward(self, x: Tensor) -> Any:
         hidden = torch.relu(self.up(x) + self.own)

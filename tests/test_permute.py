@@ -231,7 +231,8 @@ def test_unit_i_becomes_what_unit_order_i_was(order: list[int], tall: int, wide:
     units = len(order)
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, units * tall), nn.BatchNorm1d(units * tall), nn.Linear(units * wide, 2)).to(dtype)
-    shuffle = Shuffle(torch.tensor(order), rows=("0.weight", "0.bias", "1.running_mean"), columns=("2.weight",))
+    model.register_parameter("position", nn.Parameter(torch.randn(1, 3, units * wide).to(dtype)))
+    shuffle = Shuffle(torch.tensor(order), rows=("0.weight", "0.bias", "1.running_mean"), columns=("2.weight",), last=("position",))
     moved = permute(model, [shuffle])
     for i, was in enumerate(order):
         for j in range(tall):
@@ -239,6 +240,7 @@ def test_unit_i_becomes_what_unit_order_i_was(order: list[int], tall: int, wide:
             assert torch.equal(moved[0].bias[i * tall + j], model[0].bias[was * tall + j])
         for j in range(wide):
             assert torch.equal(moved[2].weight[:, i * wide + j], model[2].weight[:, was * wide + j])
+            assert torch.equal(moved.position[..., i * wide + j], model.position[..., was * wide + j])
     assert same(permute(moved, [shuffle.inverse]).state_dict(), model.state_dict())
     assert permute(moved, [shuffle.inverse])[0].weight.dtype == dtype
     assert shuffle.inverse.inverse == shuffle
@@ -403,6 +405,8 @@ GOOD = Shuffle(turned(6), rows=both("0"), columns=["3.weight"])
         ([Shuffle(turned(4), columns=["0.weight"])], ValueError, ["0.weight", "axis 1", "3 `columns`", "4 equal units"]),
         ([Shuffle(turned(6), columns=["0.bias"])], ValueError, ["0.bias", "(6,)", "no axis 1"]),
         ([Shuffle(turned(6), rows=["1.num_batches_tracked"])], ValueError, ["1.num_batches_tracked", "no axis 0"]),
+        ([Shuffle(turned(6), last=["1.num_batches_tracked"])], ValueError, ["1.num_batches_tracked", "no axis 0"]),
+        ([Shuffle(turned(6), last=["0.weight"])], ValueError, ["0.weight", "axis 3", "3 `last`"]),
         ([GOOD, Shuffle(turned(3), rows=["0.bias"])], ValueError, ["0.bias: (6,)", "axis 0", "plan[0] and plan[1]", "twice"]),
         ([GOOD, GOOD], ValueError, ["0.weight", "plan[0] and plan[1]"]),
     ],
