@@ -54,7 +54,7 @@ def as_linears(model: M) -> M:
     """
     model = copy.deepcopy(model)
     found: dict[str, Any] = {name: module for name, module in model.named_modules() if is_transposed(module) or is_stacked(module)}
-    held = {id(p): name for name, module in model.named_modules() if name not in found for p in module._parameters.values()}
+    held = {id(p): name for name, module in model.named_modules() if not is_transposed(module) for p in module._parameters.values()}
     for name, module in found.items():
         _check(name, module, held)
     turned: dict[Tensor, nn.Parameter] = {}
@@ -112,7 +112,7 @@ def _check(name: str, module: Any, held: dict[int, str]) -> None:
         raise ValueError(f"{what} is parametrized; make Linears of a plain model: bp.finalize(model)")
     if "forward" in vars(module):
         raise ValueError(f"{what} has a forward of its own, which may do more than a product; delete that first")
-    if shared := [other for p in module._parameters.values() if (other := held.get(id(p))) is not None]:
+    if shared := [other for p in module._parameters.values() if (other := held.get(id(p), name)) != name and p is not None]:
         raise ValueError(
             f"{what} has a weight that {shared[0] or 'the model'} has too, and one of them would be transposed; untie them first"
         )

@@ -138,6 +138,10 @@ def test_errors_name_the_remedy() -> None:
     masked = bp.apply_masks(bp.as_linears(model), allocate.per_layer(metric.l1(collect.weights(model, where=bp.linears((2, 2)))), 0.5))
     with pytest.raises(ValueError, match=r"0, a Stacked, is parametrized; .*bp\.finalize"):
         bp.as_linears(bp.apply_masks(model, masks))
+    tied = nn.ModuleList([Stacked(), Stacked()])
+    tied[1].down_proj = tied[0].down_proj
+    with pytest.raises(ValueError, match=r"0, a Stacked, has a weight that 1 has too.*untie"):
+        bp.as_linears(tied)
     with pytest.raises(ValueError, match=r"1 is parametrized; give a plain model: bp\.finalize"):
         bp.from_linears(masked, model)
     with pytest.raises(ValueError, match=r"not as bp\.as_linears\(like\) is: .*0\.0\.gate_proj\.weight.*like="):
