@@ -63,15 +63,17 @@ def finish(fold: Fold) -> Data:
         >>> bp.collect.finish(one)["weight"].stats["input_sq"]
         tensor([[1., 1.]])
     """
-    for (name, statistic), sums in fold.sums.items():
-        if "n" in sums and not sums.get("reached", sums["n"]).any():
-            if all(not other["n"].any() for other in fold.sums.values() if "n" in other):
-                raise ValueError("batches is empty: statistics need at least one batch (a generator can be used once only)")
-            owner = type(fold.slots[name].owner).__name__.removeprefix("Parametrized")
-            raise ValueError(
-                f"{name} {fold.data[name].grid.shape}: the forward never calls its {owner}, so {statistic!r} saw nothing; "
-                "leave it out with `excluding`"
-            )
+    missed = {key: sums for key, sums in fold.sums.items() if "n" in sums and not sums.get("reached", sums["n"]).any()}
+    if missed and all(not sums["n"].any() for sums in fold.sums.values() if "n" in sums):
+        raise ValueError("batches is empty: statistics need at least one batch (a generator can be used once only)")
+    if missed:
+        name, statistic = next(iter(missed))
+        owner, others = type(fold.slots[name].owner).__name__.removeprefix("Parametrized"), [*dict.fromkeys(n for n, _ in missed)][1:]
+        raise ValueError(
+            f"{name} {fold.data[name].grid.shape}: the forward never calls its {owner}, so {statistic!r} saw nothing"
+            + (f" (nor of {len(others)} more: {', '.join(others[:4])}{', ...' if len(others) > 4 else ''})" if others else "")
+            + "; give batches that reach it, or leave it out with `excluding`"
+        )
     return {
         name: attrs.evolve(param, stats={s.name: s.finalize(fold.sums[name, s.name], fold.slots[name], param) for s in fold.statistics})
         for name, param in fold.data.items()
