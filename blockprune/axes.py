@@ -37,7 +37,8 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
 
     Args:
         model: without masks; it stays as it is (a copy in float64 is looked at).
-        example: one small batch that calls every layer: two tokens are enough if no layer is an expert; every layer is run several times.
+        example: one small batch that calls every layer, two tokens or more; every layer is run several times. Experts of `as_linears` take
+            turns whatever the router says, so they need as many tokens as they are.
         forward: as in `collect.with_statistics`.
         progress: show a bar on a terminal.
 
@@ -77,7 +78,17 @@ class _Part:
 def _parts(watch: Watch, progress: bool) -> Iterator[_Part]:
     """The stream, whose units each layer sees all at once; then what shows its units one by one, in the order of the layers."""
     names = tqdm(watch.given, desc="axes", disable=None if progress else True, leave=False)
-    reached = {name: links for name in names if (links := watch.reach(name)) is not None}
+    reached: dict[str, Mapping[str, Link]] = {}
+    for name in names:
+        one, own = watch.twins(name)
+        found: Mapping[str, Link] | None = None
+        if one == own:
+            found = watch.reach(name)
+        else:  # experts are alike, and the proof looks at all
+            links = reached.get(name.replace(own, one, 1))
+            found = links and {at.replace(one, own, 1): link for at, link in links.items()}
+        if found is not None:
+            reached[name] = found
     pieces = {name: max((link.pieces for link in links.values()), default=1) for name, links in reached.items()}
     parts = [
         ({a: pieces[a] for a in givers}, {at: link for a in givers for at, link in reached[a].items()})

@@ -5,7 +5,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import torch
@@ -104,6 +104,8 @@ class Watch:
     def of(cls, original: nn.Module, example: Any, forward: Forward) -> "Watch":
         """The first look at a copy, nothing changed."""
         model, run = _wide(original, example, forward)
+        for _, module in _experts(model):
+            module.register_forward_pre_hook(_by_turns)
         beside = {
             name: m
             for name, m in model.named_modules()
@@ -228,6 +230,13 @@ class Watch:
         size = int(look[at].sum()) if look else 0
         return size if look and size and look[at][:size].all() and len(look[at]) % size == 0 else 0
 
+    def twins(self, name: str) -> tuple[str, str]:
+        """Of a Linear of an expert what names in the first expert start with, and in its own; of others nothing."""
+        for at, _ in _experts(self.model):
+            if name.startswith(f"{at}."):
+                return f"{at}.0.", f"{at}.{name.removeprefix(f'{at}.').partition('.')[0]}."
+        return "", ""
+
     def unused(self) -> list[str]:
         """Modules and bare parameters that the example does not use, which no change shows."""
         return self._unused([*(name for name in self.modules if name not in self.seen), *self.bare])
@@ -259,6 +268,12 @@ class Watch:
             if [*p.shape].count(n) == 1 and (axis := [*p.shape].index(n)) in {0, 1, p.ndim - 1}:
                 found["rows" if axis == 0 else "columns" if axis == 1 else "last"].append(name)
         return found
+
+
+def _by_turns(module: nn.Module, args: Any) -> Any:
+    """Whatever the router says: each expert gets tokens, and always the same."""
+    chosen = args[1]
+    return args[0], torch.arange(chosen.numel(), device=chosen.device).view_as(chosen) % len(cast(Experts, module).numbered()), *args[2:]
 
 
 def _experts(model: nn.Module) -> list[tuple[str, nn.Module]]:

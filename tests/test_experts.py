@@ -3,6 +3,7 @@
 import itertools
 from functools import partial
 
+import attrs
 import pytest
 import torch
 from torch import Tensor, nn
@@ -197,3 +198,29 @@ def test_experts_are_compared_on_the_tokens_that_the_dense_router_chose() -> Non
     assert sum(counts), "the router chose the same: nothing was shown"
     sparse = export.block_sparse(bp.apply_masks(model, found.masks, found.weights), backend="torch")
     torch.testing.assert_close(sparse(batches[0]), pruned(batches[0]))
+
+
+def test_hidden_units_of_all_experts_and_the_stream_are_found_whatever_the_router_says() -> None:
+    torch.manual_seed(0)
+    model = bp.as_linears(nn.Sequential(nn.Linear(3, 4), Layer(), Layer(), nn.Linear(4, 2))).double()
+    with torch.no_grad():
+        model[1].router[2] = 0
+        model[1].router[:2].abs_()
+        model[0].bias.fill_(1)
+        model[0].weight.mul_(0.1)
+        model[1].first.weight.abs_()
+    x = torch.randn(9, 3).double()
+    assert not ((model[0](x) + model[1].first(model[0](x))) @ model[1].router.mT).topk(2).indices.eq(2).any()
+    found = bp.find_axes(model, x, progress=False)
+    assert [len(s.order) for s in found] == [4, *[5] * 6]
+    assert {"1.router", "2.router"} <= {*found[0].columns}
+    hidden = {f"{i}.experts.{e}.down_proj.weight" for i in (1, 2) for e in range(3)}
+    assert {name for s in found[1:] for name in s.columns} == hidden
+    moved = bp.permute(model, [attrs.evolve(s, order=torch.randperm(len(s.order))) for s in found])
+    with torch.no_grad():
+        other = model[1].router.clone()
+        model[1].router.neg_()  # and now others are
+        moved[1].router.neg_()
+    assert not torch.equal(other, model[1].router)
+    torch.testing.assert_close(moved(x), model(x))
+    torch.testing.assert_close(moved(-x), model(-x))
