@@ -141,7 +141,7 @@ class Beside:
         with contextlib.ExitStack() as stack:
             for name, module in self.layer.module.named_modules():
                 if isinstance(module, Experts):
-                    stack.callback(module.register_forward_pre_hook(partial(choose, name)).remove)
+                    stack.callback(module.register_forward_pre_hook(partial(choose, name), prepend=True).remove)
             for name, slot, module in self.heard:
                 if name in self.anatomy.joins:
                     source = self.layer.module.get_submodule(self.anatomy.joins[name])

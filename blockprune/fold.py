@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import attrs
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from tqdm import tqdm
 
+from blockprune.experts import Experts
 from blockprune.gates import Heard, How, gates, scalar
 from blockprune.layers import input_axis, listeners, rows
 from blockprune.names import Slot, find
@@ -142,6 +144,7 @@ def _layers(  # noqa: PLR0917 (of one caller)
 ) -> Fold:
     """One forward, and one backward if a statistic needs it; what a layer sees is added at once, before the forward writes into it."""
     token_weights = how.token_weights(batch)
+    routed: dict[nn.Module, Tensor] = {}  # by an expert's Linear: how much each of its tokens counts
     handles = []
     outputs: list[GradientEdge] = []  # of which the gradients are asked for
     kinds = {s.sees for s in fold.statistics}
@@ -167,7 +170,7 @@ def _layers(  # noqa: PLR0917 (of one caller)
             raw: Tensor = output[0] if isinstance(output, tuple) else output
             with torch.no_grad():
                 views = [x.detach() for x in rows(slot, module, args, kwargs)] if "inputs" in kinds else []
-                call = attrs.evolve(_call(slot, module, views, raw, token_weights), name=name)
+                call = attrs.evolve(_call(slot, module, views, raw, routed.get(module, token_weights)), name=name)
                 if "inputs" in kinds:
                     add(name, "inputs", shared(call))
                 add(name, "output", call)
@@ -178,6 +181,9 @@ def _layers(  # noqa: PLR0917 (of one caller)
         return hook
 
     if kinds & {"inputs", "output", "output_grad"}:
+        if token_weights is not None:
+            experts = [m for m in model.modules() if isinstance(m, Experts)]
+            handles += [m.register_forward_pre_hook(partial(_route, routed, token_weights.flatten())) for m in experts]
         for name, slot, module in heard:
             if input_axis(slot) == input_axis(fold.slots[name]):  # not a head tied to an embedding
                 handles.append(module.register_forward_hook(listen(name, slot), with_kwargs=True))
@@ -196,6 +202,12 @@ def _layers(  # noqa: PLR0917 (of one caller)
     elif loss is not None and outputs:  # none of weights: a third of the products of the backward
         torch.autograd.grad(loss, _lowest(outputs), allow_unused=True)
     return fold
+
+
+def _route(routed: dict[nn.Module, Tensor], weights: Tensor, module: Experts, args: Any) -> None:
+    if len(args[1]) == len(weights):
+        for number, expert in enumerate(module.numbered()):
+            routed.update(dict.fromkeys(expert.children(), weights[torch.where(args[1] == number)[0]]))
 
 
 def _lowest(edges: Sequence[GradientEdge]) -> list[GradientEdge]:
@@ -230,7 +242,7 @@ def _call(slot: Slot, module: nn.Module, views: list[Tensor], raw: Tensor, token
     if isinstance(slot.owner, nn.modules.conv._ConvNd):
         return Call(inputs, _matrix(slot, raw), None)
     leading = {x.shape[:-1] for x in [*views, raw]}
-    candidates = [] if token_weights is None else [token_weights, token_weights.mT, token_weights.flatten()]
+    candidates = [] if token_weights is None else [token_weights, token_weights.movedim(0, -1), token_weights.flatten()]
     if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
         candidates = candidates[1:]
     weights = next((w.flatten() for w in candidates if w.shape in leading), None)

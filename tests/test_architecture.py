@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": {"as_linears", "names"},
     "statistics": {"as_linears", "layers", "names", "native", "types"},
     "gates": {"blocks", "names", "statistics"},
-    "fold": {"gates", "layers", "names", "statistics", "types"},
+    "fold": {"experts", "gates", "layers", "names", "statistics", "types"},
     "quadratic": {"tables", "types"},
     "ranking": {"types"},
     "distribute": {"blocks", "names", "ranking", "types"},

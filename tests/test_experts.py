@@ -164,8 +164,10 @@ class Layer(nn.Module):
         return h + self.experts(h, chosen, share)
 
 
-def test_experts_are_compared_on_the_tokens_that_the_dense_router_chose() -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_experts_are_compared_on_the_tokens_that_the_dense_router_chose(padded: bool) -> None:
     torch.manual_seed(0)
+    counts = torch.arange(20) < (14 if padded else 20)
     model = bp.as_linears(nn.Sequential(Layer(), Layer())).double()
     batches = list(torch.randn(4, 20, 4).double())
     seen: dict[str, Tensor] = {}
@@ -178,26 +180,50 @@ def test_experts_are_compared_on_the_tokens_that_the_dense_router_chose() -> Non
 
     look = partial(collect.with_statistics, where=bp.linears((2, 2)), statistics=[statistics.input_gram])
     pipeline = bp.Pipeline(look, partial(metric.obs, progress=False), allocate.per_layer)
-    found = bp.sequential(model, pipeline, repair, batches, 0.5, progress=False)
+    found = bp.sequential(model, pipeline, repair, batches, 0.5, token_weights=lambda _: counts, progress=False)
     ups = [f"experts.{e}.{name}.weight" for e in range(3) for name in ("gate_proj", "up_proj")]
     downs = [f"experts.{e}.down_proj.weight" for e in range(3)]
     assert order == [[f"{i}.{name}" for name in names] for i in range(2) for names in (["first.weight"], ups, downs)]
 
     pruned = bp.finalize(bp.apply_masks(bp.as_linears(model), found.masks, found.weights))
-    counts: list[int] = []
+    others = 0
     for number in range(3):
         sums, n = torch.zeros(4, 5).double(), 0
         for x in batches:
             h, g = x + model[0].first(x), x + pruned[0].first(x)
-            chosen, others = ((y @ model[0].router.mT).topk(2).indices == number for y in (h, g))
-            counts.append(int((chosen != others).sum()))
-            token = torch.where(chosen)[0]
+            chosen, now = (((y @ model[0].router.mT).topk(2).indices == number).any(1) for y in (h, g))
+            others += int((chosen != now).sum())
+            token = torch.where(chosen & counts)[0]
             sums += h[token].mT @ torch.cat([g[token], torch.ones(len(token), 1).double()], 1)
             n += len(token)
         torch.testing.assert_close(seen[f"0.experts.{number}.up_proj.weight"][0], sums / n)
-    assert sum(counts), "the router chose the same: nothing was shown"
+    assert others, "the router chose the same: nothing was shown"
     sparse = export.block_sparse(bp.apply_masks(model, found.masks, found.weights), backend="torch")
     torch.testing.assert_close(sparse(batches[0]), pruned(batches[0]))
+
+
+def test_padding_does_not_count_in_experts_either() -> None:
+    torch.manual_seed(0)
+    model = bp.as_linears(Layered()).double()
+    x, mask = torch.randn(3, 6, 4).double(), torch.ones(3, 6).long()
+    mask[0, 4:], mask[2, :3] = 0, 0
+    seen = [statistics.input_gram, statistics.input_sq, statistics.output_grad_sq, statistics.output_grad_gram]
+    look = partial(collect.with_statistics, model, where=bp.linears((2, 1)), statistics=seen, progress=False)
+    got = look(batches=[{"x": x, "attention_mask": mask}], loss=lambda y, _: (y * mask[..., None]).square().sum())
+    want = look(batches=[{"x": x[mask > 0][None]}], loss=lambda y, _: y.square().sum())
+    for name, p in want.items():
+        for key, value in p.stats.items():
+            torch.testing.assert_close(got[name].stats[key], value)
+
+
+class Layered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Layer()
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        y: Tensor = self.layer(x.flatten(0, 1))
+        return y.view_as(x)
 
 
 def test_hidden_units_of_all_experts_and_the_stream_are_found_whatever_the_router_says() -> None:
