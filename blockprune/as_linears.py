@@ -89,11 +89,13 @@ def from_linears(model: nn.Module, like: M) -> M:
     """
     if masked := [name for name, module in model.named_modules() if parametrize.is_parametrized(module)]:
         raise ValueError(f"{masked[0] or 'the model'} is parametrized; give a plain model: bp.finalize(model)")
-    state, like = dict(model.state_dict()), copy.deepcopy(like)
+    if empty := [name for name, p in like.named_parameters() if p.is_meta]:
+        raise ValueError(f"like has no room for values: {empty[0]} is on the meta device; give the model that as_linears was given")
+    modules, state, like = dict(model.named_modules(remove_duplicate=False)), dict(model.state_dict()), copy.deepcopy(like)
     try:
         for name, module in like.named_modules(remove_duplicate=False):
             prefix = f"{name}." if name else ""
-            if is_transposed(module):
+            if is_transposed(module) and not is_transposed(modules[name]):
                 state[f"{prefix}weight"] = state[f"{prefix}weight"].mT
             elif is_stacked(module) and f"{prefix}down_proj" not in state:  # those that as_linears left as they were
                 own = stacked(module, state, prefix)
@@ -122,25 +124,27 @@ def _split(name: str, module: Any) -> None:
     """Make Linears of experts, unless that would not compute the same."""
     trial = copy.deepcopy(module)
     split(trial)
-    if module.down_proj.is_meta or _same(module, trial):
-        split(module)
-    else:
+    if why := "" if module.down_proj.is_meta else _odds(module, trial):
         warnings.warn(
-            f"{name or 'the model'}, a {type(module).__name__}, computes something else than its experts as Linears would, so it stays as "
-            "it is; repair does not know it",
+            f"{name or 'the model'}, a {type(module).__name__}, {why}, so its experts do not become Linears; repair does not know them",
             stacklevel=3,
         )
+    else:
+        split(module)
 
 
-def _same(module: Any, other: Any) -> bool:
-    """Whether two modules of experts give the same for random tokens."""
-    down, draw = module.down_proj, torch.Generator().manual_seed(0)
+def _odds(module: Any, other: Any) -> str:
+    """What is wrong if two modules of experts do not give the same for random tokens, else nothing."""
+    plain, down, draw = copy.deepcopy(module), module.down_proj, torch.Generator().manual_seed(0)
+    if hasattr(plain, "config"):
+        plain.config._experts_implementation = "eager"  # kernels do not know every type and size
     x = torch.randn(32, down.shape[2 if module.is_transposed else 1], generator=draw).to(down)
     chosen = torch.rand(32, len(down), generator=draw).argsort(1)[:, :2]
     share = torch.rand(chosen.shape, generator=draw)
     try:
         with torch.no_grad():
-            want, got = (m.forward(x, chosen.to(down.device), share.to(down)) for m in (module, other))  # no hooks
-    except Exception:  # called otherwise, or quantized
-        return False
-    return bool((got - want).norm() <= torch.finfo(want.dtype).eps ** 0.5 * want.norm())
+            want, got = (m.forward(x, chosen.to(down.device), share.to(down)) for m in (plain, other))  # no hooks
+    except Exception as error:  # called otherwise, or quantized
+        return f"cannot be compared with its experts as Linears ({' '.join(str(error).split())})"
+    same = (got - want).norm() <= torch.finfo(want.dtype).eps ** 0.5 * want.norm()
+    return "" if same else "computes something else than its experts as Linears would"

@@ -1,5 +1,6 @@
 """Which tensors share a hidden axis: found by changing what one layer gives and looking at what the others are given (`watch`)."""
 
+import itertools
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -62,8 +63,7 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
     with torch.random.fork_rng([]), torch.no_grad():
         torch.default_generator.manual_seed(SEED)
         watch = Watch.of(model, example, forward)
-        found = [_shuffle(watch, part) for part in _parts(watch, progress)]
-        return _proved(watch, _called(watch, [shuffle for shuffle in found if shuffle is not None]))
+        return _proved(watch, _shown(watch, _parts(watch, progress)))
 
 
 @attrs.frozen
@@ -155,16 +155,21 @@ def _shuffle(watch: Watch, part: _Part) -> Shuffle | None:
     )
 
 
-def _called(watch: Watch, plan: list[Shuffle]) -> list[Shuffle]:
-    """Those of a plan that no layer can share which the example does not use: the proof would not see it."""
+def _shown(watch: Watch, parts: Iterable[_Part]) -> list[Shuffle]:
+    """The shuffles of parts that no layer can share which the example does not use, nor a bare parameter a stream: no proof sees it."""
     sizes = {name: watch.sizes(name) for name in watch.unused()}
     kept: list[Shuffle] = []
-    for shuffle in plan:
+    for part in parts:
+        if (shuffle := _shuffle(watch, part)) is None:
+            continue
         n = len(shuffle.order)
-        if near := [name for name, found in sizes.items() if found & {n, *(n * times for times in shuffle.copies.values())}]:
+        near = [name for name, found in sizes.items() if found & {n, *(n * times for times in shuffle.copies.values())}]
+        if not all(link.copies for link in part.links.values()):
+            near += watch.silent(n)
+        if near:
             warnings.warn(
-                f"the example does not call {', '.join(near[:4])}, which may share the axis of {n} units of "
-                f"{', '.join([*shuffle.rows, *shuffle.columns][:2])}: left out; give an example that calls every layer",
+                f"the example does not use {', '.join(near[:4])}, which may share the axis of {n} units of "
+                f"{', '.join([*shuffle.rows, *shuffle.columns][:2])}: left out; give an example (or forward=) that uses all",
                 stacklevel=3,
             )
         else:
@@ -185,9 +190,8 @@ def _proved(watch: Watch, plan: list[Shuffle]) -> list[Shuffle]:
     if not plan or holds(plan):
         return plan
     if len(plan) == 1:
-        more = watch.beside(len(plan[0].order))
-        whole = attrs.evolve(plan[0], **{role: (*getattr(plan[0], role), *names) for role, names in more.items()})  # type: ignore[arg-type]
-        return [whole] if any(more.values()) and holds([whole]) else []
+        tries = (_with_bare(watch, plan[0], inside) for inside in (_around(plan[0]), ""))
+        return next(([whole] for whole in tries if whole is not None and holds([whole])), [])
     middle = len(plan) // 2
     kept, others = _proved(watch, plan[:middle]), _proved(watch, plan[middle:])
     if not kept or not others or holds([*kept, *others]):
@@ -195,6 +199,23 @@ def _proved(watch: Watch, plan: list[Shuffle]) -> list[Shuffle]:
     for shuffle in others:  # two may move one axis
         kept = [*kept, shuffle] if holds([*kept, shuffle]) else kept
     return kept
+
+
+def _around(shuffle: Shuffle) -> str:
+    """What the names of all modules of a shuffle start with: the block that an MLP is in."""
+    paths = [name.split(".")[:-1] for name in (*shuffle.rows, *shuffle.columns)]
+    common = itertools.takewhile(lambda parts: len({*parts}) == 1, zip(*paths, strict=False))
+    return "".join(f"{part}." for part, *_ in common)
+
+
+def _with_bare(watch: Watch, shuffle: Shuffle, inside: str) -> Shuffle | None:
+    """The shuffle with all bare parameters in a module that are as long; None if there are none, or the proof would not see one."""
+    n = len(shuffle.order)
+    more = watch.beside(n, inside)
+    if not any(more.values()) or watch.silent(n, inside):
+        return None
+    rows, columns, last = ((*getattr(shuffle, role), *more[role]) for role in ("rows", "columns", "last"))
+    return attrs.evolve(shuffle, rows=rows, columns=columns, last=last)
 
 
 def _same(got: Tensor, want: Tensor) -> bool:

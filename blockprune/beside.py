@@ -118,6 +118,7 @@ class Beside:
     ) -> None:
         """Run the layer until each weight has met its inputs; note the streams that outputs join, and the rows."""
         left = {name: self.anatomy.calls.get(name, 0) for name, _, _ in self.heard}
+        known = all(left.values())  # an expert that the first batch did not call may come after those that it did
 
         def joined(name: str, x: Tensor) -> None:
             join[name].append(self.stream[name].pop(0) - _rows(x) if meet is None else _rows(x))
@@ -127,7 +128,7 @@ class Beside:
                 if meet is not None:
                     meet[name].append([_rows(x) for x in rows(slot, module, args, kwargs)])
                 left[name] -= 1
-                if not any(left.values()):
+                if known and not any(left.values()):
                     raise Enough
 
             return hook
@@ -188,7 +189,7 @@ def dissect(layer: Layer, hidden: Tensor, call: Calls, heard: Heard) -> Anatomy:
             x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
             met.append((name, beside.get(name) or (x.data_ptr(), x._version, x.shape, x.stride())))
             alive.append(x)
-            if isinstance(module, nn.Linear) and slot.attr == "weight" and output.shape == hidden.shape:
+            if isinstance(module, nn.Linear) and isinstance(output, Tensor) and output.shape == hidden.shape and slot.attr == "weight":
                 outputs.append((name, len(shown), output.detach()[:1].clone()))
 
         return hook

@@ -39,7 +39,7 @@ class Experts(nn.Module):
         """The experts, by number."""
         return [child for name, child in self.named_children() if name.isdecimal()]
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, /) -> Tensor:
         """``[tokens, k]``, and of each token its experts and what each counts, ``[tokens, n]`` -> ``[tokens, k]``."""
         output = torch.zeros_like(hidden_states)
         for number in top_k_index.unique().tolist():

@@ -116,7 +116,7 @@ class Watch:
 
         def look(module: nn.Module, args: Any, kwargs: Any, output: Any, *, name: str) -> None:
             _note(seen, name, args, kwargs)
-            if _mixes(module):
+            if _mixes(module) and isinstance(output, Tensor):
                 given.setdefault(name, []).append(output.clone())
 
         def choose(module: nn.Module, args: Any, *, name: str) -> None:
@@ -130,8 +130,13 @@ class Watch:
             for name, module in _experts(model):
                 stack.callback(module.register_forward_pre_hook(partial(choose, name=name)).remove)
             outputs = run(model)
-        known = {id(p) for m in watched.values() for p in m.parameters() if m not in beside.values() or _alone(m) or p.ndim == 1}
-        bare = {name: p for name, p in model.named_parameters() if id(p) not in known and p.is_floating_point()}
+        odd = {name for name, m in watched.items() if _mixes(m) and name in seen and name not in given}  # a router that is a Linear, say
+        watched = {name: m for name, m in watched.items() if name not in odd}
+        seen = {name: calls for name, calls in seen.items() if name not in odd}
+        shown = [m for name, m in watched.items() if name in seen or _mixes(m)]
+        known = {id(p) for m in shown for p in m.parameters() if _mixes(m) or _alone(m) or p.ndim == 1}
+        named = model.named_parameters(remove_duplicate=False)
+        bare = {name: p for name, p in named if id(p) not in known and p.is_floating_point()}
         return cls(watched, run, model, given, seen, outputs, chosen, bare)
 
     def changed(self, name: str, units: Tensor) -> Units | None:
@@ -206,7 +211,7 @@ class Watch:
     def reach(self, name: str) -> dict[str, "Link"] | None:
         """How the units of a layer are seen by others."""
         half = torch.rand(n := self.units(name)).argsort() < n // 2
-        one, other = self.changed(name, half), self.changed(name, ~half)
+        one, other = (self.changed(name, half), self.changed(name, ~half)) if n > 1 else (None, None)
         if one is None or other is None:
             return None
         links = {at: Link.of(half, one[at], other[at]) for at in one if (one[at] | other[at]).any()}
@@ -238,14 +243,16 @@ class Watch:
         return "", ""
 
     def unused(self) -> list[str]:
-        """Modules and bare parameters that the example does not use, which no change shows."""
-        return self._unused([*(name for name in self.modules if name not in self.seen), *self.bare])
+        """Modules that the example does not use, which no change shows."""
+        return self._unused([name for name in self.modules if name not in self.seen])
 
     def _unused(self, names: Sequence[str]) -> list[str]:
-        """Those of some that were not called on which no output depends: the layer around may use their weights, as attention does."""
+        """Those of some modules that were not called, or bare parameters, on which no output depends: the layer around may use its weights,
+        as attention does.
+        """
         before = [(t, t.clone()) for name in names for t in self._tensors(name) if t.is_floating_point()]
         for t, _ in before:
-            t.add_(1 + torch.rand_like(t))  # not a shift that a softmax forgets
+            t.add_(1 + torch.rand(t.shape).to(t))  # not a shift that a softmax forgets
         outputs = self.run(self.model) if names else self.outputs
         for t, was in before:
             t.copy_(was)
@@ -255,16 +262,22 @@ class Watch:
         return [*self._unused(names[:middle]), *self._unused(names[middle:])] if middle else []
 
     def sizes(self, name: str) -> set[int]:
-        """How long the axes of a module's tensors are, or of a bare parameter."""
-        return {size for t in self._tensors(name) for size in (t.shape if name in self.bare else t.shape[:2])}
+        """How long the axes of a module's tensors are."""
+        return {size for t in self._tensors(name) for size in t.shape[:2]}
 
     def _tensors(self, name: str) -> list[Tensor]:
         return [self.bare[name]] if name in self.bare else [*_own(self.modules[name]).values()]
 
-    def beside(self, n: int) -> dict[str, list[str]]:
-        """Bare parameters of which one axis alone is so long, by the role that they would have in a `Shuffle`."""
+    def silent(self, n: int, inside: str = "") -> list[str]:
+        """Those of the bare parameters in a module that may share an axis so long which the example does not use."""
+        return self._unused([name for names in self.beside(n, inside).values() for name in names])
+
+    def beside(self, n: int, inside: str = "") -> dict[str, list[str]]:
+        """Bare parameters in a module of which one axis alone is so long, by the role that they would have in a `Shuffle`."""
         found: dict[str, list[str]] = {"rows": [], "columns": [], "last": []}
         for name, p in self.bare.items():
+            if not name.startswith(inside):
+                continue
             if [*p.shape].count(n) == 1 and (axis := [*p.shape].index(n)) in {0, 1, p.ndim - 1}:
                 found["rows" if axis == 0 else "columns" if axis == 1 else "last"].append(name)
         return found

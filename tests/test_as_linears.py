@@ -42,6 +42,8 @@ def test_the_copy_computes_the_same_and_the_model_stays() -> None:
     assert all(m.weight.is_contiguous() for m in found if isinstance(m, nn.Linear))
     back = bp.from_linears(found, model)
     assert all(torch.equal(value, before[key]) for key, value in back.state_dict().items())
+    square = nn.Sequential(Conv1D(4, 4))
+    assert torch.equal(bp.from_linears(square, square)[0].weight, square[0].weight)  # was never turned
     assert isinstance(bp.as_linears(Conv1D(6, 4)), nn.Linear)
 
 

@@ -264,9 +264,66 @@ def test_a_stream_with_positions_tokens_scales_and_a_router() -> None:
 
 
 def test_a_bare_parameter_that_no_output_shows_keeps_its_axis() -> None:
-    with pytest.warns(UserWarning, match="does not call unused, which may share the axis of 6 units"):
+    with pytest.warns(UserWarning, match="does not use unused, which may share the axis of 6 units"):
         found = bp.find_axes(Tokens(unused=True), torch.randn(2, 4, 3))
     assert [len(s.order) for s in found] == [9]
+
+
+def test_a_hidden_axis_stays_beside_an_unused_parameter_as_long() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    model.register_parameter("unused", nn.Parameter(torch.randn(8)))
+    assert [len(s.order) for s in bp.find_axes(model, torch.randn(5, 4))] == [8]
+
+
+class Kept(nn.Module):
+    """A parameter that the module around it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(8))
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.kept, self.down = nn.Linear(4, 8), Kept(), nn.Linear(8, 4)
+        self.gate = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.sigmoid(self.gate(x)) * self.down(torch.relu(self.up(x)) * self.kept.scale)
+
+
+def test_scales_of_one_length_move_each_with_its_own_block_and_a_gate_of_one_unit_is_a_reader() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), Mlp(), Mlp(), nn.Linear(4, 2)), torch.randn(5, 3)
+    found = bp.find_axes(model, x)
+    assert [len(s.order) for s in found] == [4, 8, 8]
+    assert [s.rows for s in found[1:]] == [(f"{i}.up.weight", f"{i}.up.bias", f"{i}.kept.scale") for i in (1, 2)]
+    assert {"1.gate.weight", "2.gate.weight"} <= {*found[0].columns}
+    torch.testing.assert_close(bp.permute(model, [attrs.evolve(s, order=torch.randperm(len(s.order))) for s in found])(x), model(x))
+
+
+class Router(nn.Linear):
+    """A Linear that gives two tensors."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        best = super().forward(x).softmax(-1).topk(1)
+        return best.values, best.indices
+
+
+def test_a_linear_that_gives_no_tensor_is_no_layer_of_its_own() -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.router, self.head = nn.Linear(3, 6), Router(6, 4), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.tanh(self.embed(x))
+            return self.head(x * self.router(x)[0])
+
+    model, x = Routed(), torch.randn(5, 3)
+    (found,) = bp.find_axes(model, x)
+    assert shape(found) == (6, {"embed.weight", "embed.bias"}, {"router.weight", "head.weight"}, 1, {})
+    torch.testing.assert_close(bp.permute(model, [attrs.evolve(found, order=torch.randperm(6))])(x), model(x))
 
 
 def test_a_norm_where_channels_come_first() -> None:
@@ -483,7 +540,7 @@ def test_layers_that_the_example_does_not_call_keep_their_axes() -> None:
             return self.other(torch.relu(self.inner(torch.relu(hidden))))
 
     model = Optional()
-    with pytest.warns(UserWarning, match=r"does not call more, which may share the axis of 8 units of up\.weight"):
+    with pytest.warns(UserWarning, match=r"does not use more, which may share the axis of 8 units of up\.weight"):
         (found,) = bp.find_axes(model, torch.randn(5, 4))
     assert found.columns == ("other.weight",)
     both = bp.find_axes(model, None, forward=lambda model, _: model(torch.ones(5, 4), torch.randn(5, 2)))

@@ -117,10 +117,12 @@ class Fewer(Stacked):
         return x
 
 
-@pytest.mark.parametrize("kind", [Scaled, Fewer])
-def test_what_computes_something_else_stays_as_it_is(kind: type[Stacked]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "why"), [(Scaled, "computes something else than its experts"), (Fewer, r"cannot be compared .*positional arguments")]
+)
+def test_what_computes_something_else_stays_as_it_is(kind: type[Stacked], why: str) -> None:
     model = nn.ModuleList([kind(), Stacked()])
-    with pytest.warns(UserWarning, match=rf"0, a {kind.__name__}, computes something else than its experts.*stays as it is"):
+    with pytest.warns(UserWarning, match=rf"0, a {kind.__name__}, {why}.*do not become Linears"):
         found = bp.as_linears(model)
     assert [type(m) for m in found] == [kind, Experts]
     back = bp.from_linears(found, model)
@@ -143,6 +145,10 @@ def test_errors_name_the_remedy() -> None:
     tied[1].down_proj = tied[0].down_proj
     with pytest.raises(ValueError, match=r"0, a Stacked, has a weight that 1 has too.*untie"):
         bp.as_linears(tied)
+    with torch.device("meta"):
+        empty = nn.ModuleList([Stacked(), nn.Linear(2, 2)])
+    with pytest.raises(ValueError, match=r"like has no room for values: 0\.gate_up_proj is on the meta device"):
+        bp.from_linears(bp.as_linears(empty), empty)
     with pytest.raises(ValueError, match=r"1 is parametrized; give a plain model: bp\.finalize"):
         bp.from_linears(masked, model)
     with pytest.raises(ValueError, match=r"not as bp\.as_linears\(like\) is: .*0\.0\.gate_proj\.weight.*like="):
@@ -214,6 +220,36 @@ def test_padding_does_not_count_in_experts_either() -> None:
     for name, p in want.items():
         for key, value in p.stats.items():
             torch.testing.assert_close(got[name].stats[key], value)
+
+
+def test_an_expert_that_the_first_batch_does_not_choose_sees_all_its_tokens() -> None:
+    torch.manual_seed(0)
+    model = bp.as_linears(nn.Sequential(Layer())).double()
+    batches = list(torch.randn(40, 2, 4).double())
+
+    def chosen(x: Tensor) -> Tensor:
+        return ((x + model[0].first(x)) @ model[0].router.mT).topk(2).indices
+
+    batches.sort(key=lambda x: int((chosen(x) == 2).sum()))
+    assert not (chosen(batches[0]) == 2).any()
+    rows: dict[str, Tensor] = {}
+
+    def repair(data: bp.Data, masks: bp.Masks) -> bp.Weights:
+        rows.update({name: p.stats["rows"] for name, p in data.items()})
+        return {name: p.weight for name, p in data.items()}
+
+    count = statistics.Statistic(
+        "rows",
+        sees="inputs",
+        init=lambda slot, param: {"n": torch.zeros(())},
+        update=lambda sums, call: {"n": sums["n"] + len(call.inputs[0])},
+        finalize=lambda sums, slot, param: sums["n"],
+    )
+    look = partial(collect.with_statistics, where=bp.linears((2, 2)), statistics=[statistics.input_gram, count])
+    bp.sequential(model, bp.Pipeline(look, partial(metric.obs, progress=False), allocate.per_layer), repair, batches, 0.0, progress=False)
+    for number in range(3):
+        want = sum(int((chosen(x) == number).sum()) for x in batches)
+        assert {int(n) for name, n in rows.items() if f"experts.{number}." in name} == {want}
 
 
 class Layered(nn.Module):

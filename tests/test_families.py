@@ -27,6 +27,7 @@ OPT = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_
 MAMBA = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 48}
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 OSS = {"num_local_experts": 3, "num_experts_per_tok": 2}
+GATED = {"num_experts": 3, "shared_expert_intermediate_size": 16}
 STATES = {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "ssm_state_size": 8, "moe_shared_expert_intermediate_size": 16}
 LATENT = {"n_routed_experts": 3, "n_group": 1, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4}
 LATENT |= {"first_k_dense_replace": 1, "v_head_dim": 8, "qk_nope_head_dim": 4, "num_key_value_heads": 4}
@@ -44,6 +45,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], str, int, int]] = {
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**SHARED, "num_local_experts": 3}, "model.layers.*", 9, 26),
     "qwen 3 moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**SHARED, **MOE, "num_experts": 3, "head_dim": 8}, "model.layers.*", 9, 26),
     "gpt-oss": ("GptOssForCausalLM", "GptOssConfig", {**SHARED, **OSS, "head_dim": 8}, "model.layers.*", 9, 26),
+    "qwen 2 moe": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", {**SHARED, **MOE, **GATED}, "model.layers.*_proj.weight", 11, 32),
+    "phi moe": ("PhimoeForCausalLM", "PhimoeConfig", {**SHARED, "num_local_experts": 3}, "model.layers.*_proj.weight", 9, 26),
     "deepseek 3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", {**WORDS, **MOE, **LATENT}, "model.layers.*", 8, 25),
     "nemotron h": ("NemotronHForCausalLM", "NemotronHConfig", {**SHARED, **MOE, **STATES, "n_routed_experts": 3}, "model.layers.*", 7, 16),
     "mamba": ("MambaForCausalLM", "MambaConfig", MAMBA, "*.mixer.[iox]*_proj.weight", 1, 6),
@@ -51,6 +54,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], str, int, int]] = {
     "modern bert": ("ModernBertForMaskedLM", "ModernBertConfig", WORDS, "model.layers.*", 3, 8),
     "t5": ("T5EncoderModel", "T5Config", {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4}, "encoder.block.*", 4, 12),
     "vit": ("ViTForImageClassification", "ViTConfig", {**SIZES, **IMAGE}, "vit.*layer*", 5, 12),
+    "convnext 2": ("ConvNextV2ForImageClassification", "ConvNextV2Config", {**STAGES, "depths": [2, 2]}, "convnextv2.encoder.*", 6, 8),
     "convnext": ("ConvNextForImageClassification", "ConvNextConfig", STAGES, "convnext.encoder.*", 5, 6),
 }
 
