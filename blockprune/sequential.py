@@ -69,8 +69,8 @@ def sequential(
             and encoder layers).
         evidence: statistics collected before, such as ``output_grad_gram`` of the dense model; added to each layer's own.
         target: match the dense layers' outputs on the dense model's inputs, which makes up for errors of the layers before too ("dense";
-            damp more, 0.4 was best on a language model; experts of `as_linears` get the tokens that the dense router sends them), or on the inputs that each layer now gets, which makes up for its own errors
-            alone ("pruned", half the work).
+            damp more, 0.4 was best on a language model), or on the inputs that each layer now gets, which makes up for its own errors
+            alone ("pruned", half the work). Beside a dense layer, experts of `as_linears` get the tokens that its router sends them.
         tune: a last step after ``reconstruct``, such as `blockwise`, that moves a layer's kept weights towards the dense layer's outputs
             on its dense inputs.
         forward: as in `collect.with_statistics`.
