@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import blockprune as bp
-from blockprune import allocate, collect, export, metric, reconstruct, statistics
+from blockprune import allocate, collect, distribute, export, metric, reconstruct, statistics
 from blockprune.experts import Experts
 
 LAYOUTS = [
@@ -220,6 +220,34 @@ def test_padding_does_not_count_in_experts_either() -> None:
     for name, p in want.items():
         for key, value in p.stats.items():
             torch.testing.assert_close(got[name].stats[key], value)
+
+
+class Sent(nn.Module):
+    """Of each token the last number says to which expert it goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Stacked()
+        with torch.no_grad():
+            for p in self.experts.parameters():
+                p.copy_(p[:1].expand_as(p))  # all are one
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.experts(x[:, :4], x[:, 4:].long(), torch.ones(len(x), 1).to(x))
+        return y
+
+
+def test_a_budget_takes_more_from_experts_that_fewer_tokens_choose() -> None:
+    torch.manual_seed(0)
+    model = bp.as_linears(Sent()).double()
+    x = torch.cat([torch.randn(70, 4), torch.tensor([0] * 10 + [1] * 40 + [2] * 20)[:, None]], 1).double()
+    seen = [statistics.input_gram, statistics.output_grad_gram]
+    data = collect.with_statistics(
+        model, where=bp.linears((1, 1)), statistics=seen, batches=[x], loss=lambda y, _: y.square().sum(), progress=False
+    )
+    budget = distribute.loss_weighted(metric.obs(data, progress=False), 0.5, max_sparsity=0.95)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        assert budget[f"experts.0.{name}.weight"] > budget[f"experts.2.{name}.weight"] > budget[f"experts.1.{name}.weight"]
 
 
 def test_an_expert_that_the_first_batch_does_not_choose_sees_all_its_tokens() -> None:
