@@ -30,7 +30,7 @@ import blockprune as bp
 from blockprune import allocate, collect, distribute, metric, reconstruct, statistics
 
 SEED = 0
-CAP = 0.6  # no layer loses more under a budget
+CAP, BEYOND = 0.625, 0.15  # under a budget no layer loses more than the first, or than the second above the whole model's share
 DAMPING = 0.4  # for repair towards the dense model; 0.01 for scores of the dense model itself
 
 
@@ -185,7 +185,7 @@ def sparsegpt(task: Task, pattern: Pattern, sparsity: float) -> Found:
 
 
 def budgeted(task: Task, pattern: Pattern, sparsity: float, *, looks: int = 1, **options: Any) -> Found:
-    """OBS weighed by output gradients; what each layer loses is ranked over the model, at most CAP of it.
+    """OBS weighed by output gradients; what each layer loses is ranked over the model, within bounds.
 
     With more looks the model is pruned to a part of the sparsity first, and the gradients at that model share out the next part; each
     time the weights are those of the dense model again, and a quarter of the batches does for all looks but the last, which alone tunes.
@@ -196,7 +196,7 @@ def budgeted(task: Task, pattern: Pattern, sparsity: float, *, looks: int = 1, *
         model = bp.finalize(bp.apply_masks(copy.deepcopy(task.model), *found[1:])) if found[1] else task.model
         data = evidence(task, model, pattern.where(task), [statistics.input_gram, statistics.output_grad_gram])
         del model
-        budget = distribute.loss_weighted(metric.obs(data, progress=False), share, max_sparsity=max(CAP, (1 + share) / 2))
+        budget = distribute.loss_weighted(metric.obs(data, progress=False), share, max_sparsity=max(CAP, share + BEYOND))
         known = {name: attrs.evolve(p, stats={"output_grad_gram": p.stats["output_grad_gram"]}) for name, p in data.items()}
         del data
         given = {"rank": allocate.per_layer, "budget": budget, "evidence": known}
@@ -287,7 +287,7 @@ def main(options: argparse.Namespace) -> None:
         print("all-MiniLM-L6-v2: correlation with people (Lee50) / cosine with the dense embeddings, ", end="")
         print(f"calibration {8 * len(task.batches)} texts", end="")
     print(f", gradients of {len(task.asked)} batches; seed {SEED}; damping {DAMPING}; dense {shown(task, task.model)}")
-    print(f"Budgets take at most {CAP:.0%} of a layer (above 20 % sparsity half of what stays)")
+    print(f"Budgets take at most {CAP:.1%} of a layer, or {BEYOND:.0%} more than of the model")
     print(f"{'pattern':10}{'sparsity':>9}  {'method':30}{'figure':>24}{'pruned':>8}{'seconds':>9}{'peak MiB':>10}")
     for name in options.patterns:
         for sparsity in options.sparsities:
