@@ -156,7 +156,7 @@ def fisher(task: Task, pattern: Pattern, sparsity: float) -> Found:
     """Gate Fisher, ranked over the model (2:4 within its groups), no repair."""
     data = evidence(task, task.model, pattern.where(task), [statistics.gate_fisher], per_sample=task.per_sample, lazy=False)
     scores = metric.fisher(data)
-    return task.model, pattern.rows(scores, sparsity) if pattern.m else allocate.global_(scores, sparsity, max_sparsity=CAP), {}
+    return task.model, pattern.rows(scores, sparsity) if pattern.m else allocate.global_(scores, sparsity, max_sparsity=0.6), {}
 
 
 def repaired(  # noqa: PLR0917 (the first three are bound)

@@ -116,7 +116,7 @@ def _check(name: str, module: Any, held: dict[int, str]) -> None:
         raise ValueError(f"{what} has a forward of its own, which may do more than a product; delete that first")
     if shared := [other for p in module._parameters.values() if (other := held.get(id(p), name)) != name and p is not None]:
         raise ValueError(
-            f"{what} has a weight that {shared[0] or 'the model'} has too, and one of them would be transposed; untie them first"
+            f"{what} has a weight that {shared[0] or 'the model'} has too, and only one of them would change; untie them first"
         )
 
 
@@ -135,8 +135,9 @@ def _split(name: str, module: Any) -> None:
 
 def _odds(module: Any, other: Any) -> str:
     """What is wrong if two modules of experts do not give the same for random tokens, else nothing."""
-    plain, down, draw = copy.deepcopy(module), module.down_proj, torch.Generator().manual_seed(0)
+    plain, down, draw = copy.copy(module), module.down_proj, torch.Generator().manual_seed(0)
     if hasattr(plain, "config"):
+        plain.config = copy.copy(plain.config)
         plain.config._experts_implementation = "eager"  # kernels do not know every type and size
     x = torch.randn(32, down.shape[2 if module.is_transposed else 1], generator=draw).to(down)
     chosen = torch.rand(32, len(down), generator=draw).argsort(1)[:, :2]

@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from blockprune.experts import Experts
+from blockprune.experts import experts_in, routing
 from blockprune.gates import Heard
 from blockprune.layers import rows
 from blockprune.layerwise import Calls, Enough, Layer
@@ -88,7 +88,7 @@ class Beside:
     rows: dict[str, list[list[Tensor]]] = attrs.field(factory=lambda: defaultdict(list))  # of the dense layer, call by call
     stream: dict[str, list[Tensor]] = attrs.field(factory=lambda: defaultdict(list))
     ahead: dict[str, list[Tensor]] = attrs.field(factory=lambda: defaultdict(list))
-    chosen: dict[str, list[Any]] = attrs.field(factory=lambda: defaultdict(list))  # by the router, for each call of a module of experts
+    chosen: dict[str, list[Any]] = attrs.field(factory=dict)  # by the router, for each call of a module of experts
 
     @property
     def statistics(self) -> Sequence[Statistic]:
@@ -133,16 +133,8 @@ class Beside:
 
             return hook
 
-        def choose(name: str, module: nn.Module, args: Any) -> Any:
-            if meet is None:
-                return args[0], *self.chosen[name].pop(0)
-            self.chosen[name].append(args[1:])
-            return None
-
         with contextlib.ExitStack() as stack:
-            for name, module in self.layer.module.named_modules():
-                if isinstance(module, Experts):
-                    stack.callback(module.register_forward_pre_hook(partial(choose, name), prepend=True).remove)
+            stack.enter_context(routing(self.layer.module, self.chosen, again=meet is None))
             for name, slot, module in self.heard:
                 if name in self.anatomy.joins:
                     source = self.layer.module.get_submodule(self.anatomy.joins[name])
@@ -218,8 +210,7 @@ def _beside(layer: Layer, heard: Heard) -> dict[str, tuple[str, bool]]:
     name_of = {id(slot.owner): name for name, slot, _ in heard}
     return {
         name_of[id(linear)]: (at, part == "down_proj")
-        for at, experts in layer.module.named_modules()
-        if isinstance(experts, Experts)
+        for at, experts in experts_in(layer.module).items()
         for expert in experts.numbered()
         for part, linear in expert.named_children()
         if id(linear) in name_of

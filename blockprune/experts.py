@@ -1,12 +1,13 @@
 """Experts that Hugging Face keeps in one tensor of three axes, as Linears: each token goes through those that its router chose."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Experts", "is_stacked", "split", "stacked"]
+__all__ = ["Experts", "experts_in", "is_stacked", "routing", "split", "stacked"]
 
 
 def is_stacked(module: Any) -> bool:
@@ -55,6 +56,45 @@ class Experts(nn.Module):
                 x = self.act_fn(expert.up_proj(x))
             output.index_add_(0, token, (expert.down_proj(x) * top_k_weights[token, at, None]).to(output.dtype))
         return output
+
+
+def experts_in(model: nn.Module) -> dict[str, Experts]:
+    """All modules of experts in a model, by name.
+
+    Example:
+        >>> from blockprune.experts import experts_in
+        >>> experts_in(nn.Linear(2, 2))
+        {}
+    """
+    return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+
+
+@contextlib.contextmanager
+def routing(model: nn.Module, chosen: dict[str, list[Any]], *, again: bool = False) -> Iterator[None]:
+    """While a model runs, note what its routers choose, call by call; or send tokens where they went then, whatever is chosen now.
+
+    Example:
+        >>> from blockprune.experts import routing
+        >>> with routing(nn.Linear(2, 2), chosen := {}):
+        ...     pass
+        >>> chosen
+        {}
+    """
+    noted = {name: iter(calls) for name, calls in chosen.items()} if again else {}
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> Any:
+            if again:
+                return args[0], *next(noted[name])
+            chosen.setdefault(name, []).append(args[1:])
+            return None
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        for name, module in experts_in(model).items():
+            stack.callback(module.register_forward_pre_hook(note(name), prepend=True).remove)
+        yield
 
 
 def split(module: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from tqdm import tqdm
 
-from blockprune.experts import Experts
+from blockprune.experts import Experts, experts_in
 from blockprune.gates import Heard, How, gates, scalar
 from blockprune.layers import input_axis, listeners, rows
 from blockprune.names import Slot, find
@@ -182,8 +182,8 @@ def _layers(  # noqa: PLR0917 (of one caller)
 
     if kinds & {"inputs", "output", "output_grad"}:
         if token_weights is not None:
-            experts = [m for m in model.modules() if isinstance(m, Experts)]
-            handles += [m.register_forward_pre_hook(partial(_route, routed, token_weights.flatten())) for m in experts]
+            route = partial(_route, routed, token_weights.flatten())
+            handles += [module.register_forward_pre_hook(route) for module in experts_in(model).values()]
         for name, slot, module in heard:
             if input_axis(slot) == input_axis(fold.slots[name]):  # not a head tied to an embedding
                 handles.append(module.register_forward_hook(listen(name, slot), with_kwargs=True))

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 
-from blockprune.experts import Experts
+from blockprune.experts import Experts, experts_in, routing
 from blockprune.fold import call_by_call, gpus, moved, wide
 from blockprune.gates import Forward
 from blockprune.layerwise import CACHES
@@ -97,14 +97,15 @@ class Watch:
     given: Mapping[str, Sequence[Tensor]]  # by the mixing layers, call by call
     seen: Seen  # by all of them
     outputs: Sequence[Tensor]
-    chosen: Mapping[str, Sequence[Any]]  # by the router of each module of experts, call by call
+    chosen: dict[str, list[Any]]  # by the router of each module of experts, call by call
     bare: Mapping[str, Tensor]  # parameters in which no change shows: learned positions, scales, routers
+    heard: dict[str, bool] = attrs.field(factory=dict)  # whether the outputs depend on a bare parameter, once that was asked
 
     @classmethod
     def of(cls, original: nn.Module, example: Any, forward: Forward) -> "Watch":
         """The first look at a copy, nothing changed."""
         model, run = _wide(original, example, forward)
-        for _, module in _experts(model):
+        for module in experts_in(model).values():
             module.register_forward_pre_hook(_by_turns)
         beside = {
             name: m
@@ -119,16 +120,12 @@ class Watch:
             if _mixes(module) and isinstance(output, Tensor):
                 given.setdefault(name, []).append(output.clone())
 
-        def choose(module: nn.Module, args: Any, *, name: str) -> None:
-            chosen.setdefault(name, []).append(args[1:])
-
         chosen: dict[str, list[Any]] = {}
         watched = {name: m for name, m in model.named_modules() if _mixes(m)} | beside
         with contextlib.ExitStack() as stack:
             for name, module in watched.items():
                 stack.callback(module.register_forward_hook(partial(look, name=name), with_kwargs=True).remove)
-            for name, module in _experts(model):
-                stack.callback(module.register_forward_pre_hook(partial(choose, name=name)).remove)
+            stack.enter_context(routing(model, chosen))
             outputs = run(model)
         odd = {name for name, m in watched.items() if _mixes(m) and name in seen and name not in given}  # a router that is a Linear, say
         watched = {name: m for name, m in watched.items() if name not in odd}
@@ -141,12 +138,12 @@ class Watch:
 
     def changed(self, name: str, units: Tensor) -> Units | None:
         """Which inputs of each module change if these units of one layer do; None if the model then takes another course or ends there."""
-        calls: dict[str, Iterator[Any]] = {}
+        calls: dict[str, Iterator[Tensor]] = {}
         seen: dict[str, list[Tensor]] = {}
 
         def cut(at: str, /, *args: Any, **kwargs: Any) -> Tensor:
             _note(seen, at, args, kwargs)
-            y: Tensor = next(calls.setdefault(at, iter(self.given[at])))
+            y = next(calls.setdefault(at, iter(self.given[at])))
             if at != name:
                 return y.clone()
             axis = _channels(self.modules[at], y)
@@ -155,12 +152,8 @@ class Watch:
         def note(module: nn.Module, args: Any, kwargs: Any, *, at: str) -> None:
             _note(seen, at, args, kwargs)
 
-        def choose(at: str, module: nn.Module, args: Any) -> Any:
-            return args[0], *next(calls.setdefault(at, iter(self.chosen[at])))
-
         with contextlib.ExitStack() as stack:
-            for at, module in _experts(self.model):
-                stack.callback(module.register_forward_pre_hook(partial(choose, at)).remove)
+            stack.enter_context(routing(self.model, self.chosen, again=True))
             for at, module in self.modules.items():
                 if at in self.given:
                     stack.callback(vars(module).update, {key: own for key, own in vars(module).items() if key == "forward"})
@@ -237,7 +230,7 @@ class Watch:
 
     def twins(self, name: str) -> tuple[str, str]:
         """Of a Linear of an expert what names in the first expert start with, and in its own; of others nothing."""
-        for at, _ in _experts(self.model):
+        for at in self.chosen:
             if name.startswith(f"{at}."):
                 return f"{at}.0.", f"{at}.{name.removeprefix(f'{at}.').partition('.')[0]}."
         return "", ""
@@ -270,7 +263,10 @@ class Watch:
 
     def silent(self, n: int, inside: str = "") -> list[str]:
         """Those of the bare parameters in a module that may share an axis so long which the example does not use."""
-        return self._unused([name for names in self.beside(n, inside).values() for name in names])
+        asked = [name for names in self.beside(n, inside).values() for name in names]
+        new = [name for name in asked if name not in self.heard]
+        self.heard.update(dict.fromkeys(new, True) | dict.fromkeys(self._unused(new), False))
+        return [name for name in asked if not self.heard[name]]
 
     def beside(self, n: int, inside: str = "") -> dict[str, list[str]]:
         """Bare parameters in a module of which one axis alone is so long, by the role that they would have in a `Shuffle`."""
@@ -287,10 +283,6 @@ def _by_turns(module: nn.Module, args: Any) -> Any:
     """Whatever the router says: each expert gets tokens, and always the same."""
     chosen = args[1]
     return args[0], torch.arange(chosen.numel(), device=chosen.device).view_as(chosen) % len(cast(Experts, module).numbered()), *args[2:]
-
-
-def _experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, Experts)]
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:
