@@ -10,7 +10,7 @@ from torch import nn
 
 import blockprune as bp
 
-collect_ignore = [] if importlib.util.find_spec("triton") else ["blockprune/export/gpu_kernel.py"]
+collect_ignore = [] if importlib.util.find_spec("triton") else ["blockprune/export/triton_kernels.py"]
 
 
 @pytest.fixture(autouse=True)

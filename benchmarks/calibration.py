@@ -1,6 +1,6 @@
-"""What seeing data costs: statistics against plain passes over the same batches, and Wanda and Taylor against other libraries.
+"""The cost of calibration: statistics against plain passes over the same batches, and Wanda and Taylor against other libraries.
 
-python benchmarks/calibration.py            # SmolLM2-135M; `make peers` first to compare side by side
+python benchmarks/calibration.py            # SmolLM2-135M; `make peers` first to compare with other libraries
 python benchmarks/calibration.py --tiny     # seconds, a random model, for the test command
 """
 
@@ -20,9 +20,10 @@ from typing import Any
 
 import attrs
 import smollm
+import tiny
 import torch
-from prune import HERE, ROOT, interleaved
-from timing import machine, medians
+from prune import FOLDER, PEERS, run_workers
+from timing import machine, median_seconds
 from torch import Tensor, nn
 
 import blockprune as bp
@@ -30,14 +31,14 @@ from blockprune import collect, statistics
 
 WHERE = bp.excluding(bp.linears((16, 16)), "lm_head*")
 FORWARD, BACKWARD = "forward", "forward + backward"
-GOALS = {  # of each statistic: the pass that it is compared with, and at most how many times as long it may take
+GOALS = {  # for each statistic: the pass that it is compared with, and at most how many times as long it may take
     "input_sq": (FORWARD, 1.15),
     "input_gram": (FORWARD, 2.0),
     "weight_grad": (BACKWARD, None),
     "output_grad_gram": (BACKWARD, None),
     "gate_fisher": (BACKWARD, 4.0),
 }
-Pruners = dict[str, list[str]]  # the command of each worker: an interpreter, a script and its arguments
+Workers = dict[str, list[str]]  # the command of each library's worker: an interpreter, a script and its arguments
 
 
 @attrs.frozen(eq=False)
@@ -57,14 +58,9 @@ def smollm_task(windows: int, samples: int) -> Task:
 
 
 def tiny_task() -> Task:
-    """The same architecture, random and small."""
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 (an extra)
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=128, tie_word_embeddings=True, **sizes)).eval()
-    tokens = torch.randint(128, (4, 32))
-    return Task(model, list(tokens[:, None]), [tokens[:2]])
+    """A small model with random weights, random tokens."""
+    tokens = tiny.windows(4)
+    return Task(tiny.load(), list(tokens[:, None]), [tokens[:2]])
 
 
 def next_token_loss(output: Any, batch: Tensor) -> Tensor:
@@ -78,81 +74,81 @@ def forward(task: Task) -> None:
 
 
 def forward_backward(task: Task, weights: list[nn.Parameter]) -> None:
-    """Gradients of the same weights as the statistics', dropped after each batch."""
+    """The gradients of the weights that the statistics look at, dropped after each batch."""
     for batch in task.samples:
         torch.autograd.grad(next_token_loss(task.model(batch), batch), weights)
 
 
 def calls(task: Task) -> dict[str, Callable[[], object]]:
-    """Both plain passes and every statistic, each a call without arguments."""
+    """Both plain passes and every statistic, each as a call without arguments."""
     parameters = dict(task.model.named_parameters())
     weights = [parameters[name] for name in collect.weights(task.model, where=WHERE, lazy=True)]
-    found: dict[str, Callable[[], object]] = {FORWARD: partial(forward, task), BACKWARD: partial(forward_backward, task, weights)}
-    for name, (against, _) in GOALS.items():
-        found[name] = partial(
+    passes: dict[str, Callable[[], object]] = {FORWARD: partial(forward, task), BACKWARD: partial(forward_backward, task, weights)}
+    for name, (compared_with, _) in GOALS.items():
+        batches = task.batches if compared_with == FORWARD else task.samples
+        passes[name] = partial(
             collect.with_statistics,
             task.model,
             where=WHERE,
             statistics=[getattr(statistics, name)],
-            batches=task.batches if against == FORWARD else task.samples,
-            loss=next_token_loss,
-            progress=False,
+            calibration=bp.Calibration(batches, loss=next_token_loss, progress=False),
             lazy=True,  # as `Pipeline` calls it
         )
-    return found
+    return passes
 
 
-def cost(task: Task, rounds: dict[str, int], extra: dict[str, float]) -> None:
-    """Seconds of each statistic over those of its plain pass, one thread and all, and peak memory above the model."""
-    count, size = sum(p.numel() for p in task.model.parameters()), task.batches[0].shape[1]
+def measure_time(task: Task, rounds: dict[str, int], extra_mib: dict[str, float]) -> None:
+    """Print the seconds of each statistic over those of its plain pass, on one thread and on all, and its peak memory above the model."""
+    count, length = sum(p.numel() for p in task.model.parameters()), task.batches[0].shape[1]
     print(
         f"\nCollecting from a model of {count / 1e6:.1f} M parameters (its Linears but lm_head, 16x16 blocks): {FORWARD} of "
-        f"{len(task.batches)} batches of 1 x {size} tokens, {BACKWARD} of one of {len(task.samples[0])} x {size}; "
+        f"{len(task.batches)} batches of 1 x {length} tokens, {BACKWARD} of one of {len(task.samples[0])} x {length}; "
         "median seconds, extra peak MiB"
     )
     print(f"{'threads':>8}  {'what':20}{'seconds':>9}{'x pass':>8}{'goal':>7}{'met':>5}{'extra MiB':>11}")
-    every = torch.get_num_threads()
-    available = calls(task)
-    for threads in sorted({1, every}):
+    all_threads = torch.get_num_threads()
+    by_name = calls(task)
+    for threads in sorted({1, all_threads}):
         torch.set_num_threads(threads)
         for base in (FORWARD, BACKWARD):
-            names = [base, *(name for name, (against, _) in GOALS.items() if against == base)]
-            seen = medians({name: available[name] for name in names}, rounds=rounds[base])
-            for name, seconds in seen.items():
-                ratio, goal = seconds / seen[base], GOALS[name][1] if name in GOALS else None
-                judged = f"{goal:>7.2f}{'yes' if ratio <= goal else 'no':>5}" if goal else " " * 12
-                print(f"{threads:>8}  {name:20}{seconds:>9.3f}{ratio:>8.2f}{judged}{extra.get(name, float('nan')):>11.1f}", flush=True)
-    torch.set_num_threads(every)
+            names = [base, *(name for name, (compared_with, _) in GOALS.items() if compared_with == base)]
+            medians = median_seconds({name: by_name[name] for name in names}, rounds=rounds[base])
+            for name, seconds in medians.items():
+                ratio, goal = seconds / medians[base], GOALS[name][1] if name in GOALS else None
+                verdict = f"{goal:>7.2f}{'yes' if ratio <= goal else 'no':>5}" if goal else " " * 12
+                print(f"{threads:>8}  {name:20}{seconds:>9.3f}{ratio:>8.2f}{verdict}{extra_mib.get(name, float('nan')):>11.1f}", flush=True)
+    torch.set_num_threads(all_threads)
 
 
-def extra_peaks(whats: list[str], options: argparse.Namespace) -> dict[str, float]:
-    """Peak memory of each call above what is resident before it, measured in processes of their own."""
+def measure_memory(options: argparse.Namespace) -> dict[str, float]:
+    """Peak memory of each call above what is resident before it, in MiB; a child process measures it."""
+    names = [FORWARD, BACKWARD, *GOALS]
     sizes = ["--tiny"] if options.tiny else ["--windows", str(options.windows), "--samples", str(options.samples)]
-    command = [sys.executable, __file__, *sizes, "--memory", *whats]
+    command = [sys.executable, __file__, *sizes, "--memory", *names]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr[-1000:]}")
-    return {what: extra for line in done.stdout.splitlines() for what, extra in json.loads(line).items()}
+    return {name: extra for line in done.stdout.splitlines() for name, extra in json.loads(line).items()}
 
 
-def measure_memory(whats: list[str], task: Task) -> None:
-    """The child's part: the model is loaded once, without threads, so that every measurement can be a fork of this process."""
-    sys.path.insert(0, str(HERE / "peers"))
+def print_memory(names: list[str], task: Task) -> None:
+    """The child's part: it loads the model once and without threads, so that every measurement can be a fork of it."""
+    sys.path.insert(0, str(FOLDER / "peers"))
     import _worker  # noqa: PLC0415 (takes stdout for its protocol)
 
-    few = attrs.evolve(task, batches=[task.batches[0][:, :16]], samples=[task.samples[0][:, :16]])
-    for what in whats:
+    short = attrs.evolve(task, batches=[task.batches[0][:, :16]], samples=[task.samples[0][:, :16]])
+    for name in names:
         if child := os.fork():
             if os.waitpid(child, 0)[1]:
-                sys.exit(f"{what} failed, see above")
+                sys.exit(f"{name} failed, see above")
             continue
         failed = 1
         try:
-            calls(few)[what]()  # what is loaded on first use belongs to no measurement
-            call = calls(task)[what]
+            calls(short)[name]()  # what is loaded on first use belongs to no measurement
+            call = calls(task)[name]
             with _worker.PeakMemory() as memory:
                 call()
-            _worker._answer({what: memory.extra_mib})
+            _worker.send({name: memory.extra_mib})
             failed = 0
         finally:
             if failed:
@@ -160,69 +156,67 @@ def measure_memory(whats: list[str], task: Task) -> None:
             os._exit(failed)
 
 
-def others(layers: int, width: int, count: int, rows: int, *, rounds: int, every: int) -> None:
-    """All from a dense MLP to masks at 50 %, each library in a process of its own, asked in turn; and whether the masks agree."""
-    ours, home = [sys.executable, "ours_calibrated.py"], ROOT / ".peers"
-    compared: dict[str, Pruners] = {
+def compare_libraries(layers: int, width: int, batches: int, rows: int, *, rounds: int, threads: int) -> None:
+    """From a dense MLP to masks at 50 %: each library runs in a process of its own, they take turns, and their masks are compared."""
+    ours = [sys.executable, "ours_calibrated.py"]
+    by_method: dict[str, Workers] = {
         "Wanda": {
             "blockprune": [*ours, "Wanda"],
-            "twin": [*ours, "Wanda-torchao"],
-            "torchao": [str(home / "torchao/bin/python"), "torchao_wanda.py"],
-            "llm-compressor": [str(home / "llmcompressor/bin/python"), "llmcompressor_wanda.py"],
+            "torchao's rule": [*ours, "Wanda-torchao"],
+            "torchao": [str(PEERS / "torchao/bin/python"), "torchao_wanda.py"],
+            "llm-compressor": [str(PEERS / "llmcompressor/bin/python"), "llmcompressor_wanda.py"],
         },
         "Taylor": {
             "blockprune": [*ours, "Taylor"],
-            "twin": [*ours, "Taylor-squared"],
-            "NNI 3.0": [str(home / "nni30/bin/python"), "nni30_taylor.py"],
+            "NNI's rule": [*ours, "Taylor-squared"],
+            "NNI 3.0": [str(PEERS / "nni30/bin/python"), "nni30_taylor.py"],
         },
     }
     print(
         f"\nMasks at 50 % of {layers} x Linear({width}, {width}) with ReLU, float32 ({layers * width * width / 2**18:.1f} MiB), "
-        f"from {count} batches of {rows}, passes included: Wanda on 1x1, Taylor on rows; "
+        f"from {batches} batches of {rows}, passes included: Wanda on 1x1, Taylor on rows; "
         "median seconds, extra peak MiB, share of weights masked as the first and the second line do"
     )
-    if missing := [name for workers in compared.values() for name, command in workers.items() if not Path(command[0]).exists()]:
+    if missing := [name for workers in by_method.values() for name, command in workers.items() if not Path(command[0]).exists()]:
         print(f"(not installed: {', '.join(missing)}; `make peers` adds them to this table)")
-    print(
-        f"{'threads':>8}  {'method':8}{'library':38}{'seconds':>9}{'x ours':>8}{'extra MiB':>11}{'sparsity':>10}"
-        f"{'as first':>10}{'as second':>11}"
-    )
-    for threads, (method, workers) in itertools.product(sorted({1, every}), compared.items()):
-        present = {name: command for name, command in workers.items() if Path(command[0]).exists()}
+    head = f"{'threads':>8}  {'method':8}{'library':38}{'seconds':>9}{'x ours':>8}{'extra MiB':>11}{'sparsity':>10}"
+    print(f"{head}{'as first':>10}{'as second':>11}")
+    for count, (method, workers) in itertools.product(sorted({1, threads}), by_method.items()):
+        installed = {name: command for name, command in workers.items() if Path(command[0]).exists()}
         with tempfile.TemporaryDirectory() as folder:
-            config = {"layers": layers, "width": width, "batches": count, "rows": rows, "threads": threads, "seed": 0, "masks": folder}
-            seen = interleaved(present, {**config, "block": method}, rounds)
-            masks = {name: torch.load(Path(folder) / f"{name}.pt") for name in seen}
-        first, second = itertools.islice(seen, 2)
-        for name, runs in seen.items():
+            config = {"layers": layers, "width": width, "batches": batches, "rows": rows, "threads": count, "seed": 0, "masks": folder}
+            answers = run_workers(installed, {**config, "block": method}, rounds)
+            masks = {name: torch.load(Path(folder) / f"{name}.pt") for name in answers}
+        first, second = itertools.islice(answers, 2)
+        for name, runs in answers.items():
             seconds, extra, sparsity = (numbers.median(run[key] for run in runs) for key in ("seconds", "extra_peak_mib", "sparsity"))
-            ratio = seconds / numbers.median(run["seconds"] for run in seen[first])
-            same = "".join(f"{agreement(masks[name], masks[other]):>{space}.3%}" for other, space in ((first, 10), (second, 11)))
-            print(f"{threads:>8}  {method:8}{name:38}{seconds:>9.3f}{ratio:>8.2f}{extra:>11.1f}{sparsity:>10.2%}{same}", flush=True)
+            ratio = seconds / numbers.median(run["seconds"] for run in answers[first])
+            shares = f"{agreement(masks[name], masks[first]):>10.3%}{agreement(masks[name], masks[second]):>11.3%}"
+            print(f"{count:>8}  {method:8}{name:38}{seconds:>9.3f}{ratio:>8.2f}{extra:>11.1f}{sparsity:>10.2%}{shares}", flush=True)
 
 
 def agreement(a: list[Tensor], b: list[Tensor]) -> float:
-    """The share of weights that both keep or both prune; a mask may have one entry a row."""
+    """The share of weights that both keep or both prune; a mask may have one entry for each row."""
     pairs = [torch.broadcast_tensors(x.view(len(x), -1), y.view(len(y), -1)) for x, y in zip(a, b, strict=True)]
     return sum(int((x == y).sum()) for x, y in pairs) / sum(x.numel() for x, _ in pairs)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="a random Llama of 2 layers, one round")
+    parser.add_argument("--tiny", action="store_true", help="a random model of 2 layers, one round")
     parser.add_argument("--windows", type=int, default=4, help="of 512 tokens, for statistics of activations")
     parser.add_argument("--samples", type=int, default=2, help="of 512 tokens, for gradients")
     parser.add_argument("--rounds", type=int, nargs=2, default=[3, 2], help="of both")
-    parser.add_argument("--memory", nargs="+", metavar="WHAT", help="only the peak memory of these, as JSON")
+    parser.add_argument("--memory", nargs="+", metavar="CALL", help="print only the peak memory of these calls, as JSON")
     options = parser.parse_args()
     load = tiny_task if options.tiny else partial(smollm_task, options.windows, options.samples)
     if options.memory:
-        measure_memory(options.memory, load())
+        print_memory(options.memory, load())
     else:
         print(machine())
-        extra = extra_peaks([FORWARD, BACKWARD, *GOALS], options)
-        cost(load(), dict(zip((FORWARD, BACKWARD), [1, 1] if options.tiny else options.rounds, strict=True)), extra)
+        extra_mib = measure_memory(options)
+        measure_time(load(), dict(zip((FORWARD, BACKWARD), [1, 1] if options.tiny else options.rounds, strict=True)), extra_mib)
         if options.tiny:
-            others(3, 64, 2, 16, rounds=1, every=1)
+            compare_libraries(3, 64, 2, 16, rounds=1, threads=1)
         else:
-            others(6, 1024, 32, 128, rounds=3, every=torch.get_num_threads())
+            compare_libraries(6, 1024, 32, 128, rounds=3, threads=torch.get_num_threads())

@@ -27,9 +27,9 @@ COLUMNS = (0.25, 0.5, 0.75, 0.9)
 SPARSITIES = (0.0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)  # of the picture; the table shows COLUMNS
 LOOK = {  # colour (Okabe and Ito's, safe for colour-blind readers) and marker of a line
     "l1 per_layer": ("#0072B2", "o"),
-    "l1 global_": ("#D55E00", "s"),
+    "l1 per_model": ("#D55E00", "s"),
     "l2 per_row": ("#009E73", "^"),
-    "lamp global_": ("#CC79A7", "D"),
+    "lamp per_model": ("#CC79A7", "D"),
     "random per_layer": ("#555555", "x"),
 }
 
@@ -38,9 +38,9 @@ def pipelines(block: Sequence[int], *, seed: int) -> Mapping[str, bp.Pipeline]:
     pipeline = partial(bp.Pipeline, partial(bp.collect.weights, where=bp.linears(block)))
     return {
         "l1 per_layer": pipeline(metric.l1, allocate.per_layer),
-        "l1 global_": pipeline(metric.l1, allocate.global_),
+        "l1 per_model": pipeline(metric.l1, allocate.per_model),
         "l2 per_row": pipeline(metric.l2, allocate.per_row),
-        "lamp global_": pipeline(metric.lamp, allocate.global_),
+        "lamp per_model": pipeline(metric.lamp, allocate.per_model),
         "random per_layer": pipeline(partial(metric.random, generator=seed), allocate.per_layer),  # the baseline to beat
     }
 

@@ -27,48 +27,47 @@ from timing import machine
 from torch import Tensor, nn
 
 import blockprune as bp
-from blockprune import allocate, collect, distribute, metric, reconstruct, statistics
+from blockprune import allocate, collect, metric, recipes, reconstruct
 
 SEED = 0
-CAP, BEYOND = 0.625, 0.1  # under a budget no layer loses more than the first, or than the second above the whole model's share
-DAMPING = 0.4  # for repair towards the dense model; 0.01 for scores of the dense model itself
+MAX_LAYER_SPARSITY = 0.625  # under a budget no layer loses more than this, or than 0.1 more than the whole model
+DAMPING = 0.4  # of repair towards the dense model; the budget's scores of the dense model itself take 0.01
 
 
 @attrs.frozen(eq=False)
 class Task:
-    """A model, what to calibrate on, a loss for gradients, and the figures that say how good it is."""
+    """A model, what to calibrate it on, and the figures that say how good it is."""
 
     model: nn.Module
     linears: Callable[[bp.Where], bp.Where]  # a rule without the parameters that no output needs
-    batches: list[Any]
-    asked: list[Any]  # batches for gradients
-    forward: Callable[..., Any]
-    loss: Callable[[Any, Any], Tensor]
-    per_sample: str
+    calibration: bp.Calibration
+    gradients: bp.Calibration  # batches and loss for statistics that need gradients
     figures: Callable[[nn.Module], Sequence[float]]
     down: str  # pattern of the MLP's second projection
-    few: Any  # a small batch, to find the hidden axes with
+    example: Any  # a small batch, to find the hidden axes with
 
 
 @attrs.frozen
 class Pattern:
-    """Blocks, and what may compete with what."""
+    """Blocks, and which of them are compared with each other."""
 
     block: tuple[int, ...]
     m: int = 0  # n of m
-    only: str = ""
+    only_down: bool = False
 
     def where(self, task: Task) -> bp.Where:
         """The rule that chooses parameters and blocks."""
-        return bp.named(task.down, self.block) if self.only else task.linears(bp.linears(self.block))
+        return bp.named(task.down, self.block) if self.only_down else task.linears(bp.linears(self.block))
 
-    def layer(self, scores: bp.Scores, sparsity: Any) -> bp.Masks:
+    @property
+    def per_layer(self) -> Any:
         """Every layer equally sparse."""
-        return allocate.n_of_m(scores, sparsity, m=self.m) if self.m else allocate.per_layer(scores, sparsity)
+        return partial(allocate.n_of_m, m=self.m) if self.m else allocate.per_layer
 
-    def rows(self, scores: bp.Scores, sparsity: Any) -> bp.Masks:
+    @property
+    def per_row(self) -> Any:
         """Every row of blocks equally sparse."""
-        return allocate.n_of_m(scores, sparsity, m=self.m) if self.m else allocate.per_row(scores, sparsity)
+        return partial(allocate.n_of_m, m=self.m) if self.m else allocate.per_row
 
 
 PATTERNS = {
@@ -77,11 +76,11 @@ PATTERNS = {
     "4x4": Pattern((4, 4)),
     "16x1": Pattern((16, 1)),
     "1x16": Pattern((1, 16)),
-    "MLP units": Pattern((-1, 1), only="down"),
+    "MLP units": Pattern((-1, 1), only_down=True),
     "1x1": Pattern((1, 1)),
     "2:4": Pattern((1, 1), m=4),
 }
-Found = tuple[nn.Module, bp.Masks, bp.Weights]  # the model that they are of
+Pruned = tuple[nn.Module, bp.RepairResult]  # the model that the masks and weights are for
 
 
 def smollm_task(windows: int, held_out: int, gradients: int, device: str) -> Task:
@@ -95,20 +94,46 @@ def smollm_task(windows: int, held_out: int, gradients: int, device: str) -> Tas
         losses = smollm.losses(model, held).double()
         return [float(losses[:n].mean().exp()) for n in sorted({min(8, held_out), held_out})]
 
-    def loss(output: Any, batch: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+    def forward(model: nn.Module, batch: Tensor) -> Any:
+        return model(batch)
 
     return Task(
         model=model.to(device),
         linears=partial(bp.excluding, pattern="lm_head*"),
-        batches=list(calibration[:, None]),
-        asked=list(calibration[:gradients, None]),
-        forward=lambda m, batch: m(batch),
-        loss=loss,
-        per_sample="vmap",
+        calibration=bp.Calibration(list(calibration[:, None]), forward=forward, progress=False),
+        gradients=bp.Calibration(list(calibration[:gradients, None]), forward=forward, loss=next_token_loss, progress=False),
         figures=figures,
         down="*.down_proj.weight",
-        few=calibration[:1, :8],
+        example=calibration[:1, :8],
+    )
+
+
+def next_token_loss(output: Any, batch: Tensor) -> Tensor:
+    """The mean cross-entropy of the next token."""
+    return nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+
+
+def tiny_task(windows: int) -> Task:
+    """A language model of two small layers with random weights on random tokens: it tests this script, and its figures mean nothing."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 (slow to import, and an extra)
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    tokens = torch.randint(64, (windows + 1, 32))
+
+    def figures(model: nn.Module) -> list[float]:
+        with torch.no_grad():
+            return [float(next_token_loss(model(tokens[-1:]), tokens[-1:]).exp())]
+
+    batches = list(tokens[:-1, None])
+    return Task(
+        model=model,
+        linears=partial(bp.excluding, pattern="lm_head*"),
+        calibration=bp.Calibration(batches, progress=False),
+        gradients=bp.Calibration(batches, loss=next_token_loss, progress=False),
+        figures=figures,
+        down="*.down_proj.weight",
+        example=tokens[:1, :8],
     )
 
 
@@ -117,135 +142,131 @@ def minilm_task(texts: int, device: str) -> Task:
     model, tokenizer = minilm.load()
     documents, background = minilm.documents(), minilm.background()[:texts]
     judged = [minilm.tokens(tokenizer, documents[i : i + 10]) for i in range(0, 50, 10)]
-    asked, loss = minilm.other_halves(model, tokenizer, min(texts, 128))
+    pairs, loss = minilm.other_halves(model, tokenizer, min(texts, 128))
     model, judged = model.to(device), [{key: x.to(device) for key, x in batch.items()} for batch in judged]
     with torch.no_grad():
         dense = torch.cat([minilm.embed(model, batch) for batch in judged])
     return Task(
         model=model,
         linears=partial(bp.excluding, pattern="pooler.*"),
-        batches=[minilm.tokens(tokenizer, background[i : i + 8], longest=128) for i in range(0, texts, 8)],
-        asked=asked,
-        forward=minilm.embed,
-        loss=loss,
-        per_sample="loop",
+        calibration=bp.Calibration(
+            [minilm.tokens(tokenizer, background[i : i + 8], longest=128) for i in range(0, texts, 8)],
+            forward=minilm.embed,
+            progress=False,
+        ),
+        gradients=bp.Calibration(pairs, forward=minilm.embed, loss=loss, per_sample="loop", progress=False),
         figures=lambda model: [minilm.pearson(model, judged), minilm.likeness(model, judged, dense)],
         down="encoder.layer.*[0-9].output.dense.weight",
-        few=minilm.tokens(tokenizer, documents[:2], longest=16),
+        example=minilm.tokens(tokenizer, documents[:2], longest=16),
     )
 
 
-def one_shot(score: Callable[..., bp.Scores], seen: list[Any], task: Task, pattern: Pattern, sparsity: float) -> Found:
-    """Scores of the dense model, no repair."""
-    where = pattern.where(task)
-    data = (
-        collect.with_statistics(task.model, where=where, statistics=seen, batches=task.batches, lazy=True, progress=False)
-        if seen
-        else collect.weights(task.model, where=where, lazy=True)
-    )
-    return task.model, pattern.rows(score(data), sparsity), {}
+def magnitude(task: Task, pattern: Pattern, sparsity: float) -> Pruned:
+    """The smallest mean weights, without repair."""
+    return task.model, recipes.magnitude(pattern.where(task), allocate=pattern.per_row)(task.model, sparsity)
 
 
-def evidence(task: Task, model: nn.Module, where: bp.Where, seen: list[Any], **options: Any) -> bp.Data:
-    """One look at a model, forward and backward."""
-    how = {"batches": task.asked, "forward": task.forward, "loss": task.loss, "lazy": True, "progress": False, **options}
-    return collect.with_statistics(model, where=where, statistics=seen, **how)
+def wanda(task: Task, pattern: Pattern, sparsity: float) -> Pruned:
+    """Wanda, without repair."""
+    return task.model, recipes.wanda(pattern.where(task), task.calibration, allocate=pattern.per_row)(task.model, sparsity)
 
 
-def fisher(task: Task, pattern: Pattern, sparsity: float) -> Found:
-    """Gate Fisher, ranked over the model (2:4 within its groups), no repair."""
-    data = evidence(task, task.model, pattern.where(task), [statistics.gate_fisher], per_sample=task.per_sample, lazy=False)
-    scores = metric.fisher(data)
-    return task.model, pattern.rows(scores, sparsity) if pattern.m else allocate.global_(scores, sparsity, max_sparsity=0.6), {}
+def fisher(task: Task, pattern: Pattern, sparsity: float) -> Pruned:
+    """The gates' Fisher information, ranked over the whole model (2:4 within its groups), without repair."""
+    collector = partial(collect.with_statistics, where=pattern.where(task), calibration=task.gradients)
+    ranking = pattern.per_row if pattern.m else partial(allocate.per_model, max_sparsity=0.6)
+    return task.model, recipes.OneShot(bp.Pipeline(collector, metric.fisher, ranking))(task.model, sparsity)
 
 
-def repaired(  # noqa: PLR0917 (the first three are bound)
-    score: Any, seen: list[Any], repair: Any, task: Task, pattern: Pattern, sparsity: float, **options: Any
-) -> Found:
-    """Layer after layer: score, rank the blocks of each Linear, repair."""
-    rank = options.pop("rank", pattern.layer)
-    pipeline = bp.Pipeline(partial(collect.with_statistics, where=pattern.where(task), statistics=seen), score, rank)
-    budget = options.pop("budget", sparsity)
-    found = bp.sequential(task.model, pipeline, repair, task.batches, budget, progress=False, **options)
-    return task.model, found.masks, found.weights
+def wanda_least_squares(task: Task, pattern: Pattern, sparsity: float) -> Pruned:
+    """Wanda layer after layer, each repaired by least squares."""
+    pipeline = bp.Pipeline(partial(collect.with_statistics, where=pattern.where(task)), metric.wanda, pattern.per_layer)
+    repair = partial(reconstruct.least_squares, damping=DAMPING, progress=False)
+    return task.model, recipes.LayerByLayer(pipeline, repair, task.calibration)(task.model, sparsity)
 
 
-GRAM = [statistics.input_gram]
-OBS = partial(metric.obs, damping=DAMPING, progress=False)
-SQUARES = partial(reconstruct.least_squares, damping=DAMPING, progress=False)
-TUNE = partial(bp.blockwise, lr=1e-3, epochs=4)
+def sparsegpt(task: Task, pattern: Pattern, sparsity: float) -> Pruned:
+    """SparseGPT: its masks and its update."""
+    recipe = recipes.sparsegpt(pattern.where(task), task.calibration, damping=DAMPING)
+    if pattern.m:
+        recipe = attrs.evolve(recipe, pipeline=attrs.evolve(recipe.pipeline, allocate=pattern.per_row))
+    return task.model, recipe(task.model, sparsity)
 
 
-def sparsegpt(task: Task, pattern: Pattern, sparsity: float) -> Found:
-    """SparseGPT: its masks, within 128 columns, and its update."""
-    width = pattern.block[1]
-    rank = pattern.rows if pattern.m else partial(allocate.per_bank, bank=(-1, max(1, 128 // width)))
-    score, repair = partial(metric.sparsegpt, sparsity=sparsity, damping=DAMPING), partial(reconstruct.sparsegpt, damping=DAMPING)
-    return repaired(score, GRAM, repair, task, pattern, sparsity, rank=rank)
+def obs_recipe(task: Task, pattern: Pattern, **options: Any) -> recipes.LayerByLayer:
+    """Optimal Brain Surgeon with a budget for each layer, whose gradients come from batches of their own."""
+    recipe = recipes.obs(pattern.where(task), task.calibration, damping=DAMPING, max_layer_sparsity=MAX_LAYER_SPARSITY)
+    assert recipe.budget is not None
+    budget = attrs.evolve(recipe.budget, collect=partial(recipe.budget.collect, calibration=task.gradients))
+    pipeline = attrs.evolve(recipe.pipeline, allocate=pattern.per_layer)
+    return attrs.evolve(recipe, **{"pipeline": pipeline, "budget": budget, **options})
 
 
-def budgeted(task: Task, pattern: Pattern, sparsity: float, *, looks: int = 1, **options: Any) -> Found:
-    """OBS weighed by output gradients; what each layer loses is ranked over the model, within bounds.
+def obs(task: Task, pattern: Pattern, sparsity: float) -> Pruned:
+    """Optimal Brain Surgeon, all layers alike."""
+    return task.model, obs_recipe(task, pattern, budget=None)(task.model, sparsity)
 
-    With more looks the model is pruned to a part of the sparsity first, and the gradients at that model share out the next part; each
-    time the weights are those of the dense model again, and a quarter of the batches does for all looks but the last, which alone tunes.
+
+def budgeted(task: Task, pattern: Pattern, sparsity: float, *, looks: int = 1, **options: Any) -> Pruned:
+    """Optimal Brain Surgeon with a budget for each layer.
+
+    With more than one look at the gradients, the model is pruned to a part of the sparsity first, on a quarter of the batches, and the
+    gradients at that model share out the next part. Each time the weights start from those of the dense model.
     """
-    found: Found = task.model, {}, {}
-    for look in range(1, looks + 1):
-        share = sparsity * look / looks
-        model = bp.finalize(bp.apply_masks(copy.deepcopy(task.model), *found[1:])) if found[1] else task.model
-        data = evidence(task, model, pattern.where(task), [statistics.input_gram, statistics.output_grad_gram])
-        del model
-        budget = distribute.loss_weighted(metric.obs(data, progress=False), share, max_sparsity=max(CAP, share + BEYOND))
-        known = {name: attrs.evolve(p, stats={"output_grad_gram": p.stats["output_grad_gram"]}) for name, p in data.items()}
-        del data
-        given = {"rank": allocate.per_layer, "budget": budget, "evidence": known}
-        if look < looks:
-            found = repaired(OBS, GRAM, SQUARES, attrs.evolve(task, batches=task.batches[::4]), pattern, sparsity, **given)
-        else:
-            found = repaired(OBS, GRAM, SQUARES, task, pattern, sparsity, **given, **options)
-    return found
+    recipe = obs_recipe(task, pattern, **options)
+    assert recipe.budget is not None
+    model = task.model
+    for look in range(1, looks):
+        shares, extra_data = recipe.budget(model, sparsity * look / looks)
+        quarter = attrs.evolve(task.calibration, batches=list(task.calibration.batches)[::4])
+        part = bp.sequential(task.model, recipe.pipeline, recipe.reconstruct, quarter, shares, extra_data=extra_data)
+        model = bp.finalize(bp.apply_masks(copy.deepcopy(task.model), part.masks, part.weights))
+    shares, extra_data = recipe.budget(model, sparsity)
+    del model
+    stages = task.model, recipe.pipeline, recipe.reconstruct, task.calibration
+    return task.model, bp.sequential(*stages, shares, extra_data=extra_data, finetune=recipe.finetune)
 
 
-def clustered(task: Task, pattern: Pattern, sparsity: float, **options: Any) -> Found:
+def clustered(task: Task, pattern: Pattern, sparsity: float, **options: Any) -> Pruned:
     """`budgeted` after hidden units that matter in the same places were brought into the same blocks."""
-    data = evidence(task, task.model, task.linears(bp.linears((1, 1))), [statistics.input_gram, statistics.output_grad_sq])
     block = tuple(64 if side == -1 else side for side in pattern.block)
-    axes = bp.find_axes(task.model, task.few, forward=task.forward, progress=False)
-    plan = bp.cluster(metric.obs(data, max_sparsity=0, progress=False), axes, block=block, sparsity=sparsity, progress=False)
-    del data
-    return budgeted(attrs.evolve(task, model=bp.permute(task.model, plan)), pattern, sparsity, **options)
+    model = recipes.cluster_units(
+        task.model, task.linears(bp.linears(block)), task.gradients, block=block, sparsity=sparsity, example=task.example
+    )
+    return budgeted(attrs.evolve(task, model=model), pattern, sparsity, **options)
 
 
+FINETUNE = partial(bp.finetune_layer, lr=1e-3, epochs=4)
 PEER = Path(__file__).parents[1] / ".peers" / "llmcompressor" / "bin" / "python"
 
 
-def llmcompressor(method: str, task: Task, pattern: Pattern, sparsity: float) -> Found:
+def llmcompressor(method: str, task: Task, pattern: Pattern, sparsity: float) -> Pruned:
     """llm-compressor on the same tokens, in an environment of its own (`make peers`): 2:4 or single weights at 50 %."""
     with tempfile.TemporaryDirectory() as folder:
         smollm.save(task.model, smollm.load()[1], folder)
         tokens, out = f"{folder}/tokens.safetensors", f"{folder}/out.safetensors"
-        save_file({"tokens": torch.cat(task.batches)}, tokens)
+        save_file({"tokens": torch.cat(list(task.calibration.batches))}, tokens)
         script = Path(__file__).parent / "peers" / "llmcompressor_quality.py"
         structure = f"2:{pattern.m}" if pattern.m else "0:0"
         subprocess.run([PEER, script, folder, tokens, out, method, structure], check=True, capture_output=True)
         pruned = load_file(out)
     weights = {name: pruned[name] for name in collect.weights(task.model, where=pattern.where(task), lazy=True)}
-    return task.model, {name: bp.BlockMask(w != 0, bp.BlockGrid(w.shape, (1, 1))) for name, w in weights.items()}, weights
+    masks = {name: bp.BlockMask(w != 0, bp.BlockGrid(w.shape, (1, 1))) for name, w in weights.items()}
+    return task.model, bp.RepairResult(masks, weights)
 
 
-METHODS: dict[str, Callable[[Task, Pattern, float], Found]] = {
-    "magnitude": partial(one_shot, metric.l1, []),
-    "Wanda": partial(one_shot, metric.wanda, [statistics.input_sq]),
+METHODS: dict[str, Callable[[Task, Pattern, float], Pruned]] = {
+    "magnitude": magnitude,
+    "Wanda": wanda,
     "Fisher": fisher,
-    "Wanda + LS": partial(repaired, metric.wanda, [statistics.input_sq, *GRAM], SQUARES),
+    "Wanda + LS": wanda_least_squares,
     "SparseGPT": sparsegpt,
-    "OBS": partial(repaired, OBS, GRAM, SQUARES),
+    "OBS": obs,
     "OBS + budget": budgeted,
     "OBS + budget + cluster": clustered,
     "OBS + 2 budgets + cluster": partial(clustered, looks=2),
-    "OBS + budget + cluster + tune": partial(clustered, tune=TUNE),
-    "OBS + 2 budgets + cluster + tune": partial(clustered, looks=2, tune=TUNE),
+    "OBS + budget + cluster + finetune": partial(clustered, finetune=FINETUNE),
+    "OBS + 2 budgets + cluster + finetune": partial(clustered, looks=2, finetune=FINETUNE),
     "llm-compressor Wanda": partial(llmcompressor, "wanda"),
     "llm-compressor SparseGPT": partial(llmcompressor, "sparsegpt"),
 }
@@ -276,19 +297,27 @@ def shown(task: Task, model: nn.Module) -> str:
     return " / ".join(f"{figure:,.3f}" for figure in task.figures(model))
 
 
+def task_of(options: argparse.Namespace) -> Task:
+    """The model's task, its first line printed."""
+    if options.model == "smollm":
+        task = smollm_task(options.calibration or 16, options.held_out, options.gradients or 24, options.device)
+        title = f"SmolLM2-135M: perplexity of 8 and {options.held_out} x 512 held-out tokens, calibration {options.calibration or 16} x 512"
+    elif options.model == "minilm":
+        task = minilm_task(options.calibration or 128, options.device)
+        title = f"all-MiniLM-L6-v2: correlation with people (Lee50) / cosine with the dense embeddings, {options.calibration or 128} texts"
+    else:
+        task, title = tiny_task(options.calibration or 8), "A tiny model with random weights: perplexity of 32 random tokens"
+    batches = len(list(task.gradients.batches))
+    print(f"{title}, gradients of {batches} batches; seed {SEED}; damping {DAMPING}; dense {shown(task, task.model)}")
+    return task
+
+
 def main(options: argparse.Namespace) -> None:
     torch.manual_seed(SEED)
     print(machine())
-    if options.model == "smollm":
-        task = smollm_task(options.calibration or 16, options.held_out, options.gradients or 24, options.device)
-        print(f"SmolLM2-135M: perplexity of 8 and {options.held_out} x 512 held-out tokens, calibration {len(task.batches)} x 512", end="")
-    else:
-        task = minilm_task(options.calibration or 128, options.device)
-        print("all-MiniLM-L6-v2: correlation with people (Lee50) / cosine with the dense embeddings, ", end="")
-        print(f"calibration {8 * len(task.batches)} texts", end="")
-    print(f", gradients of {len(task.asked)} batches; seed {SEED}; damping {DAMPING}; dense {shown(task, task.model)}")
-    print(f"Budgets take at most {CAP:.1%} of a layer, or {BEYOND:.0%} more than of the model")
-    print(f"{'pattern':10}{'sparsity':>9}  {'method':30}{'figure':>24}{'pruned':>8}{'seconds':>9}{'peak MiB':>10}")
+    task = task_of(options)
+    print(f"Budgets take at most {MAX_LAYER_SPARSITY:.1%} of a layer, or 10 % more than of the model")
+    print(f"{'pattern':10}{'sparsity':>9}  {'method':36}{'figure':>24}{'pruned':>8}{'seconds':>9}{'peak MiB':>10}")
     for name in options.patterns:
         for sparsity in options.sparsities:
             for method in options.methods:
@@ -296,24 +325,24 @@ def main(options: argparse.Namespace) -> None:
                     continue
                 peak_mib(options.device, reset=True)
                 start = time.perf_counter()
-                model, masks, weights = METHODS[method](task, PATTERNS[name], sparsity)
+                model, result = METHODS[method](task, PATTERNS[name], sparsity)
                 peak = peak_mib(options.device)
                 seconds = time.perf_counter() - start
-                before = {key: p.detach().clone() for key, p in model.named_parameters() if key in weights}
-                figures = shown(task, bp.apply_masks(model, masks, weights))
+                before = {key: p.detach().clone() for key, p in model.named_parameters() if key in result.weights}
+                figures = shown(task, bp.apply_masks(model, result.masks, result.weights))
                 bp.apply_masks(model, {}, before)
                 print(
-                    f"{name:10}{sparsity:>9.0%}  {method:30}{figures:>24}{bp.sparsity(masks):>8.1%}{seconds:>9.0f}{peak:>10,.0f}",
+                    f"{name:10}{sparsity:>9.0%}  {method:36}{figures:>24}{bp.sparsity(result.masks):>8.1%}{seconds:>9.0f}{peak:>10,.0f}",
                     flush=True,
                 )
                 if options.save:
                     Path(options.save).mkdir(parents=True, exist_ok=True)
-                    bp.save_masks(masks, Path(options.save) / f"{options.model}, {name}, {sparsity:g}, {method}.safetensors")
+                    bp.save_masks(result.masks, Path(options.save) / f"{options.model}, {name}, {sparsity:g}, {method}.safetensors")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("smollm", "minilm"), default="smollm")
+    parser.add_argument("--model", choices=("smollm", "minilm", "tiny"), default="smollm")
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.25, 0.5])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))

@@ -1,15 +1,15 @@
-"""How fast block-pruned layers and models are, against the best dense ones of the same type.
+"""How fast block-pruned layers and models are, against the fastest dense ones of the same type.
 
 python benchmarks/speed.py layers                         # 4096 x 4096, batch 128, one thread; minutes
 python benchmarks/speed.py layers --shapes 1024x1024 4096x11008 --batches 1 16 512 --blocks 16x1 32x32 --threads 1 2
-python benchmarks/speed.py models --models reading --masks found/smollm*    # in masks that quality.py --save found wrote
 python benchmarks/speed.py models                         # MiniLM, SmolLM2 reading and writing, all Linears pruned; minutes
+python benchmarks/speed.py models --models reading --masks saved/smollm*    # with masks that `quality.py --save saved` wrote
 python benchmarks/speed.py layers --device cuda --bsr --two-of-four --roofline --dtypes bfloat16 --batches 1 16 128 2048     # on a GPU
 python benchmarks/speed.py layers --tiny                  # seconds, for the test command
 
-All variants run in turn, so each finds the caches full of the others' weights, as a layer of a model does; on a GPU each runs on so many
-copies that its cache does not hold them. Masks are random, if none are
-given: what is computed does not depend on which blocks are kept. `benchmarks/peers/speed_rivals.py` times other engines.
+All variants run in turn, so each finds the caches full of the others' weights, as a layer in a model does; on a GPU each runs on as many
+copies as its cache cannot hold. Without --masks the masks are random: the amount of computation does not depend on which blocks are kept.
+`benchmarks/peers/speed_rivals.py` times other engines.
 """
 
 import argparse
@@ -21,19 +21,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import attrs
 import minilm
 import smollm
+import tiny
 import torch
-from timing import by_turns, copies, machine
+from timing import cold_copies, machine, time_interleaved
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import blockprune as bp
 from blockprune import export
-from blockprune.export.dense import ways
-from blockprune.export.two_of_four import TwoOfFourLinear
+from blockprune.export.dense_baselines import dense_kernels
+from blockprune.export.semi_structured import SemiStructuredLinear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Calls = dict[Any, list[Callable[[], object]]]  # by variant: the same call on one or more copies of the weight
 
 
 def pair(text: str) -> tuple[int, int]:
@@ -46,137 +49,193 @@ def random_mask(grid: bp.BlockGrid, sparsity: float, generator: torch.Generator)
     return bp.BlockMask((order >= round(sparsity * grid.blocks)).view(grid.size), grid)
 
 
+def timed(calls: Mapping[Any, Sequence[Callable[[], object]]], options: argparse.Namespace) -> dict[Any, float]:
+    """Median seconds; on a GPU as a CUDA graph replays the calls, on more copies than its cache holds."""
+    return time_interleaved(calls, torch.device(options.device), graph=options.device == "cuda", rounds=options.rounds)
+
+
 def roofline(options: argparse.Namespace, dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes a second in a copy, additions and multiplications a second in a dense product, both large: what the device reaches."""
-    a = torch.randn(size := 512 if options.tiny else 8192, size, device=options.device).to(dtype)
+    """What this device reaches: bytes per second in a large copy, operations per second in a large dense product."""
+    size = 512 if options.tiny else 8192
+    a = torch.randn(size, size, device=options.device).to(dtype)
     seconds = timed({"copy": [a.clone], "product": [lambda: a @ a]}, options)
     return 2 * a.nbytes / seconds["copy"], 2 * size**3 / seconds["product"]
 
 
-def timed(calls: Mapping[Any, Sequence[Callable[[], object]]], options: argparse.Namespace) -> dict[Any, float]:
-    """Median seconds; on a GPU as a CUDA graph replays them, over several copies that its cache does not hold."""
-    return by_turns(calls, torch.device(options.device), graph=options.device == "cuda", rounds=options.rounds)
-
-
 @torch.no_grad()
 def layers(options: argparse.Namespace, dtype: torch.dtype, shape: tuple[int, int], batch: int) -> None:
+    """Time one dense layer and its pruned variants, and print them."""
     generator = torch.Generator().manual_seed(0)
-    rows, cols = shape
-    weight, bias, x = (torch.randn(size, generator=generator).to(options.device, dtype) for size in (shape, (rows,), (batch, cols)))
-
-    def several(held: int) -> range:
-        return range(1 if options.device == "cpu" else copies(held, x.device))
-
-    calls: dict[Any, list[Callable[[], object]]] = {}
-    for _ in several(weight.nbytes):
-        for name, way in ways(x, weight.clone(), bias).items():
-            calls.setdefault(name, []).append(way)
-    if options.inductor:
-        layer = nn.Linear(cols, rows, device=options.device, dtype=dtype)
-        calls["inductor"] = [partial(torch.compile(layer, options={"freezing": True}), x)]
+    rows, columns = shape
+    weight, bias, x = (torch.randn(size, generator=generator).to(options.device, dtype) for size in (shape, (rows,), (batch, columns)))
+    problem = Problem(weight, bias, x)
+    calls = dense_calls(options, problem)
     dense = list(calls)
     for block, sparsity in itertools.product(options.blocks, options.sparsities):
-        grid = bp.BlockGrid(shape, (min(block[0], rows), min(block[1], cols)))
-        keep = random_mask(grid, sparsity, generator)
-        sparse = export.BlockSparseLinear(export.as_matrix(weight, keep), nn.Parameter(bias, requires_grad=False), options.backend)
-        calls[block, sparsity] = [partial(copy.deepcopy(sparse), x) for _ in several(sparse.values.nbytes)]
-        square = block[0] == block[1] and (dtype == torch.float32 if options.device == "cpu" else block[0] >= 16 and batch >= 16)
-        if options.bsr and square:
-            bsr = (weight * bp.expand(keep.keep, keep.grid).to(options.device)).to_sparse_bsr(block)
-            calls[f"BSR {block[0]}x{block[1]}", sparsity] = torchs_own(options, x, bsr, several(sparse.values.nbytes))
+        mask = random_mask(bp.BlockGrid(shape, (min(block[0], rows), min(block[1], columns))), sparsity, generator)
+        calls[block, sparsity] = sparse_calls(options, problem, mask)
+        if options.bsr and block[0] == block[1] and torch_supports(block[0], problem):
+            calls[f"BSR {block[0]}x{block[1]}", sparsity] = torch_bsr_calls(options, problem, mask)
     if options.two_of_four:
-        kept = torch.tensor([True, True, False, False], device=options.device).repeat(rows, cols // 4)
-        halved = nn.Linear(cols, rows, bias=False, device=options.device, dtype=dtype)
-        halved.weight, halved.bias = nn.Parameter(weight * kept), nn.Parameter(bias)
-        searched = TwoOfFourLinear(halved)
-        calls["2:4", 0.5] = [partial(copy.deepcopy(searched), x) for _ in several(searched.values.nbytes)]
+        calls["2:4", 0.5] = two_of_four_calls(problem)
     seconds = timed(calls, options)
-    most = roofline(options, dtype) if options.roofline else None
-    best = min(dense, key=seconds.__getitem__)
+    fastest = min(dense, key=seconds.__getitem__)
     print(
-        f"{str(dtype)[6:]:10}{torch.get_num_threads():>3}  {rows}x{cols:<7}{batch:>6}  "
+        f"{str(dtype)[6:]:10}{torch.get_num_threads():>3}  {rows}x{columns:<7}{batch:>6}  "
         + "; ".join(f"{name} {1e3 * seconds[name]:.3f} ms" for name in dense)
-        + f"; {2e-9 * batch * rows * cols / seconds[best]:.0f} GF/s"
+        + f"; {2e-9 * batch * rows * columns / seconds[fastest]:.0f} GF/s"
     )
+    limits = roofline(options, dtype) if options.roofline else None
     for block in dict.fromkeys(key[0] for key in calls if isinstance(key, tuple)):
-        text = ""
-        for sparsity in options.sparsities:
-            if (block, sparsity) not in seconds:
-                continue
-            s, rate = seconds[block, sparsity], 2e-9 * batch * rows * cols * (1 - sparsity)
-            text += f"{1e3 * s:>10.{3 if s > 1e-4 else 4}f}{seconds[best] / s:>7.2f}x{rate / s:>6.0f}"
-            if most:
-                moved, done = (
-                    weight.nbytes * (1 - sparsity) + x.nbytes + batch * rows * x.element_size(),
-                    2 * batch * rows * cols * (1 - sparsity),
-                )
-                text += f"{max(moved / most[0], done / most[1]) / s:>5.0%}"
-        print(f"    {block if isinstance(block, str) else f'{block[0]}x{block[1]}':16}{text}", flush=True)
+        cells = [
+            cell(problem, sparsity, seconds[block, sparsity], seconds[fastest], limits)
+            for sparsity in options.sparsities
+            if (block, sparsity) in seconds
+        ]
+        print(f"    {block if isinstance(block, str) else f'{block[0]}x{block[1]}':16}{''.join(cells)}", flush=True)
 
 
-def torchs_own(options: argparse.Namespace, x: Tensor, bsr: Tensor, several: range) -> list[Callable[[], object]]:
-    """F.linear with a BSR weight; on a GPU the kernel below it, with the fastest of some settings of its own."""
-    many = [torch.sparse_bsr_tensor(bsr.crow_indices(), bsr.col_indices(), bsr.values().clone(), bsr.shape) for _ in several]
-    if options.device == "cpu":
-        return [partial(nn.functional.linear, x, one) for one in many]
-    from torch.sparse._triton_ops import bsr_dense_addmm  # noqa: PLC0415
+@attrs.frozen(eq=False)
+class Problem:
+    """One layer: ``x W^T + bias``."""
 
-    nothing, n = x.new_empty(()).expand(bsr.shape[0], len(x)), len(x)
-    tried: dict[Any, list[Callable[[], object]]] = {}
+    weight: Tensor  # [rows, columns]
+    bias: Tensor  # [rows]
+    x: Tensor  # [batch, columns]
+
+
+def cell(problem: Problem, sparsity: float, seconds: float, dense: float, limits: tuple[float, float] | None) -> str:
+    """Milliseconds, the speedup, billions of operations with kept weights per second, and the share of the roofline."""
+    weight, x = problem.weight, problem.x
+    operations = len(x) * weight.numel() * (1 - sparsity)
+    text = f"{1e3 * seconds:>10.{3 if seconds > 1e-4 else 4}f}{dense / seconds:>7.2f}x{2e-9 * operations / seconds:>6.0f}"
+    if limits is None:
+        return text
+    nbytes = weight.nbytes * (1 - sparsity) + x.nbytes + len(x) * len(weight) * x.element_size()
+    return text + f"{max(nbytes / limits[0], 2 * operations / limits[1]) / seconds:>5.0%}"
+
+
+def copies(nbytes: int, device: torch.device) -> range:
+    """One on a CPU, where the variants displace each other from the cache; on a GPU as many as its cache cannot hold."""
+    return range(1 if device.type == "cpu" else cold_copies(nbytes, device))
+
+
+def dense_calls(options: argparse.Namespace, problem: Problem) -> Calls:
+    """The dense implementations on this machine."""
+    weight = problem.weight
+    calls: Calls = {}
+    for _ in copies(weight.nbytes, weight.device):
+        for name, kernel in dense_kernels(problem.x, weight.clone(), problem.bias).items():
+            calls.setdefault(name, []).append(kernel)
+    if options.inductor:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+        calls["inductor"] = [partial(torch.compile(layer, options={"freezing": True}), problem.x)]
+    return calls
+
+
+def sparse_calls(options: argparse.Namespace, problem: Problem, mask: bp.BlockMask) -> list[Callable[[], object]]:
+    """The layer of blockprune."""
+    bias = nn.Parameter(problem.bias, requires_grad=False)
+    layer = export.BlockSparseLinear(export.pack_weight(problem.weight, mask), bias, options.backend)
+    return [partial(copy.deepcopy(layer), problem.x) for _ in copies(layer.values.nbytes, problem.weight.device)]
+
+
+def two_of_four_calls(problem: Problem) -> list[Callable[[], object]]:
+    """The product of cuSPARSELt with a 2:4 weight."""
+    rows, columns = problem.weight.shape
+    keep = torch.tensor([True, True, False, False], device=problem.weight.device).repeat(rows, columns // 4)
+    plain = nn.Linear(columns, rows)
+    plain.weight, plain.bias = nn.Parameter(problem.weight * keep), nn.Parameter(problem.bias)
+    layer = SemiStructuredLinear(plain)  # it searches for the fastest algorithm once; its copies share the result
+    return [partial(copy.deepcopy(layer), problem.x) for _ in copies(layer.values.nbytes, problem.weight.device)]
+
+
+def torch_supports(side: int, problem: Problem) -> bool:
+    """Whether torch's own block-sparse product runs with square blocks of this side."""
+    if problem.weight.device.type == "cpu":
+        return problem.weight.dtype == torch.float32
+    return side >= 16 and len(problem.x) >= 16
+
+
+def torch_bsr_calls(options: argparse.Namespace, problem: Problem, mask: bp.BlockMask) -> list[Callable[[], object]]:
+    """F.linear with a BSR weight; on a GPU the Triton kernel that it calls, with the fastest of several of that kernel's settings."""
+    weight, x, n = problem.weight, problem.x, len(problem.x)
+    bsr = (weight * bp.expand(mask.keep, mask.grid).to(weight.device)).to_sparse_bsr(mask.grid.block)
+    count = copies(bsr.values().nbytes, weight.device)
+    weights = [torch.sparse_bsr_tensor(bsr.crow_indices(), bsr.col_indices(), bsr.values().clone(), bsr.shape) for _ in count]
+    if weight.device.type == "cpu":
+        return [partial(nn.functional.linear, x, weight) for weight in weights]
+    from torch.sparse._triton_ops import bsr_dense_addmm  # noqa: PLC0415 (needs Triton)
+
+    no_bias = x.new_empty(()).expand(len(weight), n)
+    calls: Calls = {}
     for split, stages, warps in itertools.product(sorted({max(1, n // 256), max(1, n // 128)}), (1, 4), (4, 8)):
         meta = {"SPLIT_N": split, "GROUP_SIZE_ROW": 4, "num_stages": stages, "num_warps": warps}
-        calls = [partial(bsr_dense_addmm, nothing, one, x.mT, beta=0, meta=meta) for one in many]
-        with contextlib.suppress(Exception):  # too much shared memory
-            calls[0]()
-            tried[split, stages, warps] = calls
-    seconds = timed(tried, options)
-    return tried[min(seconds, key=seconds.__getitem__)]
+        with_settings = [partial(bsr_dense_addmm, no_bias, weight, x.mT, beta=0, meta=meta) for weight in weights]
+        with contextlib.suppress(Exception):  # these settings need more shared memory than the GPU has
+            with_settings[0]()
+            calls[split, stages, warps] = with_settings
+    seconds = timed(calls, options)
+    return calls[min(seconds, key=seconds.__getitem__)]
 
 
-def encoder(tiny: bool) -> tuple[str, nn.Module, Any, Callable[..., Any]]:
-    """MiniLM, 8 texts of 128 tokens."""
+Workload = tuple[str, nn.Module, Any, Callable[..., Any]]  # a title, a model, a batch and (model, batch) -> output
+
+
+def encoder(is_tiny: bool) -> Workload:
+    """MiniLM, 8 texts of 128 tokens; or the tiny model."""
+    if is_tiny:
+        return "Tiny model, 2 x 32 tokens", tiny.load(), tiny.windows(2), lambda model, x: model(x).logits
     model, tokenizer = minilm.load()
-    batch = minilm.tokens(tokenizer, minilm.background()[: 1 if tiny else 8], longest=16 if tiny else 128)
+    batch = minilm.tokens(tokenizer, minilm.background()[:8], longest=128)
     return f"MiniLM, {'x'.join(map(str, batch['input_ids'].shape))} tokens", model, batch, minilm.embed
 
 
-def reading(tiny: bool) -> tuple[str, nn.Module, Any, Callable[..., Any]]:
+def language_model(is_tiny: bool, length: int) -> tuple[str, nn.Module, Tensor]:
+    """SmolLM2 or the tiny model, and a window of tokens."""
+    if is_tiny:
+        return "Tiny model", tiny.load(), tiny.windows(1, length=8)
+    model, tokenizer = smollm.load()
+    return "SmolLM2", model, smollm.windows(tokenizer, smollm.articles(), 1)[:, :length]
+
+
+def reading(is_tiny: bool) -> Workload:
     """SmolLM2, a prompt of 512 tokens."""
-    model, tokenizer = smollm.load()
-    window = smollm.windows(tokenizer, smollm.articles(), 1)[:, : 8 if tiny else None]
-    return f"SmolLM2, reading {window.shape[1]} tokens", model, window, lambda m, x: m(x, logits_to_keep=1).logits
+    name, model, window = language_model(is_tiny, length=512)
+    return f"{name}, reading {window.shape[1]} tokens", model, window, lambda model, x: model(x, logits_to_keep=1).logits
 
 
-def writing(tiny: bool) -> tuple[str, nn.Module, Any, Callable[..., Any]]:
+def writing(is_tiny: bool) -> Workload:
     """SmolLM2, one more token after 128."""
-    model, tokenizer = smollm.load()
-    window = smollm.windows(tokenizer, smollm.articles(), 1)[:, : 8 if tiny else 128]
+    name, model, window = language_model(is_tiny, length=128)
     caches: dict[torch.dtype, Any] = {}
 
-    def forward(m: nn.Module, x: Tensor) -> Tensor:
-        dtype = next(m.parameters()).dtype
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        dtype = next(model.parameters()).dtype
         if dtype not in caches:
-            caches[dtype] = m(x, use_cache=True).past_key_values
-        out: Tensor = m(x[:, -1:], past_key_values=caches[dtype], use_cache=True).logits
+            caches[dtype] = model(x, use_cache=True).past_key_values
+        logits: Tensor = model(x[:, -1:], past_key_values=caches[dtype], use_cache=True).logits
         caches[dtype].crop(-1)
-        return out
+        return logits
 
-    return f"SmolLM2, one token after {window.shape[1]}", model, window, forward
-
-
-def llama(tiny: bool, batch: int, length: int) -> tuple[str, nn.Module, Any, Callable[..., Any]]:
-    """The shapes of Llama 7B, 4 of its 32 layers, random weights: for GPUs, to which SmolLM2's layers are small."""
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
-
-    size = {"hidden_size": 64, "intermediate_size": 96} if tiny else {"hidden_size": 4096, "intermediate_size": 11008}
-    heads = 2 if tiny else 32
-    config = LlamaConfig(vocab_size=256, num_hidden_layers=1 if tiny else 4, num_attention_heads=heads, num_key_value_heads=heads, **size)
-    model, length = LlamaForCausalLM(config).eval(), min(length, 8) if tiny else length
-    inputs = torch.randint(256, (batch, length), generator=torch.Generator().manual_seed(0))
-    return f"Llama 7B's shapes, {batch} x {length} tokens", model, inputs, lambda m, x: m(x, use_cache=False, logits_to_keep=1).logits
+    return f"{name}, one token after {window.shape[1]}", model, window, forward
 
 
-MODELS: dict[str, Callable[[bool], tuple[str, nn.Module, Any, Callable[..., Any]]]] = {
+def llama(is_tiny: bool, batch: int, length: int) -> Workload:
+    """The shapes of Llama 7B, 4 of its 32 layers, random weights: for GPUs, on which SmolLM2's layers are too small."""
+    if is_tiny:
+        model, inputs = tiny.load(), tiny.windows(batch, min(length, 8))
+    else:
+        from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 (slow to import, and an extra)
+
+        sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 4, "num_attention_heads": 32, "vocab_size": 256}
+        model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+        inputs = torch.randint(256, (batch, length), generator=torch.Generator().manual_seed(0))
+    title = f"{'Tiny model' if is_tiny else 'Llama 7B, 4 layers'}, {batch} x {inputs.shape[1]} tokens"
+    return title, model, inputs, lambda model, x: model(x, use_cache=False, logits_to_keep=1).logits
+
+
+MODELS: dict[str, Callable[[bool], Workload]] = {
     "encoder": encoder,
     "reading": reading,
     "writing": writing,
@@ -186,40 +245,49 @@ MODELS: dict[str, Callable[[bool], tuple[str, nn.Module, Any, Callable[..., Any]
 
 
 def models(options: argparse.Namespace) -> None:
-    for make in map(MODELS.__getitem__, options.models):
-        name, model, inputs, forward = make(options.tiny)
-        model, graph = model.to(options.device), options.device == "cuda" and make is not writing  # whose cache changes at every call
+    """Time each model dense and in its pruned variants, and print a table."""
+    for kind in options.models:
+        title, model, inputs, forward = MODELS[kind](options.tiny)
+        model = model.to(options.device)
         inputs = tree_map_only(Tensor, lambda x: x.to(options.device), inputs)
-        rule = bp.excluding(bp.linears((1, 1)), pattern="pooler*" if make is encoder else "lm_head*")
-        shapes = {key: p.grid.shape for key, p in bp.collect.weights(model, where=rule, lazy=True).items()}
-        variants = {Path(file).stem: bp.load_masks(file) for file in options.masks}
-        for block, sparsity in itertools.product(options.blocks, options.sparsities if not variants else ()):
-            generator = torch.Generator().manual_seed(0)
-            masks = {key: random_mask(bp.BlockGrid(shape, block), sparsity, generator) for key, shape in shapes.items()}
-            variants[f"{block[0]}x{block[1]} {sparsity:.0%}"] = masks
-        tried, names = [], []
-        for variant, masks in variants.items():
+        graph = options.device == "cuda" and kind != "writing"  # whose cache changes in every call
+        sparse, names = [], []
+        for name, masks in masks_by_name(options, model).items():
             masked = bp.apply_masks(copy.deepcopy(model), masks)
             for dtype in options.dtypes:
                 cast = masked.to(DTYPES[dtype])
                 choices = export.choose(cast, inputs=inputs, forward=forward, graph=graph, progress=False)
-                tried.append(export.block_sparse(cast, backend=choices))
-                kept = sum(isinstance(m, export.BlockSparseLinear) for m in tried[-1].modules())
-                names.append(f"{variant}, {kept} of {len(masks)} layers sparse")
-            del masked
-        print(f"\n{name}; {torch.get_num_threads()} threads")
-        how: Any = {"forward": forward, "compiled": options.inductor, "graph": graph, "rounds": options.rounds}
-        print(export.benchmark(model, *tried, inputs=inputs, names=names, **how), flush=True)
+                sparse.append(export.block_sparse(cast, backend=choices))
+                count = sum(isinstance(module, export.BlockSparseLinear) for module in sparse[-1].modules())
+                names.append(f"{name}, {count} of {len(masks)} layers sparse")
+        print(f"\n{title}; {torch.get_num_threads()} threads")
+        measured: Any = {"forward": forward, "compiled": options.inductor, "graph": graph, "rounds": options.rounds}
+        print(export.benchmark(model, *sparse, inputs=inputs, names=names, **measured), flush=True)
+
+
+def masks_by_name(options: argparse.Namespace, model: nn.Module) -> dict[str, bp.Masks]:
+    """The masks of --masks, or a random one for each block and sparsity."""
+    if options.masks:
+        return {Path(file).stem: bp.load_masks(file) for file in options.masks}
+    inside = bp.excluding(bp.excluding(bp.linears((1, 1)), "pooler*"), "lm_head*")
+    shapes = {name: p.grid.shape for name, p in bp.collect.weights(model, where=inside, lazy=True).items()}
+    masks: dict[str, bp.Masks] = {}
+    for block, sparsity in itertools.product(options.blocks, options.sparsities):
+        generator = torch.Generator().manual_seed(0)
+        name = f"{block[0]}x{block[1]} {sparsity:.0%}"
+        masks[name] = {key: random_mask(bp.BlockGrid(shape, block), sparsity, generator) for key, shape in shapes.items()}
+    return masks
 
 
 def main(options: argparse.Namespace) -> None:
     print(machine())
     print(f"Backends:\n{export.backends()}")
     if options.what == "layers":
-        print("each cell: median ms, times as fast as the best dense, billions of multiplications and additions with kept weights a second")
+        print("In each cell: median ms; the speedup over the fastest dense; billions of operations with kept weights per second")
         if options.roofline:
             print("and the share of the roofline, which is drawn through a large copy and a large dense product on this device")
         print(" " * 20 + "".join(f"{f'{sparsity:.0%} pruned':>{28 if options.roofline else 23}}" for sparsity in options.sparsities))
+    all_threads = torch.get_num_threads()
     for threads in options.threads:
         torch.set_num_threads(threads)
         if options.what == "models":
@@ -227,13 +295,14 @@ def main(options: argparse.Namespace) -> None:
             continue
         for dtype, shape, batch in itertools.product(options.dtypes, options.shapes, options.batches):
             layers(options, DTYPES[dtype], shape, batch)
+    torch.set_num_threads(all_threads)
 
 
-if __name__ == "__main__":
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("layers", "models"))
     parser.add_argument("--models", nargs="+", choices=MODELS)
-    parser.add_argument("--tiny", action="store_true", help="small shapes, few blocks, one round")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, a random model, few blocks, one round")
     parser.add_argument("--shapes", nargs="+", type=pair, default=[(4096, 4096)])
     parser.add_argument("--batches", nargs="+", type=int, default=[128])
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.75, 0.9])
@@ -248,18 +317,18 @@ if __name__ == "__main__":
     parser.add_argument("--inductor", action="store_true", help="also torch.compile with frozen weights")
     parser.add_argument("--bsr", action="store_true", help="also torch's own block-sparse product, in square blocks")
     parser.add_argument("--two-of-four", action="store_true", help="also cuSPARSELt on a 2:4 weight, on a GPU")
-    given = parser.parse_args()
-    every = [(16, 1), (8, 1), (4, 4), (16, 16), (32, 32), (64, 64)]
-    given.blocks = given.blocks or (every if given.what == "layers" else [(32, 32)])
-    given.models = given.models or (["encoder", "writing", "llama-tokens"] if given.tiny else ["encoder", "reading", "writing"])
-    if given.masks and (given.what != "models" or len(given.models) > 1):
+    options = parser.parse_args()
+    blocks = [(16, 1), (8, 1), (4, 4), (16, 16), (32, 32), (64, 64)]
+    options.blocks = options.blocks or (blocks if options.what == "layers" else [(32, 32)])
+    options.models = options.models or (["encoder", "writing", "llama-tokens"] if options.tiny else ["encoder", "reading", "writing"])
+    if options.masks and (options.what != "models" or len(options.models) > 1):
         parser.error("--masks are those of one model: speed.py models --models encoder (or reading, writing) --masks FILE ...")
-    if given.tiny:
-        given.shapes, given.batches, given.blocks, given.rounds = (
-            [(128, 128)],
-            [1, 4],
-            [(16, 16), (16, 1)][: 1 + (given.what == "layers")],
-            1,
-        )
-        given.sparsities, given.dtypes = given.sparsities[:1], given.dtypes[:1]
-    main(given)
+    if options.tiny:
+        options.shapes, options.batches, options.rounds = [(128, 128)], [1, 4], 1
+        options.blocks = [(16, 16), (16, 1)] if options.what == "layers" else [(16, 16)]
+        options.sparsities, options.dtypes = options.sparsities[:1], options.dtypes[:1]
+    return options
+
+
+if __name__ == "__main__":
+    main(parse())

@@ -2,26 +2,43 @@
 
     collect(model) -> data -> metric -> scores -> allocate -> masks -> apply_masks(model, masks)
 
-See ARCHITECTURE.md for which file holds which idea.
+| folder       | what it holds                                                                                 |
+|--------------|-----------------------------------------------------------------------------------------------|
+| `core`       | block geometry, the values that flow between stages, `Pipeline`, masks as values and files    |
+| `model`      | parameters and their masks, which to prune (`linears`, `convs`, ...), how a model is run       |
+| `statistics` | what can be collected from data                                                               |
+| `collect`    | stage 1: model -> data                                                                        |
+| `metric`     | stage 2: data -> scores                                                                       |
+| `allocate`   | stage 3: scores, sparsity -> masks; budgets across layers; schedules                          |
+| `repair`     | stage 4: data, masks -> weights; whole models layer by layer                                  |
+| `reorder`    | hidden units in an order in which weak ones share blocks                                      |
+| `analysis`   | sensitivity, cost against error                                                               |
+| `export`     | models that run only the kept blocks, and honest measurements of them                         |
+| `native`     | the optional compiled loops                                                                   |
+| `recipes.py` | ready-made compositions of the above                                                          |
 """
 
-from blockprune import allocate, collect, distribute, distributed, export, metric, reconstruct, schedule, statistics
-from blockprune.apply import apply_masks, finalize, masked_parameters, read_masks
-from blockprune.as_linears import as_linears, from_linears
-from blockprune.axes import find_axes
-from blockprune.blocks import BlockGrid, block_elements, expand, pool
-from blockprune.blockwise import blockwise
-from blockprune.cluster import cluster
-from blockprune.maskfile import load_masks, save_masks
-from blockprune.masks import agreement, difference, intersect, restrict, sparsity, summary, union
-from blockprune.pareto import Pareto, pareto
-from blockprune.permute import Shuffle, permute, weakest_first
-from blockprune.pipeline import Pipeline
-from blockprune.quadratic import Conditioning, conditioning
-from blockprune.sensitivity import Sensitivity, sensitivity
-from blockprune.sequential import Repaired, sequential
-from blockprune.types import BlockMask, BlockScore, Data, Masks, Param, Scores, Sparsity, Weights, Where
-from blockprune.where import convs, excluding, first_of, including, linears, named
+from blockprune import allocate, collect, export, metric, recipes, statistics
+from blockprune.allocate import budgets, schedule
+from blockprune.analysis.hessian_conditioning import Conditioning, conditioning
+from blockprune.analysis.layer_sensitivity import Sensitivity, sensitivity
+from blockprune.analysis.pareto_curve import Pareto, pareto
+from blockprune.collect import distributed
+from blockprune.core.grid import BlockGrid, block_elements, expand, pool
+from blockprune.core.mask_file import load_masks, save_masks
+from blockprune.core.masks import agreement, difference, intersect, restrict, sparsity, summary, union
+from blockprune.core.pipeline import Pipeline, requires
+from blockprune.core.types import BlockMask, BlockScore, Data, Masks, Param, Scores, Sparsity, Weights, Where
+from blockprune.model.apply import apply_masks, finalize, masked_parameters, read_masks
+from blockprune.model.hf_linears import as_linears, from_linears
+from blockprune.model.running import Calibration
+from blockprune.model.selection import convs, excluding, first_of, including, linears, named, with_block
+from blockprune.reorder.clustering import cluster
+from blockprune.reorder.hidden_axes import find_axes
+from blockprune.reorder.permutation import UnitPermutation, permute, sort_units
+from blockprune.repair import closed_form as reconstruct
+from blockprune.repair.layer_by_layer import RepairResult, sequential
+from blockprune.repair.layer_finetuning import finetune_layer
 
 __version__ = "0.1.0"
 
@@ -29,17 +46,18 @@ __all__ = [
     "BlockGrid",
     "BlockMask",
     "BlockScore",
+    "Calibration",
     "Conditioning",
     "Data",
     "Masks",
     "Param",
     "Pareto",
     "Pipeline",
-    "Repaired",
+    "RepairResult",
     "Scores",
     "Sensitivity",
-    "Shuffle",
     "Sparsity",
+    "UnitPermutation",
     "Weights",
     "Where",
     "agreement",
@@ -47,19 +65,19 @@ __all__ = [
     "apply_masks",
     "as_linears",
     "block_elements",
-    "blockwise",
+    "budgets",
     "cluster",
     "collect",
     "conditioning",
     "convs",
     "difference",
-    "distribute",
     "distributed",
     "excluding",
     "expand",
     "export",
     "finalize",
     "find_axes",
+    "finetune_layer",
     "first_of",
     "from_linears",
     "including",
@@ -73,15 +91,18 @@ __all__ = [
     "permute",
     "pool",
     "read_masks",
+    "recipes",
     "reconstruct",
+    "requires",
     "restrict",
     "save_masks",
     "schedule",
     "sensitivity",
     "sequential",
+    "sort_units",
     "sparsity",
     "statistics",
     "summary",
     "union",
-    "weakest_first",
+    "with_block",
 ]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from blockprune import BlockGrid, Masks, Param, Scores
-from blockprune.types import BlockMask
+from blockprune.core.types import BlockMask
 
 HALF = (torch.float16, torch.bfloat16)
-EACH: dict[str, Callable[[Tensor], Tensor] | None] = {"none": None, "abs": torch.abs, "square": torch.square, "negate": torch.neg}
+ELEMENTWISE: dict[str, Callable[[Tensor], Tensor] | None] = {"none": None, "abs": torch.abs, "square": torch.square, "negate": torch.neg}
 REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": torch.sum,
     "mean": lambda values: values.sum() / values.numel(),
@@ -33,9 +33,9 @@ def cells(grid: BlockGrid) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]
         yield index, tuple(slice(i * b, min((i + 1) * b, s)) for i, b, s in zip(index, grid.block, grid.shape, strict=True))
 
 
-def pool(x: Tensor, grid: BlockGrid, *, reduce: str = "sum", each: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def pool(x: Tensor, grid: BlockGrid, *, reduce: str = "sum", elementwise: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     wide = x.float() if x.dtype in HALF else x
-    values = each(wide) if each else wide
+    values = elementwise(wide) if elementwise else wide
     return torch.stack([REDUCE[reduce](values[at]) for _, at in cells(grid)]).view(grid.size)
 
 
@@ -85,7 +85,7 @@ def lamp(p: Param) -> Tensor:
     return torch.tensor(share).view(p.grid.size)
 
 
-# Distributions.
+# Budgets by shape.
 
 
 def erk(shapes: Mapping[str, Sequence[int]], sparsity: float) -> dict[str, float]:
@@ -107,32 +107,32 @@ def erk(shapes: Mapping[str, Sequence[int]], sparsity: float) -> dict[str, float
 
 
 def order_of(value: Sequence[float]) -> list[int]:
-    """The order of falling: by score, then by position."""
+    """The order of pruning: by score, then by position."""
     return sorted(range(len(value)), key=lambda i: (value[i], i))
 
 
-def drop_lowest(value: Sequence[float], elements: Sequence[int], budget: float) -> set[int]:
-    """Drop one after the other as long as that brings what has fallen closer to the budget."""
-    fallen: set[int] = set()
+def prune_lowest(value: Sequence[float], elements: Sequence[int], budget: float) -> set[int]:
+    """Prune one block after the other as long as that brings the removed total closer to the budget."""
+    pruned: set[int] = set()
     removed, aim = 0, Fraction(budget)
     for i in order_of(value):
         if abs(removed + elements[i] - aim) >= abs(removed - aim):
             break
-        fallen.add(i)
+        pruned.add(i)
         removed += elements[i]
-    return fallen
+    return pruned
 
 
-def drop_within(value: Sequence[float], elements: Sequence[int], budget: float) -> set[int]:
-    """Drop one after the other as long as the budget is not passed."""
-    fallen: set[int] = set()
+def prune_within(value: Sequence[float], elements: Sequence[int], budget: float) -> set[int]:
+    """Prune one block after the other as long as the budget is not exceeded."""
+    pruned: set[int] = set()
     removed = 0
     for i in order_of(value):
         removed += elements[i]
         if removed > budget + 1e-6:
             break
-        fallen.add(i)
-    return fallen
+        pruned.add(i)
+    return pruned
 
 
 @attrs.frozen
@@ -160,12 +160,12 @@ def units(scores: Scores, coupled: Sequence[Sequence[str]] = ()) -> list[Unit]:
     return list(found.values())
 
 
-def masks_of(scores: Scores, dropped: Mapping[str, set[int]], all_units: Sequence[Unit]) -> dict[str, BlockMask]:
+def masks_of(scores: Scores, pruned_of: Mapping[str, set[int]], all_units: Sequence[Unit]) -> dict[str, BlockMask]:
     masks = {}
     for unit in all_units:
-        fallen = dropped[unit.names[0]] | {i for i, v in enumerate(unit.value) if v == -math.inf}
+        pruned = pruned_of[unit.names[0]] | {i for i, v in enumerate(unit.value) if v == -math.inf}
         for name in unit.names:
-            keep = torch.tensor([i not in fallen for i in range(len(unit.value))]).view(scores[name].grid.size)
+            keep = torch.tensor([i not in pruned for i in range(len(unit.value))]).view(scores[name].grid.size)
             masks[name] = BlockMask(keep, scores[name].grid)
     return {name: masks[name] for name in scores}
 
@@ -180,35 +180,53 @@ def per_bank(
     coupled: Sequence[Sequence[str]] = (),
 ) -> Masks:
     """`per_layer` is the bank ``()``, `per_row` the bank ``(1,)``."""
-    dropped = {}
+    pruned_of = {}
     for unit in units(scores, coupled):
         sides = [s if i >= len(bank) or bank[i] == -1 else bank[i] for i, s in enumerate(unit.size)]
         banks: dict[tuple[int, ...], list[int]] = {}
         for i, index in enumerate(itertools.product(*map(range, unit.size))):
             banks.setdefault(tuple(at // side for at, side in zip(index, sides, strict=True)), []).append(i)
-        fallen: set[int] = set()
+        pruned: set[int] = set()
         for members in banks.values():
             value, elements = [unit.value[i] for i in members], [unit.elements[i] for i in members]
-            here = drop_lowest(value, elements, sparsity * sum(elements))
+            here = prune_lowest(value, elements, sparsity * sum(elements))
             if max_sparsity is not None:
-                here &= drop_within(value, elements, max_sparsity * sum(elements))
-            fallen |= {members[i] for i in here}
-        dropped[unit.names[0]] = fallen - set(order_of(unit.value)[max(0, len(unit.value) - min_keep) :])
-    return masks_of(scores, dropped, units(scores, coupled))
+                here &= prune_within(value, elements, max_sparsity * sum(elements))
+            pruned |= {members[i] for i in here}
+        pruned_of[unit.names[0]] = pruned - set(order_of(unit.value)[max(0, len(unit.value) - min_keep) :])
+    return masks_of(scores, pruned_of, units(scores, coupled))
+
+
+def per_columns(scores: Scores, sparsity: float, *, columns: int) -> Masks:
+    """Ranges of columns of the weight as a matrix ``[outputs, inputs]``, each in whole blocks and over all rows."""
+    pruned_of = {}
+    for unit in units(scores):
+        grid = scores[unit.names[0]].grid
+        across = math.prod(grid.size[1:])
+        width = max(1, columns // math.prod(grid.block[1:]))
+        ranges: dict[int, list[int]] = {}
+        for i in range(len(unit.value)):
+            ranges.setdefault(i % across // width, []).append(i)
+        pruned: set[int] = set()
+        for members in ranges.values():
+            elements = [unit.elements[i] for i in members]
+            pruned |= {members[i] for i in prune_lowest([unit.value[i] for i in members], elements, sparsity * sum(elements))}
+        pruned_of[unit.names[0]] = pruned
+    return masks_of(scores, pruned_of, units(scores))
 
 
 def n_of_m(scores: Scores, sparsity: float, *, m: int, axis: int = 1, coupled: Sequence[Sequence[str]] = ()) -> Masks:
-    dropped = {}
+    pruned_of = {}
     for unit in units(scores, coupled):
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, index in enumerate(itertools.product(*map(range, unit.size))):
             groups.setdefault((*index[:axis], index[axis] // m, *index[axis + 1 :]), []).append(i)
         lowest = [[members[j] for j in order_of([unit.value[i] for i in members])] for members in groups.values()]
-        dropped[unit.names[0]] = {i for members in lowest for i in members[: round(sparsity * m)]}
-    return masks_of(scores, dropped, units(scores, coupled))
+        pruned_of[unit.names[0]] = {i for members in lowest for i in members[: round(sparsity * m)]}
+    return masks_of(scores, pruned_of, units(scores, coupled))
 
 
-def global_(
+def per_model(
     scores: Scores,
     sparsity: float,
     *,
@@ -216,25 +234,25 @@ def global_(
     min_keep: int | None = None,
     coupled: Sequence[Sequence[str]] = (),
 ) -> Masks:
-    """Clamps are both given, or both left to the default, which yields."""
+    """Both limits are the caller's, or both are the defaults, which can be exceeded."""
     blocks = [(unit, i) for unit in units(scores, coupled) for i in range(len(unit.value))]
-    clamped = set()
+    kept_by_limits = set()
     for unit in units(scores, coupled):
-        may_fall = drop_within(unit.value, unit.elements, (0.9 if max_sparsity is None else max_sparsity) * unit.total)
-        may_fall -= set(order_of(unit.value)[max(0, len(unit.value) - (1 if min_keep is None else min_keep)) :])
-        clamped |= {(unit.names, i) for i, v in enumerate(unit.value) if i not in may_fall and v != -math.inf}
+        prunable = prune_within(unit.value, unit.elements, (0.9 if max_sparsity is None else max_sparsity) * unit.total)
+        prunable -= set(order_of(unit.value)[max(0, len(unit.value) - (1 if min_keep is None else min_keep)) :])
+        kept_by_limits |= {(unit.names, i) for i, v in enumerate(unit.value) if i not in prunable and v != -math.inf}
     budget = sum(sparsity * unit.total for unit in units(scores, coupled))
-    dropped: dict[str, set[int]] = {unit.names[0]: set() for unit in units(scores, coupled)}
+    pruned_of: dict[str, set[int]] = {unit.names[0]: set() for unit in units(scores, coupled)}
     for turn in (False, True) if max_sparsity is None and min_keep is None else (False,):
-        here = [(unit, i) for unit, i in blocks if ((unit.names, i) in clamped) == turn]
+        here = [(unit, i) for unit, i in blocks if ((unit.names, i) in kept_by_limits) == turn]
         elements = [unit.elements[i] for unit, i in here]
-        fallen = drop_lowest([unit.value[i] for unit, i in here], elements, budget)
-        for unit, i in (here[j] for j in fallen):
-            dropped[unit.names[0]].add(i)
+        pruned = prune_lowest([unit.value[i] for unit, i in here], elements, budget)
+        for unit, i in (here[j] for j in pruned):
+            pruned_of[unit.names[0]].add(i)
         budget -= sum(elements)
         if budget <= 0:
             break
-    return masks_of(scores, dropped, units(scores, coupled))
+    return masks_of(scores, pruned_of, units(scores, coupled))
 
 
 def closest(value: Sequence[float], elements: Sequence[int], budget: float) -> float:
@@ -289,8 +307,8 @@ class Priced:
     cost: float
 
 
-def falling(scores: Scores, *, cost: Mapping[str, float] | None = None, relative: bool = False) -> list[Priced]:
-    """All blocks of the model in the order of falling."""
+def priced_blocks(scores: Scores, *, cost: Mapping[str, float] | None = None, relative: bool = False) -> list[Priced]:
+    """All blocks of the model in the order of pruning."""
     found = []
     for name in scores:
         total = sum(v * e for v, e in _valued(scores, name) if abs(v) != math.inf) if relative else 1.0
@@ -309,10 +327,10 @@ def lagrangian(
     max_sparsity: float = 0.9,
     min_keep: int = 0,
 ) -> dict[str, float] | None:
-    """Blocks fall one after the other as long as that brings the cost removed closer; None where the bounds leave too little."""
-    order = falling(scores, cost=cost, relative=relative)
+    """Blocks are pruned one after the other as long as that brings the removed cost closer; None if the limits do not allow enough."""
+    order = priced_blocks(scores, cost=cost, relative=relative)
     total = sum(block.cost for block in order)
-    may_fall, reachable = set(), 0.0
+    prunable, reachable = set(), 0.0
     for name in scores:
         own = [block for block in order if block.name == name]
         removed = pruned = spare = 0
@@ -322,13 +340,13 @@ def lagrangian(
             pruned += block.elements * (block.rank == -math.inf)
             spare += block.elements * (not last_ones)
             if block.rank == -math.inf or (not last_ones and removed <= max_sparsity * scores[name].grid.elements + 1e-6):
-                may_fall.add((name, block.index))
+                prunable.add((name, block.index))
         reachable += max(pruned, min(max_sparsity * scores[name].grid.elements, spare)) * own[0].cost / own[0].elements
     if sparsity * total > reachable * (1 + 1e-9):
         return None
     gone, done = dict.fromkeys(scores, 0), 0.0
     for block in order:
-        if (block.name, block.index) in may_fall:
+        if (block.name, block.index) in prunable:
             if block.rank != -math.inf and 2 * done + block.cost >= 2 * sparsity * total:
                 break
             gone[block.name] += block.elements
@@ -337,8 +355,8 @@ def lagrangian(
 
 
 def pareto(scores: Scores, *, cost: Mapping[str, float] | None = None) -> list[tuple[float, float, float]]:
-    """Sparsity, kept cost and error before the first and after each block that falls; pruned ones have fallen already."""
-    order = falling(scores, cost=cost)
+    """Sparsity, kept cost and error before the first and after each block that is pruned; those of score -inf are pruned before."""
+    order = priced_blocks(scores, cost=cost)
     elements, kept = sum(block.elements for block in order), sum(block.cost for block in order)
     removed, error, points = 0, 0.0, []
     for block in order:
@@ -445,12 +463,12 @@ def least_squares(p: Param, keep: Tensor, damping: float) -> Tensor:
     return torch.cat(out).view(p.grid.shape)
 
 
-def sparsegpt(p: Param, sparsity: float, group: int, damping: float) -> Tensor:
-    """Groups of columns from left to right; every inverse is of the Hessian of the columns that are left, computed anew."""
+def sparsegpt(p: Param, sparsity: float, columns_per_step: int, damping: float) -> Tensor:
+    """Steps of columns from left to right; every inverse is of the Hessian of the columns from there on, computed from scratch."""
     weight, value = p.weight.double().flatten(1).clone(), torch.zeros(p.grid.size).double().flatten(1)
     elements, every, all_hessians = block_elements(p.grid).flatten(1), bands(p), hessians(p, damping)
     width = max(len(block) for block in every[0].blocks)
-    step, count = max(1, group // width), len(every[0].blocks)
+    step, count = max(1, columns_per_step // width), len(every[0].blocks)
 
     def inverse_from(band: Band, j: int) -> tuple[Tensor, list[int]]:
         right = [i for block in band.blocks[j:] for i in block]

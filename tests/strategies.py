@@ -87,9 +87,13 @@ def shares_memory(x: Tensor, *others: Tensor) -> bool:
     return any(x.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() for other in others)
 
 
+Matrix = tuple[Tensor, Tensor, BlockGrid]  # weight, keep, grid
+batch_sizes = st.one_of(st.integers(0, 9), st.sampled_from([15, 16, 17, 31, 32, 33, 40, 70]))  # around the sizes of the kernels' tiles
+
+
 @st.composite
-def kept_matrices(draw: st.DrawFn, *, side: int = 48) -> tuple[Tensor, Tensor, BlockGrid]:
-    """A matrix of whole numbers, which of its blocks are kept, and the blocks: bands that keep nothing or everything among others."""
+def kept_matrices(draw: st.DrawFn, *, side: int = 48) -> Matrix:
+    """A matrix of whole numbers, which of its blocks are kept, and the blocks; some block rows keep nothing, some everything."""
     shape = draw(st.integers(1, side)), draw(st.integers(1, 2 * side))
     usual = st.sampled_from([1, 2, 4, 8, 16, 32])
     block = [draw(st.one_of(usual.map(lambda b, s=s: min(b, s)), st.integers(1, s))) for s in shape]

@@ -41,14 +41,14 @@ def test_the_dense_network_is_good(shown: tuple[str, Path]) -> None:
 
 
 def test_the_table_is_complete_and_holds_accuracies(accuracies: dict[tuple[str, str], list[float]]) -> None:
-    pipelines = {"l1 per_layer", "l1 global_", "l2 per_row", "lamp global_", "random per_layer"}
+    pipelines = {"l1 per_layer", "l1 per_model", "l2 per_row", "lamp per_model", "random per_layer"}
     assert accuracies.keys() == {(block, name) for block in ("2x2", "4x4") for name in pipelines}
     assert all(len(row) == 4 and all(0 <= a <= 1 for a in row) for row in accuracies.values())
 
 
 @pytest.mark.parametrize("block", ["2x2", "4x4"])
 def test_magnitude_beats_random_at_half(accuracies: dict[tuple[str, str], list[float]], block: str) -> None:
-    for name in ("l1 per_layer", "l1 global_", "lamp global_"):
+    for name in ("l1 per_layer", "l1 per_model", "lamp per_model"):
         assert accuracies[block, name][1] > accuracies[block, "random per_layer"][1] + 0.03
 
 

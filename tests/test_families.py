@@ -1,7 +1,6 @@
 """The README's repair on one small model of each of many families, from evidence to the exported model and a checkpoint."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import blockprune as bp
-from blockprune import allocate, collect, distribute, export, metric, reconstruct, statistics
+from blockprune import export
 
 hf = pytest.importorskip("transformers")
 pytestmark = [
@@ -33,7 +32,7 @@ LATENT = {"n_routed_experts": 3, "n_group": 1, "topk_group": 1, "kv_lora_rank": 
 LATENT |= {"first_k_dense_replace": 1, "v_head_dim": 8, "qk_nope_head_dim": 4, "num_key_value_heads": 4}
 STAGES = {"hidden_sizes": [16, 32], "depths": [1, 2], "num_stages": 2, "image_size": 16, "patch_size": 2, "num_labels": 5}
 
-# the model's and its configuration's names, what it is made of, where its blocks are, how many hidden axes are found and Linears pruned
+# class and configuration, sizes, the pattern of its transformer blocks, hidden axes found, Linears pruned
 FAMILIES: dict[str, tuple[str, str, dict[str, Any], str, int, int]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", SHARED, "model.layers.*", 5, 14),
     "qwen 3": ("Qwen3ForCausalLM", "Qwen3Config", {**SHARED, "head_dim": 16}, "model.layers.*", 5, 14),
@@ -67,29 +66,16 @@ def test_the_repair_of_the_readme(family: str, tmp_path: Path) -> None:
     model = bp.as_linears(make())
     images = "image_size" in sizes
     batches = [torch.randn(3, 3, 16, 16) if images else torch.randint(3, 48, (3, 16)) for _ in range(3)]
-    inside = partial(bp.including, pattern=pattern)
-    look = partial(collect.with_statistics, batches=batches, loss=_loss, progress=False)
+    where = bp.including(bp.linears((4, 4)), pattern)
+    calibration = bp.Calibration(batches, loss=_loss, progress=False)
+    assert len(bp.find_axes(model, batches[0], progress=False)) == axes
+    clustered = bp.recipes.cluster_units(model, where, calibration)
+    torch.testing.assert_close(_first(clustered(batches[0])), _first(model(batches[0])), atol=1e-5, rtol=1e-5)
 
-    alone = [statistics.input_gram, statistics.output_grad_sq]
-    single = metric.obs(look(model, where=inside(bp.linears((1, 1))), statistics=alone), max_sparsity=0, progress=False)
-    assert len(single) == linears
-    found = bp.find_axes(model, batches[0], progress=False)
-    assert len(found) == axes
-    moved = bp.permute(model, bp.cluster(single, found, block=(4, 4), progress=False))
-    torch.testing.assert_close(_first(moved(batches[0])), _first(model(batches[0])), atol=1e-5, rtol=1e-5)
-
-    where = inside(bp.linears((4, 4)))
-    seen = look(moved, where=where, statistics=[statistics.input_gram, statistics.output_grad_gram])
-    budget = distribute.loss_weighted(metric.obs(seen, progress=False), 0.25, max_sparsity=0.6)
-    pipeline = bp.Pipeline(
-        partial(collect.with_statistics, where=where, statistics=[statistics.input_gram]),
-        partial(metric.obs, damping=0.4, progress=False),
-        allocate.per_layer,
-    )
-    squares = partial(reconstruct.least_squares, damping=0.4, progress=False)
-    repaired = bp.sequential(moved, pipeline, squares, batches, budget, evidence=seen, progress=False)
-    assert abs(bp.sparsity(repaired.masks) - 0.25) < 0.01
-    masked = bp.apply_masks(moved, repaired.masks, repaired.weights)
+    result = bp.recipes.obs(where, calibration)(clustered, 0.25)
+    assert len(result.masks) == linears
+    assert abs(bp.sparsity(result.masks) - 0.25) < 0.01
+    masked = bp.apply_masks(clustered, result.masks, result.weights)
     want = _first(masked(batches[0]))
 
     sparse = export.block_sparse(masked, backend="torch")

@@ -35,6 +35,6 @@ def test_the_readmes_code_runs_as_printed() -> None:
             bp.apply_masks(names["model"], names["prune"](names["model"], 0.5))
         exec(block, names)
     assert len(blocks) >= 5
-    assert set(names["found"].masks) == {"model.layers.0.weight", "model.layers.2.weight"}
+    assert set(names["result"].masks) == {"model.layers.0.weight", "model.layers.2.weight"}
     assert names["masks"].keys() == {0.25, 0.5, 0.75}
     assert set(names["wanda"](small(), 0.5)) == set(names["fisher"](small(), 0.5)) == {"a.weight", "b.weight"}

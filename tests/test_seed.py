@@ -234,8 +234,8 @@ def test_global_reaches_the_asked_sparsity_up_to_everything_and_honours_caps() -
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 16))
     everywhere = bp.linears((2, 2))
     for sparsity in (0.0, 0.25, 0.5, 1.0):
-        assert bp.sparsity(prune(everywhere, allocate.global_)(model, sparsity)) == sparsity
-    capped = prune(everywhere, partial(allocate.global_, max_sparsity=0.75, min_keep=0))(model, 1.0)
+        assert bp.sparsity(prune(everywhere, allocate.per_model)(model, sparsity)) == sparsity
+    capped = prune(everywhere, partial(allocate.per_model, max_sparsity=0.75, min_keep=0))(model, 1.0)
     assert [bp.sparsity({name: mask}) for name, mask in capped.items()] == [0.75, 0.75]
 
 
@@ -244,7 +244,7 @@ def test_a_name_with_a_typo_is_an_error_that_shows_the_near_ones() -> None:
     pipeline = prune(bp.linears((2, 2)))
     with pytest.raises(ValueError, match=r"'encodr\.weight' matches no parameter.*'encoder\.weight'"):
         prune(bp.named("encodr.weight", (2, 2)))(model, 0.5)
-    with pytest.raises(KeyError, match=r"'encodr\.weight' that fits no parameter.*'encoder\.weight'"):
+    with pytest.raises(KeyError, match=r"'encodr\.weight' that matches no parameter.*'encoder\.weight'"):
         pipeline(model, {"encodr.weight": 0.5})
     masks = pipeline(model, 0.5)
     with pytest.raises(KeyError, match=r"'encodr\.weight'.*not a parameter.*'encoder\.weight'"):

@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.utils import parametrizations, parametrize
 
 import blockprune as bp
-from blockprune.names import slots
+from blockprune.model.parameters import parameter_refs
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
@@ -43,7 +43,7 @@ def masks_of(model: nn.Module, blocks: Blocks, seed: int = 0) -> dict[str, bp.Bl
     """Random masks, half of them zeros, neither all kept nor all pruned."""
     rng, masks = torch.Generator().manual_seed(seed), {}
     for name, block in blocks.items():
-        grid = bp.BlockGrid(slots(model)[name][0].masked.shape, block)
+        grid = bp.BlockGrid(parameter_refs(model)[name][0].masked.shape, block)
         masks[name] = bp.BlockMask((torch.randperm(grid.blocks, generator=rng) % 2 == 0).view(grid.size), grid)
     return masks
 
@@ -219,7 +219,7 @@ def test_gradients_are_those_by_hand_and_exactly_zero_where_pruned(kind: str) ->
     twin = zeroed(plain, masks)
     for m in (model, twin):
         total(m(x)).backward()
-    for name, places in slots(model).items():
+    for name, places in parameter_refs(model).items():
         want, got = twin.get_parameter(name).grad, places[0].stored.grad
         if name in masks:
             want = reference.masked(want, masks[name].keep, masks[name].grid)
@@ -472,7 +472,7 @@ def test_training_under_masks(kind: str, optimizer: Callable[..., torch.optim.Op
     model(x)
     bp.apply_masks(model, masks)
     opt = opt or optimizer(model.parameters())
-    start = {name: places[0].stored.detach().clone() for name, places in slots(model).items()}
+    start = {name: places[0].stored.detach().clone() for name, places in parameter_refs(model).items()}
     losses = []
     for step in range(6):
         if step == 3:  # masks may change at any step
@@ -486,12 +486,12 @@ def test_training_under_masks(kind: str, optimizer: Callable[..., torch.optim.Op
         losses.append(loss.item())
         for name, mask in masks.items():
             pruned = ~reference.expand(mask.keep, mask.grid)
-            slot = slots(model)[name][0]
-            assert slot.stored.grad[pruned].count_nonzero() == 0
-            assert slot.masked[pruned].count_nonzero() == 0
+            ref = parameter_refs(model)[name][0]
+            assert ref.stored.grad[pruned].count_nonzero() == 0
+            assert ref.masked[pruned].count_nonzero() == 0
     held = {id(p) for group in opt.param_groups for p in group["params"]}
-    assert held == {id(places[0].stored) for places in slots(model).values()} == {id(p) for p in model.parameters()}
-    assert all(not torch.equal(places[0].stored, start[name]) for name, places in slots(model).items())
+    assert held == {id(places[0].stored) for places in parameter_refs(model).values()} == {id(p) for p in model.parameters()}
+    assert all(not torch.equal(places[0].stored, start[name]) for name, places in parameter_refs(model).items())
     assert losses[2] < losses[0]
     final = bp.finalize(model)
     assert all((final.get_parameter(name)[~reference.expand(m.keep, m.grid)] == 0).all() for name, m in masks.items())
@@ -505,8 +505,8 @@ def test_a_frozen_parameter_stays_frozen() -> None:
     model(x).sum().backward()
     assert model[0].parametrizations.weight.original.grad is None
     for m in (bp.finalize(model), copy.deepcopy(model), bp.apply_masks(model, {})):
-        assert {name: places[0].stored.requires_grad for name, places in slots(m).items()} == {
-            name: name != "0.weight" for name in slots(m)
+        assert {name: places[0].stored.requires_grad for name, places in parameter_refs(m).items()} == {
+            name: name != "0.weight" for name in parameter_refs(m)
         }
 
 
@@ -520,8 +520,8 @@ def test_either_name_masks_all_users_of_a_tied_tensor(kind: type[nn.Module], fir
     for name in (first, second):
         model = bp.apply_masks(copy.deepcopy(plain), {name: mask})
         assert bp.read_masks(model) == {first: mask}
-        places = slots(model)[first]
-        assert {slot.name for slot in places} == {first, second}
+        places = parameter_refs(model)[first]
+        assert {ref.name for ref in places} == {first, second}
         assert torch.equal(places[0].masked, zeroed(plain, {first: mask}).get_parameter(first))
         assert torch.equal(places[0].masked, places[1].masked)
         for m in (bp.finalize(model), bp.apply_masks(model, {})):
@@ -550,7 +550,7 @@ def compiled_without_recompiling(backend: str, kinds: list[str]) -> None:
                 total(want).backward()
                 for name, mask in masks.items():
                     want_grad = reference.masked(twin.get_parameter(name).grad, mask.keep, mask.grid)
-                    torch.testing.assert_close(slots(model)[name][0].stored.grad, want_grad)
+                    torch.testing.assert_close(parameter_refs(model)[name][0].stored.grad, want_grad)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
 
@@ -692,7 +692,7 @@ def test_masks_come_over_anothers_parametrization(other: Callable[..., nn.Module
     want = reference.masked(model[2].weight, masks["2.weight"].keep, masks["2.weight"].grid)
     assert torch.equal(masked[2].weight, want)
     assert bp.read_masks(masked) == masks
-    assert list(slots(masked)) == list(slots(model))
+    assert list(parameter_refs(masked)) == list(parameter_refs(model))
     assert bp.read_masks(copy.deepcopy(masked)) == masks
     total(masked(x)).backward()
     assert all(p.grad is not None for p in masked.parameters())
@@ -827,8 +827,8 @@ def _replica(rank: int, folder: str) -> None:
         found[step] = {
             "x": x,
             "masks": {name: mask.keep for name, mask in bp.read_masks(model).items()},
-            "weights": {name: places[0].stored.detach().clone() for name, places in slots(model).items()},
-            "grads": {name: places[0].stored.grad.clone() for name, places in slots(model).items()},
+            "weights": {name: places[0].stored.detach().clone() for name, places in parameter_refs(model).items()},
+            "grads": {name: places[0].stored.grad.clone() for name, places in parameter_refs(model).items()},
         }
         bp.apply_masks(model, masks_of(model, {"0.weight": (2, 2), "1.bias": (2,)}, seed=5))
     torch.save(found, Path(folder) / f"{rank}.pt")
@@ -849,7 +849,7 @@ def test_ddp_agrees_on_masks_and_gradients(tmp_path: Path) -> None:
         sum(total(model(rank[step]["x"])) / 2 for rank in ranks).backward()
         for rank in ranks:
             assert all(torch.equal(rank[step]["masks"][name], mask.keep) for name, mask in masks.items())
-            for name, places in slots(model).items():
+            for name, places in parameter_refs(model).items():
                 torch.testing.assert_close(rank[step]["grads"][name], places[0].stored.grad)
 
 

@@ -1,6 +1,6 @@
-"""Shared part of the peer workers: the JSON-lines protocol, the model, and the measuring.
+"""The part that all workers share: the JSON-lines protocol, the model, and the measurement.
 
-Importing this module reserves the real stdout for the protocol: whatever a peer prints from then on goes to stderr.
+Importing this module reserves the real stdout for the protocol: from then on, whatever a library prints goes to stderr.
 """
 
 from __future__ import annotations
@@ -39,40 +39,40 @@ def build_model(layers: int, width: int, seed: int) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
 
 
-def _trim() -> None:
-    """Give freed memory back to the system, so that a baseline does not contain what an earlier run left behind."""
+def _return_freed_memory() -> None:
+    """Give freed memory back to the system, so that a baseline does not contain the memory of an earlier run."""
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _warm_memory(wanted: int) -> None:
+def warm_memory(wanted: int) -> None:
     """Touch and free up to ``wanted`` bytes.
 
-    A virtual machine may hand freed memory back to its host, and the next process to use it pays for fetching it,
-    which can cost more than the run itself. Every run therefore starts with memory that was in use a moment ago.
+    A virtual machine may return freed memory to its host, and the next process that uses it waits until it is fetched again, which can
+    take longer than the run itself. So every run starts with memory that was in use a moment ago.
     """
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     torch.empty(min(wanted, free // 2), dtype=torch.uint8)[::4096] = 0
 
 
 def _status_kib(field: str) -> int:
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    if found is None:
-        raise OSError(f"no {field} in /proc/self/status")
-    return int(found.group(1))
+    match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if match is None:
+        raise OSError(f"/proc/self/status has no field {field}; this benchmark needs Linux")
+    return int(match.group(1))
 
 
 class PeakMemory:
     """Peak resident memory inside the ``with`` block, above what was resident at its start.
 
-    Exact where the kernel lets a process reset its high-water mark, otherwise sampled every 2 ms.
+    It is exact where the kernel lets a process reset its high-water mark; otherwise it is sampled every 2 ms.
     """
 
     extra_mib: float = 0.0
 
     def __enter__(self) -> Self:
-        _trim()
+        _return_freed_memory()
         self._stop = threading.Event()
         self._sampler: threading.Thread | None = None
         try:
@@ -99,32 +99,34 @@ class PeakMemory:
         self.extra_mib = max(0, self._peak - self._start) / 1024
 
 
-def _achieved(masks: Sequence[Tensor]) -> float:
+def achieved_sparsity(masks: Sequence[Tensor]) -> float:
+    """The share of zeros."""
     return 1.0 - sum(int(mask.count_nonzero()) for mask in masks) / sum(mask.numel() for mask in masks)
 
 
 def prune_once(setup: Setup, compute: Compute, model: nn.Module, block: tuple[int, int]) -> dict[str, float]:
-    """Set a peer up on ``model``, let it compute its masks, and return what that took."""
-    _warm_memory(5 * sum(p.numel() * p.element_size() for p in model.parameters()))  # no peer's peak is above that
+    """Set a library up on ``model``, let it compute its masks, and return its seconds, its memory and the sparsity of its masks."""
+    warm_memory(5 * sum(p.numel() * p.element_size() for p in model.parameters()))  # no library's peak is above that
     with PeakMemory() as memory:
         start = time.perf_counter()
         state = setup(model, block)
         ready = time.perf_counter()
         masks = compute(state)
         end = time.perf_counter()
-    sparsity = _achieved(masks)
+    sparsity = achieved_sparsity(masks)
     return {"seconds": end - ready, "seconds_setup": ready - start, "extra_peak_mib": round(memory.extra_mib, 1), "sparsity": sparsity}
 
 
-def _answer(message: dict[str, Any]) -> None:
+def send(message: dict[str, Any]) -> None:
+    """Write one line of the protocol."""
     print(json.dumps(message), file=_PROTOCOL, flush=True)
 
 
 def serve(name: str, setup: Setup, compute: Compute) -> None:
-    """Answer requests until stdin ends: one line of configuration first, then one line per run.
+    """Answer requests until stdin ends: first one line of configuration, then one line for each run.
 
-    The model belongs to the peer alone and is built anew, outside the measured part, for every run: a peer that
-    frees or replaces the weights it was given is not charged for a second copy, and no run sees an earlier one.
+    The model is built anew for every run, outside the measured part, and nothing else refers to it: a library that frees or replaces the
+    weights is not charged for a second copy, and no run depends on an earlier one.
     """
     config = json.loads(sys.stdin.readline())
     layers, width, seed = int(config.get("layers", 12)), int(config.get("width", 4096)), int(config.get("seed", 0))
@@ -139,8 +141,8 @@ def serve(name: str, setup: Setup, compute: Compute) -> None:
             traceback.print_exc()
             return {"error": f"{type(error).__name__}: {error}"}
 
-    run(1, 2 * math.lcm(*block))  # what is loaded on first use belongs to no run
-    _answer({"ready": True, "name": name, "torch": torch.__version__.split("+")[0]})
+    run(1, 2 * math.lcm(*block))  # what a library loads on its first use belongs to no run
+    send({"ready": True, "name": name, "torch": torch.__version__.split("+")[0]})
     for line in sys.stdin:
         if line.strip() and json.loads(line).get("run"):
-            _answer(run(layers, width))
+            send(run(layers, width))

@@ -1,8 +1,8 @@
-"""Peer: llm-compressor 0.14 prunes a Hugging Face model on given tokens, by its own entry point; the weights are left in a file.
+"""llm-compressor 0.14 prunes a Hugging Face model on some tokens through its own entry point, and saves the weights to a file.
 
 python llmcompressor_quality.py MODEL_FOLDER TOKENS.safetensors OUT.safetensors sparsegpt|wanda 2:4|0:0
 
-`tokens` is int64 [windows, positions]. Driven by `benchmarks/quality.py --peer`, which measures what is left.
+`tokens` is int64 [windows, positions]. `benchmarks/quality.py` runs it and measures the pruned model.
 """
 
 from __future__ import annotations

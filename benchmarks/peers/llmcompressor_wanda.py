@@ -1,7 +1,7 @@
-"""Peer: llm-compressor 0.14's WandaPruningModifier, unstructured, per row as in the paper.
+"""llm-compressor 0.14's WandaPruningModifier, unstructured, each row ranked as in the paper.
 
-Its entry point `oneshot` takes Hugging Face models only, so its lifecycle is driven by hand, in the order of its basic pipeline: what is
-measured is the modifier, without its loaders. It writes zeros into the weights; those are the masks.
+Its entry point `oneshot` takes Hugging Face models only, so this script calls the modifier's hooks itself, in the order of the library's
+basic pipeline. The modifier is measured, without the library's loaders. It writes zeros into the weights; they give the masks.
 """
 
 from __future__ import annotations

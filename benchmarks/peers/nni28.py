@@ -1,4 +1,4 @@
-"""Peer: NNI 2.8 with the customised Block-L1NormPruner of NNI's own tutorial "Customize Basic Pruner".
+"""NNI 2.8 with the customised Block-L1NormPruner of NNI's own tutorial "Customize Basic Pruner".
 
 NNI 2.8 has no block pruner of its own. The classes below are the tutorial's, with its imports moved to where 2.8 keeps them.
 """

@@ -1,4 +1,4 @@
-"""Peer: NNI 3.0, its own L1NormPruner with a block granularity."""
+"""NNI 3.0's own L1NormPruner with a block granularity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Peer: NNI 3.0's TaylorPruner, which prunes output channels by the mean over batches of (w * gradient)^2."""
+"""NNI 3.0's TaylorPruner, which prunes output channels by the mean over batches of (w * gradient)^2."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def prune(model: nn.Sequential, batches: list[Tensor]) -> list[Tensor]:
             training_step(batch, model).backward()
             optimizer.step()
 
-    optimizer = nni.trace(torch.optim.SGD)(model.parameters(), lr=0.0)  # it needs steps; these change nothing
+    # TaylorPruner needs an optimizer that takes steps; with a learning rate of 0 they leave the weights as they are
+    optimizer = nni.trace(torch.optim.SGD)(model.parameters(), lr=0.0)
     evaluator = TorchEvaluator(train, optimizer, lambda batch, model: square_loss(model(batch)))
     config = {"op_types": ["Linear"], "target_names": ["weight"], "sparse_ratio": SPARSITY}
     _, masks = TaylorPruner(model, [config], evaluator, training_steps=len(batches)).compress()

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Make the peers' environments, .peers/nni28, nni30, torchao, llmcompressor and engines, in the repository root. Safe to run again.
+# Make the environments .peers/nni28, nni30, torchao, llmcompressor and engines in the repository root. It can be run again.
 set -eu
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
 
-# NNI is installed without its dependencies: what it pins does not fit today's torch, and pruning needs only these.
+# NNI is installed without its dependencies: the versions that it pins do not work with this torch, and pruning needs only these packages.
 common="torch==2.13.0 numpy==2.2.6 astor==0.8.1 cloudpickle==3.1.2 colorama==0.4.6 json-tricks==3.17.3 prettytable==3.18.0
     psutil==7.2.2 pyyaml==6.0.3 requests==2.34.2 schema==0.7.8 typeguard==4.1.2"
 
@@ -16,7 +16,7 @@ peer() { # peer NAME NNI-VERSION IMPORT-TO-CHECK [REQUIREMENT...]
         return
     fi
     "$python" -m venv --clear "$home"
-    # shellcheck disable=SC2086 # a list of words
+    # shellcheck disable=SC2086 # $common is a list of words
     "$home/bin/python" -m pip install --quiet --disable-pip-version-check $common "$@"
     "$home/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "nni==$version"
     "$home/bin/python" -c "$check"
@@ -39,8 +39,8 @@ other() { # other NAME CHECK PIP-ARGUMENT...
     echo "$home: made"
 }
 
-# torchao 0.18 is its last release with sparsity; llm-compressor pins much, so all of it is written down.
+# torchao 0.18 is its last release with sparsity. llm-compressor pins many packages, so llmcompressor.txt lists all of them.
 other torchao "from torchao.sparsity import WandaSparsifier" torch==2.13.0 numpy==2.2.6 torchao==0.18.0
 other llmcompressor "from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier" -r benchmarks/peers/llmcompressor.txt
-# DeepSparse's last release needs Python 3.11 and these versions beside it.
+# The last release of DeepSparse needs Python 3.11 and these versions.
 other engines "import onnxruntime, openvino" torch==2.13.0 numpy==1.26.4 onnx==1.14.1 onnxruntime==1.32.0 openvino==2026.4.1 deepsparse==1.8.0

@@ -1,8 +1,8 @@
-"""Other engines on one layer with pruned blocks: does sparsity make them faster? Run it in the environment that setup.sh makes.
+"""Other inference engines on one layer with pruned blocks: does sparsity make them faster? It runs in the environment of setup.sh.
 
 .peers/engines/bin/python benchmarks/peers/speed_rivals.py [--shape 4096 4096] [--batch 128] [--sparsities 0.75 0.9]
 
-All run in turn, one thread; median ms, and times as fast as torch's F.linear in the same run. torch BSR and CSR are torch's own.
+The engines run in turn on one thread. The table shows median milliseconds, and the speed as a multiple of torch's F.linear in the same run.
 """
 
 import argparse
@@ -21,14 +21,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 try:
     import deepsparse
-except ImportError:  # it ended with Python 3.11
+except ImportError:  # its last release needs Python 3.11
     deepsparse = None
 
 BLOCKS = ((16, 1), (32, 32))
 
 
 def model(weight, batch, path):
-    """One MatMul, as an ONNX file."""
+    """Save one MatMul as an ONNX file and return its path."""
     cols, rows = weight.shape[1], weight.shape[0]
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["y"])],
@@ -48,11 +48,11 @@ def engines(weight, x, folder, name):
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     exact = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32", "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": 0.5}
     compiled = openvino.Core().compile_model(path, "CPU", exact)
-    found = {"onnxruntime": lambda: session.run(None, {"x": data})[0], "OpenVINO": lambda: compiled(data)[0]}
+    calls = {"onnxruntime": lambda: session.run(None, {"x": data})[0], "OpenVINO": lambda: compiled(data)[0]}
     if deepsparse is not None:
         engine = deepsparse.compile_model(path, batch_size=len(x), num_cores=1)
-        found["DeepSparse"] = lambda: engine.run([data])[0]
-    return found
+        calls["DeepSparse"] = lambda: engine.run([data])[0]
+    return calls
 
 
 def main(options):
@@ -65,7 +65,7 @@ def main(options):
         calls["dense", 0.0, "torch F.linear"] = lambda: torch.nn.functional.linear(x, weight)
         for block in BLOCKS:
             for sparsity in options.sparsities:
-                keep = torch.rand(rows // block[0], cols // block[1]) >= sparsity
+                keep = torch.rand(rows // block[0], cols // block[1]) >= sparsity  # [R, C]
                 pruned = weight * keep.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
                 blocks = f"{block[0]}x{block[1]}"
                 for name, call in engines(pruned, x, folder, f"{blocks}-{sparsity}").items():

@@ -1,4 +1,4 @@
-"""Peer: torch.ao.pruning.WeightNormSparsifier, which ships inside torch."""
+"""torch.ao.pruning.WeightNormSparsifier, which ships inside torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.ao.pruning import WeightNormSparsifier  # type: ignore[attr-defined]
 
 
 def setup(model: nn.Module, block: tuple[int, int]) -> WeightNormSparsifier:
-    # norm=1 gives the L1 criterion that the other peers use; the default ranks by the sum of squares.
+    # norm=1 gives the L1 criterion that the other libraries use; the default ranks by the sum of squares.
     sparsifier = WeightNormSparsifier(sparsity_level=SPARSITY, sparse_block_shape=block, zeros_per_block=block[0] * block[1], norm=1)
     sparsifier.prepare(model, config=None)  # type: ignore[no-untyped-call]
     return sparsifier

@@ -1,4 +1,4 @@
-"""Peer: torchao 0.18's WandaSparsifier. It ranks over the whole layer, by |w| times the *squared* norm of the input."""
+"""torchao 0.18's WandaSparsifier. It ranks over the whole layer, by |w| times the *squared* norm of the input."""
 
 from __future__ import annotations
 

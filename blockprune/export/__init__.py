@@ -1,30 +1,40 @@
-"""From masks to milliseconds: models that hold and run only their kept blocks, and honest measurements of them."""
+"""From masks to milliseconds: models that hold and run only their kept blocks, and measurements of their speed.
 
-from blockprune.export.advise import Advice, Cost, Costs, Paying, advise, cost_table
-from blockprune.export.benchmark import Comparison, Speed, benchmark
-from blockprune.export.block_sparse import block_sparse, load_state_dict
-from blockprune.export.choose import Backend, Backends, Choice, Choices, backends, choose
-from blockprune.export.dense import dense, onnx
-from blockprune.export.layers import BlockSparseConv2d, BlockSparseLinear, as_matrix
-from blockprune.export.shrink import Shrunk, Units, shrink
+| file                                      | what it holds                                                                     |
+|-------------------------------------------|-----------------------------------------------------------------------------------|
+| `conversion`                              | `block_sparse`, and back: `load_state_dict`, `dense`, `onnx`                      |
+| `candidates`, `autotune`                  | which masked layers can run block-sparse, and which backend runs each (`choose`)  |
+| `sparse_layers`, `semi_structured`        | layers that hold only the kept blocks, or 2:4 weights                             |
+| `format`, `ops`                           | how kept blocks are stored; the product as an operator of torch                   |
+| `triton_launch`, `triton_kernels`         | the product on a GPU                                                              |
+| `dense_baselines`, `timing`               | the fastest dense layers and models; interleaved median times                     |
+| `model_benchmark`, `recommendation`       | whole models against dense ones; which blocks make a layer faster, and their cost |
+| `shrinking`, `coupled_channels`           | smaller dense models without the units that masks have emptied                    |
+| `module_replacement`                      | other modules in the places of some                                               |
+"""
+
+from blockprune.export.autotune import Backend, Backends, Choice, Choices, backends, choose
+from blockprune.export.conversion import block_sparse, dense, load_state_dict, onnx
+from blockprune.export.model_benchmark import ModelSpeed, SpeedComparison, benchmark
+from blockprune.export.recommendation import BlockCost, BlockCosts, BlockRecommendation, BlockSpeedup, cost_table, recommend_blocks
+from blockprune.export.shrinking import ShrinkResult, Units, shrink
+from blockprune.export.sparse_layers import BlockSparseConv2d, BlockSparseLinear, pack_weight
 
 __all__ = [
-    "Advice",
     "Backend",
     "Backends",
+    "BlockCost",
+    "BlockCosts",
+    "BlockRecommendation",
     "BlockSparseConv2d",
     "BlockSparseLinear",
+    "BlockSpeedup",
     "Choice",
     "Choices",
-    "Comparison",
-    "Cost",
-    "Costs",
-    "Paying",
-    "Shrunk",
-    "Speed",
+    "ModelSpeed",
+    "ShrinkResult",
+    "SpeedComparison",
     "Units",
-    "advise",
-    "as_matrix",
     "backends",
     "benchmark",
     "block_sparse",
@@ -33,5 +43,7 @@ __all__ = [
     "dense",
     "load_state_dict",
     "onnx",
+    "pack_weight",
+    "recommend_blocks",
     "shrink",
 ]

@@ -1,19 +1,18 @@
-"""The second stage: one number a block, higher = keep.
+"""The second stage: metric(data) -> scores, one number a block; blocks with high scores are kept.
 
-Budgets count elements, so every score here is a *benefit per element*: a mean (or root mean square) over the elements
-that the block has. A ragged block and a whole one, a 4x4 and a 16x16, then compete at the price they cost. Half types
-are summed in float32.
+A sparsity counts elements, so every score is a *benefit per element*, such as a mean over the elements of the block. Blocks of different
+sizes (ragged ones at the edge, or 4x4 and 16x16 in two layers) are then compared fairly. Half-precision weights are summed in float32.
 """
 
-from blockprune.metric.activations import apoz, correlated, mean_activation, wanda
-from blockprune.metric.gradients import fisher, grasp, movement, obd, snip, synflow, taylor
+from blockprune.metric.activations import apoz, block_output_error, mean_activation, wanda
+from blockprune.metric.gradients import fisher, grasp, movement, obd, snip, synflow, taylor, taylor_squared
 from blockprune.metric.magnitude import batchnorm_scale, fpgm, l1, l2, lamp, lp, random
-from blockprune.metric.obs import obs, sparsegpt
+from blockprune.metric.optimal_brain_surgeon import obs, sparsegpt
 
 __all__ = [
     "apoz",
     "batchnorm_scale",
-    "correlated",
+    "block_output_error",
     "fisher",
     "fpgm",
     "grasp",
@@ -30,5 +29,6 @@ __all__ = [
     "sparsegpt",
     "synflow",
     "taylor",
+    "taylor_squared",
     "wanda",
 ]

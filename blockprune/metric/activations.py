@@ -1,17 +1,20 @@
-"""Scores from what flows through the layers."""
+"""Scores from the activations of the layers."""
 
 import torch
 from torch import Tensor
 
-from blockprune.blocks import BlockGrid, expand, pool
-from blockprune.metric.scoring import each, needs, per_element
-from blockprune.types import Data, Param, Scores
+from blockprune import statistics
+from blockprune.core.grid import BlockGrid, expand, pool
+from blockprune.core.pipeline import requires
+from blockprune.core.types import Data, Param, Scores
+from blockprune.metric.scoring import per_element, score_each
 
 
+@requires(statistics.input_sq)
 def wanda(data: Data) -> Scores:
-    """Mean over the block of ``|W_ij| ||X_j||_2 / sqrt(n)`` (Sun et al. 2306.11695, eq. 1); rank it per row of blocks, as the paper does.
+    """Mean over the block of ``|W_ij| ||X_j||_2 / sqrt(n)`` (Sun et al. 2306.11695, eq. 1).
 
-    Needs the statistic ``input_sq``. The choice of `allocate.per_row` (the paper's comparison group) or another is the allocator's.
+    Needs the statistic ``input_sq``. The paper compares weights within each output row: use `allocate.per_row`.
 
     Raises:
         ValueError: data without ``input_sq``.
@@ -22,14 +25,15 @@ def wanda(data: Data) -> Scores:
         >>> bp.allocate.per_row(bp.metric.wanda(data), 0.5)["weight"].keep.sum(1)
         tensor([1, 1])
     """
-    needs(data, "input_sq", metric="wanda")
-    return each(data, lambda p: pool(p.weight.abs() * p.stats["input_sq"].sqrt(), p.grid, reduce="mean"))
+    return score_each(data, lambda p: pool(p.weight.abs() * p.stats["input_sq"].sqrt(), p.grid, reduce="mean"))
 
 
-def correlated(data: Data) -> Scores:
-    """``tr(W_B H_BB W_B^T)`` per element, H = X^T X / n: the layer's exact mean squared error when only this block is dropped.
+@requires(statistics.input_gram)
+def block_output_error(data: Data) -> Scores:
+    """``tr(W_B H_BB W_B^T)`` per element, where H = X^T X / n: the mean squared error of the layer's output when only this block is pruned.
 
-    Needs the statistic ``input_gram``. (The group form of Optimal Brain Surgeon's quadratic, Hassibi & Stork 1992, without its update.)
+    Needs the statistic ``input_gram``. This is the quadratic of Optimal Brain Surgeon (Hassibi & Stork 1992) for a block, without an update
+    of the remaining weights; `metric.obs` includes it.
 
     Raises:
         ValueError: data without ``input_gram``.
@@ -37,25 +41,27 @@ def correlated(data: Data) -> Scores:
     Example:
         >>> data = bp.collect.with_statistics(nn.Linear(4, 4), where=bp.linears((2, 2)), statistics=[bp.statistics.input_gram],
         ...                                   batches=[torch.randn(8, 4)])
-        >>> bp.metric.correlated(data)["weight"].value.shape
+        >>> bp.metric.block_output_error(data)["weight"].value.shape
         torch.Size([2, 2])
     """
-    needs(data, "input_gram", metric="correlated")
-    return each(data, _correlated)
+    return score_each(data, _output_error)
 
 
-def _correlated(p: Param) -> Tensor:
+def _output_error(p: Param) -> Tensor:
     gram = p.stats["input_gram"]  # [groups, k, k]
     across = BlockGrid(p.grid.shape[1:], p.grid.block[1:])
-    block_of = expand(torch.arange(across.blocks, device=gram.device).view(across.size), across).flatten()  # [k] which block of columns
-    inside = torch.where(block_of[:, None] == block_of, gram, 0)
+    block_of = expand(
+        torch.arange(across.blocks, device=gram.device).view(across.size), across
+    ).flatten()  # [k] each input's column of blocks
+    within_block = torch.where(block_of[:, None] == block_of, gram, 0)
     rows = p.weight.to(gram).reshape(len(gram), -1, gram.shape[-1])  # [groups, rows, k]
-    error = (rows @ inside) * rows
+    error = (rows @ within_block) * rows
     return per_element(pool(error.reshape(p.grid.shape), p.grid), p.grid)
 
 
+@requires(statistics.apoz)
 def apoz(data: Data) -> Scores:
-    """Share of an output's activations behind a ReLU that are not zero, mean over the block's rows (1 - APoZ, Hu et al. 1607.03250).
+    """The share of an output's activations that are not zero after a ReLU, mean over the block's rows (1 - APoZ, Hu et al. 1607.03250).
 
     Needs the statistic ``apoz``.
 
@@ -68,12 +74,12 @@ def apoz(data: Data) -> Scores:
         >>> bp.metric.apoz(data)["weight"].value.shape
         torch.Size([4, 1])
     """
-    needs(data, "apoz", metric="apoz")
-    return each(data, lambda p: pool((1 - p.stats["apoz"]).expand(p.grid.shape), p.grid, reduce="mean"))
+    return score_each(data, lambda p: pool((1 - p.stats["apoz"]).expand(p.grid.shape), p.grid, reduce="mean"))
 
 
+@requires(statistics.mean_activation)
 def mean_activation(data: Data) -> Scores:
-    """Mean of an output behind a ReLU, mean over the block's rows (Molchanov et al. 1611.06440, eq. 4).
+    """The mean of an output after a ReLU, mean over the block's rows (Molchanov et al. 1611.06440, eq. 4).
 
     Needs the statistic ``mean_activation``.
 
@@ -86,5 +92,4 @@ def mean_activation(data: Data) -> Scores:
         >>> bp.metric.mean_activation(data)["weight"].value.shape
         torch.Size([4, 1])
     """
-    needs(data, "mean_activation", metric="mean_activation")
-    return each(data, lambda p: pool(p.stats["mean_activation"].expand(p.grid.shape), p.grid, reduce="mean"))
+    return score_each(data, lambda p: pool(p.stats["mean_activation"].expand(p.grid.shape), p.grid, reduce="mean"))

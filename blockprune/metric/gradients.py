@@ -1,23 +1,24 @@
-"""Scores from derivatives of the loss, most of them with respect to one gate a block (a factor on its weights, at 1).
+"""Scores from derivatives of the loss, most of them with respect to gates. A gate is a factor on the weights of one block, equal to 1.
 
-Removing a block moves its gate g from 1 to 0, so the loss changes by ``-dL/dg + 1/2 d2L/dg2``: every criterion here is a term of that.
-Scores are per element: times the block's elements they are the (approximate) loss change.
+Pruning a block sets its gate g to 0, which changes the loss by about ``-dL/dg + 1/2 d2L/dg2``. Each criterion estimates a term of this.
+Scores are per element: multiplied by the block's number of elements they estimate the change of the loss.
 """
 
-from blockprune.blocks import pool
-from blockprune.metric.scoring import each, needs, per_element
-from blockprune.types import BlockScore, Data, Scores
+from blockprune import statistics
+from blockprune.core.grid import pool
+from blockprune.core.pipeline import requires
+from blockprune.core.types import BlockScore, Data, Scores
+from blockprune.metric.scoring import per_element, score_each
 
 
-def taylor(data: Data, *, squared: bool = False) -> Scores:
-    """``|sum over the block of w E[g]|`` per element, the first-order loss change (Molchanov et al. 1611.06440, eq. 7).
+@requires(statistics.weight_grad)
+def taylor(data: Data) -> Scores:
+    """``|sum over the block of w E[g]|`` per element, the first-order change of the loss (Molchanov et al. 1611.06440, eq. 7).
 
-    Args:
-        data: with the statistic ``weight_grad``, or ``weight_grad_sq`` if squared.
-        squared: the mean over the block of ``w^2 E[g^2]`` instead (Molchanov et al. 1906.10771, eq. 8 and 9).
+    Needs the statistic ``weight_grad``.
 
     Raises:
-        ValueError: data without the statistic.
+        ValueError: data without ``weight_grad``.
 
     Example:
         >>> data = bp.collect.with_statistics(nn.Linear(4, 4), where=bp.linears((2, 2)), statistics=[bp.statistics.weight_grad],
@@ -25,15 +26,32 @@ def taylor(data: Data, *, squared: bool = False) -> Scores:
         >>> bp.metric.taylor(data)["weight"].value.shape
         torch.Size([2, 2])
     """
-    if squared:
-        needs(data, "weight_grad_sq", metric="taylor(squared=True)")
-        return each(data, lambda p: pool(p.weight.square() * p.stats["weight_grad_sq"], p.grid, reduce="mean"))
-    needs(data, "weight_grad", metric="taylor")
-    return each(data, lambda p: pool(p.weight * p.stats["weight_grad"], p.grid, reduce="mean").abs())
+    return score_each(data, lambda p: pool(p.weight * p.stats["weight_grad"], p.grid, reduce="mean").abs())
 
 
+@requires(statistics.weight_grad_sq)
+def taylor_squared(data: Data) -> Scores:
+    """Mean over the block of ``w^2 E[g^2]`` (Molchanov et al. 1906.10771, eq. 8 and 9).
+
+    Needs the statistic ``weight_grad_sq``.
+
+    Raises:
+        ValueError: data without ``weight_grad_sq``.
+
+    Example:
+        >>> data = bp.collect.with_statistics(nn.Linear(4, 4), where=bp.linears((2, 2)), statistics=[bp.statistics.weight_grad_sq],
+        ...                                   batches=[torch.randn(8, 4)], loss=lambda output, batch: output.square().mean())
+        >>> bp.metric.taylor_squared(data)["weight"].value.shape
+        torch.Size([2, 2])
+    """
+    return score_each(data, lambda p: pool(p.weight.square() * p.stats["weight_grad_sq"], p.grid, reduce="mean"))
+
+
+@requires(statistics.gate_fisher)
 def fisher(data: Data) -> Scores:
-    """``1/2 E[(dL/dg)^2]`` per element: the loss change where the empirical Fisher stands for the Hessian (Theis et al. 1801.05787, eq. 6).
+    """``1/2 E[(dL/dg)^2]`` per element: the second-order change of the loss, with the empirical Fisher matrix in place of the Hessian.
+
+    Source: Theis et al. 1801.05787, eq. 6.
 
     Needs the statistic ``gate_fisher``.
 
@@ -46,10 +64,10 @@ def fisher(data: Data) -> Scores:
         >>> bool((bp.metric.fisher(data)["weight"].value > 0).all())
         True
     """
-    needs(data, "gate_fisher", metric="fisher")
-    return each(data, lambda p: per_element(p.stats["gate_fisher"] / 2, p.grid))
+    return score_each(data, lambda p: per_element(p.stats["gate_fisher"] / 2, p.grid))
 
 
+@requires(statistics.gate_hvp())
 def obd(data: Data) -> Scores:
     """``1/2 d2L/dg2`` per element (Optimal Brain Damage, LeCun et al. 1989, eq. 5, for a block).
 
@@ -64,14 +82,14 @@ def obd(data: Data) -> Scores:
         >>> bp.metric.obd(data)["weight"].value.shape
         torch.Size([2, 2])
     """
-    needs(data, "gate_hvp", metric="obd")
-    return each(data, lambda p: per_element(p.stats["gate_hvp"] / 2, p.grid))
+    return score_each(data, lambda p: per_element(p.stats["gate_hvp"] / 2, p.grid))
 
 
+@requires(statistics.gate_grad)
 def snip(data: Data) -> Scores:
     """``|E[dL/dg]|`` as a share of the sum over the model, per element (SNIP, Lee et al. 1810.02340, eq. 5).
 
-    Needs the statistic ``gate_grad``. Rank it with `allocate.global_`.
+    Needs the statistic ``gate_grad``. Rank it with `allocate.per_model`.
 
     Raises:
         ValueError: data without ``gate_grad``.
@@ -82,15 +100,15 @@ def snip(data: Data) -> Scores:
         >>> round(float(bp.metric.snip(data)["weight"].value.sum()) * 4, 4)
         1.0
     """
-    needs(data, "gate_grad", metric="snip")
     total = sum(float(p.stats["gate_grad"].abs().sum()) for p in data.values()) or 1.0
-    return each(data, lambda p: per_element(p.stats["gate_grad"].abs() / total, p.grid))
+    return score_each(data, lambda p: per_element(p.stats["gate_grad"].abs() / total, p.grid))
 
 
+@requires(statistics.gate_hg)
 def grasp(data: Data) -> Scores:
-    """``(H dL/dg) g`` per element: blocks whose removal would let the gradient flow less score high (GraSP, Wang et al. 2002.07376, eq. 8).
+    """``(H dL/dg) g`` per element: blocks whose removal would reduce the gradient's norm score high (GraSP, Wang et al. 2002.07376, eq. 8).
 
-    Needs the statistic ``gate_hg``. Scores are signed. Rank it with `allocate.global_`.
+    Needs the statistic ``gate_hg``. Scores are signed. Rank it with `allocate.per_model`.
 
     Raises:
         ValueError: data without ``gate_hg``.
@@ -101,14 +119,15 @@ def grasp(data: Data) -> Scores:
         >>> bp.metric.grasp(data)["weight"].value.shape
         torch.Size([2, 2])
     """
-    needs(data, "gate_hg", metric="grasp")
-    return each(data, lambda p: per_element(p.stats["gate_hg"], p.grid))
+    return score_each(data, lambda p: per_element(p.stats["gate_hg"], p.grid))
 
 
+@requires(statistics.gate_flow)
 def synflow(data: Data) -> Scores:
-    """``dR/dg`` per element, R the summed output of the network of ``|weights|`` on ones (SynFlow, Tanaka et al. 2006.05467, eq. 3).
+    """``dR/dg`` per element, where R is the summed output of the network of ``|weights|`` on an input of ones.
 
-    Needs the statistic ``gate_flow``. Rank it with `allocate.global_`, in many small steps.
+    Source: SynFlow, Tanaka et al. 2006.05467, eq. 3. Needs the statistic ``gate_flow``. Rank it with `allocate.per_model`, and prune in
+    many small steps.
 
     Raises:
         ValueError: data without ``gate_flow``.
@@ -119,14 +138,13 @@ def synflow(data: Data) -> Scores:
         >>> bool((bp.metric.synflow(data)["weight"].value > 0).all())
         True
     """
-    needs(data, "gate_flow", metric="synflow")
-    return each(data, lambda p: per_element(p.stats["gate_flow"], p.grid))
+    return score_each(data, lambda p: per_element(p.stats["gate_flow"], p.grid))
 
 
 def movement(data: Data) -> Scores:
     """``- sum over steps of w g``, mean over the block: weights that training moves away from zero score high (Sanh et al. 2005.07683).
 
-    Needs the statistic ``movement``, which `collect.movement` folds in your training loop.
+    Needs the statistic ``movement``, which `collect.movement` adds up in your training loop.
 
     Raises:
         ValueError: data without ``movement``.
@@ -139,5 +157,10 @@ def movement(data: Data) -> Scores:
         >>> bp.metric.movement(data)["weight"].value.shape
         torch.Size([2, 2])
     """
-    needs(data, "movement", metric="movement")
+    for name, p in data.items():
+        if "movement" not in p.stats:
+            raise ValueError(
+                f"{name} {p.grid.shape}: metric.movement needs the statistic 'movement'; the data has {sorted(p.stats) or 'none'}; "
+                "collect it: collect.movement(model, where=..., previous=...) after each backward"
+            )
     return {name: BlockScore(pool(p.stats["movement"], p.grid, reduce="mean"), p.grid) for name, p in data.items()}

@@ -6,9 +6,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from blockprune.blocks import block_elements, pool
-from blockprune.metric.scoring import each
-from blockprune.types import Data, Param, Scores, check_finite
+from blockprune.core.grid import block_elements, pool
+from blockprune.core.types import Data, Param, Scores, check_finite
+from blockprune.metric.scoring import score_each
 
 
 def l1(data: Data) -> Scores:
@@ -19,7 +19,7 @@ def l1(data: Data) -> Scores:
         >>> bp.metric.l1({"w": bp.Param(w, bp.BlockGrid((1, 3), (1, 2)))})["w"].value
         tensor([[2., 5.]])
     """
-    return each(data, lambda p: pool(p.weight, p.grid, reduce="mean", each=torch.abs))
+    return score_each(data, lambda p: pool(p.weight, p.grid, reduce="mean", elementwise=torch.abs))
 
 
 def l2(data: Data) -> Scores:
@@ -30,7 +30,7 @@ def l2(data: Data) -> Scores:
         >>> bp.metric.l2({"w": bp.Param(w, bp.BlockGrid((1, 2), (1, 2)))})["w"].value
         tensor([[3.5355]])
     """
-    return each(data, lambda p: pool(p.weight, p.grid, reduce="mean", each=torch.square).sqrt())
+    return score_each(data, lambda p: pool(p.weight, p.grid, reduce="mean", elementwise=torch.square).sqrt())
 
 
 def lp(data: Data, *, p: float) -> Scores:
@@ -47,9 +47,9 @@ def lp(data: Data, *, p: float) -> Scores:
     if not p > 0:
         raise ValueError(f"p={p} must be above 0; use p=1 for l1, p=2 for l2, p=inf for the largest")
     if p == math.inf:
-        return each(data, lambda x: pool(x.weight, x.grid, reduce="amax", each=torch.abs))
+        return score_each(data, lambda param: pool(param.weight, param.grid, reduce="amax", elementwise=torch.abs))
     power = partial(_abs_power, p=p)
-    return each(data, lambda x: pool(x.weight, x.grid, reduce="mean", each=power) ** (1 / p))
+    return score_each(data, lambda param: pool(param.weight, param.grid, reduce="mean", elementwise=power) ** (1 / p))
 
 
 def _abs_power(w: Tensor, *, p: float) -> Tensor:
@@ -61,7 +61,11 @@ def random(data: Data, *, generator: torch.Generator | int | None = None) -> Sco
 
     Args:
         data: only its grids are used.
-        generator: a seed gives the same scores at every call; a ``torch.Generator`` is advanced; None draws from torch's global one.
+        generator: a seed, which gives the same scores at every call, or a ``torch.Generator``, which is advanced; None uses torch's global
+            generator.
+
+    Raises:
+        ValueError: a weight with NaN or inf.
 
     Example:
         >>> data = {"w": bp.Param(torch.zeros(4, 4), bp.BlockGrid((4, 4), (2, 2)))}
@@ -70,16 +74,16 @@ def random(data: Data, *, generator: torch.Generator | int | None = None) -> Sco
     """
     if isinstance(generator, int):
         generator = torch.Generator().manual_seed(generator)
-    at = generator.device if generator else None
+    device = generator.device if generator else None
     for name, p in data.items():
-        check_finite(name, p.weight)  # which the scores of other metrics show
-    return each(data, lambda p: torch.rand(p.grid.size, generator=generator, device=at).to(p.weight.device))
+        check_finite(name, p.weight)  # the scores of other metrics would be NaN or inf, too
+    return score_each(data, lambda p: torch.rand(p.grid.size, generator=generator, device=device).to(p.weight.device))
 
 
 def fpgm(data: Data) -> Scores:
-    """Mean distance of a row (filter) to all others, an element's share of it (FPGM, He et al. 1811.00250, eq. 4 to 6).
+    """Mean distance of a row (filter) to all other rows, divided by the root of its length (FPGM, He et al. 1811.00250, eq. 4 to 6).
 
-    Rows near the geometric median are replaceable by the others and score low. A block of several rows scores their mean.
+    Rows close to the geometric median can be replaced by the others and score low. A block of several rows scores their mean.
 
     Raises:
         ValueError: blocks that are not whole rows.
@@ -94,7 +98,7 @@ def fpgm(data: Data) -> Scores:
             raise ValueError(
                 f"{name}: fpgm compares whole rows (filters), but block={p.grid.block} of shape={p.grid.shape} cuts them; use (1,)"
             )
-    return each(
+    return score_each(
         data,
         lambda p: pool(
             _mean_distance(p.weight[..., None].flatten(1)).view(-1, *[1] * (p.weight.ndim - 1)).expand(p.weight.shape),
@@ -105,32 +109,32 @@ def fpgm(data: Data) -> Scores:
 
 
 def _mean_distance(rows: Tensor) -> Tensor:
-    """[R, C] -> [R]: root-mean-square distance of each row to the others; chunks bound the memory to about a million distances."""
+    """[R, C] -> [R]: mean root-mean-square distance of each row to the others, in chunks of about a million distances to bound memory."""
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    rows = rows - rows.mean(0)  # distances are the same; the products below cancel less
+    rows = rows - rows.mean(0)  # distances stay the same, and `cdist` rounds less where it multiplies matrices
     chunks = rows.split(max(1, (1 << 20) // len(rows)))
     total = torch.cat([torch.cdist(chunk, rows).sum(1) for chunk in chunks])
     return total / (max(1, len(rows) - 1) * math.sqrt(rows.shape[1]))
 
 
 def lamp(data: Data) -> Scores:
-    """Block energy over that of all blocks ranked no lower in its parameter, an element's share (LAMP, Lee et al. 2010.07611, eq. 3).
+    """A block's sum of squares divided by that of all blocks of its parameter that rank no lower, per element.
 
-    Made to be ranked over the whole model (`allocate.global_`).
+    Source: LAMP, Lee et al. 2010.07611, eq. 3. Rank it over the whole model (`allocate.per_model`).
 
     Example:
         >>> w = torch.tensor([[1.0, 2.0, 3.0]])
         >>> bp.metric.lamp({"w": bp.Param(w, bp.BlockGrid((1, 3), (1, 1)))})["w"].value       # 1/14, 4/13, 9/9
         tensor([[0.0714, 0.3077, 1.0000]])
     """
-    return each(data, _lamp)
+    return score_each(data, _lamp)
 
 
 def _lamp(p: Param) -> Tensor:
-    mean = pool(p.weight, p.grid, reduce="mean", each=torch.square).flatten()  # [blocks]
+    mean = pool(p.weight, p.grid, reduce="mean", elementwise=torch.square).flatten()  # [blocks]
     energy = mean.double() * block_elements(p.grid, device=mean.device).reshape(-1)
     order = mean.argsort(stable=True)
-    rest = energy[order].flip(0).cumsum(0).flip(0)  # of this block and all that rank above it
+    rest = energy[order].flip(0).cumsum(0).flip(0)  # the energy of the block and of all that rank above it
     share = torch.empty_like(energy)
     share[order] = mean[order] / rest.clamp_min(torch.finfo(rest.dtype).tiny)
     return share.to(mean.dtype).view(p.grid.size)
@@ -139,8 +143,8 @@ def _lamp(p: Param) -> Tensor:
 def batchnorm_scale(data: Data) -> Scores:
     """``|gamma|`` of the batch norm that scales a filter's output (network slimming, Liu et al. 1708.06519).
 
-    Reads the statistic that `collect.batchnorm_scales` adds to each convolution, or, of a 1-D parameter (a batch norm's
-    own weight), the weight itself. A block of several filters scores their mean.
+    Needs the statistic ``batchnorm_scale`` of `collect.batchnorm_scales`; for a parameter of one axis (a batch norm's own weight) it uses
+    the weight itself. A block of several filters scores their mean.
 
     Raises:
         ValueError: a parameter of more than one axis without the statistic, or blocks that are not whole filters.
@@ -158,4 +162,6 @@ def batchnorm_scale(data: Data) -> Scores:
             raise ValueError(
                 f"{name}: batchnorm_scale ranks whole filters, but block={p.grid.block} of shape={p.grid.shape} cuts them; use (1,)"
             )
-    return each(data, lambda p: pool(p.stats.get("batchnorm_scale", p.weight).expand(p.grid.shape), p.grid, reduce="mean", each=torch.abs))
+    return score_each(
+        data, lambda p: pool(p.stats.get("batchnorm_scale", p.weight).expand(p.grid.shape), p.grid, reduce="mean", elementwise=torch.abs)
+    )

@@ -8,7 +8,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from blockprune.native.library import address, load, plain
+from blockprune.native.library import address, is_plain_memory, load
 
 _PER_THREAD = 1 << 20  # elements that pay for starting a thread beside those of torch, which wait for work on the same cores
 _EACH = {None: 0, torch.abs: 1, torch.square: 2}
@@ -30,7 +30,7 @@ _library, status = _load()
 
 def pool_sum(x: Tensor, shape: tuple[int, int], block: tuple[int, int], each: object) -> Tensor | None:
     """Block sums of ``each(x)``, ``x`` seen as a matrix of this shape: float32 ``[rows / block, cols / block]``; None where it cannot."""
-    if _library is None or each not in _EACH or x.dtype not in (torch.float32, torch.bfloat16) or not plain(x):
+    if _library is None or each not in _EACH or x.dtype not in (torch.float32, torch.bfloat16) or not is_plain_memory(x):
         return None
     (rows, cols), (r, c) = shape, block
     out = torch.empty(-(-rows // r), -(-cols // c))
@@ -46,7 +46,7 @@ def obs_sweep(rows: Tensor, inverse: Tensor, group: Tensor, width: int, stop: in
     Raises:
         torch.linalg.LinAlgError: an inverse that lost positive definiteness.
     """
-    if _library is None or rows.dtype not in (torch.float32, torch.float64) or not (plain(inverse) and rows.device.type == "cpu"):
+    if _library is None or rows.dtype not in (torch.float32, torch.float64) or not (is_plain_memory(inverse) and rows.device.type == "cpu"):
         return None
     bands, height, k = rows.shape
     transposed, group = rows.mT.contiguous(), group.contiguous()

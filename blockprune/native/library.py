@@ -7,7 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from blockprune.core._compat import (
+    data_address,
+    dispatch_mode_is_active,
+    forward_ad_is_active,
+    is_copy_on_write,
+    is_functorch_tensor,
+    is_tracing,
+    is_zero_tensor,
+)
 
 
 def load(name: str) -> tuple[ctypes.CDLL | None, str]:
@@ -22,19 +31,15 @@ def load(name: str) -> tuple[ctypes.CDLL | None, str]:
 
 def address(x: Any) -> int:
     """Where the numbers start; asking a tensor that is shared until written for its `data_ptr` would copy it."""
-    torch_c: Any = torch._C
-    if torch_c._is_cow_tensor(x):
-        return int(torch_c._data_address(x)) + int(x.storage_offset() * x.element_size())
+    if is_copy_on_write(x):
+        return data_address(x) + int(x.storage_offset() * x.element_size())
     return int(x.data_ptr())
 
 
-def plain(x: Tensor, device: str = "cpu") -> bool:
+def is_plain_memory(x: Tensor, device: str = "cpu") -> bool:
     """Whether a tensor is nothing but numbers in the memory of a device: no gradient to record, no tracing, no transform."""
     recording = torch.is_grad_enabled() and x.requires_grad
-    wrapped = (
-        torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(x)
-    )
-    torch_c: Any = torch._C
-    traced = torch_c._is_tracing() or torch_c._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0
-    numbers = x.is_contiguous() and not x.is_neg() and not torch._is_zerotensor(x)
+    wrapped = torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or is_functorch_tensor(x)
+    traced = is_tracing() or dispatch_mode_is_active() or forward_ad_is_active()
+    numbers = x.is_contiguous() and not x.is_neg() and not is_zero_tensor(x)
     return x.device.type == device and numbers and not (recording or wrapped or traced)

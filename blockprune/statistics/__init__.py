@@ -1,12 +1,13 @@
-"""What can be learnt of a parameter from data, each a triple of pure functions: init, update, finalize.
+"""Statistics: what can be collected about a parameter from data. Each is three pure functions: init, update and compute.
 
-Sums add up (over batches, folds and processes); only ``finalize`` divides. Write your own in a notebook cell: a `Statistic` is a value.
+``update`` only adds to sums, so that sums of several batches, folds or processes can be added, too; ``compute`` divides. A `Statistic` is a
+value, so you can write your own in a notebook cell.
 """
 
 from blockprune.statistics.gradients import gate_fisher, gate_flow, gate_grad, gate_hg, gate_hvp, weight_grad, weight_grad_sq
-from blockprune.statistics.inputs import bias, input_cross, input_gram, input_mean, input_sq, stream_cross
+from blockprune.statistics.inputs import bias, input_cross, input_gram, input_mean, input_sq, residual_cross
 from blockprune.statistics.outputs import activation, apoz, mean_activation, output_grad_gram, output_grad_sq, output_mean, output_sq
-from blockprune.statistics.triples import Call, Gates, Sees, Statistic, Sums
+from blockprune.statistics.statistic import Call, Gates, Sees, Statistic, Sums
 
 __all__ = [
     "Call",
@@ -31,7 +32,7 @@ __all__ = [
     "output_grad_sq",
     "output_mean",
     "output_sq",
-    "stream_cross",
+    "residual_cross",
     "weight_grad",
     "weight_grad_sq",
 ]

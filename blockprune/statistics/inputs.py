@@ -1,160 +1,167 @@
-"""Of a layer's inputs: their moments, the layer's bias, and how they compare with those of the dense layer."""
+"""Statistics of a layer's inputs: their moments, the layer's bias, and products with the inputs of the dense layer."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blockprune.layers import along_weight, input_axis
-from blockprune.names import Slot
-from blockprune.statistics.triples import (
+from blockprune.core.types import Param
+from blockprune.model.inputs import along_weight, input_axis
+from blockprune.model.parameters import ParameterRef
+from blockprune.statistics.statistic import (
     Call,
     Statistic,
     Sums,
+    at_least_float32,
     column_sums,
-    features,
-    input_count,
-    input_rows,
-    once,
-    output_rows,
+    count_input_rows,
+    count_output_rows,
+    input_groups,
     row_weights,
-    wide,
+    shared_by_layers,
+    zero_input_counts,
     zeros,
 )
-from blockprune.types import Param
 
-WIDE = 1024  # inputs from which on half of a symmetric product is worth leaving out
+SYMMETRIC_FROM = 1024  # features from which on it is faster to compute only the upper half of a Gram matrix and to copy it
 
 
 def _per_feature(name: str, contribution: Callable[[Tensor], Tensor]) -> Statistic:
-    def init(slot: Slot, param: Param) -> Sums:
-        return {"sum": zeros(*features(slot, param), like=param), "n": input_count(slot, param, 2)}
+    """The mean of ``contribution(inputs)`` over rows, one number for each input feature."""
+
+    def init(ref: ParameterRef, param: Param) -> Sums:
+        return {"sum": zeros(*input_groups(ref, param), like=param), "n": zero_input_counts(ref, param, 2)}
 
     def update(sums: Sums, call: Call) -> Sums:
-        batch = once(call, name, lambda x: column_sums(call, x, contribution))  # [groups, k]
-        return {"sum": sums["sum"] + batch, "n": sums["n"] + input_rows(call, sums["n"])}
+        totals = shared_by_layers(call, name, lambda x: column_sums(call, x, contribution))  # [groups, k]
+        return {"sum": sums["sum"] + totals, "n": sums["n"] + count_input_rows(call, sums["n"])}
 
-    def finalize(sums: Sums, slot: Slot, param: Param) -> Tensor:
-        return along_weight(sums["sum"] / sums["n"], param.grid.shape, input_axis(slot))
+    def compute(sums: Sums, ref: ParameterRef, param: Param) -> Tensor:
+        return along_weight(sums["sum"] / sums["n"], param.grid.shape, input_axis(ref))
 
-    return Statistic(name, "inputs", init, update, finalize)
+    return Statistic(name, "inputs", init, update, compute)
 
 
 input_sq = _per_feature("input_sq", torch.square)
-"""Mean square of each input feature, in a shape that broadcasts to the weight (Wanda's ||X||_2^2 / n, Sun et al. 2306.11695)."""
+"""The mean square of each input feature, in a shape that broadcasts to the weight: Wanda's ||X||_2^2 / n (Sun et al. 2306.11695)."""
 
 input_mean = _per_feature("input_mean", lambda x: x)
-"""Mean of each input feature, in a shape that broadcasts to the weight."""
+"""The mean of each input feature, in a shape that broadcasts to the weight."""
 
 
-def _gram_init(slot: Slot, param: Param) -> Sums:
-    if input_axis(slot) == 0:
-        raise NotImplementedError(f"{slot.name}: input_gram is of weights whose input lies along axis 1; use input_sq for this one")
-    groups, k = features(slot, param)
-    return {"sum": zeros(groups, k, k, like=param), "n": input_count(slot, param, 3)}
+def _gram_init(ref: ParameterRef, param: Param) -> Sums:
+    if input_axis(ref) == 0:
+        raise NotImplementedError(
+            f"{ref.name} {param.grid.shape}: input_gram needs a weight whose inputs lie along axis 1, but the inputs of this one lie along "
+            "axis 0; collect input_sq instead, or leave the weight out with `excluding`"
+        )
+    groups, k = input_groups(ref, param)
+    return {"sum": zeros(groups, k, k, like=param), "n": zero_input_counts(ref, param, 3)}
 
 
-def _product(x: Tensor, weights: Tensor | None) -> Tensor:
-    """[n, k] -> [k, k]; of a wide one only what lies on and above the diagonal is multiplied."""
+def _gram(x: Tensor, weights: Tensor | None) -> Tensor:
+    """[n, k] -> [k, k]: ``x^T diag(weights) x``. Of a large matrix only the panels on and above the diagonal are multiplied."""
     scaled = x if weights is None else x * weights[:, None]
     k = x.shape[1]
-    if k < WIDE:
+    if k < SYMMETRIC_FROM:
         return x.mT @ scaled
-    found = x.new_empty(k, k)
+    gram = x.new_empty(k, k)
     for i in range(0, k, panel := -(-k // 6)):
-        torch.mm(x[:, i : i + panel].mT, scaled[:, i:], out=found[i : i + panel, i:])
-        found[i + panel :, i : i + panel] = found[i : i + panel, i + panel :].mT
-    return found
+        torch.mm(x[:, i : i + panel].mT, scaled[:, i:], out=gram[i : i + panel, i:])
+        gram[i + panel :, i : i + panel] = gram[i : i + panel, i + panel :].mT
+    return gram
 
 
 def _gram_update(sums: Sums, call: Call) -> Sums:
-    batch = once(call, "products", lambda x: _product(wide(x), row_weights(call, x)))
-    return {"sum": sums["sum"] + batch, "n": sums["n"] + input_rows(call, sums["n"])}
+    gram = shared_by_layers(call, "input_gram", lambda x: _gram(at_least_float32(x), row_weights(call, x)))
+    return {"sum": sums["sum"] + gram, "n": sums["n"] + count_input_rows(call, sums["n"])}
 
 
-input_gram = Statistic("input_gram", "inputs", _gram_init, _gram_update, lambda sums, slot, param: sums["sum"] / sums["n"])
-"""X^T X / n, ``[groups, k, k]`` over the flattened input features (channels * taps of a convolution): the layer's Hessian."""
+input_gram = Statistic("input_gram", "inputs", _gram_init, _gram_update, lambda sums, ref, param: sums["sum"] / sums["n"])
+"""X^T X / n over the flattened input features (channels * kernel positions of a convolution), ``[groups, k, k]``.
+
+This is the Hessian of the layer's squared output error, up to a factor. See `Call` for what a group is.
+"""
 
 
-def _layer_bias(slot: Slot, param: Param) -> Tensor:
-    found = getattr(slot.owner, slot.attr.removesuffix("weight") + "bias", None)
-    return found.detach().clone() if isinstance(found, Tensor) else param.weight.new_empty(0)
+def _layer_bias(ref: ParameterRef, param: Param) -> Tensor:
+    value = getattr(ref.owner, ref.attr.removesuffix("weight") + "bias", None)
+    return value.detach().clone() if isinstance(value, Tensor) else param.weight.new_empty(0)
 
 
-def _bias_init(slot: Slot, param: Param) -> Sums:
-    if input_axis(slot) == 0:
-        raise NotImplementedError(f"{slot.name}: bias is of layers whose outputs lie along axis 0; leave this one out with `excluding`")
+def _bias_init(ref: ParameterRef, param: Param) -> Sums:
+    if input_axis(ref) == 0:
+        raise NotImplementedError(
+            f"{ref.name} {param.grid.shape}: bias needs a weight whose outputs lie along axis 0, but the outputs of this one lie along "
+            "axis 1; leave the weight out with `excluding`"
+        )
     return {}
 
 
-bias = Statistic("bias", "inputs", _bias_init, lambda sums, call: sums, lambda sums, slot, param: _layer_bias(slot, param))
-"""The layer's bias as it is, empty where there is none: with ``input_mean``, what `reconstruct` needs to repair it."""
+bias = Statistic("bias", "inputs", _bias_init, lambda sums, call: sums, lambda sums, ref, param: _layer_bias(ref, param))
+"""The layer's bias, copied from the model; empty if the layer has none. With ``input_mean``, `reconstruct` can repair it."""
 
 
-def input_cross(dense: Mapping[str, list[list[Tensor]]]) -> Statistic:
-    """X^T (Y, 1) / n, ``[groups, k, k + 1]``: X the inputs that the dense layer gets, Y those that this one gets.
-
-    With it `reconstruct.least_squares` and `metric.obs` aim at the dense layer's outputs on dense inputs; `sequential` collects it.
-
-    Args:
-        dense: by parameter name, for each call of its layer to come, the dense rows ``[n, k]`` of each group; used up.
-
-    Example:
-        >>> bp.statistics.input_cross({"weight": [[torch.ones(3, 4)]]}).name
-        'input_cross'
-    """
-
-    def init(slot: Slot, param: Param) -> Sums:
-        zeros = _gram_init(slot, param)
-        return {**zeros, "sum": F.pad(zeros["sum"], (0, 1))}
-
-    def update(sums: Sums, call: Call) -> Sums:
-        given = dense[call.name].pop(0) if dense[call.name] else []
-        if [len(x) for x in given] != [len(y) for y in call.inputs]:
-            raise ValueError(
-                f"{call.name}: the dense layer is given {sum(map(len, given))} rows and the pruned one {sum(map(len, call.inputs))}, "
-                "which cannot be compared (a router of tokens?); use target='pruned'"
-            )
-        found = torch.stack([wide(x).mT @ _and_one(call, y) for x, y in zip(given, call.inputs, strict=True)])
-        return {"sum": sums["sum"] + found, "n": sums["n"] + input_rows(call, sums["n"])}
-
-    return Statistic("input_cross", "inputs", init, update, lambda sums, slot, param: sums["sum"] / sums["n"])
+def _cross_init(ref: ParameterRef, param: Param) -> Sums:
+    sums = _gram_init(ref, param)
+    return {**sums, "sum": F.pad(sums["sum"], (0, 1))}
 
 
-def stream_cross(ahead: Mapping[str, list[Tensor]], *, names: Collection[str]) -> Statistic:
-    """E^T (Y, 1) / n, ``[outputs, k + 1]``: E what the dense residual stream is ahead of this one's where the layer's output joins it.
+def _cross_update(sums: Sums, call: Call) -> Sums:
+    calls = call.batch.dense_inputs.get(call.name, [])
+    dense = calls[call.index] if call.index < len(calls) else []
+    if [len(x) for x in dense] != [len(y) for y in call.inputs]:
+        raise ValueError(
+            f"{call.name}: the dense layer has {sum(map(len, dense))} input rows and the pruned layer {sum(map(len, call.inputs))}, so "
+            "they cannot be compared row by row (does a router choose the tokens?); use target='pruned'"
+        )
+    products = torch.stack([at_least_float32(x).mT @ _append_ones(call, y) for x, y in zip(dense, call.inputs, strict=True)])
+    return {"sum": sums["sum"] + products, "n": sums["n"] + count_input_rows(call, sums["n"])}
 
-    With it the layer's output makes up for errors of those before, too. Empty for layers whose output joins no stream.
+
+input_cross = Statistic("input_cross", "inputs", _cross_init, _cross_update, lambda sums, ref, param: sums["sum"] / sums["n"])
+"""X^T [Y, 1] / n, ``[groups, k, k + 1]``: X are the inputs of the dense layer, and Y those of the pruned layer for the same tokens.
+
+If the data has it, `reconstruct.least_squares` and `metric.obs` aim at the outputs of the dense layer on its own inputs. `sequential`
+collects it: its batches have an attribute ``dense_inputs``, which holds by parameter name and call the dense rows ``[n, k]`` of each group.
+"""
+
+
+def residual_cross(names: Collection[str]) -> Statistic:
+    """E^T [Y, 1] / n, ``[outputs, k + 1]``: E is the dense residual stream minus the pruned one, and Y are the pruned layer's inputs.
+
+    Both streams are taken where the layer's output is added to them. If the data has it, a repair makes the layer's output compensate for
+    the errors of the layers before it as well. It is empty for layers whose output is not added to a residual stream. `sequential` collects
+    it: its batches have an attribute ``residual_error``, which holds E ``[n, outputs]`` by parameter name and call.
 
     Args:
-        ahead: by parameter name, for each call of its layer to come, ``[n, outputs]``; used up.
-        names: parameters whose output joins a stream.
+        names: parameters whose output is added to a residual stream.
 
     Example:
-        >>> bp.statistics.stream_cross({}, names=[]).name
-        'stream_cross'
+        >>> bp.statistics.residual_cross([]).name
+        'residual_cross'
     """
 
-    def init(slot: Slot, param: Param) -> Sums:
+    def init(ref: ParameterRef, param: Param) -> Sums:
         outputs, *inputs = param.grid.shape
-        return {"sum": zeros(outputs, math.prod(inputs) + 1, like=param), "n": zeros(like=param)} if slot.name in names else {}
+        return {"sum": zeros(outputs, math.prod(inputs) + 1, like=param), "n": zeros(like=param)} if ref.name in names else {}
 
     def update(sums: Sums, call: Call) -> Sums:
         if not sums:
             return sums
-        x = _and_one(call, call.inputs[0])
-        found = wide(ahead[call.name].pop(0)).to(x.device).mT @ x  # a stream may come from another device
-        return {"sum": sums["sum"] + found, "n": sums["n"] + output_rows(call, sums["n"])}
+        x = _append_ones(call, call.inputs[0])
+        error = at_least_float32(call.batch.residual_error[call.name][call.index])  # [n, outputs], on the device of the stream
+        return {"sum": sums["sum"] + error.to(x.device).mT @ x, "n": sums["n"] + count_output_rows(call, sums["n"])}
 
-    def finalize(sums: Sums, slot: Slot, param: Param) -> Tensor:
+    def compute(sums: Sums, ref: ParameterRef, param: Param) -> Tensor:
         return sums["sum"] / sums["n"] if sums else param.weight.new_empty(0)
 
-    return Statistic("stream_cross", "inputs", init, update, finalize)
+    return Statistic("residual_cross", "inputs", init, update, compute)
 
 
-def _and_one(call: Call, x: Tensor) -> Tensor:
-    """[n, k] -> [n, k + 1]: each row, and 1, as often as it counts."""
-    weights, x = row_weights(call, x), F.pad(wide(x), (0, 1), value=1.0)
+def _append_ones(call: Call, x: Tensor) -> Tensor:
+    """[n, k] -> [n, k + 1]: each row followed by a 1, times the row's weight."""
+    weights, x = row_weights(call, x), F.pad(at_least_float32(x), (0, 1), value=1.0)
     return x if weights is None else x * weights[:, None]

@@ -1,4 +1,4 @@
-"""Of a layer's outputs, and of the loss's gradient with respect to them."""
+"""Statistics of a layer's outputs, and of the loss's gradient with respect to them."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -7,67 +7,86 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blockprune.as_linears import is_transposed
-from blockprune.layers import input_axis
-from blockprune.names import Slot
-from blockprune.statistics.triples import Call, Statistic, Sums, output_rows, row_weights, total, wide, zeros
-from blockprune.types import Param
-
-_TURN = "{}: {} is not known of a Conv1D; turn it into a Linear, bp.as_linears(model)"
-_OTHER = "{}: {} is of {} outputs by the weight's shape, but a row of what the layer gives has {}; leave it out with `excluding`"
+from blockprune.core.types import Param
+from blockprune.model.hf_linears import is_transposed
+from blockprune.model.inputs import input_axis
+from blockprune.model.parameters import ParameterRef
+from blockprune.statistics.statistic import Call, Statistic, Sums, at_least_float32, count_output_rows, row_weights, weighted_sum, zeros
 
 
 def _per_output(name: str, contribution: Callable[[Tensor], Tensor], of: Literal["output", "output_grad"] = "output") -> Statistic:
-    def init(slot: Slot, param: Param) -> Sums:
-        if slot.attr not in ("weight",):
+    """``contribution(output)`` of each output, mean over rows; of an output's gradient, the sum over rows."""
+
+    def init(ref: ParameterRef, param: Param) -> Sums:
+        if ref.attr != "weight":
             raise NotImplementedError(
-                f"{slot.name}: {name} is of a layer's outputs, which are not those of {slot.attr!r}; use another statistic"
+                f"{ref.name} {param.grid.shape}: {name} needs a layer's `weight`, whose outputs are the layer's; those of {ref.attr!r} are "
+                "not. Use a statistic of inputs or gates for it"
             )
-        if is_transposed(slot.owner):
-            raise NotImplementedError(_TURN.format(slot.name, name))
-        return {"sum": zeros(_outputs(slot, param), like=param), "n": zeros(like=param)}
+        _check_layout(name, ref, param)
+        return {"sum": zeros(_outputs(ref, param), like=param), "n": zeros(like=param)}
 
     def update(sums: Sums, call: Call) -> Sums:
-        seen = call.output if of == "output" else call.output_grad
-        assert seen is not None
-        if seen.shape[1:] != sums["sum"].shape:
-            raise ValueError(_OTHER.format(call.name, name, len(sums["sum"]), seen.shape[1]))
-        return {"sum": sums["sum"] + total(call, contribution(wide(seen))), "n": sums["n"] + output_rows(call, sums["n"])}
+        rows = call.output if of == "output" else call.output_grad
+        assert rows is not None
+        if rows.shape[1:] != sums["sum"].shape:
+            raise _wrong_width(name, call, len(sums["sum"]), rows.shape[1])
+        total = weighted_sum(call, contribution(at_least_float32(rows)))
+        return {"sum": sums["sum"] + total, "n": sums["n"] + count_output_rows(call, sums["n"])}
 
-    def finalize(sums: Sums, slot: Slot, param: Param) -> Tensor:
-        found = sums["sum"] if of == "output_grad" else sums["sum"] / sums["n"]
-        if input_axis(slot) == 0:  # outputs lie along axis 1
-            groups = getattr(slot.owner, "groups", 1)
-            found = (
-                found.view(groups, -1) if groups == 1 else found.view(groups, -1).repeat_interleave(param.grid.shape[0] // groups, dim=0)
-            )
-            return found.view(*found.shape, *[1] * (param.weight.ndim - 2))
-        return found.view(-1, *[1] * (param.weight.ndim - 1))
+    def compute(sums: Sums, ref: ParameterRef, param: Param) -> Tensor:
+        value = sums["sum"] if of == "output_grad" else sums["sum"] / sums["n"]
+        if input_axis(ref) == 1:
+            return value.view(-1, *[1] * (param.weight.ndim - 1))
+        value = value.view(getattr(ref.owner, "groups", 1), -1)  # [groups, outputs of a group], along axis 1 of the weight
+        if len(value) > 1:
+            value = value.repeat_interleave(param.grid.shape[0] // len(value), dim=0)
+        return value.view(*value.shape, *[1] * (param.weight.ndim - 2))
 
-    return Statistic(name, of, init, update, finalize)
+    return Statistic(name, of, init, update, compute)
 
 
-def _outputs(slot: Slot, param: Param) -> int:
-    return param.grid.shape[input_axis(slot) == 0] * (getattr(slot.owner, "groups", 1) if input_axis(slot) == 0 else 1)
+def _outputs(ref: ParameterRef, param: Param) -> int:
+    """The layer's number of outputs."""
+    return param.grid.shape[0] if input_axis(ref) == 1 else param.grid.shape[1] * getattr(ref.owner, "groups", 1)
+
+
+def _check_layout(name: str, ref: ParameterRef, param: Param) -> None:
+    if is_transposed(ref.owner):
+        raise NotImplementedError(
+            f"{ref.name} {param.grid.shape}: {name} cannot be collected from a Conv1D, whose weight is transposed; convert it to a Linear "
+            "first: bp.as_linears(model)"
+        )
+
+
+def _wrong_width(name: str, call: Call, expected: int, width: int) -> ValueError:
+    return ValueError(
+        f"{call.name}: {name} expects {expected} outputs, as the weight's shape says, but the layer returned {width} for each row; leave "
+        "the weight out with `excluding`"
+    )
 
 
 output_sq = _per_output("output_sq", torch.square)
-"""Mean square of each output of the layer, ``[outputs, 1, ...]``."""
+"""The mean square of each output of the layer, ``[outputs, 1, ...]``."""
 
 output_mean = _per_output("output_mean", lambda x: x)
-"""Mean of each output of the layer, ``[outputs, 1, ...]``."""
+"""The mean of each output of the layer, ``[outputs, 1, ...]``."""
 
 output_grad_sq = _per_output("output_grad_sq", torch.square, of="output_grad")
-"""Square of the loss's gradient with respect to each output, summed over rows, ``[outputs, 1, ...]``: the diagonal of K-FAC's G (Martens &
-Grosse 1503.05671) times the rows. A layer that meets more of them moves the loss more: a convolution on a larger map (KFC, Grosse
-& Martens 1602.01407), an expert that more tokens choose."""
+"""The squared gradient of the loss with respect to each output, summed over rows, ``[outputs, 1, ...]``.
+
+Divided by the number of rows it is the diagonal of K-FAC's matrix G (Martens & Grosse 1503.05671). The sum says how much a layer matters to
+the loss: more for a convolution on a larger map (KFC, Grosse & Martens 1602.01407), or an expert that more tokens are routed to.
+"""
 
 
-def _grad_gram_init(slot: Slot, param: Param) -> Sums:
-    if is_transposed(slot.owner):
-        raise NotImplementedError(_TURN.format(slot.name, "output_grad_gram"))
-    if input_axis(slot) == 0 or slot.attr != "weight":
-        raise NotImplementedError(f"{slot.name}: output_grad_gram is of outputs along axis 0 of a weight; use gate_fisher for this one")
+def _grad_gram_init(ref: ParameterRef, param: Param) -> Sums:
+    _check_layout("output_grad_gram", ref, param)
+    if input_axis(ref) == 0 or ref.attr != "weight":
+        raise NotImplementedError(
+            f"{ref.name} {param.grid.shape}: output_grad_gram needs a layer's `weight` whose outputs lie along axis 0; use gate_fisher "
+            "for this one"
+        )
     bands, height = param.grid.size[0], param.grid.block[0]
     return {"sum": zeros(bands, height, height, like=param), "n": zeros(like=param)}
 
@@ -75,22 +94,29 @@ def _grad_gram_init(slot: Slot, param: Param) -> Sums:
 def _grad_gram_update(sums: Sums, call: Call) -> Sums:
     assert call.output_grad is not None
     bands, height, _ = sums["sum"].shape
-    g = wide(call.output_grad)  # [n, outputs]
-    if -(-g.shape[1] // height) != bands:
-        raise ValueError(_OTHER.format(call.name, "output_grad_gram", bands * height, g.shape[1]))
-    g = F.pad(g, (0, bands * height - g.shape[1])).unflatten(1, (bands, height)).movedim(1, 0)  # [bands, n, height]
+    grad = at_least_float32(call.output_grad)  # [n, outputs]
+    if -(-grad.shape[1] // height) != bands:
+        raise _wrong_width("output_grad_gram", call, bands * height, grad.shape[1])
+    grad = F.pad(grad, (0, bands * height - grad.shape[1])).unflatten(1, (bands, height)).movedim(1, 0)  # [bands, n, height]
     weights = row_weights(call, call.output)
-    weighed = g if weights is None else g * weights[:, None]
-    return {"sum": sums["sum"] + g.mT @ weighed, "n": sums["n"] + output_rows(call, sums["n"])}
+    weighted = grad if weights is None else grad * weights[:, None]
+    return {"sum": sums["sum"] + grad.mT @ weighted, "n": sums["n"] + count_output_rows(call, sums["n"])}
 
 
-output_grad_gram = Statistic("output_grad_gram", "output_grad", _grad_gram_init, _grad_gram_update, lambda sums, slot, param: sums["sum"])
-"""Products of the loss's gradients with respect to the outputs that share a row of blocks, summed over rows, ``[rows of blocks, M, M]``:
-K-FAC's G within a band (Martens & Grosse 1503.05671; LLM Surgeon 2312.17244) times the rows, as `output_grad_sq`."""
+output_grad_gram = Statistic("output_grad_gram", "output_grad", _grad_gram_init, _grad_gram_update, lambda sums, ref, param: sums["sum"])
+"""For each band (row of blocks) the Gram matrix of the loss's gradients with respect to its outputs, summed over rows, ``[bands, M, M]``.
+
+Divided by the number of rows it is K-FAC's matrix G within a band (Martens & Grosse 1503.05671; LLM Surgeon 2312.17244). It is a sum for
+the same reason as `output_grad_sq`.
+"""
 
 
 def activation(name: str, function: Callable[[Tensor], Tensor] = F.relu) -> Statistic:
-    """Mean of ``function(output)`` of each output, `mean_activation` with ReLU (Molchanov et al. 1611.06440, eq. 4).
+    """The mean of ``function(output)`` of each output; with ReLU it is `mean_activation` (Molchanov et al. 1611.06440, eq. 4).
+
+    Args:
+        name: the statistic's name.
+        function: elementwise, such as the activation function that follows the layer.
 
     Example:
         >>> bp.statistics.activation("mean_activation").name
@@ -100,7 +126,7 @@ def activation(name: str, function: Callable[[Tensor], Tensor] = F.relu) -> Stat
 
 
 mean_activation = activation("mean_activation")
-"""Mean of each output behind a ReLU (Molchanov et al. 1611.06440)."""
+"""The mean of each output after a ReLU (Molchanov et al. 1611.06440)."""
 
 apoz = activation("apoz", lambda x: torch.where(x.isnan(), x, (x <= 0).to(x.dtype)))
-"""Average percentage of zeros of each output behind a ReLU (Hu et al. 1607.03250, eq. 1)."""
+"""The share of zeros of each output after a ReLU (average percentage of zeros, Hu et al. 1607.03250, eq. 1)."""

@@ -5,12 +5,12 @@
 
 import ctypes
 import os
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from blockprune.native.library import load, plain
+from blockprune.core._compat import gomp_parallel
+from blockprune.native.library import is_plain_memory, load
 
 INSTRUCTIONS = ("plain", "avx2", "avx512", "avx512_bf16")  # "plain" is what every processor of a kind has: SSE2, NEON
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -23,17 +23,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library.spmm.argtypes = [*[pointer] * 3, *[count] * 4, choice, pointer, count, pointer, pointer, count, choice]
         library.spmm.restype = choice
         library.use_openmp.argtypes = [pointer]
-        library.use_openmp(_openmp())
+        library.use_openmp(gomp_parallel())
     return library, status
-
-
-def _openmp() -> int | None:
-    """The entry of the OpenMP library that torch itself runs on, so that both share threads."""
-    try:
-        torch_cpu = ctypes.CDLL(str(next(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"))))
-        return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value
-    except (StopIteration, OSError, AttributeError):
-        return None
 
 
 def _chosen() -> int:
@@ -67,7 +58,7 @@ def linear(
     Sums are float32 whatever the type. Inputs that meet no kept weight of a row do not reach it, be they NaN: the dense product with zeros
     makes NaN of them.
     """
-    if _library is None or x.dtype not in _DTYPES or not plain(x := x.contiguous()):
+    if _library is None or x.dtype not in _DTYPES or not is_plain_memory(x := x.contiguous()):
         return None
     if not (_readable(x, values) and _indices(crow, torch.int64) and _indices(col, torch.int32)):
         return None
@@ -86,7 +77,7 @@ def linear(
 
 def _readable(x: Tensor, other: Tensor) -> bool:
     """Whether a tensor is numbers in CPU memory of the type of ``x``, and needs no gradient."""
-    return other.dtype == x.dtype and plain(other)
+    return other.dtype == x.dtype and is_plain_memory(other)
 
 
 def _indices(x: Tensor, dtype: torch.dtype) -> bool:

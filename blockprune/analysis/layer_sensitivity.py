@@ -1,0 +1,114 @@
+"""The loss against the sparsity of each layer, without changing the model."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from blockprune.core.pipeline import Pipeline
+from blockprune.core.progress import progress_bar
+from blockprune.core.table import Rows, Table
+from blockprune.model.apply import masked_parameters
+
+Evaluate = Callable[[Callable[..., Any]], float | Tensor]  # (model) -> the loss, or another number that is lower for better models
+
+
+@attrs.frozen(repr=False)
+class Sensitivity(Table):
+    """A table of losses, one row a parameter, one column a sparsity; prints in a terminal, renders in a notebook.
+
+    Example:
+        >>> bp.Sensitivity((0.5,), 1.0, {"fc.weight": (1.25,)})
+        parameter    50%
+        (dense)    1.000
+        fc.weight  1.250
+    """
+
+    sparsities: tuple[float, ...]
+    dense: float
+    losses: Mapping[str, tuple[float, ...]]  # by parameter, one a sparsity
+
+    def table(self) -> Rows:
+        """Rows of cells; the first row is the header."""
+        head = ("parameter", *(f"{s:.0%}" for s in self.sparsities))
+        dense = ("(dense)", *(f"{self.dense:.3f}" for _ in self.sparsities))
+        return [head, dense, *((name, *(f"{loss:.3f}" for loss in losses)) for name, losses in self.losses.items())]
+
+    def plot(self, axis: Any = None) -> Any:
+        """A heat map of the loss above dense, on a matplotlib axis (extra ``plot``), which is returned."""
+        import matplotlib.pyplot as plt  # noqa: PLC0415 (an extra)
+
+        axis = axis or plt.subplots(figsize=(2 + 0.6 * len(self.sparsities), 1 + 0.22 * len(self.losses)), layout="constrained")[1]
+        rise = torch.tensor(list(self.losses.values())) - self.dense
+        image = axis.imshow(rise.clamp_min(1e-4).log10().tolist(), aspect="auto", cmap="viridis")
+        axis.set_xticks(range(len(self.sparsities)), [f"{s:.0%}" for s in self.sparsities])
+        axis.set_yticks(range(len(self.losses)), list(self.losses), fontsize=7)
+        axis.set(xlabel="sparsity of this parameter alone", title="log10 of the loss above dense")
+        axis.figure.colorbar(image, ax=axis)
+        return axis
+
+
+def sensitivity(
+    model: nn.Module, pipeline: Pipeline, sparsities: Sequence[float], evaluate: Evaluate, *, chunk_size: int = 8, progress: bool = True
+) -> Sensitivity:
+    """The loss when a single parameter is pruned to each sparsity and all others stay dense; the model is not changed.
+
+    The sparsities of a parameter are evaluated together, by `torch.func.vmap` over its stacked masks, so the layers before it are computed
+    once. Where the model or ``evaluate`` does not allow that (``.item()``, control flow on values), they are evaluated one after the other,
+    and a warning says so.
+
+    Args:
+        model: any module; it is run in the mode that it is in, so put it in evaluation mode.
+        pipeline: its scores are computed once and allocated at every sparsity.
+        sparsities: fractions of the parameter to remove.
+        evaluate: (model) -> loss, as a tensor rather than a float; it is called with a function in the model's place.
+        chunk_size: sparsities at a time under vmap; 1 evaluates them one after the other.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: chunk_size below 1, no sparsities, and what the pipeline raises.
+
+    Example:
+        >>> model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(16, 4)
+        >>> prune = bp.Pipeline(partial(bp.collect.weights, where=bp.linears((2, 2))), bp.metric.l1, bp.allocate.per_layer)
+        >>> target = model(x).detach()
+        >>> table = bp.sensitivity(model, prune, [0.0, 0.5, 1.0], lambda m: (m(x) - target).square().mean())
+        >>> [round(losses[0], 6) for losses in table.losses.values()]
+        [0.0, 0.0]
+    """
+    if chunk_size < 1 or not sparsities:
+        raise ValueError(f"chunk_size={chunk_size} must be 1 or more, and sparsities={list(sparsities)} must hold at least one sparsity")
+    scores = pipeline.scores(model)
+    masks = [pipeline.allocate(scores, sparsity) for sparsity in sparsities]
+    use_vmap = chunk_size > 1 and len(sparsities) > 1
+    losses: dict[str, tuple[float, ...]] = {}
+
+    def loss_with(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.as_tensor(evaluate(lambda *args, **kwargs: functional_call(model, parameters, args, kwargs)))
+
+    with torch.no_grad():
+        dense = float(evaluate(model))
+        for name in progress_bar(scores, "sensitivity", progress):
+            masked = [masked_parameters(model, {name: masks_at_sparsity[name]}) for masks_at_sparsity in masks]
+            if use_vmap:
+                try:
+                    losses[name] = _vmapped(loss_with, masked, chunk_size)
+                    continue
+                except (RuntimeError, ValueError, TypeError) as error:  # a model's own code may do anything with batched tensors
+                    use_vmap = False
+                    reason = str(error).strip().splitlines()[0]
+                    warnings.warn(f"sensitivity runs its sparsities one at a time: vmap cannot run this model ({reason})", stacklevel=2)
+            losses[name] = tuple(loss_with(parameters).item() for parameters in masked)
+    return Sensitivity(tuple(sparsities), dense, losses)
+
+
+def _vmapped(loss: Callable[[dict[str, Tensor]], Tensor], parameters: Sequence[dict[str, Tensor]], chunk_size: int) -> tuple[float, ...]:
+    """The loss for each of several replacements of the same parameters."""
+    stacked = {key: torch.stack([values[key] for values in parameters]) for key in parameters[0]}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")  # an operation without a batching rule
+        return tuple(vmap(loss, randomness="same", chunk_size=chunk_size)(stacked).tolist())

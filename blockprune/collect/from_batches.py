@@ -1,0 +1,82 @@
+"""Data from running a model on batches: weights, with statistics of what flows through their layers."""
+
+from collections.abc import Callable, Sequence
+from typing import Unpack
+
+from torch import nn
+
+from blockprune.collect.accumulate import Fold, compute, empty_fold
+from blockprune.collect.from_weights import weights
+from blockprune.collect.layer_hooks import add_batches
+from blockprune.core.types import Data, Where
+from blockprune.model.parameters import find_parameters
+from blockprune.model.running import Calibration, CalibrationOptions, as_calibration
+from blockprune.statistics import Statistic
+
+
+def with_statistics(
+    model: nn.Module,
+    *,
+    where: Where,
+    statistics: Sequence[Statistic] = (),
+    calibration: Calibration | None = None,
+    reduce: Callable[[Fold], Fold] | None = None,
+    lazy: bool = False,
+    **options: Unpack[CalibrationOptions],
+) -> Data:
+    """`weights`, with statistics that are added up over batches. The model runs in evaluation mode and is not changed.
+
+    Args:
+        model: any module, masked or not (a masked model runs with its masks).
+        where: which parameters, in what blocks.
+        statistics: what to collect, from `blockprune.statistics` or your own. All of them share one forward pass, and one backward pass if
+            any needs it. A `Pipeline` adds the statistics that its metric requires.
+        calibration: batches, forward and loss.
+        reduce: a function that is applied to the sums before they are divided, such as `blockprune.distributed.all_reduce`.
+        lazy: as in `weights`.
+        options: the fields of `Calibration`, such as ``batches=`` and ``loss=``, in place of ``calibration``.
+
+    Raises:
+        ValueError: no batches, a chosen layer that the forward never calls, NaN or inf in an activation or gradient, a loss that is not
+            one number with a gradient, no statistics, two statistics of the same name, and what `weights` raises.
+        TypeError: no calibration, or both ``calibration`` and its fields; batches that are one tensor or mapping.
+        NotImplementedError: a statistic that cannot be collected from a chosen parameter.
+        RuntimeError: an operation that vmap cannot run.
+
+    Example:
+        >>> data = bp.collect.with_statistics(nn.Linear(4, 2), where=bp.linears((2, 2)),
+        ...     statistics=[bp.statistics.input_sq], batches=[torch.ones(8, 4), torch.zeros(8, 4)])
+        >>> data["weight"].stats["input_sq"]
+        tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
+    """
+    total = _fold(model, where, statistics, as_calibration(calibration, options), lazy)
+    return compute(reduce(total) if reduce else total)
+
+
+def fold(
+    model: nn.Module,
+    *,
+    where: Where,
+    statistics: Sequence[Statistic] = (),
+    calibration: Calibration | None = None,
+    lazy: bool = False,
+    **options: Unpack[CalibrationOptions],
+) -> Fold:
+    """The sums of `with_statistics` before they are divided, for `merge` and `compute`; with the same options and errors.
+
+    Example:
+        >>> model, options = nn.Linear(4, 2), dict(where=bp.linears((2, 2)), statistics=[bp.statistics.input_sq])
+        >>> a, b = (bp.collect.fold(model, batches=[x], **options) for x in (torch.ones(8, 4), torch.zeros(24, 4)))
+        >>> bp.collect.compute(bp.collect.merge(a, b))["weight"].stats["input_sq"]
+        tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+    """
+    return _fold(model, where, statistics, as_calibration(calibration, options), lazy)
+
+
+def _fold(model: nn.Module, where: Where, statistics: Sequence[Statistic], calibration: Calibration, lazy: bool) -> Fold:
+    names = [s.name for s in statistics]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"statistics={names} must hold at least one statistic, and no two of the same name")
+    data = weights(model, where=where, lazy=lazy)
+    refs = {name: users[0] for name, users in find_parameters(model, data, what="where").items()}
+    return add_batches(model, empty_fold(data, refs, statistics), calibration)

@@ -1,0 +1,70 @@
+"""Parameter names and patterns: which value of a mapping belongs to which parameter, and which names resemble a mistyped one."""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from typing import TypeVar, cast
+
+V = TypeVar("V")
+Pattern = str | re.Pattern[str]
+
+
+def matches(pattern: Pattern, name: str) -> bool:
+    """Whether a name matches a glob (a string), or contains a match of a regular expression (``re.compile(...)``)."""
+    return fnmatch.fnmatchcase(name, pattern) if isinstance(pattern, str) else pattern.search(name) is not None
+
+
+def resolve_by_name(values: Mapping[str, V], names: Iterable[str], *, what: str, default: V | None = None) -> dict[str, V]:
+    """The value of each name, from a mapping whose keys are names or patterns (`matching_key`).
+
+    Args:
+        values: by name, glob or regular expression; "*" stands for all names that no other key matches.
+        names: the names that need a value.
+        what: what the mapping is called in error messages.
+        default: the value of names that no key matches.
+
+    Raises:
+        KeyError: a key matches no name; or no key matches a name, and there is no default.
+
+    Example:
+        >>> from blockprune.core.patterns import resolve_by_name
+        >>> resolve_by_name({"a.*": 1, "a.w": 2, "*": 0}, ["a.w", "a.v", "b"], what="sparsity")
+        {'a.w': 2, 'a.v': 1, 'b': 0}
+    """
+    names = list(names)
+    for key in values:
+        if not isinstance(key, (str, re.Pattern)):
+            raise KeyError(f"{what} has a key {key!r} that is not a parameter name or pattern{suggest(str(key), names)}")
+        if not any(matches(key, name) for name in names) and key not in names and key != "*":
+            raise KeyError(f"{what} has a key {key!r} that matches no parameter{suggest(str(key), names)}")
+    resolved: dict[str, V] = {}
+    for name in names:
+        match = matching_key(values, name)
+        if match is None and default is None:
+            raise KeyError(f"{what} has no key for {name!r}; add one, or the key '*' for all parameters that no other key matches")
+        resolved[name] = cast(V, default) if match is None else values[match]
+    return resolved
+
+
+def matching_key(values: Mapping[str, V], name: str) -> str | None:
+    """The key for a name: the name itself, else the first pattern that matches it, else "*"; None if there is none of them.
+
+    Example:
+        >>> from blockprune.core.patterns import matching_key
+        >>> matching_key({"*": 0.5, "a.*": 0.25}, "a.weight")
+        'a.*'
+    """
+    if name in values:
+        return name
+    pattern = next((key for key in values if key != "*" and matches(key, name)), None)
+    return "*" if pattern is None and "*" in values else pattern
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """The end of an error message about a mistyped name: the names that resemble it, or else the first names that exist."""
+    names = list(names)
+    similar = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or [n for n in names if name in n][:3]
+    if similar:
+        return f"; similar names: {', '.join(map(repr, similar))}"
+    return f"; the names are {', '.join(map(repr, names[:6]))}{', ...' if len(names) > 6 else ''}" if names else "; there are no names"

@@ -1,0 +1,203 @@
+"""A pipeline: three stages composed into one value."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, wraps
+from inspect import Parameter, signature
+from typing import Any, TypeVar, cast
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from blockprune.core._compat import storage_id
+from blockprune.core.types import Allocate, BlockMask, BlockScore, Collect, Data, Masks, Metric, Param, Scores, Sparsity, check_finite
+
+V = TypeVar("V")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@attrs.frozen(repr=False)
+class Pipeline:
+    """``collect`` -> ``metric`` -> ``allocate``: called with a model and a sparsity, it returns masks and changes nothing.
+
+    It holds no state. Bind the options of a stage with ``functools.partial``; exchange a stage with ``attrs.evolve``.
+
+    Args:
+        collect: model -> data.
+        metric: data -> scores.
+        allocate: (scores, sparsity) -> masks.
+
+    Example:
+        >>> prune = bp.Pipeline(partial(bp.collect.weights, where=bp.linears((2, 2))), bp.metric.l1, bp.allocate.per_layer)
+        >>> prune
+        Pipeline(collect=weights(where=linears(block=(2, 2))), metric=l1, allocate=per_layer)
+        >>> model = nn.Linear(4, 4)
+        >>> bp.sparsity(prune(model, 0.5))
+        0.5
+        >>> scores = prune.scores(model)                      # once ...
+        >>> [bp.sparsity(prune.allocate(scores, s)) for s in (0.25, 0.75)]      # ... for many sparsities
+        [0.25, 0.75]
+        >>> two_of_four = attrs.evolve(prune, allocate=partial(bp.allocate.n_of_m, m=2))
+    """
+
+    collect: Collect = attrs.field(validator=attrs.validators.is_callable())
+    metric: Metric = attrs.field(validator=attrs.validators.is_callable())
+    allocate: Allocate = attrs.field(validator=attrs.validators.is_callable())
+
+    def __call__(self, model: nn.Module, sparsity: Sparsity) -> Masks:
+        masks = self.allocate(self.scores(model, sparsity), sparsity)
+        return _checked("allocate", masks, BlockMask, "BlockMask(keep, grid)")
+
+    def scores(self, model: nn.Module, sparsity: Sparsity | None = None) -> Scores:
+        """Collect and score. The scores can be given to ``allocate`` with many sparsities.
+
+        The collector also gets the statistics that the metric requires (`requires`).
+
+        Args:
+            model: the model; it is not changed.
+            sparsity: for metrics that depend on it, as in `score`.
+        """
+        parameters = signature(self.collect).parameters
+        options: dict[str, Any] = {}
+        if "lazy" in parameters:  # the data does not outlive this call, so it may share memory with the model
+            options["lazy"] = True
+        if "statistics" in parameters and (required := required_statistics(self.metric)):
+            bound = () if parameters["statistics"].default is Parameter.empty else parameters["statistics"].default
+            names = {statistic.name for statistic in bound}
+            options["statistics"] = [*bound, *(statistic for statistic in required if statistic.name not in names)]
+        data = _checked("collect", self.collect(model, **options), Param, "Param(weight, grid)")
+        scores = self.score(data, sparsity)
+        if "lazy" in options:  # such a collector has not looked for NaN
+            for name, score in scores.items():
+                if name in data and not score.value.isfinite().all():
+                    check_finite(name, data[name].weight)
+        weights = {storage_id(param.weight) for param in data.values()}
+        return {name: _unshared(score, weights) for name, score in scores.items()}
+
+    def score(self, data: Data, sparsity: Sparsity | None = None) -> Scores:
+        """Score data that has been collected; ``sparsity`` is passed to a metric that requires it, such as `metric.sparsegpt`."""
+        parameter = signature(self.metric).parameters.get("sparsity")
+        is_required = parameter is not None and parameter.default is Parameter.empty
+        options = {"sparsity": sparsity} if is_required and sparsity is not None else {}
+        return _checked("metric", self.metric(data, **options), BlockScore, "BlockScore(value, grid)")
+
+    def __repr__(self) -> str:
+        return f"Pipeline(collect={as_code(self.collect)}, metric={as_code(self.metric)}, allocate={as_code(self.allocate)})"
+
+
+def _checked(stage: str, result: Mapping[str, V], kind: type[V], constructor: str) -> Mapping[str, V]:
+    """The result of a stage.
+
+    Raises:
+        TypeError: it is not a mapping from parameter names to values of this type.
+    """
+    if not isinstance(result, Mapping):
+        raise TypeError(f"{stage} must return a mapping from parameter names to {kind.__name__}, not a {type(result).__name__}")
+    for name, value in result.items():
+        if not isinstance(value, kind):
+            raise TypeError(
+                f"{stage} must return {kind.__name__} values, but returned a {type(value).__name__} for {name!r}; wrap it: {constructor}"
+            )
+    return result
+
+
+def _unshared(score: BlockScore, weights: set[int]) -> BlockScore:
+    """The score, copied if it is a view of a weight (given by its storage)."""
+    shares_memory = storage_id(score.value) in weights
+    return attrs.evolve(score, value=score.value.clone()) if shares_memory else score
+
+
+def requires(*statistics: Any) -> Callable[[F], F]:
+    """Declare the statistics that a metric or a repair needs.
+
+    A `Pipeline` and `sequential` ask their collector for them. A call with data that lacks one raises an error that says how to collect it.
+
+    Args:
+        statistics: statistics from `blockprune.statistics`, or your own.
+
+    Raises:
+        ValueError: by the declared function, if a parameter lacks a statistic. A repair looks only at the parameters that have a mask.
+
+    Example:
+        >>> @bp.requires(bp.statistics.input_sq)
+        ... def input_power(data):
+        ...     return {name: bp.BlockScore(bp.pool(p.stats["input_sq"].expand(p.grid.shape), p.grid), p.grid) for name, p in data.items()}
+        >>> prune = bp.Pipeline(partial(bp.collect.with_statistics, where=bp.linears((2, 2)), batches=[torch.ones(3, 4)]),
+        ...                     input_power, bp.allocate.per_layer)
+        >>> prune.scores(nn.Linear(4, 2))["weight"].value
+        tensor([[4., 4.]])
+    """
+
+    def declare(function: F) -> F:
+        is_repair = "masks" in signature(function).parameters
+
+        @wraps(function)
+        def checked(data: Data, *args: Any, **options: Any) -> Any:
+            names = options.get("masks", args[0] if args else {}) if is_repair else data
+            for name in names:
+                if name in data:
+                    _check_statistics(function, name, data[name], statistics)
+            return function(data, *args, **options)
+
+        checked.requires = statistics  # type: ignore[attr-defined]
+        return cast(F, checked)
+
+    return declare
+
+
+def _check_statistics(function: Any, name: str, param: Param, statistics: Sequence[Any]) -> None:
+    """Raise unless a parameter has all of these statistics."""
+    for statistic in statistics:
+        if statistic.name not in param.stats:
+            stage = "reconstruct." if "masks" in signature(function).parameters else "metric."
+            caller = f"{stage if _in_blockprune(function) else ''}{function.__name__}"
+            code = f"{'statistics.' if _in_blockprune(statistic.update) else ''}{statistic!r}"
+            raise ValueError(
+                f"{name} {param.grid.shape}: {caller} needs the statistic {statistic.name!r}; the data has {sorted(param.stats) or 'none'};"
+                f" collect it: collect.with_statistics(model, where=..., statistics=[{code}], batches=...)"
+            )
+
+
+def _in_blockprune(function: Any) -> bool:
+    """Whether a function is defined in this library."""
+    return str(getattr(function, "__module__", "")).startswith("blockprune.")
+
+
+def required_statistics(function: Any) -> tuple[Any, ...]:
+    """The statistics that a function declares with `requires`; a ``functools.partial`` has those of its function.
+
+    Example:
+        >>> from blockprune.core.pipeline import required_statistics
+        >>> [statistic.name for statistic in required_statistics(partial(bp.metric.obs, damping=0.4))]
+        ['input_gram']
+    """
+    while isinstance(function, partial):
+        function = function.func
+    marked: tuple[Any, ...] = getattr(function, "requires", ())
+    return marked
+
+
+def as_code(value: Any) -> str:
+    """A function or value as it would be written in source code: with its name and bound options, without a memory address."""
+    if isinstance(value, partial):
+        bound = [as_code(arg) for arg in value.args] + [f"{key}={as_code(arg)}" for key, arg in value.keywords.items()]
+        return f"{as_code(value.func)}({', '.join(bound)})"
+    if isinstance(value, Tensor):
+        return f"Tensor({tuple(value.shape)}, {value.dtype})"
+    if isinstance(value, (str, int, float, torch.dtype, torch.device, type(None), re.Pattern)):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{as_code(k)}: {as_code(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        inner = ", ".join(map(as_code, value))
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+    name = getattr(value, "__name__", None)
+    return name.lstrip("_") if isinstance(name, str) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def fields_as_code(value: Any) -> str:
+    """An attrs value as it would be written in source code, with one field per line, without the fields that have their default value."""
+    fields = [(field.name, getattr(value, field.name), field.default) for field in attrs.fields(type(value))]
+    lines = [f"    {name}={as_code(x)},".replace("\n", "\n    ") for name, x, default in fields if x is not default]
+    return "\n".join([f"{type(value).__name__}(", *lines, ")"])

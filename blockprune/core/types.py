@@ -1,0 +1,113 @@
+"""The values that flow between stages, and the signatures of the stages."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from blockprune.core.grid import BlockGrid, BlockShape
+
+_by_value = attrs.cmp_using(eq=torch.equal)  # so that `mask == other_mask` is one bool and not a tensor
+
+
+@attrs.frozen(unsafe_hash=False)
+class Param:
+    """The data of one parameter: its weight, its blocks, and the collected statistics by name.
+
+    Example:
+        >>> bp.Param(torch.ones(4, 4), bp.BlockGrid((4, 4), (2, 2))).grid.size
+        (2, 2)
+    """
+
+    weight: Tensor = attrs.field(eq=_by_value)  # [*grid.shape]
+    grid: BlockGrid
+    stats: Mapping[str, Tensor] = attrs.field(factory=dict, eq=False)
+
+
+@attrs.frozen(unsafe_hash=False)
+class BlockScore:
+    """One score per block; blocks with low scores are pruned first. A block with the score -inf is pruned at any sparsity.
+
+    Example:
+        >>> bp.BlockScore(torch.tensor([[1.0, 2.0]]), bp.BlockGrid((2, 4), (2, 2))).value.shape
+        torch.Size([1, 2])
+    """
+
+    value: Tensor = attrs.field(eq=_by_value)  # [*grid.size] floating
+    grid: BlockGrid
+
+    def __attrs_post_init__(self) -> None:
+        _check_shape("BlockScore.value", self.value, self.grid)
+
+
+@attrs.frozen(unsafe_hash=False)
+class BlockMask:
+    """Which blocks are kept (True) and which are pruned (False). Two masks are equal if their grids and all their blocks are.
+
+    Example:
+        >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
+        >>> mask == bp.BlockMask(mask.keep.clone(), mask.grid)
+        True
+    """
+
+    keep: Tensor = attrs.field(eq=_by_value)  # [*grid.size] bool
+    grid: BlockGrid
+
+    def __attrs_post_init__(self) -> None:
+        _check_shape("BlockMask.keep", self.keep, self.grid)
+        if self.keep.dtype != torch.bool:
+            raise TypeError(f"BlockMask.keep must be bool (True = kept), not {self.keep.dtype}; use `keep.bool()` if 1 means kept")
+
+
+def _check_shape(name: str, value: Tensor, grid: BlockGrid) -> None:
+    if tuple(value.shape) != grid.size:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, but {grid} has {grid.size} blocks")
+
+
+Data = Mapping[str, Param]
+Scores = Mapping[str, BlockScore]
+Masks = Mapping[str, BlockMask]
+Weights = Mapping[str, Tensor]
+Sparsity = float | Mapping[str, float]  # the fraction of elements to prune; or such fractions by parameter name or glob pattern
+
+Where = Callable[[str, nn.Module], BlockShape | None]  # (parameter name, its module) -> block, or None to leave it dense
+Collect = Callable[[nn.Module], Data]
+Metric = Callable[[Data], Scores]
+Allocate = Callable[[Scores, Any], Masks]  # (scores, sparsity)
+Reconstruct = Callable[[Data, Masks], Weights]
+Budget = Callable[[Scores, float], Mapping[str, float]]  # (scores, total sparsity) -> the sparsity of each parameter
+Schedule = Callable[[int], float]  # step -> sparsity
+
+
+def check_prunable(name: str, weight: Tensor) -> None:
+    """Check that a weight is a dense floating-point tensor with values.
+
+    Raises:
+        TypeError: a sparse, quantized or integer tensor.
+        ValueError: a tensor on the meta device.
+    """
+    what = f"{name}: the weight {tuple(weight.shape)}"
+    if weight.layout != torch.strided:
+        raise TypeError(f"{what} is sparse ({weight.layout}); prune the dense weight, `.to_dense()`")
+    if not weight.is_floating_point() or weight.is_quantized:
+        raise TypeError(f"{what} is {weight.dtype}, but blocks are scored in floating point: leave it out with `excluding`, or convert it")
+    if weight.device.type == "meta":
+        raise ValueError(f"{what} is on the meta device, so it has no values; load the weights first")
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Check that a weight has neither NaN nor inf.
+
+    Raises:
+        ValueError: it has; the message says how many.
+    """
+    if weight.sum().isfinite():  # one pass is enough for nearly all weights
+        return
+    chunks = weight.split(max(1, (1 << 20) // weight[0].numel()))
+    if count := sum(int((~chunk.isfinite()).sum()) for chunk in chunks):
+        raise ValueError(
+            f"{name}: the weight {tuple(weight.shape)} has {count} NaN or inf values, which cannot be scored; "
+            "repair it or leave it out with `excluding`"
+        )

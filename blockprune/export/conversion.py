@@ -1,0 +1,211 @@
+"""From a masked model to one that holds and runs only its kept blocks; from a state dict; and to dense models and ONNX files."""
+
+import importlib.util
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from blockprune.core.patterns import suggest
+from blockprune.export import semi_structured
+from blockprune.export.autotune import DEFAULT_ROWS, Choices, choose, fixed_backend
+from blockprune.export.candidates import Candidate, find_candidates
+from blockprune.export.module_replacement import replace_modules
+from blockprune.export.sparse_layers import BUFFERS, BlockSparseConv2d, BlockSparseLinear, pack_weight, read_buffers, sparse_layer_like
+from blockprune.model.apply import finalize
+from blockprune.model.parameters import parameter_refs
+from blockprune.model.running import Forward, default_forward
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def block_sparse(
+    model: M,
+    *,
+    backend: str | Choices = "auto",
+    inputs: Any = None,
+    rows: int = DEFAULT_ROWS,
+    forward: Forward = default_forward,
+    progress: bool = True,
+) -> M:
+    """A new model whose masked Linears and convolutions hold and multiply only their kept blocks; its outputs are the masked model's.
+
+    The kept weights are frozen. Gradients reach the inputs, the biases and all other parameters. A layer that has no block-sparse form, or
+    that is faster dense, becomes a plain layer with zeros; ``choose(model)`` says which, and why.
+
+    Args:
+        model: with masks; it is not changed.
+        backend: "auto" measures every layer (`choose`); "native", "triton", "2:4", "torch" or "dense" is used for all layers; or the result
+            of `choose`. A 2:4 layer cannot be moved to another device or type, and `load_state_dict` does not load it.
+        inputs, rows, forward, progress: as in `choose`, for "auto".
+
+    Raises:
+        ValueError: a model without masks, an unknown backend, or a choice of "2:4" for a weight that is not 2:4.
+        RuntimeError: a backend that this machine does not have; the message says why.
+        KeyError: choices that were made for another model.
+
+    Example:
+        >>> from blockprune import export
+        >>> x, mask = torch.randn(3, 4), bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
+        >>> model = bp.apply_masks(nn.Sequential(nn.Linear(4, 2)), {"0.weight": mask})
+        >>> sparse = export.block_sparse(model, backend="torch")
+        >>> sparse
+        Sequential(
+          (0): BlockSparseLinear(4, 2, bias=True, 50.0% pruned, torch)
+        )
+        >>> torch.allclose(sparse(x), model(x), atol=1e-6), list(sparse.state_dict())
+        (True, ['0.bias', '0.values', '0.crow', '0.col', '0.layout'])
+    """
+    if isinstance(backend, Choices):
+        choices = backend
+    elif backend == "auto":
+        choices = choose(model, inputs=inputs, rows=rows, forward=forward, progress=progress)
+    else:
+        choices = fixed_backend(model, backend)
+    backends = {choice.name: choice.backend for choice in choices.rows}
+    plain = finalize(model)
+    new: dict[nn.Module, nn.Module] = {}
+    for candidate in find_candidates(model):
+        if candidate.name not in backends:
+            similar = suggest(candidate.name, backends)
+            raise KeyError(f"backend has no choice for {candidate.name!r}{similar}; make the choices from this model: choose(model)")
+        if backends[candidate.name] != "dense" and not candidate.unsupported_reason:
+            layer = plain.get_submodule(candidate.layer)
+            new[layer] = _sparse_layer(layer, candidate, backends[candidate.name])
+    return replace_modules(plain, new.get)
+
+
+def _sparse_layer(layer: nn.Module, candidate: Candidate, backend: str) -> nn.Module:
+    if backend != "2:4":
+        return sparse_layer_like(layer, pack_weight(candidate.weight, candidate.mask), backend)
+    if not semi_structured.is_supported(cast(Tensor, layer.weight)):
+        raise ValueError(
+            f"{candidate.name} is not {semi_structured.REQUIREMENT}, which backend chooses for it; choose(model) of this model"
+        )
+    return semi_structured.SemiStructuredLinear(cast(nn.Linear, layer))
+
+
+def load_state_dict(model: M, state: Mapping[str, Tensor], *, strict: bool = True) -> M:
+    """A new model from the state dict of an exported model and a plain model, such as ``AutoModel.from_config(config)``.
+
+    Args:
+        model: plain, masked or exported; it is not changed. If it is on the meta device, the result shares the tensors of ``state``.
+        state: of an exported model, such as `safetensors.torch.load_file` returns.
+        strict: as in `nn.Module.load_state_dict`.
+
+    Raises:
+        KeyError: a block-sparse layer that the model does not have.
+        ValueError: tensors that are not a block-sparse weight (indices out of range, other lengths) or have another shape than the layer;
+            a tensor of a model on the meta device that the state dict does not have.
+        RuntimeError: everything else that does not fit, as torch reports it.
+
+    Example:
+        >>> from blockprune import export
+        >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
+        >>> sparse = export.block_sparse(bp.apply_masks(nn.Sequential(nn.Linear(4, 2)), {"0.weight": mask}), backend="torch")
+        >>> loaded, x = export.load_state_dict(nn.Sequential(nn.Linear(4, 2)), sparse.state_dict()), torch.randn(3, 4)
+        >>> torch.allclose(loaded(x), sparse(x), atol=1e-6)
+        True
+    """
+    plain = finalize(model)
+    modules = dict(plain.named_modules(remove_duplicate=False))
+    new: dict[nn.Module, nn.Module] = {}
+    for name in _block_sparse_layers(state):
+        if name not in modules:
+            raise KeyError(f"the state dict has a block-sparse layer {name!r} that the model does not have{suggest(name, modules)}")
+        prefix = f"{name}." if name else ""
+        new[modules[name]] = _loaded_layer(name, modules[name], [state[prefix + buffer] for buffer in BUFFERS])
+    plain = replace_modules(plain, new.get)
+    tied = [refs for refs in parameter_refs(plain).values() if len(refs) > 1]
+    plain.load_state_dict(state, strict=strict, assign=any(p.is_meta for p in plain.parameters()))
+    for first, *others in tied:  # with assign=True, torch assigns each of them a tensor of its own
+        for ref in others:
+            setattr(ref.owner, ref.attr, first.stored)
+    if missing := [name for name, x in [*plain.named_parameters(), *plain.named_buffers()] if x.is_meta]:
+        raise ValueError(
+            f"{', '.join(missing[:4])}: still on the meta device, because the state dict has no such tensor; "
+            "create the model on a CPU instead"
+        )
+    return plain
+
+
+def _block_sparse_layers(state: Mapping[str, Tensor]) -> Iterable[str]:
+    """The names of the layers for which a state dict has a block-sparse weight."""
+    for key in state:
+        layer = "" if key == "layout" else key.removesuffix(".layout")
+        prefix = f"{layer}." if layer else ""
+        if key == f"{prefix}layout" and all(prefix + buffer in state for buffer in BUFFERS):
+            yield layer
+
+
+def _loaded_layer(name: str, template: nn.Module, buffers: list[Tensor]) -> BlockSparseLinear:
+    """A layer with a weight of a state dict, and with the bias, device and type of the model's layer."""
+    if not isinstance(template, (nn.Linear, nn.Conv2d, BlockSparseLinear)):
+        kind = type(template).__name__
+        raise ValueError(f"{name}: the state dict has a block-sparse weight for a {kind}; only Linear and Conv2d can have one")
+    try:
+        weight = read_buffers(*(tensor.detach().clone() for tensor in buffers))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    plain: Any = template.weight
+    shape = (len(plain), plain[0].numel())
+    if weight.shape != shape:
+        raise ValueError(
+            f"{name}: the state dict has a weight of shape {weight.shape}, and the layer one of {shape}; is it that of another model?"
+        )
+    if not plain.is_meta:
+        values, crow, col = (x.to(plain.device) for x in (weight.values, weight.crow, weight.col))
+        weight = attrs.evolve(weight, values=values.to(plain.dtype), crow=crow, col=col)
+    return sparse_layer_like(template, weight)
+
+
+def dense(model: M) -> M:
+    """A copy with plain layers, zero where blocks were pruned, of a masked or an exported model.
+
+    Example:
+        >>> from blockprune import export
+        >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
+        >>> sparse = export.block_sparse(bp.apply_masks(nn.Linear(4, 2), {"weight": mask}), backend="torch")
+        >>> export.dense(sparse)
+        Linear(in_features=4, out_features=2, bias=True)
+    """
+    return replace_modules(finalize(model), _plain_layer)
+
+
+def _plain_layer(module: nn.Module) -> nn.Module | None:
+    if not isinstance(module, (BlockSparseLinear, semi_structured.SemiStructuredLinear)):
+        return None
+    weight, bias = module.weight, module.bias
+    if isinstance(module, BlockSparseConv2d):
+        options: Any = {name: getattr(module, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
+        plain: Any = nn.Conv2d(module.in_channels, module.out_features, bias=False, device="meta", **options)
+    else:
+        plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+    plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), bias
+    return cast(nn.Module, plain)
+
+
+def onnx(model: nn.Module, args: tuple[Any, ...], path: str | Path, **options: Any) -> None:
+    """Write a masked or exported model as an ONNX file. ONNX has no block-sparse product, so the weights are dense, and a warning says so.
+
+    Args:
+        model: is not changed.
+        args: example inputs.
+        path: of the file.
+        options: for `torch.onnx.export`, such as dynamic_shapes.
+
+    Raises:
+        ImportError: onnx and onnxscript are not installed: ``pip install "blockprune[onnx]"``.
+
+    Example:
+        >>> from blockprune import export
+        >>> export.onnx(model, (x,), "model.onnx")  # doctest: +SKIP
+    """
+    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
+        raise ImportError(f'ONNX files need {" and ".join(missing)}: pip install "blockprune[onnx]"')
+    warnings.warn("ONNX has no block-sparse product: the file holds dense weights, zero where blocks were pruned", stacklevel=2)
+    torch.onnx.export(dense(model), args, path, dynamo=True, verbose=False, **options)

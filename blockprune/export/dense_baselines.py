@@ -1,0 +1,74 @@
+"""The fastest dense layers and models, which a block-sparse one must beat."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blockprune.core._compat import has_packed_linear, pack_linear_weight, packed_linear, packs_bfloat16
+from blockprune.export.module_replacement import replace_modules
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def dense_kernels(x: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Callable[[], Tensor]]:
+    """The dense implementations of one Linear on this machine, by name: each a call that multiplies x.
+
+    Example:
+        >>> from blockprune.export.dense_baselines import dense_kernels
+        >>> list(dense_kernels(torch.ones(2, 4), torch.ones(3, 4), None))[:1]
+        ['F.linear']
+    """
+    kernels: dict[str, Callable[[], Tensor]] = {"F.linear": partial(F.linear, x, weight, bias)}
+    if can_pack(weight):
+        packed = pack_linear_weight(weight, x.numel() // weight.shape[1])
+        kernels["oneDNN packed"] = partial(packed_linear, x, packed, bias)
+    return kernels
+
+
+def onednn_packed(model: M) -> M:
+    """A copy whose Linears hold their weight in oneDNN's own format, where this machine has oneDNN; for inference on a CPU.
+
+    This is the fastest dense product that was measured; `torch.compile` with frozen weights was no faster than F.linear.
+
+    Example:
+        >>> from blockprune.export.dense_baselines import onednn_packed
+        >>> model, x = nn.Linear(64, 32), torch.randn(8, 64)
+        >>> torch.allclose(onednn_packed(model)(x), model(x), atol=1e-5)
+        True
+    """
+    return replace_modules(
+        copy.deepcopy(model), lambda module: PackedLinear(module) if type(module) is nn.Linear and can_pack(module.weight) else None
+    )
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN can pack a weight on this machine.
+
+    Example:
+        >>> from blockprune.export.dense_baselines import can_pack
+        >>> can_pack(torch.ones(2, 2, dtype=torch.float64))
+        False
+    """
+    if not (has_packed_linear() and weight.device.type == "cpu"):
+        return False
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and packs_bfloat16())
+
+
+class PackedLinear(nn.Module):
+    """A Linear whose weight is in oneDNN's format, which depends on the number of input rows: it is packed again when that changes."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.plain, self.bias, self.rows, self.weight = layer.weight.detach(), layer.bias, 0, layer.weight.detach()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.numel() // self.in_features
+        if rows != self.rows:
+            self.rows, self.weight = rows, pack_linear_weight(self.plain, rows)
+        return packed_linear(input, self.weight, self.bias)

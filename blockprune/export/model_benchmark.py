@@ -1,0 +1,214 @@
+"""Whole models timed against the fastest dense form of a model, all interleaved."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from blockprune.core._compat import tree_leaves, tree_map_only
+from blockprune.core.table import Rows, Table
+from blockprune.core.types import BlockMask
+from blockprune.export.autotune import backends
+from blockprune.export.conversion import block_sparse, dense
+from blockprune.export.dense_baselines import PackedLinear, onednn_packed
+from blockprune.export.semi_structured import SemiStructuredLinear
+from blockprune.export.sparse_layers import BlockSparseLinear
+from blockprune.export.timing import cuda_graphed, median_seconds, synchronized
+from blockprune.model.apply import apply_masks, read_masks
+from blockprune.model.running import Forward, default_forward
+
+SPARSITIES = (0.5, 0.75, 0.9, 0.95)  # tried, with the same blocks, where a model is not faster than dense
+
+Timer = Callable[[Mapping[str, nn.Module]], dict[str, float]]  # models -> milliseconds of a call, by name
+
+
+@attrs.frozen
+class ModelSpeed:
+    """The speed of one model.
+
+    Example:
+        >>> from blockprune import export
+        >>> export.ModelSpeed("mine", "float32", 2.0, 500.0, 1.5, 2.0, 1.0).cells
+        ('mine', 'float32', '2.00', '500', '1.5', '2.00x', '1.00x')
+    """
+
+    name: str
+    dtype: str
+    milliseconds: float  # of a call
+    inputs_per_second: float
+    mebibytes: float  # of parameters and buffers
+    speedup_same_dtype: float  # against the fastest dense model of the same type
+    speedup: float  # against the fastest dense model of any type
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        speedups = f"{self.speedup_same_dtype:.2f}x", f"{self.speedup:.2f}x"
+        return self.name, self.dtype, f"{self.milliseconds:.2f}", f"{self.inputs_per_second:,.0f}", f"{self.mebibytes:,.1f}", *speedups
+
+
+@attrs.frozen(repr=False)
+class SpeedComparison(Table):
+    """A table of models, dense ones first, and a verdict; it prints in a terminal and renders in a notebook.
+
+    Example:
+        >>> from blockprune import export
+        >>> export.SpeedComparison((export.ModelSpeed("mine", "float32", 2.0, 500.0, 1.5, 2.0, 1.0),), "It is faster.")
+        model    dtype  ms per call  inputs/s  MiB  vs dense of its dtype  vs fastest dense
+        mine   float32         2.00       500  1.5                  2.00x             1.00x
+        It is faster.
+    """
+
+    rows: tuple[ModelSpeed, ...]
+    verdict: str
+
+    def table(self) -> Rows:
+        head = ("model", "dtype", "ms per call", "inputs/s", "MiB", "vs dense of its dtype", "vs fastest dense")
+        return [head, *(row.cells for row in self.rows)]
+
+
+def benchmark(
+    model: nn.Module,
+    *others: nn.Module,
+    inputs: Any,
+    names: Sequence[str] = (),
+    forward: Forward = default_forward,
+    compiled: bool = False,
+    graph: bool = False,
+    rounds: int = 9,
+) -> SpeedComparison:
+    """Median times of models against the fastest dense form of ``model``: as it is, packed by oneDNN, in bfloat16, or compiled.
+
+    Where a model is not faster, and ``model`` has masks, random masks of the same blocks are timed to say from which sparsity it would be.
+
+    Args:
+        model: dense or masked; it is not changed. The others are compared with dense forms of it, with zeros in pruned blocks.
+        others: such as exported models.
+        inputs: one batch for ``forward``; its floating-point tensors are converted to the type of each model.
+        names: of the others; by default the names of their classes.
+        forward: (model, batch) -> output, as in `Calibration`.
+        compiled: also time dense models that `torch.compile` compiles with frozen weights; this takes minutes.
+        graph: on a GPU, time each model as a CUDA graph replays it.
+        rounds: of measurement, of which the median counts.
+
+    Raises:
+        ValueError: another number of names than of others.
+
+    Example:
+        >>> from blockprune import export
+        >>> mask = bp.BlockMask(torch.rand(16, 16) > 0.9, bp.BlockGrid((256, 256), (16, 16)))
+        >>> model = bp.apply_masks(nn.Sequential(nn.Linear(256, 256)), {"0.weight": mask})
+        >>> speed = export.benchmark(model, export.block_sparse(model, backend="torch"), inputs=torch.randn(8, 256), rounds=1)
+        >>> [row.name for row in speed.rows][0], speed.rows[-1].name
+        ('dense', 'Sequential')
+    """
+    if names and len(names) != len(others):
+        raise ValueError(f"names has {len(names)} entries for {len(others)} models; give one name for each, or none")
+    baselines = _dense_baselines(model, compiled)
+    named = _named(others, names, baselines)
+    timer = partial(_milliseconds, inputs=inputs, forward=forward, graph=graph, rounds=rounds)
+    models = {**baselines, **named}
+    ms, batch_size = timer(models), _batch_size(inputs)
+    fastest = min(baselines, key=ms.__getitem__)
+    dtypes = {_dtype(baseline) for baseline in baselines.values()}
+    fastest_of_dtype = {
+        dtype: min((name for name in baselines if _dtype(baselines[name]) == dtype), key=ms.__getitem__) for dtype in dtypes
+    }
+    rows, sentences = [], []
+    for name, compared in models.items():
+        dtype = _dtype(compared)
+        rival = fastest_of_dtype.get(dtype, fastest)
+        speedups = ms[rival] / ms[name], ms[fastest] / ms[name]
+        rows.append(ModelSpeed(name, _dtype_name(dtype), ms[name], 1e3 * batch_size / ms[name], _mebibytes(compared), *speedups))
+        if name in named:
+            sentences.append(_sentence(rows[-1], rival))
+            if rows[-1].speedup_same_dtype <= 1:
+                sentences.append(_sparsity_sentence(model, dtype, ms[rival], timer))
+    return SpeedComparison(tuple(rows), " ".join(filter(None, sentences)) or f"The fastest model is {fastest}.")
+
+
+def _dense_baselines(model: nn.Module, compiled: bool) -> dict[str, nn.Module]:
+    plain = dense(model)
+    eager = {"dense": plain}
+    if _dtype(plain) == torch.float32:
+        eager["dense bfloat16"] = copy.deepcopy(plain).to(torch.bfloat16)
+    baselines: dict[str, nn.Module] = {}
+    for name, baseline in eager.items():
+        baselines[name] = baseline
+        if all(p.device.type == "cpu" for p in baseline.parameters()):
+            baselines[f"{name}, oneDNN packed"] = onednn_packed(baseline)
+    if compiled:
+        freezing: Any = {"freezing": True}
+        for name, baseline in eager.items():
+            baselines[f"{name}, compiled"] = cast(nn.Module, torch.compile(copy.deepcopy(baseline), options=freezing))
+    return baselines
+
+
+def _named(models: Sequence[nn.Module], names: Sequence[str], taken: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The models by name, or by class if there are no names; a name that is already taken gets a number."""
+    named: dict[str, nn.Module] = {}
+    for model, name in zip(models, names or [type(model).__name__ for model in models], strict=True):
+        named[name if name not in {**taken, **named} else f"{name} {len(named) + 1}"] = model
+    return named
+
+
+def _milliseconds(models: Mapping[str, nn.Module], *, inputs: Any, forward: Forward, graph: bool, rounds: int) -> dict[str, float]:
+    """Median milliseconds of a call of each model, by name."""
+    calls = {}
+    with torch.no_grad():
+        for name, model in models.items():
+            device = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0)).device
+            call = partial(forward, model, _to_dtype(inputs, _dtype(model)))
+            calls[name] = synchronized(cuda_graphed(call) if graph and device.type == "cuda" else call, device)
+        return {name: 1e3 * seconds for name, seconds in median_seconds(calls, rounds=rounds).items()}
+
+
+def _sentence(speed: ModelSpeed, rival: str) -> str:
+    if speed.speedup_same_dtype > 1:
+        return f"{speed.name} is {speed.speedup_same_dtype:.2f} times as fast as the fastest {speed.dtype} dense model ({rival})."
+    return f"{speed.name} is not faster than dense: it is {speed.speedup_same_dtype:.2f} times as fast as {rival}."
+
+
+def _sparsity_sentence(model: nn.Module, dtype: torch.dtype, dense_ms: float, timer: Timer) -> str:
+    """From which sparsity random masks in the same blocks are faster than dense; empty if the model has no masks."""
+    masks, generator = read_masks(model), torch.Generator().manual_seed(0)
+    if not masks:
+        return ""
+    speedup = 0.0
+    backend = next(row.name for row in backends().rows if row.available)
+    for sparsity in SPARSITIES:
+        random = {name: BlockMask(torch.rand(m.grid.size, generator=generator) >= sparsity, m.grid) for name, m in masks.items()}
+        sparser = block_sparse(apply_masks(copy.deepcopy(model), random), backend=backend).to(dtype)
+        speedup = dense_ms / timer({"sparser": sparser})["sparser"]
+        if speedup > 1:
+            return f"The same blocks would be faster at {sparsity:.0%} pruned: {speedup:.2f} times as fast."
+    return f"The same blocks would not be faster at {SPARSITIES[-1]:.0%} pruned either: {speedup:.2f} times as fast."
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    sparse_layers = BlockSparseLinear, SemiStructuredLinear
+    sparse = next((module.values.dtype for module in model.modules() if isinstance(module, sparse_layers)), None)
+    return sparse or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _to_dtype(inputs: Any, dtype: torch.dtype) -> Any:
+    return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, inputs)
+
+
+def _mebibytes(model: nn.Module) -> float:
+    packed = [module.plain for module in model.modules() if isinstance(module, PackedLinear)]
+    nbytes = {x.data_ptr(): x.nbytes for x in [*model.parameters(), *model.buffers(), *packed]}
+    return sum(nbytes.values()) / 2**20
+
+
+def _batch_size(inputs: Any) -> int:
+    """The length of the first axis of the first tensor."""
+    first = next((leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), None)
+    return first.shape[0] if first is not None and first.ndim else 1

@@ -1,0 +1,207 @@
+# ruff: noqa: PLR0917  (operators of torch take everything by position)
+"""The product with a block-sparse weight as an operator of torch, so that autograd, compile, export and vmap support it."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from blockprune.core._compat import forward_ad_is_active, functorch_is_active
+from blockprune.export import triton_launch
+from blockprune.export.format import BlockSparse, block_rows
+from blockprune.native import spmm
+
+BACKENDS = ("native", "triton", "torch")
+
+
+@torch.library.custom_op("blockprune::linear", mutates_args=())
+def linear_op(
+    x: Tensor,
+    bias: Tensor | None,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    shape: Sequence[int],
+    block: Sequence[int],
+    paired: bool,
+    backend: str,
+) -> Tensor:
+    """``x W^T + bias`` of ``x [..., columns]`` with a validated block-sparse ``W [rows, columns]`` (`format.BlockSparse`): ``[..., rows]``.
+
+    With the backends "native" and "triton", the layout of the weight decides which kernel runs: the compiled one for CPUs (``paired``) or
+    the Triton one for GPUs. Types and devices that the kernel does not support are computed by `torch_product`. Inside `torch.func` use
+    `linear`.
+
+    Example:
+        >>> from blockprune.export.format import pack
+        >>> from blockprune.export.ops import linear_op
+        >>> w = pack(torch.ones(4, 4), torch.tensor([[True, False]]), bp.BlockGrid((4, 4), (4, 2)))
+        >>> linear_op(torch.ones(1, 4), None, w.values, w.crow, w.col, w.shape, w.block, w.paired, "native")
+        tensor([[2., 2., 2., 2.]])
+    """
+    weight = BlockSparse(values, crow, col, (shape[0], shape[1]), (block[0], block[1]), paired)
+    out = compiled_product(x, weight, bias, backend)
+    return torch_product(x, weight, bias) if out is None else out
+
+
+@torch.library.custom_op("blockprune::linear_input_grad", mutates_args=())
+def linear_input_grad_op(
+    grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, shape: Sequence[int], block: Sequence[int], paired: bool, backend: str
+) -> Tensor:
+    """``grad W`` of ``grad [..., rows]``: ``[..., columns]``.
+
+    Example:
+        >>> from blockprune.export.format import pack
+        >>> from blockprune.export.ops import linear_input_grad_op
+        >>> w = pack(torch.ones(4, 4), torch.tensor([[True, False]]), bp.BlockGrid((4, 4), (4, 2)))
+        >>> linear_input_grad_op(torch.ones(1, 4), w.values, w.crow, w.col, w.shape, w.block, w.paired, "native")
+        tensor([[4., 4., 0., 0.]])
+    """
+    row_count, column_count = shape
+    flat = grad.reshape(-1, row_count).mT  # [rows, n]
+    out = flat.new_zeros(column_count, flat.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))  # a sum over block rows
+    for rows, columns, weights in block_rows(BlockSparse(values, crow, col, (row_count, column_count), (block[0], block[1]), paired)):
+        out.index_add_(0, columns, (weights @ flat[rows]).to(out.dtype))
+    return out.mT.to(grad.dtype).contiguous().view(*grad.shape[:-1], column_count)
+
+
+@linear_op.register_fake
+def _(x: Tensor, bias: Any, values: Any, crow: Any, col: Any, shape: Sequence[int], block: Any, paired: bool, backend: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], shape[0]))
+
+
+@linear_input_grad_op.register_fake
+def _(grad: Tensor, values: Any, crow: Any, col: Any, shape: Sequence[int], block: Any, paired: bool, backend: str) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], shape[1]))
+
+
+class _Linear(torch.autograd.Function):
+    """`linear_op` for `torch.func`, which does not support custom operators."""
+
+    @staticmethod
+    def forward(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
+        return cast(Tensor, linear_op(x, bias, *weight))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[2:5])
+        ctx.save_for_forward(*inputs[2:5])
+        ctx.options, ctx.shape = inputs[5:], output.shape  # options: shape, block, paired, backend
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input_grad = _input_grad(grad, *ctx.saved_tensors, *ctx.options) if ctx.needs_input_grad[0] else None
+        bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        return input_grad, bias_grad, None, None, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor | None, bias: Tensor | None, *_: None) -> Tensor:
+        weight = *ctx.saved_tensors, *ctx.options
+        if x is None:
+            assert bias is not None
+            return bias.expand(ctx.shape)
+        return linear(x, bias, *weight)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, bias: Tensor | None, *weight: Any) -> tuple[Tensor, int]:
+        if any(dim is not None for dim in in_dims[2:5]):
+            raise NotImplementedError("a block-sparse weight is frozen: vmap over inputs and biases, not over weights")
+        x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+        if bias is None or in_dims[1] is None:
+            return linear(x, bias, *weight), 0
+        out = linear(x, None, *weight)
+        return out + bias.movedim(in_dims[1], 0).view(info.batch_size, *[1] * (out.ndim - 2), -1), 0
+
+
+class _InputGrad(torch.autograd.Function):
+    """`linear_input_grad_op` for `torch.func`; its gradient is `linear`."""
+
+    @staticmethod
+    def forward(grad: Tensor, *weight: Any) -> Tensor:
+        return cast(Tensor, linear_input_grad_op(grad, *weight))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:4])
+        ctx.save_for_forward(*inputs[1:4])
+        ctx.options = inputs[4:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return linear(grad, None, *ctx.saved_tensors, *ctx.options), None, None, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, grad: Tensor, *_: None) -> Tensor:
+        return _input_grad(grad, *ctx.saved_tensors, *ctx.options)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], grad: Tensor, *weight: Any) -> tuple[Tensor, int]:
+        return _input_grad(grad.movedim(cast(int, in_dims[0]), 0), *weight), 0
+
+
+linear_op.register_autograd(_Linear.backward, setup_context=_Linear.setup_context)
+linear_input_grad_op.register_autograd(_InputGrad.backward, setup_context=_InputGrad.setup_context)
+
+
+def linear(*arguments: Any) -> Tensor:
+    """`linear_op`, also inside `torch.func`: gradients for x and the bias, and vmap over both.
+
+    Example:
+        >>> from blockprune.export import ops
+        >>> from blockprune.export.format import pack
+        >>> w = pack(torch.ones(4, 4), torch.tensor([[True, False]]), bp.BlockGrid((4, 4), (4, 2)))
+        >>> weight = w.values, w.crow, w.col, w.shape, w.block, w.paired, "torch"
+        >>> torch.func.grad(lambda x: ops.linear(x, None, *weight).sum())(torch.ones(4))
+        tensor([4., 4., 0., 0.])
+    """
+    return cast(Tensor, _Linear.apply(*arguments) if _in_transform() else linear_op(*arguments))  # type: ignore[no-untyped-call]
+
+
+def _input_grad(*arguments: Any) -> Tensor:
+    return cast(Tensor, _InputGrad.apply(*arguments) if _in_transform() else linear_input_grad_op(*arguments))  # type: ignore[no-untyped-call]
+
+
+def _in_transform() -> bool:
+    return not torch.compiler.is_compiling() and (functorch_is_active() or forward_ad_is_active())
+
+
+def compiled_product(x: Tensor, sparse: BlockSparse, bias: Tensor | None, backend: str) -> Tensor | None:
+    """``x W^T + bias`` by the compiled CPU kernel or the Triton kernel, as the weight's layout decides.
+
+    None if the backend is "torch", or if the kernel does not support the device, the type or a gradient.
+
+    Example:
+        >>> from blockprune.export.format import pack
+        >>> from blockprune.export.ops import compiled_product
+        >>> w = pack(torch.ones(4, 4), torch.tensor([[True, False]]), bp.BlockGrid((4, 4), (4, 2)))
+        >>> compiled_product(torch.ones(1, 4), w, None, "torch")
+    """
+    if backend == "torch":
+        return None
+    product = spmm.linear if sparse.paired else triton_launch.linear
+    return product(x, sparse.values, sparse.crow, sparse.col, shape=sparse.shape, block=sparse.block, bias=bias)
+
+
+def torch_product(x: Tensor, sparse: BlockSparse, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + bias`` by operators of torch, on any device: each block row multiplies the columns of x that it keeps.
+
+    Example:
+        >>> from blockprune.export.format import pack
+        >>> from blockprune.export.ops import torch_product
+        >>> w = pack(torch.ones(4, 4), torch.tensor([[True, False]]), bp.BlockGrid((4, 4), (4, 2)))
+        >>> torch_product(torch.ones(1, 4), w)
+        tensor([[2., 2., 2., 2.]])
+    """
+    row_count, column_count = sparse.shape
+    transposed = x.reshape(-1, column_count).mT.contiguous()  # [columns, n], so that the gathered columns of x are contiguous
+    out = transposed.new_zeros(row_count, transposed.shape[1])
+    last_columns, gathered = torch.empty(0), transposed
+    for rows, columns, weights in block_rows(sparse):
+        if len(columns):
+            # A tall block is stored as several block rows with the same columns.
+            if last_columns.shape != columns.shape or not torch.equal(last_columns, columns):
+                last_columns, gathered = columns, transposed.index_select(0, columns)
+            torch.mm(weights.mT, gathered, out=out[rows])
+    out = out.mT.contiguous().view(*x.shape[:-1], row_count)
+    return out if bias is None else out + bias

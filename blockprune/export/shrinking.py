@@ -1,0 +1,371 @@
+"""A smaller dense model without the units that masks have emptied, with the same outputs."""
+
+import contextlib
+import copy
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from blockprune.core._compat import ConvNd, tree_leaves, tree_map_only
+from blockprune.core.table import Rows, Table
+from blockprune.export.coupled_channels import (
+    ChannelGroup,
+    CouplingGraph,
+    InputReasons,
+    LayerSide,
+    channel_axes,
+    is_depthwise,
+    mixes_channels,
+    update_head_counts,
+)
+from blockprune.model.apply import finalize, read_masks
+from blockprune.model.running import (
+    Forward,
+    default_forward,
+    disable_attention_fastpath,
+    float64_copy,
+    preserve_state,
+    to_model_device,
+)
+
+TOLERANCE = 1e-5  # relative to the largest output; outputs are compared in float64, so rounding does not matter
+NOISE = [(scale, sign) for scale in (0.3, 3.0, 30.0, 300.0) for sign in (1, -1)]  # both signs, so that it passes through every ReLU
+
+Run = Callable[..., list[Tensor]]  # (model, change of the inputs, seed) -> the output tensors on the example
+GroupKey = frozenset[tuple[LayerSide, frozenset[int]]]  # a group, by the channels' indices in the given model
+
+
+@attrs.frozen
+class Units:
+    """Units of one side of a layer, by their indices in the model that was given to `shrink`.
+
+    Example:
+        >>> bp.export.Units("fc", "outputs", (0, 3), total=8, reason="it is an output of the model")
+        Units(layer='fc', side='outputs', indices=(0, 3), total=8, reason='it is an output of the model')
+    """
+
+    layer: str
+    side: str  # "outputs" (rows of a Linear, filters) or "inputs" (columns, channels)
+    indices: tuple[int, ...]
+    total: int  # units of this side of the layer
+    reason: str = ""  # why they were not removed
+
+
+@attrs.frozen(eq=False, repr=False)
+class ShrinkResult(Table):
+    """A smaller model, the units that were removed, and the empty units that were not, with the reason. It prints as a table.
+
+    Example:
+        >>> from blockprune.export import Units
+        >>> removed, kept = Units("fc", "inputs", (0, 3), total=4), Units("fc", "outputs", (1,), total=2, reason="an output")
+        >>> bp.export.ShrinkResult(nn.Linear(2, 2), (removed,), (kept,))
+        layer     side  units  of             what
+        fc      inputs      2   4          removed
+        fc     outputs      1   2  kept: an output
+    """
+
+    model: nn.Module
+    removed: tuple[Units, ...]
+    kept: tuple[Units, ...]
+
+    def table(self) -> Rows:
+        all_units = [*((units, "removed") for units in self.removed), *((units, f"kept: {units.reason}") for units in self.kept)]
+        cells = [(units.layer, units.side, str(len(units.indices)), str(units.total), what) for units, what in all_units]
+        return [("layer", "side", "units", "of", "what"), *cells]
+
+
+def shrink(model: nn.Module, example: Any, *, forward: Forward = default_forward) -> ShrinkResult:
+    """A new, smaller model without the units, filters, channels and attention heads that masks have emptied, with the same outputs.
+
+    A unit is removed if every layer that reads it has zero weights for it, or if its value does not depend on the input. A constant that
+    is not zero is added to the biases of the layers that read it. Noise in place of what layers compute shows which units are constant.
+
+    Torch-Pruning's graph (extra ``shrink``) proposes which units must be removed together. Each proposal is checked: in evaluation mode,
+    the outputs on the example must stay the same, to 1e-5 of the largest output. Units that fail the check are kept.
+
+    Args:
+        model: with masks; it is not changed. Sizes that a model keeps elsewhere, such as a Hugging Face ``config``, are not updated.
+        example: a batch of several items that the model can run; the smaller model runs any other.
+        forward: (model, example) -> output, as in `Calibration`.
+
+    Raises:
+        ImportError: Torch-Pruning is not installed.
+        TypeError: a model that is not a module.
+        ValueError: a model without masks, an example that the model cannot run, or an output without tensors.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> mask = bp.BlockMask(torch.arange(8)[:, None] < 6, bp.BlockGrid((8, 4), (1,)))
+        >>> shrunk = bp.export.shrink(bp.apply_masks(model, {"0.weight": mask}), torch.randn(3, 4))
+        >>> shrunk, shrunk.model[0]
+        (layer     side  units  of     what
+         0      outputs      2   8  removed
+         2       inputs      2   8  removed, Linear(in_features=4, out_features=6, bias=True))
+    """
+    if importlib.util.find_spec("torch_pruning") is None:
+        raise ImportError('shrink uses the dependency graph of Torch-Pruning; install it: pip install "blockprune[shrink]"')
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module; give the masked model")
+    if not read_masks(model):
+        raise ValueError("the model has no masks, so none of its units are empty; apply_masks(model, masks) first")
+    plain = finalize(model)
+    with preserve_state(plain):
+        working, run = _float64_model(plain, example, forward)
+        with torch.no_grad():
+            check = partial(_output_change, run, run(working))
+        state = _State(working)
+        while True:  # removed units may leave others unread or constant
+            constants, input_reasons = _constant_inputs(state.model, run)
+            graph = CouplingGraph(copy.deepcopy(state.model), run)
+            passed = state.remove_groups(graph, constants, input_reasons, check)
+            if not passed:
+                break
+        kept = tuple(state.empty_units(plain, graph, input_reasons))
+    sides = [(name, side) for name, _ in _layers(plain) for side in ("outputs", "inputs")]
+    removed = tuple(_units(plain, side, state.removed[side]) for side in sides if side in state.removed)
+    return ShrinkResult(_restore_dtypes(state.model, plain), removed, kept)
+
+
+@attrs.define(eq=False)
+class _State:
+    """The smaller model so far, which channels of the given model it lacks, and which groups failed the check, with the reason."""
+
+    model: nn.Module
+    removed: dict[LayerSide, frozenset[int]] = attrs.field(factory=dict)
+    failed: dict[GroupKey, str] = attrs.field(factory=dict)
+
+    def remove_groups(
+        self, graph: CouplingGraph, constants: dict[str, Tensor], input_reasons: InputReasons, check: Callable[[nn.Module], str]
+    ) -> bool:
+        """Remove all groups that pass the check; return whether there are any."""
+        proposed = [group for name, _ in _layers(self.model) if (group := graph.group(name, "outputs", input_reasons)[0])]
+        groups = {key: group for group in proposed if (key := self._key(group)) not in self.failed}
+        self.model, passed = _bisect_removal(self.model, groups, partial(_without, graph=graph, constants=constants), check, self.failed)
+        for layer_side, indices in (item for key in passed for item in key):
+            self.removed[layer_side] = self.removed.get(layer_side, frozenset()) | indices
+        return bool(passed)
+
+    def empty_units(self, plain: nn.Module, graph: CouplingGraph, input_reasons: InputReasons) -> Iterator[Units]:
+        """The units that are empty but were not removed, by reason."""
+        for name, layer in _layers(self.model):
+            for side in ("outputs", "inputs") if mixes_channels(layer) else ("outputs",):
+                empty = _is_empty(layer, side).nonzero().flatten().tolist()
+                graph_reasons = graph.group(name, side, input_reasons)[1] if empty else {}
+                by_reason: dict[str, list[int]] = {}
+                for index, original in zip(empty, self._original_indices((name, side), empty), strict=True):
+                    reason = self._failure((name, side), original) or graph_reasons[index]
+                    by_reason.setdefault(reason, []).append(original)
+                yield from (_units(plain, (name, side), indices, reason) for reason, indices in by_reason.items())
+
+    def _failure(self, layer_side: LayerSide, original: int) -> str:
+        """Why the removal of this unit failed; empty if it did not."""
+        for key, failure in self.failed.items():
+            if any(side == layer_side and original in indices for side, indices in key):
+                return failure
+        return ""
+
+    def _key(self, group: ChannelGroup) -> GroupKey:
+        """The channels of a group by their indices in the given model."""
+        return frozenset((side, frozenset(self._original_indices(side, indices))) for side, indices in group.channels.items())
+
+    def _original_indices(self, layer_side: LayerSide, indices: Iterable[int]) -> list[int]:
+        """The indices in the given model of channels of the smaller model."""
+        indices, removed = list(indices), self.removed.get(layer_side, frozenset())
+        remaining = [i for i in range(max(indices, default=0) + len(removed) + 1) if i not in removed]
+        return [remaining[i] for i in indices]
+
+
+def _float64_model(plain: nn.Module, example: Any, forward: Forward) -> tuple[nn.Module, Run]:
+    """A copy, in float64 if the model can run so, and a function that runs it on the example."""
+
+    def run(model: nn.Module, change: Callable[[Tensor], Tensor] = torch.clone, seed: int = 0) -> list[Tensor]:
+        torch.manual_seed(seed)
+        inputs = tree_map_only(Tensor, change, to_model_device(model, example))
+        with disable_attention_fastpath():
+            return [leaf for leaf in tree_leaves(forward(model, inputs)) if isinstance(leaf, Tensor)]
+
+    with torch.no_grad():
+        working, outputs = float64_copy(plain, run)
+    if not outputs:
+        raise ValueError("the model's output on the example has no tensors to compare; pass a forward= that returns some")
+    return working, run
+
+
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers whose channels can be removed, by name."""
+    return [(name, m) for name, m in model.named_modules() if mixes_channels(m) or is_depthwise(m) or isinstance(m, nn.Embedding)]
+
+
+def _is_empty(layer: nn.Module, side: str) -> Tensor:
+    """Which outputs or inputs of a layer have only zero weights: bool ``[units]``."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight.detach().movedim(channel_axes(layer)[side == "inputs"], 0).flatten(1).eq(0).all(1)
+
+
+@torch.no_grad()
+def _constant_inputs(model: nn.Module, run: Run) -> tuple[dict[str, Tensor], dict[str, list[str | None]]]:
+    """The constant value of each layer's inputs, zero for those that are not constant or not read; and why each must stay, or None."""
+    lowest, highest = _input_ranges(model, run)
+    constants: dict[str, Tensor] = {}
+    reasons: dict[str, list[str | None]] = {}
+    for name, layer in [(name, layer) for name, layer in _layers(model) if mixes_channels(layer)]:
+        unread = _is_empty(layer, "inputs")
+        unknown = torch.full_like(unread, torch.nan, dtype=torch.float64)
+        low, high = lowest.get(name, unknown), highest.get(name, unknown)
+        constant = (high - low) <= 1e-6 * torch.maximum(low.abs(), high.abs())  # False for NaN
+        constants[name] = torch.where(constant & ~unread, (low + high) / 2, 0)
+        padded = constant & (constants[name] != 0) & _pads_with_zeros(layer)
+        removable = unread | (constant & ~padded)
+        reasons[name] = [
+            None if free else f"it is constant, but {name} pads it with zeros" if pads else f"{name} reads it"
+            for free, pads in zip(removable.tolist(), padded.tolist(), strict=True)
+        ]
+    return constants, reasons
+
+
+def _input_ranges(model: nn.Module, run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The lowest and the highest value of each input channel ``[channels]``, by layer, under noise of several sizes and both signs.
+
+    Noise is added to the inputs of the model, and replaces the outputs of its layers, except those with zero weights. What stays constant
+    under all noise depends on no input. Both are empty if the model fails on noise.
+    """
+    lowest: dict[str, Tensor] = {}
+    highest: dict[str, Tensor] = {}
+
+    def record_range(layer: nn.Module, args: Any, kwargs: Any, *, name: str) -> None:
+        x: Tensor = args[0] if args else kwargs["input"]
+        low, high = x.movedim(_channel_axis(layer), -1).flatten(0, -2).aminmax(dim=0)
+        lowest[name] = torch.minimum(low, lowest.get(name, low))
+        highest[name] = torch.maximum(high, highest.get(name, high))
+
+    def replace_output(layer: nn.Module, _: Any, output: Tensor, *, scale: float) -> Tensor:
+        channel_axis = _channel_axis(layer) % output.ndim
+        empty = _is_empty(layer, "outputs").view([-1 if axis == channel_axis else 1 for axis in range(output.ndim)])
+        return torch.where(empty, output, _noise(output, scale))
+
+    def add_noise(x: Tensor, *, scale: float) -> Tensor:
+        return x + _noise(x, scale) if x.is_floating_point() else x.clone()
+
+    try:
+        for size, sign in NOISE:
+            with contextlib.ExitStack() as stack:
+                for name, layer in _layers(model):
+                    if mixes_channels(layer):
+                        stack.callback(layer.register_forward_pre_hook(partial(record_range, name=name), with_kwargs=True).remove)
+                    if not is_depthwise(layer):
+                        stack.callback(layer.register_forward_hook(partial(replace_output, scale=sign * size)).remove)
+                run(model, partial(add_noise, scale=sign * size), seed=int(10 * size))
+    except Exception:  # a model may fail on noise; then only zero weights show which units are not needed
+        return {}, {}
+    return lowest, highest
+
+
+def _noise(like: Tensor, scale: float) -> Tensor:
+    return scale * (1 + torch.rand_like(like)) * torch.randn_like(like).sign()
+
+
+def _channel_axis(layer: nn.Module) -> int:
+    """The axis of a layer's inputs and outputs that its channels lie along, counted from the last."""
+    return -1 - len(layer.kernel_size) if isinstance(layer, ConvNd) else -1
+
+
+def _pads_with_zeros(layer: nn.Module) -> bool:
+    """Whether some outputs are computed from fewer inputs than others, so that a constant input does not add the same to all."""
+    if not isinstance(layer, ConvNd):
+        return False
+    pads = layer.padding == "same" if isinstance(layer.padding, str) else any(layer.padding)
+    return layer.transposed or (pads and layer.padding_mode == "zeros")
+
+
+def _bisect_removal(
+    model: nn.Module,
+    groups: Mapping[GroupKey, ChannelGroup],
+    without: Callable[[nn.Module, list[ChannelGroup]], nn.Module],
+    check: Callable[[nn.Module], str],
+    failed: dict[GroupKey, str],
+) -> tuple[nn.Module, list[GroupKey]]:
+    """The model without all groups that pass the check, and their keys. Groups that fail are found by halving, and added to ``failed``."""
+    passed: list[GroupKey] = []
+    smallest, stack = model, [list(groups)] if groups else []
+    while stack:
+        tried = stack.pop()
+        try:
+            smaller = without(model, [groups[key] for key in [*passed, *tried]])
+            failure = check(smaller)
+        except Exception as error:  # the model's own code may raise anything on other sizes
+            first_line = str(error).strip().partition("\n")[0]
+            failure = f"without it the model cannot run ({type(error).__name__}: {first_line})"
+        if not failure:
+            passed, smallest = [*passed, *tried], smaller
+        elif len(tried) > 1:
+            stack += [tried[len(tried) // 2 :], tried[: len(tried) // 2]]
+        else:
+            failed[tried[0]] = failure
+    return smallest, passed
+
+
+@torch.no_grad()
+def _without(model: nn.Module, groups: Sequence[ChannelGroup], *, graph: CouplingGraph, constants: dict[str, Tensor]) -> nn.Module:
+    """A copy of a model without these groups of channels."""
+    smaller, removed = copy.deepcopy(model), dict[LayerSide, frozenset[int]]()
+    for layer_side, indices in (item for group in groups for item in group.channels.items()):
+        removed[layer_side] = removed.get(layer_side, frozenset()) | indices
+    for (name, side), indices in removed.items():
+        if side == "inputs" and name in constants:
+            _add_constants_to_bias(smaller.get_submodule(name), constants[name], sorted(indices))
+    for layer_side, indices in removed.items():
+        graph.remove(smaller, layer_side, indices)
+    for group in groups:
+        if group.head_size:
+            update_head_counts(smaller, model, group)
+    return smaller
+
+
+def _add_constants_to_bias(layer: Any, constants: Tensor, indices: list[int]) -> None:
+    """Add to a layer's bias what the layer computes from these constant inputs."""
+    if (values := constants[indices]).any():
+        weight = layer.weight
+        if weight.ndim > 2:
+            weight = weight.movedim(channel_axes(layer), (0, 1)).flatten(2).sum(2)  # [outputs, inputs]
+        shift = weight[:, indices] @ values.to(weight.dtype)
+        layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias + shift)
+
+
+@torch.no_grad()
+def _output_change(run: Run, expected: list[Tensor], model: nn.Module) -> str:
+    """How the outputs of a smaller model differ from the expected ones; empty if they do not."""
+    outputs = run(model)
+    if [x.shape for x in outputs] != [x.shape for x in expected]:
+        return "without it the outputs have other shapes"
+    for output, target in zip(outputs, expected, strict=True):
+        x, y = (t.double() if t.is_floating_point() else t for t in (output, target))
+        change = (x - y).abs().max().item() if x.is_floating_point() and x.numel() else 0.0 if torch.equal(x, y) else torch.inf
+        largest = y.abs().max().item() if y.is_floating_point() and y.numel() else 0.0
+        if not change <= TOLERANCE * largest:  # NaN is a change
+            return f"without it the outputs change (by {change:.1g})"
+    return ""
+
+
+def _units(plain: nn.Module, layer_side: LayerSide, indices: Iterable[int], reason: str = "") -> Units:
+    name, side = layer_side
+    return Units(name, side, tuple(sorted(indices)), len(_is_empty(plain.get_submodule(name), side)), reason)
+
+
+def _restore_dtypes(smaller: nn.Module, plain: nn.Module) -> nn.Module:
+    """The smaller model with the dtypes, training modes and ``requires_grad`` flags of the given model."""
+    tensors = {**dict(plain.named_parameters()), **dict(plain.named_buffers())}
+    for name, tensor in [*smaller.named_parameters(), *smaller.named_buffers()]:
+        template = tensors.get(name, tensors.get(f"{name.removesuffix('bias')}weight"))  # a bias may be new
+        assert template is not None
+        tensor.data = tensor.data.to(template.dtype)
+        if isinstance(tensor, nn.Parameter):
+            tensor.grad = None
+            tensor.requires_grad_(template.requires_grad)
+    for name, module in plain.named_modules():
+        smaller.get_submodule(name).training = module.training
+    return smaller

@@ -1,0 +1,278 @@
+"""Layers that hold and multiply only the kept blocks of their weight."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blockprune.core._compat import conv_padding
+from blockprune.core.grid import BlockGrid, expand
+from blockprune.core.types import BlockMask
+from blockprune.export import triton_launch
+from blockprune.export.format import BlockSparse, pack, to_layout, unpack, validate
+from blockprune.export.ops import BACKENDS, compiled_product, linear
+
+BUFFERS = ("values", "crow", "col", "layout")  # of a block-sparse weight in a state dict
+
+
+class BlockSparseLinear(nn.Module):
+    """A Linear whose kept blocks are ordinary buffers and do not train; its bias, if any, remains a parameter.
+
+    Its state dict holds ``values``, ``crow`` and ``col`` (see `format.BlockSparse`), ``layout`` (rows, columns, height and width of a
+    stored block, and 1 for the CPU layout or 0 for the GPU layout) and ``bias``. A weight of the same shape with other kept blocks loads
+    into it; indices out of range are refused. After ``to`` and ``load_state_dict`` too, the weight is in the layout of its device. Tensors
+    that are copied one by one into another layer are valid there only if both layers are on GPUs, or neither is.
+
+    Args:
+        weight: the kept blocks of ``[out_features, in_features]``.
+        bias: ``[out_features]`` or None; shared, not copied.
+        backend: "native" or "triton" (the device decides which of the two runs; torch computes what it does not support), or "torch".
+
+    Raises:
+        ValueError: a weight whose tensors do not fit each other, a bias that does not fit the weight, or an unknown backend.
+
+    Example:
+        >>> from blockprune import export
+        >>> from blockprune.export.format import pack
+        >>> weight = pack(torch.ones(4, 4), torch.tensor([[True, False]]), bp.BlockGrid((4, 4), (4, 2)))
+        >>> export.BlockSparseLinear(weight, None)(torch.ones(2, 4))
+        tensor([[2., 2., 2., 2.],
+                [2., 2., 2., 2.]])
+    """
+
+    values: Tensor
+    crow: Tensor
+    col: Tensor
+    layout: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: BlockSparse, bias: nn.Parameter | None, backend: str = "native") -> None:
+        super().__init__()
+        if backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r} must be one of {BACKENDS}")
+        validate(weight)
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"a bias of shape {tuple(bias.shape)} does not fit a weight of shape {weight.shape}: it must be ({weight.shape[0]},)"
+            )
+        self.backend = backend
+        for name in BUFFERS:
+            self.register_buffer(name, None)
+        self._store(weight)
+        self.register_parameter("bias", bias)
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        return self.shape[1]
+
+    @property
+    def packed_weight(self) -> BlockSparse:
+        """The weight as it is stored."""
+        return BlockSparse(self.values, self.crow, self.col, self.shape, self.block, self.paired)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, zero where pruned. Each read computes it anew."""
+        return unpack(self.packed_weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.ndim == 0 or input.shape[-1] != self.shape[1]:
+            raise ValueError(
+                f"an input of shape {tuple(input.shape)} does not fit a weight of shape {self.shape}: its last axis must be {self.shape[1]}"
+            )
+        values, bias = self.values, cast(Tensor | None, self.bias)
+        if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(input.device.type)
+            input, values, bias = input.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+        if input.dtype != values.dtype:
+            raise TypeError(
+                f"an input of {input.dtype} does not fit a weight of {values.dtype}; "
+                f"convert one of them: model.to({input.dtype}) or input.to(...)"
+            )
+        if not torch.compiler.is_compiling():  # calling the kernel directly avoids the overhead of torch's dispatcher
+            weight = BlockSparse(values, self.crow, self.col, self.shape, self.block, self.paired)
+            out = compiled_product(input, weight, bias, self.backend)
+            if out is not None:
+                return out
+        return linear(input, bias, values, self.crow, self.col, self.shape, self.block, self.paired, self.backend)
+
+    def _store(self, weight: BlockSparse) -> None:
+        """Store a weight in the layout of its device."""
+        weight = to_layout(weight, paired=not triton_launch.uses_gpu_layout(weight.values.device))
+        self.shape, self.block, self.paired = weight.shape, weight.block, weight.paired
+        self.values, self.crow, self.col = weight.values, weight.crow, weight.col
+        self.layout = torch.tensor([*weight.shape, *weight.block, weight.paired], device=weight.values.device)
+
+    def _convert_layout(self) -> None:
+        """Convert a weight that came from another kind of device to the layout of this one."""
+        if not self.values.is_meta and self.paired == triton_launch.uses_gpu_layout(self.values.device):
+            self._store(self.packed_weight)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Load a weight with any number of blocks if its tensors fit each other; otherwise report why not and change nothing."""
+        if present := [name for name in BUFFERS if prefix + name in state_dict]:
+            try:
+                new = self._read_state(state_dict, prefix, present)
+            except ValueError as error:
+                cast(list[str], args[-1]).append(f"{prefix.removesuffix('.') or 'the layer'}: {error}")
+                return
+            self.block, self.paired = new.block, new.paired
+            for name in BUFFERS:
+                old = getattr(self, name)
+                setattr(self, name, torch.empty(state_dict[prefix + name].shape, dtype=old.dtype, device=old.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._convert_layout()
+
+    def _read_state(self, state_dict: Mapping[str, Any], prefix: str, present: list[str]) -> BlockSparse:
+        if len(present) < len(BUFFERS):
+            raise ValueError(f"the state dict has {', '.join(present)} of it; a block-sparse weight is all of {', '.join(BUFFERS)}")
+        weight = read_buffers(*(state_dict[prefix + name] for name in BUFFERS))
+        if weight.shape != self.shape:
+            raise ValueError(f"a weight of shape {weight.shape} does not fit into a layer of {self.shape}")
+        return weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BlockSparseLinear":
+        """Convert the layer to another device or type. Indices keep their type and numbers, which `type` and `to_empty` would change."""
+        indices = {name: getattr(self, name) for name in ("crow", "col", "layout")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, index in indices.items():
+            converted: Tensor = getattr(self, name)
+            if converted.is_meta:
+                setattr(self, name, converted.to(index.dtype))
+            elif index.is_meta:  # a layer from the meta device has no indices: it keeps no block until a state dict is loaded
+                setattr(self, name, torch.zeros_like(converted, dtype=index.dtype))
+            else:
+                setattr(self, name, index.to(converted.device))
+        self._convert_layout()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._convert_layout()  # `torch.load` may load it to another device
+
+    def extra_repr(self) -> str:
+        kept = self.values.numel() / (self.shape[0] * self.shape[1])
+        return f"{self.shape[1]}, {self.shape[0]}, bias={self.bias is not None}, {1 - kept:.1%} pruned, {self.backend}"
+
+
+class BlockSparseConv2d(BlockSparseLinear):
+    """A Conv2d (groups=1) as a product of its kernel ``[out_channels, in_channels * kh * kw]`` with patches of its input (im2col).
+
+    Args:
+        weight: the kept blocks of the kernel as a matrix.
+        template: the convolution whose bias, kernel size, stride, padding and dilation the layer takes.
+        backend: as in `BlockSparseLinear`.
+
+    Example:
+        >>> from blockprune import export
+        >>> from blockprune.export.format import pack
+        >>> conv, x = nn.Conv2d(4, 6, 3, padding=1), torch.randn(2, 4, 5, 5)
+        >>> weight = pack(conv.weight.flatten(1), torch.ones(3, 1).bool(), bp.BlockGrid((6, 36), (2, 36)))
+        >>> torch.allclose(export.BlockSparseConv2d(weight, conv)(x), conv(x), atol=1e-6)
+        True
+    """
+
+    def __init__(self, weight: BlockSparse, template: nn.Conv2d, backend: str = "native") -> None:
+        super().__init__(weight, cast(Any, template.bias), backend)
+        self.kernel_size, self.stride, self.dilation = template.kernel_size, template.stride, template.dilation
+        self.padding, self.padding_mode = template.padding, template.padding_mode
+        self._padding_sides = (
+            template._padding_sides if isinstance(template, BlockSparseConv2d) else conv_padding(template)
+        )  # as F.pad takes it
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the input."""
+        return self.shape[1] // (self.kernel_size[0] * self.kernel_size[1])
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense kernel, zero where pruned. Each read computes it anew."""
+        return unpack(self.packed_weight).view(self.shape[0], -1, *self.kernel_size)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.ndim not in (3, 4) or input.shape[-3] != self.in_channels:
+            raise ValueError(
+                f"an input of shape {tuple(input.shape)} does not fit a convolution of {self.in_channels} channels: "
+                f"it must be [n, {self.in_channels}, height, width]"
+            )
+        x = input if input.ndim == 4 else input[None]
+        if any(self._padding_sides):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, self._padding_sides, mode=mode)
+        (kh, kw), (sh, sw), (dh, dw) = self.kernel_size, self.stride, self.dilation
+        height, width = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1, (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
+        if (kh, kw) == (1, 1):
+            patches = x[:, :, ::sh, ::sw].movedim(1, -1)  # [n, height, width, channels]
+        else:
+            patches = F.unfold(x, (kh, kw), (dh, dw), stride=(sh, sw)).mT.unflatten(1, (height, width))
+        out = super().forward(patches).movedim(-1, 1).contiguous()  # in the memory format of Conv2d's outputs
+        return out if input.ndim == 4 else out[0]
+
+
+def sparse_layer_like(template: nn.Module, weight: BlockSparse, backend: str = "native") -> BlockSparseLinear:
+    """A block-sparse layer with this weight that takes the bias and options of a Linear, a Conv2d or another block-sparse layer.
+
+    Example:
+        >>> from blockprune.export.sparse_layers import pack_weight, sparse_layer_like
+        >>> layer, mask = nn.Linear(4, 2), bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
+        >>> sparse_layer_like(layer, pack_weight(layer.weight, mask), "torch")
+        BlockSparseLinear(4, 2, bias=True, 50.0% pruned, torch)
+    """
+    if isinstance(template, (nn.Conv2d, BlockSparseConv2d)):
+        return BlockSparseConv2d(weight, cast(Any, template), backend)  # both classes have the same options
+    return BlockSparseLinear(weight, cast(Any, template.bias), backend)
+
+
+def read_buffers(values: Tensor, crow: Tensor, col: Tensor, layout: Tensor) -> BlockSparse:
+    """The weight that four tensors of a state dict hold.
+
+    Raises:
+        ValueError: they do not hold a valid weight.
+
+    Example:
+        >>> from blockprune.export.sparse_layers import read_buffers
+        >>> read_buffers(torch.ones(2), torch.tensor([0, 1]), torch.tensor([0]).int(), torch.tensor([2, 4, 2, 1, 1])).shape
+        (2, 4)
+    """
+    if layout.shape != (5,) or layout.dtype != torch.int64 or layout.is_meta:
+        raise ValueError(f"layout is {layout.dtype} of shape {tuple(layout.shape)} on {layout.device} and must be 5 numbers of int64")
+    rows, columns, height, width, paired = layout.tolist()
+    if paired not in (0, 1):
+        raise ValueError(f"layout is {layout.tolist()}: it must end in 1 (CPU layout) or 0 (GPU layout); it is not what was exported")
+    weight = BlockSparse(values, crow, col, (rows, columns), (height, width), bool(paired))
+    validate(weight)
+    return weight
+
+
+def pack_weight(weight: Tensor, mask: BlockMask) -> BlockSparse:
+    """The kept blocks of a weight with two or more axes, as a matrix whose columns are all axes but the first.
+
+    Blocks that are not a rectangle of that matrix, such as single taps of a kernel, are stored as blocks of one column.
+
+    Args:
+        weight: dense, ``[rows, ...]``; on its device the result is stored, in the layout of that device.
+        mask: which blocks are kept.
+
+    Example:
+        >>> from blockprune.export import pack_weight
+        >>> mask = bp.BlockMask(torch.tensor([True, False]).view(2, 1, 1, 1), bp.BlockGrid((4, 3, 2, 2), (2,)))
+        >>> pack_weight(torch.ones(4, 3, 2, 2), mask).shape
+        (4, 12)
+    """
+    (rows, *axes), (height, *sides), keep = mask.grid.shape, mask.grid.block, mask.keep.to(weight.device)
+    matrix, paired = weight.detach().flatten(1), not triton_launch.uses_gpu_layout(weight.device)
+    if sides[1:] == axes[1:]:  # a block takes whole kernels
+        taps = matrix.shape[1] // axes[0]
+        grid = BlockGrid((rows, matrix.shape[1]), (height, sides[0] * taps))
+        return pack(matrix, keep.reshape(grid.size), grid, paired=paired)
+    keep_columns = expand(keep, BlockGrid((len(keep), *axes), (1, *sides))).flatten(1)  # [block rows, columns]
+    return pack(matrix, keep_columns, BlockGrid((rows, matrix.shape[1]), (height, 1)), paired=paired)

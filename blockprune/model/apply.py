@@ -1,0 +1,311 @@
+"""Put masks on a model and take them off again, with ``torch.nn.utils.parametrize``. `apply_masks` changes the model in place."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from blockprune.core._compat import RNN_CACHES, parameter_names, rebuild_rnn_caches
+from blockprune.core.grid import BlockGrid
+from blockprune.core.types import BlockMask, Masks, Weights
+from blockprune.model.parameters import ParameterRef, find_parameters, parameter_refs
+from blockprune.model.parametrization import MaskBlocks, mask_blocks
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def apply_masks(model: M, masks: Masks, weights: Weights | None = None) -> M:
+    """Change a model in place, so that it has exactly these masks, whichever it had before; return it.
+
+    A masked parameter reads as zero in its pruned blocks. Its dense weight stays stored in the same Parameter, so existing optimizers stay
+    valid, and a block that a later mask keeps has its old values again. A tied tensor is masked in all modules that use it. A mask with the
+    same blocks as the present one is updated in place, so a compiled model is not recompiled. ``apply_masks(model, {})`` removes all masks.
+
+    Args:
+        model: any module, masked or not.
+        masks: by parameter name.
+        weights: new values for parameters, by name (repaired weights and biases); any parameter of the model.
+
+    Raises:
+        KeyError: the model does not have a parameter of this name, or two names are those of one tied tensor.
+        ValueError: a mask or a weight does not have its parameter's shape, or a weight has NaN or inf.
+        TypeError: ``masks`` is not a mapping of `BlockMask`, or a parameter cannot be masked (integer, complex, sparse).
+        After an error the model is as it was before the call.
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
+        >>> bp.apply_masks(model, {"weight": mask}).weight[:, 2:].abs().sum().item()
+        0.0
+    """
+    new_masks = _checked_masks(model, masks)
+    new_weights = _checked_weights(model, {} if weights is None else weights)
+    old_masks = [(ref, BlockMask(mask.keep.clone(), mask.grid)) for ref, mask in _masked_refs(model)]
+    # in the order in which they were put on, so that an error restores that order
+    old_masks.sort(key=lambda item: list(item[0].owner.parametrizations).index(item[0].attr))  # type: ignore[arg-type]
+    with torch.no_grad():
+        old_weights = [(ref, ref.stored.detach().clone()) for ref, _ in new_weights]
+        written: list[ParameterRef] = []
+        try:
+            _replace_masks([ref for ref, _ in old_masks], new_masks)
+            for ref, weight in new_weights:
+                ref.stored.copy_(weight)
+                written.append(ref)
+        except BaseException:
+            for ref, _ in _masked_refs(model):
+                _remove_mask(ref)
+            for ref, mask in old_masks:
+                _set_mask(ref, mask)
+            for ref, weight in old_weights[: len(written)]:
+                ref.stored.copy_(weight)
+            raise
+    return model
+
+
+def _replace_masks(masked: list[ParameterRef], new_masks: list[tuple[str, BlockMask, list[ParameterRef]]]) -> None:
+    still_masked = {(id(ref.owner), ref.attr) for _, _, refs in new_masks for ref in refs}
+    for ref in masked:
+        if (id(ref.owner), ref.attr) not in still_masked:
+            _remove_mask(ref)
+    for _, mask, refs in new_masks:
+        for ref in refs:
+            _set_mask(ref, mask)
+
+
+def read_masks(model: nn.Module) -> dict[str, BlockMask]:
+    """Copies of the masks on a model, by parameter name.
+
+    Example:
+        >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
+        >>> bp.read_masks(bp.apply_masks(nn.Linear(4, 2), {"weight": mask})) == {"weight": mask}
+        True
+    """
+    masks = {name: refs[0].mask for name, refs in parameter_refs(model).items()}
+    return {name: BlockMask(mask.keep.clone(), mask.grid) for name, mask in masks.items() if mask}
+
+
+def finalize(model: M) -> M:
+    """A copy of a model without masks, with zeros in the pruned blocks. The copy of an unmasked model is an equal model.
+
+    Example:
+        >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
+        >>> model = bp.apply_masks(nn.Linear(4, 2), {"weight": mask})
+        >>> type(bp.finalize(model)), bp.finalize(model).weight[:, 2:].count_nonzero().item(), type(model).__name__
+        (<class 'torch.nn.modules.linear.Linear'>, 0, 'ParametrizedLinear')
+    """
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        for ref, mask in _masked_refs(plain):
+            if ref.is_plain:
+                ref.stored.copy_(ref.masked)
+                _remove_mask(ref)
+            else:  # another parametrization computes the weight, so no stored tensor can hold the zeros: store the weight itself
+                weight, requires_grad = ref.masked.detach().clone(), any(p.requires_grad for p in ref.originals)
+                parametrize.remove_parametrizations(ref.owner, ref.attr, leave_parametrized=True)
+                delattr(ref.owner, ref.attr)
+                ref.owner.register_parameter(ref.attr, nn.Parameter(weight, requires_grad=requires_grad))
+                _restore_order(ref.owner, mask.order)
+    return plain
+
+
+def masked_parameters(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
+    """Masked weights for ``torch.func.functional_call``, to run a model with masks without changing it.
+
+    The weights are differentiable with respect to the model's parameters. A parameter that is already masked gets the new mask instead of
+    its own. If a module is used under two names, pass ``tie_weights=False`` to `functional_call`; torch would otherwise leave the given
+    tensors in the module. With ``torch.compile(fullgraph=True)`` compile the `functional_call` and create the masks outside of it.
+
+    Raises:
+        KeyError, ValueError, TypeError: as `apply_masks`; also ValueError if another parametrization computes a weight.
+
+    Example:
+        >>> from torch.func import functional_call
+        >>> model, x = nn.Linear(4, 2, bias=False), torch.ones(1, 4)
+        >>> mask = bp.BlockMask(torch.tensor([[False]]), bp.BlockGrid((2, 4), (2, 4)))
+        >>> functional_call(model, bp.masked_parameters(model, {"weight": mask}), x).abs().sum().item()
+        0.0
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, mask, refs in _checked_masks(model, masks):
+        keep = mask.keep.to(refs[0].stored.device).clone()
+        weight = mask_blocks(refs[0].stored, keep, mask.grid) if refs[0].is_plain else None  # shared by all references
+        for ref in refs:
+            tensors |= _functional_tensors(name, ref, mask.grid, keep, weight)
+    return tensors
+
+
+def _functional_tensors(name: str, ref: ParameterRef, grid: BlockGrid, keep: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
+    """The tensors to replace, by state dict name, so that a parameter reads as the masked weight; ``weight`` is None if it is computed."""
+    old, parametrizations = ref.mask, ref.parametrizations
+    prefix = f"{ref.name.removesuffix(ref.attr)}parametrizations.{ref.attr}."
+    if old is not None and old.grid == grid:
+        return {f"{prefix}{_mask_index(ref)}.keep": keep}
+    if weight is None:
+        raise ValueError(f"{name}: another parametrization computes this weight {ref.shape}; use apply_masks on a copy of the model")
+    if old is None or parametrizations is None:
+        return {ref.name: weight}
+    return {f"{prefix}original": weight, f"{prefix}0.keep": torch.ones_like(old.keep)}
+
+
+def _checked_masks(model: nn.Module, masks: Masks) -> list[tuple[str, BlockMask, list[ParameterRef]]]:
+    """Each mask with the parameter's canonical name and the references to all modules that use it."""
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"masks is a {type(masks).__name__}, not a mapping from parameter names to BlockMask")
+    parameters = find_parameters(model, masks, what="masks")
+    checked = [(name, mask, _unique(refs)) for (name, refs), mask in zip(parameters.items(), masks.values(), strict=True)]
+    for name, mask, refs in checked:
+        _check_mask(name, mask, refs[0])
+    return checked
+
+
+def _check_mask(name: str, mask: Any, ref: ParameterRef) -> None:
+    if not isinstance(mask, BlockMask):
+        raise TypeError(
+            f"masks[{name!r}] is a {type(mask).__name__}, not a BlockMask; build one with BlockMask(keep, BlockGrid(shape, block))"
+        )
+    what, stored = f"{name}: the parameter {ref.shape}", ref.stored
+    if ref.shape != mask.grid.shape:
+        raise ValueError(f"{what} has a mask for shape {mask.grid.shape}; make the masks from this model")
+    if stored.layout != torch.strided or not stored.is_floating_point():
+        raise TypeError(f"{what} is {stored.dtype}, {stored.layout}; only dense floating-point parameters can be masked")
+    if getattr(ref.owner, "sparse", False):
+        raise TypeError(f"{what} has sparse gradients, which do not pass through a mask; build the layer with sparse=False")
+
+
+def _checked_weights(model: nn.Module, weights: Weights) -> list[tuple[ParameterRef, Tensor]]:
+    """The new weights in the device and dtype of their parameters."""
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights is a {type(weights).__name__}, not a mapping from parameter names to tensors")
+    parameters = find_parameters(model, weights, what="weights")
+    return [(refs[0], _checked_weight(name, refs[0], weights[key])) for (name, refs), key in zip(parameters.items(), weights, strict=True)]
+
+
+def _checked_weight(name: str, ref: ParameterRef, weight: Any) -> Tensor:
+    what, stored = f"{name}: the parameter {ref.shape}", ref.stored
+    if not ref.is_plain:
+        raise ValueError(f"{what} is computed by another parametrization, so no weight can be written to it; remove the parametrization")
+    if not isinstance(weight, Tensor) or weight.is_complex() or weight.layout != torch.strided:
+        kind = f"{weight.dtype}, {weight.layout}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"{what} has a new weight that is {kind}; give a dense real tensor of its shape")
+    if tuple(weight.shape) != ref.shape:
+        raise ValueError(f"{what} has a new weight of shape {tuple(weight.shape)}; give the whole weight")
+    if weight.device.type == "meta" and stored.device.type != "meta":
+        raise ValueError(f"{what} has a new weight on the meta device, which has no values; give a weight with values")
+    new = weight.detach().to(stored.device, stored.dtype, copy=True)
+    if new.device.type != "meta" and not new.isfinite().all():
+        raise ValueError(f"{what} has a new weight with NaN or inf (as {stored.dtype}); give finite values")
+    return new
+
+
+def _masked_refs(model: nn.Module) -> list[tuple[ParameterRef, MaskBlocks]]:
+    return [(ref, ref.mask) for refs in parameter_refs(model).values() for ref in _unique(refs) if ref.mask]
+
+
+def _unique(refs: list[ParameterRef]) -> list[ParameterRef]:
+    """References without duplicates: a module that is used under two names has two references to the same parameter."""
+    return list({(id(ref.owner), ref.attr): ref for ref in reversed(refs)}.values())[::-1]
+
+
+def _mask_index(ref: ParameterRef) -> int:
+    """The position of the mask among the parameter's parametrizations."""
+    return [isinstance(p, MaskBlocks) for p in ref.parametrizations or ()].index(True)
+
+
+def _set_mask(ref: ParameterRef, mask: BlockMask) -> None:
+    old, owner = ref.mask, ref.owner
+    if old is not None and old.grid == mask.grid:
+        if old.keep.is_inference():
+            old.keep = _new_parametrization(mask, ref, old.order).keep
+        else:
+            old.keep.copy_(mask.keep)
+        return
+    if old is not None and ref.parametrizations is not None:
+        ref.parametrizations[_mask_index(ref)] = _new_parametrization(mask, ref, old.order)
+        return
+    orders = (other.mask.order for other in _refs_of_module(owner) if other.mask)
+    order = next(orders, (*parameter_names(owner), *getattr(owner, "parametrizations", ())))
+    if parametrize.is_parametrized(owner) and not _has_mask_methods(owner):
+        owner.__class__ = _own_class(owner)  # torch lets a copy of a parametrized module share its class
+    parametrize.register_parametrization(owner, ref.attr, _new_parametrization(mask, ref, order), unsafe=True)
+    if not _has_mask_methods(owner):
+        type.__setattr__(type(owner), _REPLACED, {name: vars(type(owner)).get(name) for name in _METHODS})
+        for name, method in _METHODS.items():
+            setattr(type(owner), name, method)
+
+
+def _new_parametrization(mask: BlockMask, ref: ParameterRef, order: tuple[str, ...]) -> MaskBlocks:
+    device = ref.stored.device
+    with torch.inference_mode(False):  # an inference tensor could not be changed outside of inference mode
+        return MaskBlocks(mask.keep if device.type == "meta" else mask.keep.to(device), mask.grid, order=order)
+
+
+def _remove_mask(ref: ParameterRef) -> None:
+    mask, parametrizations, owner = ref.mask, ref.parametrizations, ref.owner
+    assert mask is not None
+    assert parametrizations is not None
+    if ref.is_plain:
+        parametrize.remove_parametrizations(owner, ref.attr, leave_parametrized=False)
+        _restore_order(owner, mask.order)
+    else:
+        del parametrizations[_mask_index(ref)]
+    if parametrize.is_parametrized(owner) and not any(other.mask for other in _refs_of_module(owner)):
+        for name, method in vars(type(owner)).get(_REPLACED, {}).items():
+            delattr(type(owner), name) if method is None else setattr(type(owner), name, method)
+        if _has_mask_methods(owner):
+            delattr(type(owner), _REPLACED)
+
+
+def _restore_order(owner: nn.Module, order: tuple[str, ...]) -> None:
+    """Put a module's parameters in this order: torch appends a restored parameter at the end, but optimizers rely on the order."""
+    for name in sorted(parameter_names(owner), key=lambda attr: order.index(attr) if attr in order else len(order)):
+        parameter = getattr(owner, name)
+        delattr(owner, name)
+        owner.register_parameter(name, parameter)
+
+
+def _refs_of_module(owner: nn.Module) -> list[ParameterRef]:
+    return [ref for refs in parameter_refs(owner).values() for ref in refs if ref.owner is owner]
+
+
+# torch gives every parametrized module a class of its own. While the module is masked, this class has the methods in _METHODS; the
+# attribute _REPLACED of the class holds the methods that they replace.
+_REPLACED = "_blockprune_replaced"
+
+
+def _has_mask_methods(owner: nn.Module) -> bool:
+    return _REPLACED in vars(type(owner))
+
+
+def _own_class(owner: nn.Module) -> type:
+    """A copy of the module's class."""
+    shared = type(owner)
+    return type(shared.__name__, shared.__bases__, {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")})
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy with a class of its own. With torch's copy, which shares the class, removing the copy's mask would break the original."""
+    replica: Any = object.__new__(_own_class(self))
+    memo[id(self)] = replica
+    replica.__dict__ = copy.deepcopy({key: value for key, value in vars(self).items() if key not in RNN_CACHES}, memo)
+    if isinstance(replica, nn.RNNBase):
+        rebuild_rnn_caches(replica)
+    return cast(nn.Module, replica)
+
+
+def _load_from_state_dict(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Accept a checkpoint of the plain model as well: its weight becomes the dense weight, and the mask stays."""
+    for ref in _refs_of_module(self):
+        if ref.mask and ref.parametrizations:
+            stored = f"{prefix}parametrizations.{ref.attr}."
+            if ref.is_plain and prefix + ref.attr in state_dict:
+                state_dict[stored + "original"] = state_dict.pop(prefix + ref.attr)
+            if any(key.startswith(stored + "original") for key in state_dict):
+                state_dict.setdefault(f"{stored}{_mask_index(ref)}.keep", ref.mask.keep)
+    plain: Any = type(self).__bases__[0]
+    plain._load_from_state_dict(self, state_dict, prefix, *args)
+
+
+_METHODS: Mapping[str, Any] = {"__deepcopy__": _deepcopy, "_load_from_state_dict": _load_from_state_dict}

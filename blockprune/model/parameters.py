@@ -1,0 +1,143 @@
+"""Canonical parameter names: a parameter keeps its name when it is masked, parametrized or shared.
+
+The canonical name is the one in the plain model (``encoder.0.weight``), never ``parametrizations.weight.original``. A tensor that several
+modules share (tied weights) has the first of its names; references to all modules that use it are available.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import cast
+
+import attrs
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from blockprune.core._compat import has_one_original, originals
+from blockprune.core.patterns import suggest
+from blockprune.model.parametrization import MaskBlocks
+
+
+@attrs.frozen(eq=False)
+class ParameterRef:
+    """A reference to a parameter of a model: the module that owns it and the attribute's name."""
+
+    name: str
+    owner: nn.Module
+    attr: str
+
+    @property
+    def parametrizations(self) -> parametrize.ParametrizationList | None:
+        """The parameter's torch parametrizations, or None."""
+        if not parametrize.is_parametrized(self.owner, self.attr):
+            return None
+        return cast(parametrize.ParametrizationList, cast(nn.ModuleDict, self.owner.parametrizations)[self.attr])
+
+    @property
+    def mask(self) -> MaskBlocks | None:
+        """The parameter's mask, or None."""
+        return next((p for p in self.parametrizations or () if isinstance(p, MaskBlocks)), None)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the parameter has no parametrization besides a mask."""
+        return self.parametrizations is None or (len(self.parametrizations) == 1 and self.mask is not None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight; the stored tensors of a parametrization such as weight_norm may have other shapes."""
+        parametrizations = self.parametrizations
+        return tuple((self.stored if parametrizations is None or has_one_original(parametrizations) else self.masked).shape)
+
+    @property
+    def stored(self) -> Tensor:
+        """The stored tensor: the parameter itself, or the (first) original tensor of its parametrizations."""
+        return self.originals[0]
+
+    @property
+    def originals(self) -> list[Tensor]:
+        """All stored tensors from which the weight is computed."""
+        parametrizations = self.parametrizations
+        return [getattr(self.owner, self.attr)] if parametrizations is None else originals(parametrizations)
+
+    @property
+    def dense(self) -> Tensor:
+        """The weight without the mask, but with all other parametrizations (such as weight_norm)."""
+        parametrizations = self.parametrizations
+        if parametrizations is None or self.mask is None:
+            return self.masked
+        if len(parametrizations) == 1:
+            return self.stored
+        with _evaluation_mode(parametrizations):
+            first, *others = [p for p in parametrizations if not isinstance(p, MaskBlocks)]
+            weight = first(*self.originals)
+            for parametrization in others:
+                weight = parametrization(weight)
+        return cast(Tensor, weight)
+
+    @property
+    def masked(self) -> Tensor:
+        """The weight as the model uses it."""
+        with _evaluation_mode(self.parametrizations):
+            return cast(Tensor, getattr(self.owner, self.attr))
+
+
+@contextlib.contextmanager
+def _evaluation_mode(parametrizations: nn.Module | None) -> Iterator[None]:
+    """Parametrizations in evaluation mode, because in training mode spectral_norm changes its buffers whenever the weight is read."""
+    modes = [(module, module.training) for module in parametrizations.modules()] if parametrizations is not None else []
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def parameter_refs(model: nn.Module) -> dict[str, list[ParameterRef]]:
+    """All parameters by canonical name, in the order of the plain model; each with a reference for every module that uses it."""
+    shared: dict[int, list[ParameterRef]] = {}
+    for ref in _all_refs(model):
+        shared.setdefault(id(ref.stored), []).append(ref)
+    return {refs[0].name: refs for refs in shared.values()}
+
+
+def _all_refs(model: nn.Module) -> Iterator[ParameterRef]:
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, parametrize.ParametrizationList):
+            for attr in _parameter_attributes(module):
+                yield ParameterRef(f"{prefix}.{attr}" if prefix else attr, module, attr)
+
+
+def _parameter_attributes(module: nn.Module) -> list[str]:
+    """The names of a module's parameters, parametrized ones included, in the order of the plain module."""
+    names = [name for name, _ in module.named_parameters(recurse=False, remove_duplicate=False)]
+    if not parametrize.is_parametrized(module):
+        return names
+    refs = [ParameterRef("", module, attr) for attr in cast(nn.ModuleDict, module.parametrizations)]
+    refs = [ref for ref in refs if isinstance(ref.stored, nn.Parameter)]  # a buffer can be parametrized, too
+    order = next((ref.mask.order for ref in refs if ref.mask), ())
+    return sorted([*names, *(ref.attr for ref in refs)], key=lambda name: order.index(name) if name in order else len(order))
+
+
+def find_parameters(model: nn.Module, names: Iterable[str], *, what: str) -> dict[str, list[ParameterRef]]:
+    """The references to these parameters, by canonical name.
+
+    Args:
+        model: masked or not.
+        names: any names of the parameters; a shared tensor may have several.
+        what: what the names are in error messages, such as "masks".
+
+    Raises:
+        KeyError: the model does not have a parameter of this name, or two names are those of one shared tensor.
+    """
+    refs = parameter_refs(model)
+    canonical = {ref.name: name for name, shared in refs.items() for ref in shared}
+    selected: dict[str, list[ParameterRef]] = {}
+    for name in names:
+        if name not in canonical:
+            raise KeyError(f"{what} names {name!r}, which is not a parameter of the model{suggest(str(name), canonical)}")
+        if canonical[name] in selected:
+            raise KeyError(f"{what} names one tied tensor twice: {name!r} is the same as {canonical[name]!r}; give it once")
+        selected[canonical[name]] = refs[canonical[name]]
+    return selected

@@ -1,0 +1,241 @@
+"""Run a model on calibration data without changing it: `Calibration`, and helpers that preserve the model's state."""
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, TypedDict, cast
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from blockprune.core.pipeline import as_code
+
+Forward = Callable[[Callable[..., Any], Any], Any]  # (model, batch) -> output
+Loss = Callable[[Any, Any], Tensor]  # (output, batch) -> one number
+TokenWeights = Callable[[Any], Tensor | None]  # batch -> the weight of each token in statistics, or None
+
+
+def default_forward(model: Callable[..., Any], batch: Any) -> Any:
+    """Call the model with a batch.
+
+    A tensor is the model's only argument; the values of a mapping are keyword arguments. Of a tuple or list only the first element, the
+    inputs, is passed on: it may itself be a mapping of keyword arguments, or a tuple or list of positional arguments.
+    """
+    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def default_token_weights(batch: Any) -> Tensor | None:
+    """The ``attention_mask`` of a batch that is a mapping, so that padding does not count; None for other batches."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _several_batches(batches: Any) -> Any:
+    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches is one {type(batches).__name__}; give an iterable of batches, such as [batch]")
+    return batches
+
+
+@attrs.frozen(eq=False)
+class Calibration:
+    """The data that a model is run on, and how it is run: batches, forward and loss.
+
+    Every function that runs a model takes a `Calibration`, or its fields as keyword arguments.
+
+    Args:
+        batches: an iterable of tensors, tuples or mappings. Each batch is moved to the model's device and dtype. A recipe runs over the
+            batches several times, so give it a list or a DataLoader, not a generator.
+        loss: (output, batch) -> one number with a gradient. By default it is the output's own ``loss`` (Hugging Face models return one if
+            the batch has labels).
+        forward: (model, batch) -> output. By default a tensor is passed on, a mapping is spread as keyword arguments, and of a tuple or
+            list the first element is passed on.
+        token_weights: batch -> the weight of each token in statistics, ``[batch, positions]``, or None. By default it is the batch's
+            ``attention_mask``, so that padding does not count.
+        per_sample: "vmap" computes the gradients of several samples at a time; "loop" computes one sample at a time, with the same result,
+            for models that `torch.func.vmap` cannot run.
+        chunk_size: samples at a time under vmap.
+        progress: show a progress bar.
+
+    Raises:
+        TypeError: batches that are one tensor or mapping instead of an iterable of them.
+        ValueError: ``per_sample`` that is neither "vmap" nor "loop".
+
+    Example:
+        >>> bp.Calibration([torch.ones(2, 4), torch.ones(2, 4)])
+        Calibration(batches=list of 2)
+    """
+
+    batches: Iterable[Any] = attrs.field(converter=_several_batches)
+    loss: Loss | None = attrs.field(default=None, kw_only=True)
+    forward: Forward = attrs.field(default=default_forward, kw_only=True)
+    token_weights: TokenWeights = attrs.field(default=default_token_weights, kw_only=True)
+    per_sample: str = attrs.field(default="vmap", kw_only=True)
+    chunk_size: int = attrs.field(default=8, kw_only=True)
+    progress: bool = attrs.field(default=True, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        if self.per_sample not in ("vmap", "loop"):
+            raise ValueError(f"per_sample={self.per_sample!r} must be 'vmap' or 'loop'")
+
+    def __repr__(self) -> str:
+        size = f" of {len(self.batches)}" if isinstance(self.batches, Sized) else ""
+        values = [(field, getattr(self, field.name)) for field in attrs.fields(type(self))[1:]]
+        arguments = [f"{field.name}={as_code(value)}" for field, value in values if value != field.default]
+        return f"Calibration({', '.join([f'batches={type(self.batches).__name__}{size}', *arguments])})"
+
+
+class RunOptions(TypedDict, total=False):
+    """The fields of `Calibration` besides batches, for functions that take them as keyword arguments."""
+
+    loss: Loss | None
+    forward: Forward
+    token_weights: TokenWeights
+    per_sample: str
+    chunk_size: int
+    progress: bool
+
+
+class CalibrationOptions(RunOptions, total=False):
+    """The fields of `Calibration`, for functions that take them as keyword arguments."""
+
+    batches: Iterable[Any]
+
+
+def as_calibration(calibration: Calibration | None, options: CalibrationOptions | RunOptions) -> Calibration:
+    """The calibration, or a new one from the fields of `Calibration` that were passed as keyword arguments.
+
+    Raises:
+        TypeError: there is both a calibration and a field, or neither a calibration nor batches.
+
+    Example:
+        >>> from blockprune.model.running import as_calibration
+        >>> as_calibration(None, {"batches": [torch.ones(2)], "progress": False})
+        Calibration(batches=list of 1, progress=False)
+    """
+    if calibration is None:
+        if "batches" not in options:
+            raise TypeError("there is no data to run the model on; give calibration=bp.Calibration(batches, ...), or batches=")
+        return Calibration(**cast(CalibrationOptions, options))
+    if options:
+        code = ", ".join(f"{name}=..." for name in options)
+        raise TypeError(f"{', '.join(options)} and calibration are both given; give one calibration: attrs.evolve(calibration, {code})")
+    return calibration
+
+
+def scalar_loss(calibration: Calibration, output: Any, batch: Any, statistics: Sequence[str]) -> Tensor:
+    """The loss of an output as a tensor without axes.
+
+    Args:
+        calibration: its loss; without one the output's own ``loss`` is used.
+        output: the model's output.
+        batch: the batch that the model was called with.
+        statistics: the names of the statistics that need the loss, for error messages.
+
+    Raises:
+        ValueError: there is no loss, or it is not one number with a gradient.
+
+    Example:
+        >>> from blockprune.model.running import Calibration, scalar_loss
+        >>> calibration = Calibration([], loss=lambda output, batch: output.sum())
+        >>> scalar_loss(calibration, torch.ones(2, requires_grad=True), None, ["weight_grad"]).item()
+        2.0
+    """
+    what = f"statistics {', '.join(statistics)} need a loss"
+    if calibration.loss is not None:
+        loss = calibration.loss(output, batch)
+    else:
+        own: Tensor | None = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if own is None:
+            raise ValueError(f"{what}: pass loss=(output, batch) -> scalar; the model's output ({type(output).__name__}) has none")
+        loss = own
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        kind = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"{what} that is one number, but loss(output, batch) gave {kind}; take its mean or sum")
+    if not loss.requires_grad:
+        raise ValueError(f"{what} with a gradient, but loss(output, batch) has none; is something detached or under no_grad?")
+    return loss.reshape(())
+
+
+def to_model_device(model: nn.Module, batch: Any) -> Any:
+    """The batch with its tensors on the model's device, floating-point ones in the model's dtype, and mappings as dicts."""
+    return _to_device(batch, next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(())))
+
+
+def _to_device(batch: Any, like: Tensor) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(like.device, like.dtype) if batch.is_floating_point() else batch.to(like.device)
+    if isinstance(batch, Mapping):
+        return {key: _to_device(value, like) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        values = [_to_device(value, like) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)  # a namedtuple takes its fields one by one
+    return batch
+
+
+@contextlib.contextmanager
+def preserve_state(model: nn.Module, weights: Sequence[Tensor] = ()) -> Iterator[None]:
+    """Run a model in evaluation mode, with gradients for these weights, and restore its state afterwards.
+
+    The state is the training mode of all modules, ``requires_grad`` of the weights, all buffers, and the random number generators.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(p, p.requires_grad) for p in weights]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng(cuda_devices(model)):
+        try:
+            model.eval()
+            for p in weights:
+                p.requires_grad_(True)
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for p, flag in flags:
+                p.requires_grad_(flag)
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if not buffer.is_meta and not torch.equal(buffer, value):
+                        buffer.copy_(value)
+
+
+def cuda_devices(model: nn.Module) -> list[int]:
+    """The GPUs that hold parameters or buffers of a model; running it may change their random number generators."""
+    return sorted({p.device.index or 0 for p in itertools.chain(model.parameters(), model.buffers()) if p.device.type == "cuda"})
+
+
+@contextlib.contextmanager
+def disable_attention_fastpath() -> Iterator[None]:
+    """Make torch's attention call its submodules, so that their hooks run; its fast path uses their weights without calling them."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def float64_copy(model: nn.Module, run: Callable[[nn.Module], list[Tensor]]) -> tuple[nn.Module, list[Tensor]]:
+    """A copy of a model, in float64 if it runs in float64, and the outputs of the model itself.
+
+    Args:
+        model: the model; it is not changed.
+        run: model -> outputs, for an example.
+
+    Raises:
+        ValueError: the model cannot run the example.
+    """
+    try:
+        outputs = run(model)
+    except Exception as error:
+        raise ValueError(f"the model cannot run the example: {error}; give what `forward` takes, by default model(example)") from error
+    try:
+        double = copy.deepcopy(model).double()
+        run(double)
+    except Exception:  # the model creates tensors of another dtype, or its device has no float64
+        return copy.deepcopy(model), outputs
+    return double, outputs

@@ -1,0 +1,170 @@
+"""Rules that select the parameters to prune and their block shapes.
+
+A rule is any function ``(name, module) -> block or None``; it is called with the name of each parameter and the module that owns it. The
+rules in this file are ``functools.partial`` objects, so a pipeline that contains one can be pickled and prints as source code.
+"""
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from blockprune.core._compat import ConvNd
+from blockprune.core.grid import BlockGrid, BlockShape, int_tuple
+from blockprune.core.patterns import Pattern, matches, suggest
+from blockprune.core.types import Where
+from blockprune.model.hf_linears import is_transposed
+from blockprune.model.parameters import ParameterRef, parameter_refs
+
+
+def linears(block: BlockShape) -> Where:
+    """The weight of every ``nn.Linear``, subclasses included.
+
+    Example:
+        >>> bp.linears((4, 4))("encoder.weight", nn.Linear(8, 8))
+        (4, 4)
+    """
+    return partial(_linears, block=int_tuple("block", block))
+
+
+def convs(block: BlockShape) -> Where:
+    """The weight of every convolution: 1d, 2d, 3d and transposed. The block ``(1,)`` is a filter (an input channel if transposed).
+
+    Example:
+        >>> bp.convs((1,))("stem.weight", nn.Conv2d(3, 8, 3))
+        (1,)
+    """
+    return partial(_convs, block=int_tuple("block", block))
+
+
+def named(pattern: Pattern, block: BlockShape) -> Where:
+    """Every parameter whose full name matches a glob such as ``"*.mlp.*.weight"``, or a regular expression from ``re.compile``.
+
+    Example:
+        >>> bp.named("layers.*.weight", (4, 4))("layers.0.weight", nn.Linear(8, 8))
+        (4, 4)
+    """
+    if not isinstance(pattern, (str, re.Pattern)):
+        raise TypeError(f'pattern={pattern!r} must be a glob such as "*.mlp.*.weight" or re.compile(...)')
+    return partial(_named, pattern=pattern, block=int_tuple("block", block))
+
+
+def first_of(*rules: Where) -> Where:
+    """Each parameter gets the block of the first rule that selects it.
+
+    Example:
+        >>> rule = bp.first_of(bp.named("head.*", (1, 16)), bp.linears((16, 16)))
+        >>> rule("head.weight", nn.Linear(32, 32)), rule("body.weight", nn.Linear(32, 32))
+        ((1, 16), (16, 16))
+    """
+    return partial(_first_of, rules=rules)
+
+
+def including(rule: Where, pattern: Pattern, *others: Pattern) -> Where:
+    """The parameters that a rule selects and whose name matches at least one of the patterns, such as those of the hidden layers.
+
+    Example:
+        >>> rule = bp.including(bp.linears((4, 4)), "model.layers.*")
+        >>> rule("model.layers.0.mlp.weight", nn.Linear(8, 8)), rule("lm_head.weight", nn.Linear(8, 8))
+        ((4, 4), None)
+    """
+    return partial(_including, rule=rule, pattern=pattern) if not others else first_of(*(including(rule, p) for p in (pattern, *others)))
+
+
+def excluding(rule: Where, pattern: Pattern, *others: Pattern) -> Where:
+    """The parameters that a rule selects, without those whose name matches one of the patterns.
+
+    Example:
+        >>> bp.excluding(bp.linears((4, 4)), "head.*")("head.weight", nn.Linear(8, 8)) is None
+        True
+    """
+    return partial(_excluding, rule=rule, pattern=pattern) if not others else excluding(excluding(rule, pattern), *others)
+
+
+def with_block(rule: Where, block: BlockShape) -> Where:
+    """The parameters that a rule selects, with another block shape.
+
+    Example:
+        >>> bp.with_block(bp.linears((16, 16)), (1, 1))("weight", nn.Linear(32, 32))
+        (1, 1)
+    """
+    return partial(_with_block, rule=rule, block=int_tuple("block", block))
+
+
+def _linears(name: str, owner: nn.Module, *, block: tuple[int, ...]) -> tuple[int, ...] | None:
+    return block if isinstance(owner, nn.Linear) and name.endswith("weight") else None
+
+
+def _convs(name: str, owner: nn.Module, *, block: tuple[int, ...]) -> tuple[int, ...] | None:
+    return block if isinstance(owner, ConvNd) and name.endswith("weight") else None
+
+
+def _named(name: str, owner: nn.Module, *, pattern: Pattern, block: tuple[int, ...]) -> tuple[int, ...] | None:
+    return block if matches(pattern, name) else None
+
+
+def _first_of(name: str, owner: nn.Module, *, rules: tuple[Where, ...]) -> BlockShape | None:
+    return next((block for rule in rules if (block := rule(name, owner)) is not None), None)
+
+
+def _including(name: str, owner: nn.Module, *, rule: Where, pattern: Pattern) -> BlockShape | None:
+    return rule(name, owner) if matches(pattern, name) else None
+
+
+def _with_block(name: str, owner: nn.Module, *, rule: Where, block: tuple[int, ...]) -> tuple[int, ...] | None:
+    return None if rule(name, owner) is None else block
+
+
+def _excluding(name: str, owner: nn.Module, *, rule: Where, pattern: Pattern) -> BlockShape | None:
+    return None if matches(pattern, name) else rule(name, owner)
+
+
+def select(model: nn.Module, where: Where) -> dict[str, tuple[ParameterRef, BlockGrid]]:
+    """The parameters that a rule selects, by canonical name, with their blocks.
+
+    Raises:
+        ValueError: the rule, or a pattern in it, matches no parameter; or a block does not fit its parameter.
+        TypeError: the rule returns a block that is not a sequence of integers.
+    """
+    refs = parameter_refs(model)
+    all_names = [ref.name for shared in refs.values() for ref in shared]
+    for pattern, names in _patterns(where, selecting=list(refs), excluding=all_names):
+        if not any(matches(pattern, name) for name in names):
+            raise ValueError(f"where: the pattern {pattern!r} matches no parameter{suggest(str(pattern), names)}{_tied_names(refs)}")
+    selected: dict[str, tuple[ParameterRef, BlockGrid]] = {}
+    for name, (ref, *_) in refs.items():
+        block = where(name, ref.owner)
+        if block is not None:
+            try:
+                selected[name] = ref, BlockGrid(ref.shape, block)
+            except (ValueError, TypeError) as error:
+                raise type(error)(
+                    f"{name}: {error}; or give this parameter another block with `first_of`, or leave it out with `excluding`"
+                ) from None
+    if not selected:
+        parameters = [f"{name!r} {ref.shape} of {_type_name(ref.owner)}" for name, (ref, *_) in refs.items()]
+        listed = ", ".join(parameters[:8] + ["..."] * (len(parameters) > 8)) or "no parameters"
+        hint = "; its Conv1D are no Linears: bp.as_linears(model)" if any(map(is_transposed, model.modules())) else ""
+        raise ValueError(f"where={where!r} matches no parameter of {_type_name(model)}; it has {listed}{_tied_names(refs)}{hint}")
+    return selected
+
+
+def _patterns(where: Any, *, selecting: list[str], excluding: list[str]) -> Iterator[tuple[Pattern, list[str]]]:
+    """The patterns in a rule and in the rules that it is made of, each with the names of which it should match at least one."""
+    if isinstance(where, partial):
+        if "pattern" in where.keywords:
+            yield where.keywords["pattern"], excluding if where.func is _excluding else selecting
+        for rule in (where.keywords.get("rule"), *where.keywords.get("rules", ())):
+            yield from _patterns(rule, selecting=selecting, excluding=excluding)
+
+
+def _tied_names(refs: dict[str, list[ParameterRef]]) -> str:
+    """The end of an error message: which names are those of tied parameters, whose first name a rule must match."""
+    tied = [f"{alias.name!r} is tied to {name!r}" for name, (_, *aliases) in refs.items() for alias in aliases]
+    return f" ({'; '.join(tied)}: use that name)" if tied else ""
+
+
+def _type_name(module: nn.Module) -> str:
+    return nn.utils.parametrize.type_before_parametrizations(module).__name__

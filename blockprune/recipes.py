@@ -1,0 +1,266 @@
+"""Ready-made recipes: recipe(model, sparsity) -> a result with ``.masks`` and ``.weights``; the model is not changed.
+
+A recipe is a frozen value that is composed of the functions in the other folders, and nothing else: printing it shows of which ones, and
+`attrs.evolve` swaps one of them. Give a result to `apply_masks`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import attrs
+from torch import Tensor, nn
+
+from blockprune import allocate as allocators
+from blockprune import collect, metric, statistics
+from blockprune.allocate import budgets
+from blockprune.core.grid import BlockShape
+from blockprune.core.pipeline import Pipeline, fields_as_code
+from blockprune.core.types import Allocate, Budget, Collect, Data, Metric, Reconstruct, Sparsity, Where
+from blockprune.model.running import Calibration
+from blockprune.model.selection import select, with_block
+from blockprune.reorder.clustering import cluster
+from blockprune.reorder.hidden_axes import find_axes
+from blockprune.reorder.permutation import permute
+from blockprune.repair import closed_form
+from blockprune.repair.layer_by_layer import RepairResult, sequential
+
+__all__ = ["LayerBudget", "LayerByLayer", "OneShot", "cluster_units", "magnitude", "obs", "sparsegpt", "wanda"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@attrs.frozen(repr=False)
+class OneShot:
+    """Score and prune the whole model at once; the kept weights stay as they are.
+
+    Args:
+        pipeline: the three stages.
+
+    Example:
+        >>> bp.recipes.OneShot(bp.recipes.magnitude(bp.linears((2, 2))).pipeline)(nn.Linear(4, 4), 0.5).weights
+        {}
+    """
+
+    pipeline: Pipeline
+
+    def __call__(self, model: nn.Module, sparsity: Sparsity) -> RepairResult:
+        return RepairResult(self.pipeline(model, sparsity), {})
+
+    def __repr__(self) -> str:
+        return fields_as_code(self)
+
+
+@attrs.frozen(repr=False)
+class LayerBudget:
+    """A sparsity for each parameter, from statistics of the dense model.
+
+    Args:
+        collect: model -> data, the statistics of the whole model.
+        metric: data -> scores that compare between layers.
+        distribute: (scores, sparsity) -> one sparsity for each parameter.
+        reuse: names of the statistics that the layers' own metric is given, too.
+
+    Example:
+        >>> look = partial(bp.collect.weights, where=bp.linears((1, 1)))
+        >>> shares, _ = bp.recipes.LayerBudget(look, bp.metric.l2, bp.budgets.erk, reuse=())(nn.Linear(4, 4), 0.5)
+        >>> shares
+        {'weight': 0.5}
+    """
+
+    collect: Collect
+    metric: Metric
+    distribute: Budget
+    reuse: tuple[str, ...] = ("output_grad_gram",)
+
+    def __call__(self, model: nn.Module, sparsity: float) -> tuple[Mapping[str, float], Data]:
+        data = self.collect(model)
+        shares = self.distribute(self.metric(data), sparsity)
+        return shares, {
+            name: attrs.evolve(p, stats={key: p.stats[key] for key in self.reuse if key in p.stats}) for name, p in data.items()
+        }
+
+    def __repr__(self) -> str:
+        return fields_as_code(self)
+
+
+@attrs.frozen(repr=False)
+class LayerByLayer:
+    """Prune and repair layer after layer (`sequential`), each layer on what the pruned layers before it give.
+
+    Args:
+        pipeline: the three stages of each layer.
+        reconstruct: (data, masks) -> weights.
+        calibration: batches, forward and loss.
+        budget: how the sparsity is shared among layers; None prunes all layers alike.
+        layers, target, finetune: as in `sequential`.
+
+    Example:
+        >>> x = torch.randn(32, 8)
+        >>> recipe = bp.recipes.obs(bp.linears((2, 2)), bp.Calibration([x], loss=lambda output, batch: output.square().mean()))
+        >>> uniform = attrs.evolve(recipe, budget=None)
+        >>> result = uniform(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), 0.5)
+        >>> {name: round(bp.sparsity({name: mask}), 2) for name, mask in result.masks.items()}
+        {'0.weight': 0.5, '2.weight': 0.5}
+    """
+
+    pipeline: Pipeline
+    reconstruct: Reconstruct
+    calibration: Calibration
+    budget: LayerBudget | None = None
+    layers: Sequence[str] | None = None
+    target: Literal["pruned", "dense"] = "dense"
+    finetune: Callable[..., Mapping[str, Tensor]] | None = None
+
+    def __call__(self, model: nn.Module, sparsity: Any) -> RepairResult:
+        shares, extra_data = (sparsity, None) if self.budget is None else self.budget(model, sparsity)
+        options: Any = {"layers": self.layers, "target": self.target, "finetune": self.finetune}
+        return sequential(model, self.pipeline, self.reconstruct, self.calibration, shares, extra_data=extra_data, **options)
+
+    def __repr__(self) -> str:
+        return fields_as_code(self)
+
+
+def magnitude(where: Where, *, allocate: Allocate = allocators.per_layer) -> OneShot:
+    """Prune the blocks with the smallest mean ``|w|`` (Han et al. 1506.02626).
+
+    Args:
+        where: which parameters, in what blocks.
+        allocate: which blocks are compared: by default those of each layer.
+
+    Example:
+        >>> bp.recipes.magnitude(bp.linears((4, 4)))
+        OneShot(
+            pipeline=Pipeline(collect=weights(where=linears(block=(4, 4))), metric=l1, allocate=per_layer),
+        )
+    """
+    return OneShot(Pipeline(partial(collect.weights, where=where), metric.l1, allocate))
+
+
+def wanda(where: Where, calibration: Calibration, *, allocate: Allocate = allocators.per_row) -> OneShot:
+    """Prune the blocks with the smallest ``|w| ||x||`` in each row of blocks (Sun et al. 2306.11695); without repair, as in the paper.
+
+    Args:
+        where: which parameters, in what blocks.
+        calibration: batches and forward.
+        allocate: which blocks are compared.
+
+    Example:
+        >>> recipe = bp.recipes.wanda(bp.linears((2, 2)), bp.Calibration([torch.randn(8, 4)]))
+        >>> bp.sparsity(recipe(nn.Linear(4, 4), 0.5).masks)
+        0.5
+    """
+    return OneShot(Pipeline(partial(collect.with_statistics, where=where, calibration=_reusable(calibration)), metric.wanda, allocate))
+
+
+def sparsegpt(
+    where: Where, calibration: Calibration, *, damping: float = 0.01, columns: int = 128, target: Literal["pruned", "dense"] = "dense"
+) -> LayerByLayer:
+    """SparseGPT in blocks, layer after layer (Frantar & Alistarh 2301.00774): its masks, and its update of the kept weights.
+
+    Args:
+        where: which parameters, in what blocks.
+        calibration: batches and forward.
+        damping: the share of the Hessian's diagonal that is added to it.
+        columns: input columns among which blocks are compared.
+        target: as in `sequential`; "pruned" is the paper's.
+
+    Example:
+        >>> recipe = bp.recipes.sparsegpt(bp.linears((2, 2)), bp.Calibration([torch.randn(32, 8)]))
+        >>> recipe(nn.Sequential(nn.Linear(8, 8)), 0.5).weights["0.weight"].shape
+        torch.Size([8, 8])
+    """
+    score = partial(metric.sparsegpt, damping=damping, columns_per_step=columns)
+    allocate = partial(allocators.per_columns, columns=columns)
+    pipeline = Pipeline(partial(collect.with_statistics, where=where), score, allocate)
+    return LayerByLayer(pipeline, partial(closed_form.sparsegpt, damping=damping), _reusable(calibration), target=target)
+
+
+def obs(where: Where, calibration: Calibration, *, damping: float = 0.4, max_layer_sparsity: float = 0.6) -> LayerByLayer:
+    """Optimal Brain Surgeon over blocks with a budget for each layer and least squares repair: the best repair without training.
+
+    One look at the dense model with gradients says how much each layer may lose (`metric.obs`, `budgets.loss_weighted`). Then each layer
+    is pruned by Optimal Brain Surgeon and its kept weights are fitted to the dense layer's outputs (`sequential`).
+
+    Args:
+        where: which parameters, in what blocks.
+        calibration: batches, forward and loss.
+        damping: the share of the Hessian's diagonal that is added to it, in the layers' scores and their repair.
+        max_layer_sparsity: no layer loses more than this, or than 0.1 more than the whole model if that is more.
+
+    Example:
+        >>> loss = lambda output, batch: output.square().mean()
+        >>> recipe = bp.recipes.obs(bp.linears((2, 2)), bp.Calibration([torch.randn(32, 8)], loss=loss, progress=False))
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> result = recipe(model, 0.5)
+        >>> round(bp.sparsity(bp.apply_masks(model, result.masks, result.weights) and result.masks), 2)
+        0.5
+    """
+    calibration = _reusable(calibration)
+    progress = calibration.progress
+    look = partial(
+        collect.with_statistics,
+        where=where,
+        statistics=[statistics.input_gram, statistics.output_grad_gram],
+        calibration=calibration,
+        lazy=True,
+    )
+    distribute = partial(budgets.loss_weighted, max_sparsity=max_layer_sparsity, margin=0.1)
+    budget = LayerBudget(look, partial(metric.obs, progress=progress), distribute)
+    score = partial(metric.obs, damping=damping, progress=False)
+    repair = partial(closed_form.least_squares, damping=damping, progress=False)
+    return LayerByLayer(Pipeline(partial(collect.with_statistics, where=where), score, allocators.per_layer), repair, calibration, budget)
+
+
+def cluster_units(
+    model: M, where: Where, calibration: Calibration, *, block: BlockShape | None = None, sparsity: float = 0.25, example: Any = None
+) -> M:
+    """A copy of a model that computes the same, its hidden units reordered so that units that matter alike share blocks.
+
+    It finds the hidden axes (`find_axes`), scores each weight by Optimal Brain Surgeon, finds better orders (`cluster`) and applies them
+    (`permute`).
+
+    Args:
+        model: without masks; it stays as it is.
+        where: which parameters will be pruned, in what blocks.
+        calibration: batches, forward and loss.
+        block: the blocks to sort for, two axes; by default those of ``where``.
+        sparsity: the share of the elements that will be pruned.
+        example: one small batch that calls every layer, for `find_axes`; by default the first batch.
+
+    Raises:
+        ValueError: ``where`` has several block shapes and ``block`` is not given; and what the four functions raise.
+
+    Example:
+        >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 4)
+        >>> calibration = bp.Calibration([x], loss=lambda output, batch: output.square().mean())
+        >>> clustered = bp.recipes.cluster_units(model, bp.linears((2, 2)), calibration)
+        >>> torch.allclose(clustered(x), model(x), atol=1e-5)
+        True
+    """
+    calibration = _reusable(calibration)
+    block = _block(model, where) if block is None else block
+    each_weight = [statistics.input_gram, statistics.output_grad_sq]
+    data = collect.with_statistics(model, where=with_block(where, (1, 1)), statistics=each_weight, calibration=calibration, lazy=True)
+    scores = metric.obs(data, stop_at=0, progress=calibration.progress)
+    del data
+    example = next(iter(calibration.batches)) if example is None else example
+    axes = find_axes(model, example, forward=calibration.forward, progress=calibration.progress)
+    return permute(model, cluster(scores, axes, block=block, sparsity=sparsity, progress=calibration.progress))
+
+
+def _block(model: nn.Module, where: Where) -> tuple[int, int]:
+    """The one block shape of a rule, along outputs and inputs; whole axes count as 64."""
+    grids = [grid for _, grid in select(model, where).values()]
+    blocks = {tuple(min(64, b) if b == s else b for b, s in zip(grid.block[:2], grid.shape[:2], strict=True)) for grid in grids}
+    if len(blocks) != 1 or len(next(iter(blocks))) != 2:
+        raise ValueError(f"where gives blocks of several shapes, {sorted(blocks)}; say which to sort for: block=(16, 16)")
+    height, width = blocks.pop()
+    return height, width
+
+
+def _reusable(calibration: Calibration) -> Calibration:
+    if isinstance(calibration.batches, Iterator):
+        kind = type(calibration.batches).__name__
+        raise TypeError(f"a recipe runs over calibration.batches several times, and a {kind} can be used once only; give a list of batches")
+    return calibration

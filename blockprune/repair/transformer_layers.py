@@ -1,0 +1,184 @@
+"""Layers that follow each other: which they are, with what they are called, and one run alone."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from blockprune.core._compat import CACHE_ARGUMENTS
+from blockprune.core.patterns import suggest
+from blockprune.model.running import Forward
+
+
+@attrs.frozen(eq=False)
+class CapturedBatch:
+    """One batch: the hidden states that the first layer is given, and the other arguments of every layer.
+
+    Example:
+        >>> from blockprune.repair.transformer_layers import capture_layer_inputs, find_layers
+        >>> model, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), torch.ones(1, 2)
+        >>> capture_layer_inputs(model, find_layers(model, None, ["0.weight"]), lambda model, batch: model(batch), x).hidden
+        tensor([[1., 1.]])
+    """
+
+    batch: Any
+    hidden: Tensor
+    arguments: Mapping[str, tuple[str, tuple[Any, ...], dict[str, Any]]]  # by layer: hidden's keyword ("" = positional), args, kwargs
+
+
+@attrs.frozen(eq=False)
+class Layer:
+    """One of the modules that follow each other.
+
+    Example:
+        >>> from blockprune.repair.transformer_layers import Layer
+        >>> Layer("encoder.0", nn.Linear(2, 2), ["encoder.0.weight"]).local_name("encoder.0.weight")
+        'weight'
+    """
+
+    name: str
+    module: nn.Module
+    parameters: list[str]  # the chosen parameters in it
+
+    def local_name(self, name: str) -> str:
+        """A parameter's name in the layer."""
+        return name.removeprefix(f"{self.name}.") if self.name else name
+
+    def forward(self, parameters: Mapping[str, Tensor], hidden: Tensor, captured: CapturedBatch) -> Tensor:
+        """The layer's output on hidden states, with some of its parameters replaced."""
+        keyword, args, kwargs = captured.arguments[self.name]
+        hidden = hidden.clone()  # a layer may write into its input
+        arguments = ((), {keyword: hidden, **kwargs}) if keyword else ((hidden, *args), kwargs)
+        return _first_tensor(self.name, functional_call(self.module, dict(parameters), *arguments))
+
+
+def find_layers(model: nn.Module, layers: Sequence[str] | None, names: Sequence[str]) -> list["Layer"]:
+    """The layers in order, each with the chosen parameters that lie in it; by default the children of the largest list of modules.
+
+    Raises:
+        ValueError, KeyError, TypeError: no layers, one that the model does not have, a parameter in none of them.
+
+    Example:
+        >>> from blockprune.repair.transformer_layers import find_layers
+        >>> [layer.name for layer in find_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), None, ["0.weight"])]
+        ['0', '1']
+    """
+    modules = dict(model.named_modules())
+    if isinstance(layers, str):
+        raise TypeError(f"layers={layers!r} is one name; give a sequence of the layers' names, such as [{layers!r}]")
+    if layers is None:
+        lists = {name: m for name, m in modules.items() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m)}
+        if not lists:
+            raise ValueError(
+                f"{type(model).__name__} has no ModuleList or Sequential whose children are the layers; name them: layers=[...]"
+            )
+        largest = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
+        layers = [f"{largest}.{child}".removeprefix(".") for child, _ in lists[largest].named_children()]
+    for layer in layers:
+        if layer not in modules:
+            raise KeyError(f"layers names {layer!r}, which is not a module of the model{suggest(layer, modules)}")
+    if not layers:
+        raise ValueError("layers is empty; name at least one, or leave it out")
+    order = [Layer(layer, modules[layer], [name for name in names if not layer or name.startswith(f"{layer}.")]) for layer in layers]
+    _check_all_inside(order, names)
+    return order
+
+
+def _check_all_inside(order: Sequence[Layer], names: Sequence[str]) -> None:
+    if outside := set(names).difference(*(layer.parameters for layer in order)):
+        first, last, prefix = order[0].name, order[-1].name, f"{order[0].name.rpartition('.')[0]}."
+        known = prefix != "." and not min(outside).startswith(prefix) and all(layer.name.startswith(prefix) for layer in order)
+        remedy = f'keep to theirs, bp.including(rule, "{prefix}*"),' if known else "leave it out (`excluding`)"
+        raise ValueError(f"{min(outside)} lies in none of the layers {first!r} to {last!r}; {remedy} or give layers")
+
+
+class StopForward(Exception):
+    """Ends a forward that has shown what was asked."""
+
+
+def capture_layer_inputs(model: nn.Module, order: Sequence[Layer], forward: Forward, batch: Any) -> CapturedBatch:
+    """What the layers are called with in one forward, which stops at the last layer.
+
+    Raises:
+        ValueError: layers that do not follow each other, or are not called once with a tensor first.
+
+    Example:
+        >>> from blockprune.repair.transformer_layers import capture_layer_inputs, find_layers
+        >>> model, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), torch.ones(1, 2)
+        >>> list(capture_layer_inputs(model, find_layers(model, None, ["0.weight"]), lambda model, batch: model(batch), x).arguments)
+        ['0', '1']
+    """
+    recorder = _ArgumentRecorder(order[-1].name)
+    handles = []
+    for layer in order:
+        handles.append(layer.module.register_forward_pre_hook(partial(recorder.before, layer=layer.name), with_kwargs=True))
+        handles.append(layer.module.register_forward_hook(partial(recorder.after, layer=layer.name)))
+    try:
+        forward(model, batch)
+    except StopForward:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missing := [layer.name for layer in order if layer.name not in recorder.arguments]:
+        raise ValueError(
+            f"the forward never calls layer {missing[0]!r} in the order given; name layers that follow each other: layers=[...]"
+        )
+    assert recorder.hidden is not None
+    return CapturedBatch(batch, recorder.hidden, recorder.arguments)
+
+
+class _ArgumentRecorder:
+    """Hooks that note the layers' arguments and check that each layer is given the output of the one before."""
+
+    def __init__(self, last: str) -> None:
+        self.last = last
+        self.arguments: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {}
+        self.hidden: Tensor | None = None  # of the first layer
+        self.output: Tensor | None = None  # of the layer before
+
+    def before(self, module: nn.Module, args: Any, kwargs: Any, *, layer: str) -> None:
+        keyword = next(iter(kwargs)) if not args and kwargs else ""
+        hidden = args[0] if args else kwargs.get(keyword)
+        self._check(layer, hidden)
+        if self.hidden is None:
+            self.hidden = hidden.detach().clone()
+        self.output = None
+        positions = [*signature(module.forward).parameters, *[""] * len(args)]
+        others = tuple(_without_cache(k, v) for k, v in zip(positions[1:], args[1:], strict=False))
+        self.arguments[layer] = keyword, others, {k: _without_cache(k, v) for k, v in kwargs.items() if k != keyword}
+        if layer == self.last:
+            raise StopForward
+
+    def after(self, module: nn.Module, args: Any, output: Any, *, layer: str) -> None:
+        self.output = _first_tensor(layer, output).clone()  # what comes between two layers may write into it
+
+    def _check(self, layer: str, hidden: Any) -> None:
+        if layer in self.arguments:
+            raise ValueError(f"layer {layer!r} is called twice in a forward; name layers that are called once: layers=[...]")
+        if not isinstance(hidden, Tensor):
+            raise ValueError(f"layer {layer!r} is not given a tensor first but a {type(hidden).__name__}; name other layers: layers=[...]")
+        if hidden.is_nested:
+            raise ValueError(
+                f"layer {layer!r} is given a nested tensor; switch that off (enable_nested_tensor=False) or leave out the padding"
+            )
+        follows = self.output is not None and hidden.shape == self.output.shape and torch.equal(hidden, self.output)
+        if self.arguments and not follows:
+            raise ValueError(f"layer {layer!r} is not given the output of the one before; name layers that follow each other: layers=[...]")
+
+
+def _without_cache(name: str, value: Any) -> Any:
+    return None if name.startswith(CACHE_ARGUMENTS) else value
+
+
+def _first_tensor(layer: str, output: Any) -> Tensor:
+    first = next(iter(output.values()), None) if isinstance(output, Mapping) else output
+    first = first[0] if isinstance(first, (tuple, list)) and first else first
+    if not isinstance(first, Tensor):
+        raise ValueError(f"layer {layer!r} does not give a tensor first but a {type(first).__name__}; name other layers: layers=[...]")
+    return first

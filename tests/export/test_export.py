@@ -1,0 +1,564 @@
+"""An exported model computes what the masked one does, and is an ordinary model: it saves, loads, copies, moves, compiles."""
+
+import copy
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+import torch.fx.experimental.proxy_tensor
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from strategies import Matrix, kept_matrices, normal, seeds
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import blockprune as bp
+from blockprune import export
+from blockprune.export import ops, triton_launch
+from blockprune.export.format import pack
+from blockprune.native import spmm
+
+BACKENDS = [
+    pytest.param("native", marks=pytest.mark.skipif(spmm._library is None, reason=spmm.status)),
+    "torch",
+]
+BOTH_BACKENDS = pytest.mark.parametrize("backend", BACKENDS)
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def random_masks(model: nn.Module, where: bp.Where, sparsity: float = 0.5) -> dict[str, bp.BlockMask]:
+    data = bp.collect.weights(model, where=where)
+    return {name: bp.BlockMask(torch.rand(p.grid.size) > sparsity, p.grid) for name, p in data.items()}
+
+
+def masked(model: nn.Module, block: tuple[int, ...] = (4, 4), sparsity: float = 0.5) -> nn.Module:
+    rule = bp.first_of(bp.linears(block), bp.convs(block))
+    return bp.apply_masks(model.eval(), random_masks(model, rule, sparsity))
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 32), nn.GELU(), nn.Linear(32, 10, bias=False))
+
+
+def close(a: Tensor, b: Tensor, times: float = 1.0) -> None:
+    assert a.shape == b.shape
+    assert a.dtype == b.dtype
+    if a.numel():
+        assert (a.double() - b.double()).abs().max() <= times * TOLERANCE[a.dtype] * (1 + b.double().abs().max())
+
+
+leading = st.sampled_from([(), (1,), (3,), (17,), (0,), (2, 3), (2, 1, 4)])
+
+
+@BOTH_BACKENDS
+@given(kept_matrices(), leading, seeds, st.sampled_from(list(TOLERANCE)))
+def test_a_linear_equals_the_masked_one(backend: str, matrix: Matrix, batch: tuple[int, ...], seed: int, dtype: torch.dtype) -> None:
+    weight, keep, grid = matrix
+    layer = nn.Linear(grid.shape[1], grid.shape[0], bias=seed % 2 == 0).to(dtype)
+    bp.apply_masks(layer, {"weight": bp.BlockMask(keep, grid)}, {"weight": weight / 4})
+    x, before = normal((*batch, grid.shape[1]), seed).to(dtype), copy.deepcopy(layer.state_dict())
+    sparse = export.block_sparse(layer, backend=backend)
+    assert isinstance(sparse, export.BlockSparseLinear)
+    close(sparse(x), layer(x), times=grid.shape[1] ** 0.5)
+    assert torch.equal(sparse.weight, layer.weight)
+    assert before.keys() == layer.state_dict().keys()
+
+
+@BOTH_BACKENDS
+@pytest.mark.parametrize("block", [(4, 4), (4,), (-1, 2), (3, 1, 1), (1, 1, 2, 3), (2, 2, -1, 1)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 1},
+        {"kernel_size": 1, "stride": 2},
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3, "padding": "same", "padding_mode": "reflect", "dilation": 2},
+        {"kernel_size": (3, 2), "stride": (2, 1), "padding": (0, 2), "padding_mode": "circular"},
+    ],
+    ids=str,
+)
+def test_a_convolution_equals_the_masked_one(backend: str, block: tuple[int, ...], options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 10, **options).eval()
+    block = tuple(min(b, s) for b, s in zip(block, conv.weight.shape, strict=False))
+    bp.apply_masks(conv, random_masks(conv, bp.convs(block)))
+    sparse = export.block_sparse(conv, backend=backend)
+    assert isinstance(sparse, export.BlockSparseConv2d)
+    x = torch.randn(2, 6, 9, 8)
+    close(sparse(x), conv(x))
+    close(sparse(x[0]), conv(x[0]))
+    close(sparse(x.to(memory_format=torch.channels_last)), conv(x))
+    assert torch.equal(sparse.weight, conv.weight)
+    assert torch.equal(export.dense(sparse).weight, conv.weight)
+    close(export.dense(sparse)(x), conv(x))
+
+
+@BOTH_BACKENDS
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_of_inputs_and_biases_are_those_of_the_masked_model(backend: str, frozen: bool) -> None:
+    model = masked(mlp())
+    sparse = export.block_sparse(model, backend=backend)
+    if frozen:
+        sparse.requires_grad_(False)
+    x, same = (torch.randn(5, 24, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+    model(x).square().sum().backward()
+    sparse(same).square().sum().backward()
+    assert x.grad is not None
+    assert same.grad is not None
+    close(same.grad, x.grad)
+    if not frozen:
+        close(sparse[0].bias.grad, model[0].bias.grad)
+
+
+@BOTH_BACKENDS
+def test_the_operator_keeps_torchs_rules(backend: str) -> None:
+    weight, keep = torch.randn(6, 8, dtype=torch.float64), torch.rand(3, 2) > 0.4
+    w = pack(weight, keep, bp.BlockGrid((6, 8), (2, 4)))
+    x, bias = torch.randn(3, 8, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    arguments = (x, bias, w.values, w.crow, w.col, w.shape, w.block, w.paired, backend)
+    torch.library.opcheck(ops.linear_op, arguments)
+    torch.library.opcheck(ops.linear_input_grad_op, (torch.randn(3, 6, dtype=torch.float64), *arguments[2:]))
+    x, bias = x.requires_grad_(), bias.requires_grad_()
+    weight = arguments[2:]
+    torch.autograd.gradcheck(lambda x, bias: ops.linear(x, bias, *weight), (x, bias))
+    torch.autograd.gradgradcheck(lambda x: ops.linear(x, None, *weight), (x,))
+
+
+@BOTH_BACKENDS
+def test_vmap_is_a_batch_more(backend: str) -> None:
+    sparse = export.block_sparse(masked(mlp()), backend=backend)
+    x = torch.randn(3, 5, 24)
+    close(torch.vmap(sparse)(x), sparse(x))
+    close(torch.vmap(sparse, in_dims=1)(x), sparse(x.transpose(0, 1)))
+    close(torch.vmap(torch.func.grad(lambda x: sparse(x).sum()))(x), torch.func.grad(lambda x: sparse(x).sum())(x))
+
+
+@BOTH_BACKENDS
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_it_compiles_in_one_graph_and_exports(backend: str, dynamic: bool) -> None:
+    model = masked(mlp())
+    sparse = export.block_sparse(model, backend=backend)
+    compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for n in (3, 7):
+        x = torch.randn(n, 24, requires_grad=True)
+        close(compiled(x), model(x))
+    (grad,) = torch.autograd.grad(compiled(x).sum(), x)
+    close(grad, torch.autograd.grad(model(x).sum(), x)[0])
+    program = torch.export.export(sparse, (x,), dynamic_shapes=({0: torch.export.Dim("n")},) if dynamic else None)
+    close(program.module()(x), model(x))
+
+
+@BOTH_BACKENDS
+def test_it_saves_loads_copies_and_moves(backend: str, tmp_path: Path) -> None:
+    model, x = masked(mlp()), torch.randn(3, 24)
+    sparse = export.block_sparse(model, backend=backend)
+    save_file(sparse.state_dict(), tmp_path / "sparse.safetensors")
+    buffer = io.BytesIO()
+    torch.save(sparse, buffer)
+    with torch.device("meta"):
+        skeleton = mlp().eval()
+    loaded = [
+        copy.deepcopy(sparse),
+        pickle.loads(pickle.dumps(sparse)),
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=False),
+        export.load_state_dict(mlp().eval(), load_file(tmp_path / "sparse.safetensors")),
+        export.load_state_dict(skeleton, load_file(tmp_path / "sparse.safetensors")),
+        export.load_state_dict(model, sparse.state_dict()),
+        export.load_state_dict(sparse, sparse.state_dict()),
+        sparse.to("meta").to_empty(device="cpu"),
+    ]
+    loaded[-1].load_state_dict(load_file(tmp_path / "sparse.safetensors"))
+    for copied in loaded:
+        close(copied(x), model(x))
+        assert list(copied.state_dict()) == list(sparse.state_dict())
+    half = copy.deepcopy(loaded[0]).to(torch.bfloat16)
+    close(half(x.bfloat16()), model(x).bfloat16())
+    assert half[0].layout.dtype == torch.int64
+
+
+@pytest.mark.parametrize("block", [(8, 8), (8, 1), (5, 3)])
+def test_a_weight_is_stored_in_the_layout_of_its_device(monkeypatch: pytest.MonkeyPatch, block: tuple[int, int]) -> None:
+    model, x = masked(mlp(), block), torch.randn(3, 24)
+    on_cpu = export.block_sparse(model, backend="torch")
+    cpu_state, y = {key: value.clone() for key, value in on_cpu.state_dict().items()}, on_cpu(x)
+    converted = copy.deepcopy(on_cpu)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_launch, "uses_gpu_layout", lambda device: True)
+        on_gpu = export.block_sparse(model, backend="torch")
+        state = {key: value.clone() for key, value in on_gpu.state_dict().items()}
+        converted.to("cpu")  # as if to another device
+        assert {key: value.tolist() for key, value in converted.state_dict().items()} == {
+            key: value.tolist() for key, value in state.items()
+        }
+        assert state["0.layout"].tolist()[-1] == 0
+        close(on_gpu(x), y)
+        close(export.load_state_dict(mlp(), cpu_state)(x), y)
+        on_gpu.load_state_dict(cpu_state)
+        assert {key: value.tolist() for key, value in on_gpu.state_dict().items()} == {key: value.tolist() for key, value in state.items()}
+    on_cpu.load_state_dict(state)
+    assert on_cpu[0].layout.tolist()[-1] == 1
+    assert torch.equal(on_cpu(x), y)
+    close(export.load_state_dict(mlp(), state)(x), y)
+
+
+def test_a_weight_from_another_kind_of_device_is_converted_however_it_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, x = masked(mlp()), torch.randn(3, 24)
+    on_cpu = export.block_sparse(model, backend="torch")
+    y, kept = on_cpu(x), on_cpu.state_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_launch, "uses_gpu_layout", lambda device: True)
+        on_gpu = export.block_sparse(model, backend="torch")
+        torch.save(on_gpu, tmp_path / "on_gpu.pt")
+        state = on_gpu.state_dict()
+    assert torch.load(tmp_path / "on_gpu.pt", weights_only=False)[0].paired, "as `torch.load` with map_location moves it"
+    meta = copy.deepcopy(on_cpu).to("meta")
+    with pytest.warns(UserWarning, match="no-op"):
+        meta.load_state_dict(state)
+    meta.load_state_dict(state, assign=True)
+    close(meta(x), y)
+    on_cpu.load_state_dict(state)
+    assert kept["0.layout"].tolist()[-1] == 1, "a state dict that was taken before stays as it was"
+    on_cpu.load_state_dict(kept)
+    assert torch.equal(on_cpu(x), y)
+
+
+def test_another_mask_loads_into_the_same_layer() -> None:
+    first, second = (export.block_sparse(masked(mlp(), sparsity=s), backend="torch") for s in (0.3, 0.8))
+    x = torch.randn(3, 24)
+    first.load_state_dict(second.state_dict())
+    close(first(x), second(x))
+
+
+def test_the_masked_model_stays_and_nothing_is_shared() -> None:
+    model, x = masked(mlp()), torch.randn(3, 24)
+    before, state = model(x), copy.deepcopy(model.state_dict())
+    sparse = export.block_sparse(model, backend="torch")
+    with torch.no_grad():
+        sparse[0].bias.add_(1)
+        sparse[0].values.add_(1)
+    assert torch.equal(model(x), before)
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert sparse.training == model.training
+
+
+@BOTH_BACKENDS
+def test_nan_and_inf_reach_what_keeps_their_column(backend: str) -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    bp.apply_masks(layer, {"weight": bp.BlockMask(torch.tensor([[True, False], [False, True]]), bp.BlockGrid((4, 4), (2, 2)))})
+    sparse = export.block_sparse(layer, backend=backend)
+    out = sparse(torch.tensor([[float("nan"), 1.0, 2.0, 3.0]]))
+    assert out.isnan().tolist() == [[True, True, False, False]]
+
+
+@BOTH_BACKENDS
+def test_autocast_multiplies_in_its_type(backend: str) -> None:
+    model, x = masked(mlp()), torch.randn(3, 24)
+    sparse = export.block_sparse(model, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        close(sparse(x), model(x))
+
+
+class Unsupported(nn.Module):
+    """One layer of each kind that stays dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=2)
+        self.convolution_1d = nn.Conv1d(8, 8, 1)
+        self.normed = parametrizations.weight_norm(nn.Linear(8, 8))
+        self.hooked = nn.Linear(8, 8)
+        self.hooked.register_forward_hook(lambda *_: None)
+        self.embedding, self.head = nn.Embedding(8, 8), nn.Linear(8, 8, bias=False)
+        self.head.weight = self.embedding.weight
+        self.plain = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.encoder(self.attention(x, x, x)[0])
+        x = x + self.grouped(x.mT[..., None].expand(-1, -1, -1, 3).clone().repeat(1, 1, 2, 1)).mean((2, 3))[:, None]
+        return self.head(self.plain(self.hooked(self.normed(self.convolution_1d(x.mT).mT))))
+
+
+def test_what_has_no_block_sparse_form_stays_dense_and_says_why() -> None:
+    torch.manual_seed(0)
+    model = Unsupported().eval()
+    masks = random_masks(
+        model, lambda name, owner: (2, 2) if "weight" in name and "norm" not in name.split(".")[-2] and "normed" not in name else None
+    )
+    masks |= random_masks(model, bp.named("normed.weight", (2, 2)))
+    bp.apply_masks(model, masks)
+    choices = export.choose(model, inputs=torch.randn(2, 3, 8), progress=False)
+    why = {row.name: row.reason for row in choices.rows if row.backend == "dense"}
+    for name, said in {
+        "attention.out_proj.weight": "has no block-sparse form",
+        "encoder.linear1.weight": "reads the weight itself",
+        "grouped.weight": "in groups",
+        "convolution_1d.weight": "Conv1d",
+        "normed.weight": "another parametrization",
+        "hooked.weight": "hooks",
+        "embedding.weight": "tied: head.weight",
+    }.items():
+        assert said in why[name], (name, why.get(name))
+    x, sparse = torch.randn(2, 3, 8), export.block_sparse(model, backend="torch")
+    assert [name for name, module in sparse.named_modules() if isinstance(module, export.BlockSparseLinear)] == ["plain"]
+    close(sparse(x), model(x), times=10)
+    assert "plain.weight" in repr(choices)
+    assert "<table>" in choices._repr_html_()
+
+
+def test_auto_takes_the_faster_backend() -> None:
+    torch.manual_seed(0)
+    model = masked(nn.Sequential(nn.Linear(512, 512), nn.Conv2d(16, 16, 1)), (16, 16), 0.9)
+    choices = export.choose(model, rows=64, progress=False)
+    first, second = choices.rows
+    sparse = {key: ms for key, ms in first.milliseconds.items() if key in ops.BACKENDS}
+    assert (first.backend in sparse) == (min(sparse.values()) < first.milliseconds["F.linear"])
+    assert second.backend == "dense"
+    chosen = export.block_sparse(model, backend=choices)
+    assert isinstance(chosen[0], export.BlockSparseLinear) == (first.backend != "dense")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"0.col": lambda x: x + 100}, "col must be from 0"),
+        ({"0.col": lambda x: x - 100}, "col must be from 0"),
+        ({"0.values": lambda x: x[:-1]}, "values has"),
+        ({"0.crow": lambda x: x.flip(0)}, "crow must rise"),
+        ({"0.layout": lambda x: x[:3]}, "layout is"),
+        ({"0.layout": lambda x: x.flip(0)}, "it is not what was exported"),
+        ({"0.layout": lambda x: x + torch.tensor([0, 0, 0, 0, 2])}, "must end in 1 (CPU layout) or 0 (GPU layout)"),
+        ({"0.crow": lambda x: x.int()}, "crow is"),
+    ],
+)
+def test_a_corrupt_state_dict_is_caught_before_anything_reads_it(change: dict[str, Any], said: str) -> None:
+    sparse, x = export.block_sparse(masked(mlp()), backend="torch"), torch.randn(3, 24)
+    bad = {key: change[key](value) if key in change else value for key, value in sparse.state_dict().items()}
+    before = sparse(x)
+    with pytest.raises(ValueError, match=r"^0: ") as caught:
+        export.load_state_dict(mlp(), bad)
+    assert said in str(caught.value)
+    with pytest.raises(RuntimeError, match=r"0: ") as raised:
+        sparse.load_state_dict(bad)
+    assert said in str(raised.value)
+    assert torch.equal(sparse(x), before)
+
+
+def test_a_state_dict_on_the_meta_device_is_refused_and_indices_keep_their_type() -> None:
+    sparse, x = export.block_sparse(masked(mlp()), backend="torch"), torch.randn(3, 24)
+    with pytest.raises(RuntimeError, match=r"the layer: layout is torch.int64 of shape \(5,\) on meta"):
+        sparse[0].load_state_dict({**sparse[0].state_dict(), "layout": torch.empty(5, dtype=torch.int64, device="meta")})
+    y, state = sparse(x), {key: value.clone() for key, value in sparse.state_dict().items()}
+    loaded = copy.deepcopy(sparse).to("meta").type(torch.float64).to_empty(device="cpu").float()
+    loaded.load_state_dict(state)
+    assert torch.equal(loaded(x), y)
+
+
+def test_a_state_dict_of_another_model_says_which_layer() -> None:
+    state = export.block_sparse(masked(mlp()), backend="torch").state_dict()
+    with pytest.raises(ValueError, match=r"0: the state dict has a weight of shape \(32, 24\), and the layer one of \(8, 24\)"):
+        export.load_state_dict(nn.Sequential(nn.Linear(24, 8), nn.GELU(), nn.Linear(8, 10, bias=False)), state)
+    with pytest.raises(KeyError, match="that the model does not have"):
+        export.load_state_dict(nn.Sequential(nn.Linear(24, 32)), state)
+    with pytest.raises(ValueError, match="for a GELU"):
+        export.load_state_dict(nn.Sequential(nn.GELU(), nn.GELU(), nn.Linear(32, 10, bias=False)), state)
+    with pytest.raises(RuntimeError, match=r"Missing key|Unexpected key"):
+        export.load_state_dict(nn.Sequential(nn.Linear(24, 32, bias=False), nn.GELU(), nn.Linear(32, 10, bias=False)), state)
+
+
+def test_bad_input_is_refused() -> None:
+    with pytest.raises(ValueError, match="has no masks"):
+        export.block_sparse(mlp())
+    model = masked(mlp())
+    with pytest.raises(ValueError, match="backend='cuda' must be 'auto', one of 'native', 'triton', 'torch', '2:4', 'dense'"):
+        export.block_sparse(model, backend="cuda")
+    with pytest.raises(ValueError, match="rows=0"):
+        export.block_sparse(model, rows=0)
+    with pytest.raises(KeyError, match=r"no choice for '2.weight'"):
+        export.block_sparse(model, backend=export.Choices(export.choose(model, progress=False).rows[:1]))
+    sparse = export.block_sparse(model, backend="torch")
+    with pytest.raises(ValueError, match=r"a bias of shape \(1,\) does not fit a weight of shape \(32, 24\): it must be \(32,\)"):
+        export.BlockSparseLinear(sparse[0].packed_weight, nn.Parameter(torch.ones(1)))
+    with pytest.raises(ValueError, match=r"0.weight is not 2:4 in bfloat16 on a GPU"):
+        export.block_sparse(model, backend=export.Choices(tuple(attrs.evolve(r, backend="2:4") for r in export.choose(model).rows)))
+    with pytest.raises(ValueError, match=r"\(3, 25\) does not fit a weight of shape \(32, 24\): its last axis must be 24"):
+        sparse(torch.randn(3, 25))
+    with pytest.raises(TypeError, match=r"torch.float64 does not fit a weight of torch.float32"):
+        sparse(torch.randn(3, 24).double())
+    conv = export.block_sparse(masked(nn.Conv2d(4, 4, 1)), backend="torch")
+    with pytest.raises(ValueError, match="convolution of 4 channels"):
+        conv(torch.randn(1, 3, 2, 2))
+
+
+def test_an_unavailable_backend_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spmm, "_library", None)
+    monkeypatch.setattr(spmm, "status", "not built (no compiler)")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match=r"backend='native' is not available: .*not built \(no compiler\)"):
+        export.block_sparse(masked(mlp()), backend="native")
+    assert [row.name for row in export.backends().rows if row.available] == ["torch", "dense"]
+    assert {row.backend for row in export.choose(masked(mlp()), progress=False).rows} <= {"torch", "dense"}
+
+
+@BOTH_BACKENDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_many_bands_add_up_in_float32(backend: str, dtype: torch.dtype) -> None:
+    layer = nn.Linear(64, 4096, bias=False).to(dtype)
+    mask = bp.BlockMask(torch.ones(1024, 16).bool(), bp.BlockGrid((4096, 64), (4, 4)))
+    bp.apply_masks(layer, {"weight": mask}, {"weight": torch.ones(4096, 64)})
+    x = torch.ones(1, 64, dtype=dtype, requires_grad=True)
+    export.block_sparse(layer, backend=backend)(x).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.full_like(x, 4096))
+
+
+class Linear(nn.Linear):
+    """Named as torch's, and more than a product, as LoRA's are."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + 1
+
+
+def test_a_layer_that_does_more_than_a_product_stays_dense() -> None:
+    x = torch.randn(2, 8)
+    patched, backward = nn.Linear(8, 8), nn.Linear(8, 8)
+    old = patched.forward
+    patched.forward = lambda input: 10 * old(input)  # type: ignore[method-assign]
+    backward.register_full_backward_hook(lambda *_: None)
+    for layer in (Linear(8, 8), patched, backward):
+        model = masked(nn.Sequential(layer))
+        assert not any(isinstance(m, export.BlockSparseLinear) for m in export.block_sparse(model, backend="torch").modules())
+    assert torch.equal(export.block_sparse(model, backend="torch")(x), model(x))
+
+
+class ReadsDtype(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wo = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wo(x.to(self.wo.weight.dtype))
+
+
+def test_a_layer_whose_weight_the_model_also_reads_stays_dense() -> None:
+    (choice,) = export.choose(masked(ReadsDtype()), inputs=torch.randn(2, 8), progress=False).rows
+    assert (choice.backend, choice.reason) == ("dense", "the model reads the weight itself")
+
+
+@BOTH_BACKENDS
+def test_no_index_reaches_the_product_unchecked(backend: str) -> None:
+    layer, x = export.block_sparse(masked(nn.Linear(8, 8)), backend=backend), torch.randn(3, 8)
+    before, state = layer(x), layer.state_dict()
+    far = torch.full_like(layer.col, 2**28)
+    with pytest.raises(RuntimeError, match="the state dict has col of it; a block-sparse weight is all of"):
+        layer.load_state_dict({"col": far}, strict=False)
+    with pytest.raises(RuntimeError, match="is all of values, crow, col, layout"):
+        layer.load_state_dict({**{k: v for k, v in state.items() if k != "layout"}, "col": far})
+    for layout in ([8, 8, 2**63 - 1, 4, 1], [8, 8, 8, 2**40, 1], [8, 8, -4, 4, 0], [2**62, 8, 4, 4, 1]):
+        with pytest.raises(RuntimeError, match=r"it is not what was exported|does not fit into a layer"):
+            layer.load_state_dict({**state, "layout": torch.tensor(layout)})
+    for values in (state["values"].to(torch.complex64), state["values"].to("meta"), state["values"].long()):
+        with pytest.raises(RuntimeError, match="on one device"):
+            layer.load_state_dict({**state, "values": values})
+    crow = torch.tensor([0, 2**63 - 1, -2, *state["crow"].tolist()])[: len(state["crow"])]
+    with pytest.raises(RuntimeError, match="crow must rise"):
+        layer.load_state_dict({**state, "crow": crow})
+    assert torch.equal(layer(x), before)
+    assert torch.equal(layer.type(torch.float32)(x), before)
+    assert layer.to("meta").to_empty(device="cpu")(x).shape == (3, 8)  # no numbers, but no crash
+
+
+def test_a_loaded_layer_has_the_type_of_its_skeleton() -> None:
+    x, model = torch.randn(3, 24), masked(mlp())
+    sparse = export.block_sparse(model, backend="torch")
+    for state, skeleton in ((copy.deepcopy(sparse).bfloat16().state_dict(), mlp()), (sparse.state_dict(), mlp().bfloat16())):
+        dtype = skeleton[0].weight.dtype
+        loaded = export.load_state_dict(skeleton, state)
+        assert {p.dtype for p in [*loaded.parameters(), loaded[0].values]} == {dtype}
+        close(loaded(x.to(dtype)).bfloat16(), model(x).bfloat16())
+
+
+def test_a_convolution_lies_in_memory_as_torchs() -> None:
+    conv = masked(nn.Conv2d(4, 8, 3), (4, 4))
+    assert export.block_sparse(conv, backend="torch")(torch.randn(2, 4, 8, 8)).is_contiguous()
+
+
+@BOTH_BACKENDS
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_tracers_and_transforms_see_the_product(backend: str) -> None:
+    layer, x = export.block_sparse(masked(nn.Linear(8, 8)), backend=backend), torch.randn(3, 8)
+    with torch.no_grad():
+        close(torch.jit.trace(layer, x, check_trace=False)(2 * x), layer(2 * x))
+        close(torch.fx.experimental.proxy_tensor.make_fx(layer)(x)(2 * x), layer(2 * x))
+        close(layer(torch._neg_view(x)), layer(-x))
+        close(layer(torch._efficientzerotensor(3, 8)), layer(torch.zeros(3, 8)))
+        with torch.device("meta"):
+            close(layer(x), layer(x.clone()))
+    with torch.autograd.forward_ad.dual_level():
+        dual = layer(torch.autograd.forward_ad.make_dual(x, 2 * x))
+        tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    close(tangent.detach(), (layer(2 * x) - layer.bias).detach())
+    close(torch.func.jvp(layer, (x,), (2 * x,))[1], layer(2 * x) - layer.bias)
+    flat = torch.func.hessian(lambda x: layer(x).square().sum())(x[0])
+    close(flat, 2 * layer.weight.mT @ layer.weight, times=4)
+    weight = layer.values, layer.crow, layer.col, layer.shape, layer.block, layer.paired, backend
+    biases = torch.randn(5, 8)
+    close(torch.vmap(lambda bias: ops.linear(x, bias, *weight))(biases), layer(x)[None] - layer.bias + biases[:, None])
+
+
+def test_a_module_under_two_names_loads() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+            self.b = self.a
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x))
+
+    x, sparse = torch.randn(2, 8), export.block_sparse(masked(Twice()), backend="torch")
+    loaded = export.load_state_dict(Twice(), sparse.state_dict())
+    assert loaded.a is loaded.b
+    close(loaded(x), sparse(x))
+
+
+def test_a_model_on_the_meta_device_keeps_its_ties_and_must_be_loaded_completely() -> None:
+    class Tied(nn.Module):
+        def __init__(self, extra: bool) -> None:
+            super().__init__()
+            self.e, self.l, self.h = nn.Embedding(8, 8), nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+            self.h.weight = self.e.weight
+            self.register_buffer("ids", torch.arange(3) if extra else None, persistent=False)
+
+    sparse = export.block_sparse(bp.apply_masks(m := Tied(False), random_masks(m, bp.named("l.weight", (4, 4)))), backend="torch")
+    with torch.device("meta"):
+        whole, lacking = Tied(False), Tied(True)
+    loaded = export.load_state_dict(whole, sparse.state_dict())
+    assert loaded.h.weight is loaded.e.weight
+    with pytest.raises(ValueError, match="ids: still on the meta device"):
+        export.load_state_dict(lacking, sparse.state_dict())
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    sparse, x = export.block_sparse(masked(mlp().double()), backend="torch"), torch.randn(3, 24).double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert sparse(x).dtype == torch.float64
+
+
+def test_a_layer_with_a_computed_bias_stays_dense() -> None:
+    class Double(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    layer = nn.Linear(8, 8)
+    nn.utils.parametrize.register_parametrization(layer, "bias", Double())
+    model = bp.apply_masks(nn.Sequential(layer), random_masks(nn.Sequential(nn.Linear(8, 8)), bp.linears((4, 4))))
+    (choice,) = export.choose(model, progress=False).rows
+    assert "another parametrization computes the bias" in choice.reason

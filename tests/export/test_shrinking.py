@@ -1,0 +1,516 @@
+"""Units that masks empty are removed, the outputs stay, and what is kept has a reason: for every kind of layer that couples units."""
+
+import copy
+import importlib.util
+import pickle
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from strategies import seeds
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, scaled_dot_product_attention, silu
+
+import blockprune as bp
+from blockprune.export import ShrinkResult, shrink
+
+ACTIVATIONS = [nn.ReLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Identity]
+
+
+def rows(weight: Tensor, empty: list[int]) -> bp.BlockMask:
+    keep = torch.ones(len(weight), *[1] * (weight.ndim - 1), dtype=torch.bool)
+    keep[empty] = False
+    return bp.BlockMask(keep, bp.BlockGrid(weight.shape, (1,)))
+
+
+def columns(weight: Tensor, empty: list[int]) -> bp.BlockMask:
+    keep = torch.ones(1, weight.shape[1], *[1] * (weight.ndim - 2), dtype=torch.bool)
+    keep[:, empty] = False
+    return bp.BlockMask(keep, bp.BlockGrid(weight.shape, (-1, 1)))
+
+
+def masked(model: nn.Module, *, out: dict[str, list[int]] | None = None, into: dict[str, list[int]] | None = None) -> nn.Module:
+    """The model in evaluation mode with these rows (`out`) and columns (`into`) of its layers' weights empty."""
+    found = {f"{name}.weight": rows(model.get_submodule(name).weight, empty) for name, empty in (out or {}).items()}
+    for name, empty in (into or {}).items():
+        mask, weight = columns(model.get_submodule(name).weight, empty), f"{name}.weight"
+        if weight in found:
+            fine = bp.BlockGrid(mask.grid.shape, (1, 1))
+            mask = bp.BlockMask((bp.expand(mask.keep, mask.grid) & bp.expand(found[weight].keep, found[weight].grid)), fine)
+        found[weight] = mask
+    return bp.apply_masks(model, found).eval()
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def same(found: ShrinkResult, model: nn.Module, *inputs: Any) -> bool:
+    """Equal outputs, on inputs that `shrink` did not get."""
+    with torch.no_grad():
+        a, b = found.model(*inputs), model(*inputs)
+    return torch.allclose(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()) + 1e-12)
+
+
+def removed(found: ShrinkResult) -> dict[tuple[str, str], tuple[int, ...]]:
+    return {(units.layer, units.side): units.indices for units in found.removed}
+
+
+def kept(found: ShrinkResult) -> dict[tuple[str, str], str]:
+    return {(units.layer, units.side): units.reason for units in found.kept}
+
+
+def mlp(activation: Callable[[], nn.Module] = nn.GELU, *, bias: bool = True) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(4, 8, bias=bias), activation(), nn.Linear(8, 6, bias=bias), activation(), nn.Linear(6, 3, bias=bias)
+    ).double()
+
+
+class Residual(nn.Module):
+    """A stream of channels, batch norm, and a head that reads flattened maps."""
+
+    def __init__(self, *, padding: int = 1) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.first, self.norm = nn.Conv2d(8, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.second, self.head = nn.Conv2d(12, 8, 3, padding=padding), nn.Linear(8 * 4, 5)
+        self.crop = 1 - padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        y = self.second(self.norm(self.first(x)).relu())
+        x = x[..., self.crop : x.shape[2] - self.crop, self.crop : x.shape[3] - self.crop] + y
+        out: Tensor = self.head(adaptive_avg_pool2d(x, 2).flatten(1))
+        return out
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 3)
+        self.gate, self.up, self.down = nn.Linear(6, 10, bias=False), nn.Linear(6, 10, bias=False), nn.Linear(10, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        out: Tensor = self.head(x + self.down(silu(self.gate(y)) * self.up(y)))
+        return out
+
+
+class Attention(nn.Module):
+    """Heads in four spellings: how many there are is in the views as -1 or as ``num_heads``, products are fused or not."""
+
+    def __init__(self, heads: int, shared: int, *, counts: bool = False, fused: bool = True, fixed: bool = False) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.q, self.k, self.v = nn.Linear(8, heads * 4), nn.Linear(8, shared * 4), nn.Linear(8, shared * 4)
+        self.o, self.fused, self.repeat, self.width = nn.Linear(heads * 4, 8), fused, heads // shared, heads * 4 if fixed else -1
+        if counts:
+            self.num_heads, self.num_key_value_heads = heads, shared
+        else:
+            self.head_dim = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        q, k, v = (self.split(layer(x), count) for layer, count in zip((self.q, self.k, self.v), self.counts(), strict=True))
+        if self.fused:
+            mixed = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            if self.repeat > 1:
+                k, v = (y[:, :, None].expand(-1, -1, self.repeat, -1, -1).reshape(len(y), -1, *y.shape[2:]) for y in (k, v))
+            mixed = (q @ k.mT / 2).softmax(-1) @ v
+        out: Tensor = self.head(x + self.o(mixed.transpose(1, 2).reshape(*x.shape[:2], self.width)))
+        return out
+
+    def counts(self) -> tuple[int, int, int]:
+        queries, keys = getattr(self, "num_heads", -1), getattr(self, "num_key_value_heads", -1)
+        return queries, keys, keys
+
+    def split(self, y: Tensor, heads: int) -> Tensor:
+        size = 4 if heads == -1 else -1
+        return y.view(*y.shape[:2], heads, size).transpose(1, 2)
+
+
+lists = st.lists(st.integers(0, 63), max_size=6)
+
+
+def below(size: int, indices: list[int]) -> list[int]:
+    return sorted({i % size for i in indices})
+
+
+@given(st.sampled_from(ACTIVATIONS), st.booleans(), st.tuples(lists, lists), st.tuples(lists, lists), seeds)
+@example(nn.ReLU, False, ([2, 3, 4, 5, 7], []), ([0, 1, 6], []), 0)
+def test_units_that_masks_empty_are_gone_from_an_mlp_and_the_outputs_stay(
+    activation: type[nn.Module], bias: bool, out_of: tuple[list[int], list[int]], read: tuple[list[int], list[int]], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    out, into = {"0": below(8, out_of[0]), "2": below(6, out_of[1])}, {"2": below(8, read[0]), "4": below(6, read[1])}
+    model = masked(mlp(activation, bias=bias), out=out, into=into)
+    found = shrink(model, torch.randn(5, 4, dtype=torch.float64))
+    assert same(found, model, torch.randn(7, 4, dtype=torch.float64))
+    left = [8 - len({*out["0"], *into["2"]}), 6 - len({*out["2"], *into["4"]})]
+    constant = not left[0] and 0 in into["2"]  # the one unit that stays, the first, is not read: neither is any after it needed
+    assert found.model[2].out_features == (1 if constant else max(1, left[1]))
+    if min(left) > 0:
+        assert found.model[0].out_features == left[0]
+        assert not [units for units in found.kept if units.side == "outputs"]
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.floats(0, 1), seeds)
+def test_any_masks_leave_the_outputs_as_they_are(tall: int, wide: int, sparsity: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    where = partial(bp.collect.weights, where=bp.linears((tall, wide)))
+    prune = bp.Pipeline(where, bp.metric.random, bp.allocate.per_layer)
+    model = mlp(nn.ReLU)
+    bp.apply_masks(model, prune(model, sparsity))
+    found = shrink(model, torch.randn(5, 4, dtype=torch.float64))
+    assert same(found, model, torch.randn(7, 4, dtype=torch.float64))
+    assert parameters(found.model) <= parameters(bp.finalize(model))
+
+
+@settings(max_examples=25)
+@given(st.tuples(lists, lists, lists), st.booleans(), st.sampled_from([0, 1]), seeds)
+def test_channels_go_through_batch_norm_residuals_and_flatten(
+    channels: tuple[list[int], list[int], list[int]], zero: bool, padding: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    model = Residual(padding=padding).double().train()
+    model(torch.randn(16, 3, 8, 8, dtype=torch.float64))  # batch norm learns statistics
+    nn.init.normal_(model.norm.bias)
+    if zero:
+        for tensor in (model.stem.bias, model.second.bias):
+            nn.init.zeros_(tensor)
+    empty = {name: below(size, found) for (name, size), found in zip({"stem": 8, "first": 12, "second": 8}.items(), channels, strict=True)}
+    model = masked(model, out=empty)
+    found = shrink(model, torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    assert same(found, model, torch.randn(3, 3, 8, 8, dtype=torch.float64))
+    if zero:  # a channel of the stream goes where both that add to it are empty
+        assert found.model.stem.out_channels == max(1, 8 - len(set(empty["stem"]) & set(empty["second"])))
+    if padding == 0:  # a constant reaches every position of the map alike
+        assert found.model.first.out_channels == max(1, 12 - len(empty["first"]))
+
+
+def test_a_constant_under_zero_padding_stays_and_is_reported() -> None:
+    model = Residual().double()
+    nn.init.ones_(model.norm.bias)
+    model = masked(model, out={"first": [3]})
+    found = shrink(model, torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    assert not found.removed
+    assert kept(found) == {("first", "outputs"): "it is constant, but second pads it with zeros"}
+
+
+def test_a_hidden_unit_that_nothing_reads_goes_whatever_it_is() -> None:
+    model = masked(mlp(), into={"4": [2, 5]})
+    found = shrink(model, torch.randn(5, 4, dtype=torch.float64))
+    assert removed(found) == {("2", "outputs"): (2, 5), ("4", "inputs"): (2, 5)}
+    assert not found.kept
+    assert same(found, model, torch.randn(5, 4, dtype=torch.float64))
+
+
+def test_a_constant_needs_a_bias_to_go_to_and_gets_one() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Sigmoid(), nn.Linear(8, 3, bias=False)).double()
+    model = masked(model, out={"0": [1]})
+    found = shrink(model, torch.randn(5, 4, dtype=torch.float64))
+    assert found.model[2].bias.dtype == torch.float64
+    assert same(found, model, torch.randn(5, 4, dtype=torch.float64))
+
+
+def test_a_relu_that_is_silent_on_the_example_is_not_taken_for_constant() -> None:
+    model = mlp(nn.ReLU)
+    nn.init.constant_(model[0].bias, -1e3)
+    found = shrink(masked(model, out={"2": [0]}), torch.randn(5, 4, dtype=torch.float64))
+    assert found.model[0].out_features == 8
+
+
+class Scaled(nn.Module):
+    """Hidden units times the model's input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(1, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.a(x) * x)
+        return out
+
+
+def test_an_example_of_one_item_does_not_make_its_inputs_constant() -> None:
+    model = masked(Scaled().double(), out={"a": [1]})
+    found = shrink(model, torch.ones(1, 1, dtype=torch.float64))
+    assert kept(found) == {("a", "outputs"): "b reads it"}
+
+
+@pytest.mark.parametrize("side", ["out", "into"])
+def test_gate_and_up_go_together(side: str) -> None:
+    model = masked(Gated().double(), **({"out": {"up": [1, 2], "gate": [5]}} if side == "out" else {"into": {"down": [1, 2, 5]}}))
+    found = shrink(model, torch.randn(2, 3, 6, dtype=torch.float64))
+    gone = (1, 2, 5)
+    assert removed(found) == {("gate", "outputs"): gone, ("up", "outputs"): gone, ("down", "inputs"): gone}
+    assert same(found, model, torch.randn(4, 2, 6, dtype=torch.float64))
+
+
+SPELLINGS = [{"fused": True}, {"fused": False}, {"fused": True, "counts": True}, {"fused": False, "counts": True}]
+
+
+@pytest.mark.parametrize("side", ["values", "output"])
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=str)
+@pytest.mark.parametrize(("heads", "shared"), [(4, 4), (6, 2), (4, 1)])
+def test_whole_heads_go_and_with_shared_keys_all_their_queries(heads: int, shared: int, spelling: dict[str, bool], side: str) -> None:
+    torch.manual_seed(0)
+    model, repeat = Attention(heads, shared, **spelling).double(), heads // shared
+    if spelling.get("counts") and spelling["fused"]:
+        model.repeat = 1
+    of_keys, of_queries = tuple(range(4)), tuple(range(4 * repeat))
+    also = 5 if shared > 1 else None  # of another head, which does not go
+    if side == "values":
+        model = masked(model, out={"v": [*of_keys, *([also] if also else [])]})
+    else:
+        model = masked(model, into={"o": [*of_queries, *([4 * repeat + 1] if also else [])]})
+    found = shrink(model, torch.randn(2, 5, 8, dtype=torch.float64))
+    assert same(found, model, torch.randn(3, 4, 8, dtype=torch.float64))
+    if shared == 1:
+        assert not found.removed
+        assert "a layer keeps at least one channel" in kept(found).values()
+        return
+    assert removed(found) == {
+        ("q", "outputs"): of_queries,
+        ("k", "outputs"): of_keys,
+        ("v", "outputs"): of_keys,
+        ("o", "inputs"): of_queries,
+    }
+    assert len(found.kept) == 1
+    if spelling.get("counts"):
+        assert (found.model.num_heads, found.model.num_key_value_heads) == (heads - repeat, shared - 1)
+
+
+def test_heads_whose_number_is_written_into_the_code_stay_and_are_reported() -> None:
+    model = masked(Attention(4, 4, fused=False, fixed=True).double(), into={"o": [0, 1, 2, 3]})
+    found = shrink(model, torch.randn(2, 5, 8, dtype=torch.float64))
+    assert not found.removed
+    assert "without it the model cannot run (RuntimeError: shape '[2, 5, 16]'" in kept(found)["o", "inputs"]
+
+
+class Normed(nn.Module):
+    """Something that looks at all channels, and that Torch-Pruning takes for a function of each."""
+
+    def __init__(self, mix: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.mix = nn.Linear(4, 8, bias=False), nn.Linear(8, 3), mix
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.mix(self.a(x)))
+        return out
+
+
+def root_mean_square(x: Tensor) -> Tensor:
+    return x * x.square().mean(-1, keepdim=True).rsqrt()
+
+
+@pytest.mark.parametrize("mix", [root_mean_square, lambda x: x.softmax(-1), lambda x: x.flip(-1), lambda x: x.cumsum(-1)])
+@pytest.mark.parametrize("side", ["out", "into"])
+def test_where_the_graph_is_wrong_the_units_stay(mix: Callable[[Tensor], Tensor], side: str) -> None:
+    torch.manual_seed(0)
+    model = masked(Normed(mix).double(), **({"out": {"a": [2]}} if side == "out" else {"into": {"b": [2]}}))
+    found = shrink(model, torch.randn(5, 4, dtype=torch.float64))
+    assert same(found, model, torch.randn(7, 4, dtype=torch.float64))
+    assert not found.removed
+    assert found.kept
+
+
+def test_one_group_that_fails_does_not_hold_up_the_others() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(mlp(), nn.Linear(3, 4).double(), Normed(root_mean_square).double(), nn.Linear(3, 5).double(), mlp2(5))
+    model = masked(model, out={"0.0": [1], "2.a": [0, 1], "4.0": [2]})
+    found = shrink(model, torch.randn(5, 4, dtype=torch.float64))
+    assert {name for name, side in removed(found) if side == "outputs"} == {"0.0", "4.0"}
+    assert kept(found)["2.a", "outputs"].startswith("without it the outputs change")
+
+
+def mlp2(size: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(size, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+
+
+@pytest.mark.parametrize(
+    ("model", "empty", "shape", "width"),
+    [
+        (
+            nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1)),
+            {"0": [1], "1": [3]},
+            (3, 6, 6),
+            6,
+        ),
+        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3, groups=2)), {"0": [1]}, (3, 6, 6), 8),
+        (nn.Sequential(nn.Conv1d(3, 8, 3), nn.PReLU(8), nn.Conv1d(8, 4, 3)), {"0": [1, 7]}, (3, 9), 6),
+        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 3)), {"0": [1]}, (3, 6, 6), 8),
+        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4)), {"0": [1, 2]}, (3, 4, 4), 6),
+    ],
+    ids=["depthwise", "grouped", "conv1d", "group norm", "flatten"],
+)
+def test_convolutions(model: nn.Sequential, empty: dict[str, list[int]], shape: tuple[int, ...], width: int) -> None:
+    model = masked(copy.deepcopy(model).double(), out=empty)
+    found = shrink(model, torch.randn(2, *shape, dtype=torch.float64))
+    assert same(found, model, torch.randn(3, *shape, dtype=torch.float64))
+    assert found.model[0].out_channels == width
+    assert bool(found.kept) == (width == 8)
+
+
+def test_transposed_convolutions() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(3, 8, 3, bias=False), nn.ReLU(), nn.ConvTranspose2d(8, 4, 3)).double()
+    model = masked(model, into={"0": [2, 3]})  # its columns are its outputs
+    found = shrink(model, torch.randn(2, 3, 4, 4, dtype=torch.float64))
+    assert removed(found) == {("0", "outputs"): (2, 3), ("2", "inputs"): (2, 3)}
+    assert same(found, model, torch.randn(2, 3, 5, 5, dtype=torch.float64))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down, self.head = nn.Embedding(11, 6), nn.Linear(6, 9), nn.Linear(9, 6), nn.Linear(6, 11)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        out: Tensor = self.head(x + self.down(self.up(x).relu()))
+        return out
+
+
+def test_tied_weights_stay_tied_and_whole() -> None:
+    model = masked(Tied(), out={"up": [1], "down": [0]}, into={"embed": [0]})
+    found = shrink(model, torch.randint(11, (2, 5)))
+    assert found.model.head.weight is found.model.embed.weight
+    assert removed(found) == {("up", "outputs"): (1,), ("down", "inputs"): (1,)}
+    assert "tied" in kept(found)["down", "outputs"]
+    assert same(found, model, torch.randint(11, (3, 4)))
+
+
+def test_outputs_and_inputs_of_the_model_keep_their_shapes() -> None:
+    model = masked(mlp(), out={"4": [1]}, into={"0": [2]})
+    found = shrink(model, torch.randn(5, 4, dtype=torch.float64))
+    assert not found.removed
+    assert kept(found) == {
+        ("0", "inputs"): "no layer computes it: it is an input of the model",
+        ("4", "outputs"): "it is an output of the model",
+    }
+
+
+def test_nothing_to_remove_is_the_same_model() -> None:
+    model = masked(mlp(), out={"0": []})
+    found = shrink(model, torch.randn(5, 4, dtype=torch.float64))
+    assert not found.removed
+    assert not found.kept
+    assert all(map(torch.equal, found.model.state_dict().values(), bp.finalize(model).state_dict().values()))
+
+
+def test_the_model_stays_as_it_is_and_the_result_is_plain() -> None:
+    model = masked(mlp(nn.ReLU).float(), out={"0": [1, 2]}).train()
+    model[2].weight.requires_grad_(False)
+    before, state = bp.read_masks(model), copy.deepcopy(model.state_dict())
+    found = shrink(model, torch.randn(5, 4)).model
+    assert bp.read_masks(model) == before
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert model.training
+    assert found.training
+    assert not found[2].weight.requires_grad
+    assert found[0].weight.requires_grad
+    assert [type(layer) for layer in found] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
+    assert {p.dtype for p in found.parameters()} == {torch.float32}
+    assert not [module for module in found.modules() if module._forward_hooks or module._forward_pre_hooks]
+    x = torch.randn(3, 4)
+    for twin in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        assert torch.equal(twin(x), found(x))
+    twin = copy.deepcopy(found)
+    twin.load_state_dict(found.state_dict())
+
+
+def test_random_numbers_go_on_as_if_nothing_had_run() -> None:
+    model, x = masked(mlp(), out={"0": [1]}), torch.randn(5, 4, dtype=torch.float64)
+    before = torch.get_rng_state()
+    shrink(model, x)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_half_precision_is_checked_in_double() -> None:
+    model = masked(mlp(nn.ReLU).bfloat16(), out={"0": [1, 2]})
+    found = shrink(model, torch.randn(5, 4))
+    assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16}
+    assert found.model[0].out_features == 6
+
+
+def test_the_table_says_what_went_and_what_stayed() -> None:
+    found = shrink(masked(mlp(), out={"0": [1, 2], "4": [0]}), torch.randn(5, 4, dtype=torch.float64))
+    assert [" ".join(line.split()) for line in repr(found).splitlines()] == [
+        "layer side units of what",
+        "0 outputs 2 8 removed",
+        "2 inputs 2 8 removed",
+        "4 outputs 1 3 kept: it is an output of the model",
+    ]
+    assert ">removed</td>" in found._repr_html_()
+
+
+def test_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(5, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="no masks"):
+        shrink(mlp(), x)
+    with pytest.raises(ValueError, match="cannot run the example"):
+        shrink(masked(mlp(), out={"0": [1]}), torch.randn(5, 7))
+    with pytest.raises(ValueError, match="no tensors"):
+        shrink(masked(mlp(), out={"0": [1]}), x, forward=lambda model, _: "nothing")
+    with pytest.raises(TypeError, match="a function"):
+        shrink(shrink, x)  # type: ignore[arg-type]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=re.escape('pip install "blockprune[shrink]"')):
+        shrink(masked(mlp(), out={"0": [1]}), x)
+
+
+def logits(model: nn.Module, batch: Any) -> Tensor:
+    out: Tensor = model(**batch, use_cache=False).logits
+    return out
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_llama_loses_mlp_units_and_whole_groups_of_heads(attention: str, padded: bool) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 (an extra)
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, attn_implementation=attention, **sizes))
+    mlp, heads = "model.layers.{}.mlp", "model.layers.{}.self_attn"
+    out = {f"{mlp.format(0)}.up_proj": [1, 2], f"{mlp.format(0)}.gate_proj": [3], f"{heads.format(1)}.v_proj": list(range(8, 16))}
+    into = {f"{mlp.format(1)}.down_proj": [5, 6], f"{heads.format(2)}.o_proj": list(range(16))}
+    model = masked(model, out=out, into=into)
+    example = {"input_ids": torch.randint(64, (2, 9))} | ({"attention_mask": torch.ones(2, 9).tril(6).long()} if padded else {})
+    found = shrink(model, example, forward=logits)
+    assert not found.kept
+    layers = found.model.model.layers
+    assert [layer.mlp.up_proj.out_features for layer in layers] == [45, 46, 48]
+    assert [layer.self_attn.k_proj.out_features for layer in layers] == [16, 8, 8]
+    assert [layer.self_attn.o_proj.in_features for layer in layers] == [32, 16, 16]
+    other = {"input_ids": torch.randint(64, (3, 5))}
+    with torch.no_grad():
+        assert torch.allclose(logits(found.model, other), logits(model, other), atol=1e-6)
+        assert torch.equal(*[m.generate(**other, max_new_tokens=3, do_sample=False, pad_token_id=0) for m in (model, found.model)])
+
+
+def test_minilm_loses_mlp_units_and_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import minilm  # noqa: PLC0415 (of the benchmarks)
+
+    model, tokenizer = minilm.load()
+    at = "encoder.layer.{}.{}"
+    out = {at.format(i, "intermediate.dense"): list(range(i % 3, 1536, 3)) for i in range(6)}
+    out |= {at.format(2, "attention.self.value"): list(range(32)), at.format(3, "attention.self.value"): list(range(5, 32))}
+    model = masked(model, out=out, into={at.format(1, "attention.output.dense"): list(range(32, 96))})
+    seen, unseen = (minilm.tokens(tokenizer, minilm.documents()[i : i + 2], longest=32) for i in (0, 2))
+    found = shrink(model, seen)
+    assert {layer.intermediate.dense.out_features for layer in found.model.encoder.layer} == {1024}
+    assert [layer.attention.self.query.out_features for layer in found.model.encoder.layer] == [384, 320, 352, 384, 384, 384]
+    assert kept(found) == {(at.format(3, "attention.self.value"), "outputs"): "a head is removed as a whole or not at all"}
+    with torch.no_grad():
+        a, b = (m(**unseen).last_hidden_state for m in (found.model, model))
+    assert torch.allclose(a, b, atol=1e-5 * float(b.abs().max()))

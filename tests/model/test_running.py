@@ -1,0 +1,239 @@
+"""A model is run on calibration data as the user says, and is afterwards as it was before."""
+
+import pickle
+from collections import namedtuple
+from functools import partial
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from torch import Tensor, nn
+
+import blockprune as bp
+from blockprune.model.running import (
+    as_calibration,
+    default_forward,
+    default_token_weights,
+    disable_attention_fastpath,
+    float64_copy,
+    preserve_state,
+    scalar_loss,
+    to_model_device,
+)
+
+X = torch.ones(2, 4)
+
+
+def half_loss(output: Tensor, batch: Any) -> Tensor:
+    return output.sum() / 2
+
+
+# Calibration.
+
+
+@pytest.mark.parametrize(
+    ("batches", "kind"), [(X, "Tensor"), ({"input_ids": X}, "dict"), (None, "NoneType"), (5, "int"), (nn.Linear(2, 2), "Linear")]
+)
+def test_batches_must_be_several(batches: Any, kind: str) -> None:
+    with pytest.raises(TypeError, match=rf"batches is one {kind}; give an iterable of batches, such as \[batch\]"):
+        bp.Calibration(batches)
+
+
+@pytest.mark.parametrize("per_sample", ["VMAP", "", None, True])
+def test_per_sample_is_vmap_or_loop(per_sample: Any) -> None:
+    with pytest.raises(ValueError, match=rf"per_sample={per_sample!r} must be 'vmap' or 'loop'"):
+        bp.Calibration([X], per_sample=per_sample)
+
+
+def test_a_calibration_is_frozen_and_evolves_checked() -> None:
+    calibration = bp.Calibration([X])
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        calibration.loss = half_loss  # type: ignore[misc]
+    assert attrs.evolve(calibration, loss=half_loss).loss is half_loss
+    with pytest.raises(TypeError, match="batches is one Tensor"):
+        attrs.evolve(calibration, batches=X)
+    with pytest.raises(TypeError, match="positional"):
+        bp.Calibration([X], half_loss)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("calibration", "text"),
+    [
+        (bp.Calibration([X, X]), "Calibration(batches=list of 2)"),
+        (bp.Calibration(X for _ in range(2)), "Calibration(batches=generator)"),
+        (bp.Calibration([X], progress=False, chunk_size=8), "Calibration(batches=list of 1, progress=False)"),
+        (bp.Calibration([X], loss=half_loss, chunk_size=2), "Calibration(batches=list of 1, loss=half_loss, chunk_size=2)"),
+        (bp.Calibration([], per_sample="loop", forward=partial(default_forward)),
+         "Calibration(batches=list of 0, forward=default_forward(), per_sample='loop')"),
+    ],
+)  # fmt: skip
+def test_a_calibration_prints_as_it_would_be_written(calibration: bp.Calibration, text: str) -> None:
+    assert repr(calibration) == text
+
+
+def test_a_calibration_pickles() -> None:
+    twin = pickle.loads(pickle.dumps(bp.Calibration([X], loss=half_loss, progress=False)))
+    assert repr(twin) == "Calibration(batches=list of 1, loss=half_loss, progress=False)"
+    assert torch.equal(twin.batches[0], X)
+
+
+def test_fields_as_keywords_are_a_calibration() -> None:
+    calibration = bp.Calibration([X], progress=False)
+    assert as_calibration(calibration, {}) is calibration
+    made = as_calibration(None, {"batches": [X, X], "loss": half_loss, "chunk_size": 3})
+    assert repr(made) == "Calibration(batches=list of 2, loss=half_loss, chunk_size=3)"
+
+
+@pytest.mark.parametrize(
+    ("calibration", "options", "error", "text"),
+    [
+        (None, {}, TypeError, r"no data to run the model on; give calibration=bp\.Calibration\(batches, \.\.\.\), or batches="),
+        (None, {"loss": half_loss}, TypeError, "no data to run the model on"),
+        (bp.Calibration([X]), {"loss": half_loss}, TypeError,
+         r"loss and calibration are both given; .*attrs\.evolve\(calibration, loss=\.\.\.\)"),
+        (bp.Calibration([X]), {"batches": [X], "progress": False}, TypeError,
+         r"batches, progress and calibration are both given; .*evolve\(calibration, batches=\.\.\., progress=\.\.\.\)"),
+        (None, {"batches": X}, TypeError, "batches is one Tensor"),
+        (None, {"batches": [X], "per_sample": "map"}, ValueError, "per_sample='map'"),
+        (None, {"batches": [X], "lazy": True}, TypeError, "lazy"),
+    ],
+)  # fmt: skip
+def test_a_calibration_and_its_fields_are_alternatives(calibration: Any, options: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        as_calibration(calibration, options)
+
+
+# Batches.
+
+
+@pytest.mark.parametrize(
+    ("batch", "args", "kwargs"),
+    [
+        (1, (1,), {}),
+        ({"a": 1, "b": 2}, (), {"a": 1, "b": 2}),
+        ((1, 2), (1,), {}),
+        ([1, 2], (1,), {}),
+        (({"a": 1}, 2), (), {"a": 1}),
+        (((1, 3), 2), (1, 3), {}),
+        ([[1, 3], 2], (1, 3), {}),
+    ],
+)
+def test_the_default_forward_passes_the_inputs_of_a_batch(batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    assert default_forward(lambda *a, **k: (a, k), batch) == (args, kwargs)
+
+
+def test_tokens_count_as_the_attention_mask_says() -> None:
+    mask = torch.tensor([[1, 0]])
+    assert default_token_weights({"attention_mask": mask}) is mask
+    assert default_token_weights({"attention_mask": mask[None]}) is None
+    assert default_token_weights({"input_ids": mask}) is None
+    assert default_token_weights(mask) is None
+
+
+def test_a_batch_takes_the_models_dtype_and_keeps_its_structure() -> None:
+    pair = namedtuple("pair", "x y")
+    batch = {"pair": pair(X, torch.ones(2).long()), "list": [X, "text"], "tuple": (X.bool(), None)}
+    got = to_model_device(nn.Linear(2, 2).double(), batch)
+    assert isinstance(got["pair"], pair)
+    assert got["pair"].x.dtype == got["list"][0].dtype == torch.float64
+    assert got["pair"].y.dtype == torch.int64
+    assert got["tuple"][0].dtype == torch.bool
+    assert (got["list"][1], got["tuple"][1]) == ("text", None)
+    assert batch["list"][0].dtype == torch.float32
+    assert to_model_device(nn.ReLU(), X).dtype == torch.float32
+
+
+# The model's state.
+
+
+def test_modes_flags_buffers_and_random_numbers_are_preserved_even_after_an_error() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout())
+    model[2].eval()
+    model[0].weight.requires_grad_(False)
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    random = torch.random.get_rng_state()
+
+    def train_and_stop() -> None:
+        with preserve_state(model, [model[0].weight]):
+            assert not any(m.training for m in model.modules())
+            assert model[0].weight.requires_grad
+            model[1].train()(torch.randn(8, 4))
+            assert not torch.equal(model[1].running_mean, buffers["1.running_mean"])
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        train_and_stop()
+    assert [m.training for m in model.modules()] == [True, True, True, False]
+    assert not model[0].weight.requires_grad
+    assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+    assert torch.equal(torch.random.get_rng_state(), random)
+
+
+def test_buffers_that_nothing_wrote_to_are_not_written_to() -> None:
+    model = nn.BatchNorm1d(4)
+    before = [b._version for b in model.buffers()]
+    with preserve_state(model):
+        model(torch.randn(8, 4))
+    assert [b._version for b in model.buffers()] == before
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_attention_fastpath_is_restored(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: enabled)
+    monkeypatch.setattr(torch.backends.mha, "set_fastpath_enabled", calls.append)
+
+    def stop() -> None:
+        with disable_attention_fastpath():
+            assert calls == [False]
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        stop()
+    assert calls == [False, enabled]
+
+
+class OnlyFloat32(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
+
+
+@pytest.mark.parametrize(("model", "dtype"), [(nn.Linear(4, 2), torch.float64), (OnlyFloat32(4, 2), torch.float32)])
+def test_a_copy_is_in_float64_if_the_model_runs_in_it(model: nn.Module, dtype: torch.dtype) -> None:
+    double, (output,) = float64_copy(model, lambda m: [m(to_model_device(m, X))])
+    assert torch.equal(output, model(X))
+    assert [p.dtype for p in double.parameters()] == [dtype, dtype]
+    assert {p.data_ptr() for p in double.parameters()}.isdisjoint({p.data_ptr() for p in model.parameters()})
+    assert [p.dtype for p in model.parameters()] == [torch.float32, torch.float32]
+
+
+def test_an_example_that_the_model_cannot_run_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"the model cannot run the example: .*forward"):
+        float64_copy(nn.Linear(3, 2), lambda m: [m(X)])
+
+
+# The loss.
+
+
+def test_the_loss_is_the_users_or_the_outputs_own() -> None:
+    x = X.clone().requires_grad_()
+    loss = bp.Calibration([], loss=lambda output, batch: output.sum() * batch)
+    assert scalar_loss(loss, x, 2, ["gate_grad"]).item() == 16
+    assert scalar_loss(bp.Calibration([]), {"loss": x.sum().view(1, 1)}, None, ["gate_grad"]).shape == ()
+    assert scalar_loss(bp.Calibration([]), attrs.make_class("Result", ["loss"])(x.sum()), None, ["gate_grad"]).item() == 8
+
+
+@pytest.mark.parametrize(
+    ("calibration", "output", "text"),
+    [
+        (bp.Calibration([]), X, r"statistics gate_grad, weight_grad need a loss: pass loss=.*\(Tensor\) has none"),
+        (bp.Calibration([]), {"logits": X}, r"\(dict\) has none"),
+        (bp.Calibration([], loss=lambda output, batch: output), X, r"one number, but loss\(output, batch\) gave shape \(2, 4\)"),
+        (bp.Calibration([], loss=lambda output, batch: 1.0), X, r"one number, but loss\(output, batch\) gave float"),
+        (bp.Calibration([], loss=half_loss), X, r"with a gradient, but loss\(output, batch\) has none"),
+    ],
+)
+def test_what_is_no_loss_is_an_error_that_names_the_statistics(calibration: bp.Calibration, output: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        scalar_loss(calibration, output, None, ["gate_grad", "weight_grad"])
