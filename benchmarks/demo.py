@@ -1,4 +1,4 @@
-"""The first five minutes: train a small network, prune it in blocks several ways, and see what each way costs.
+"""A first look: train a small network, prune it in blocks with several pipelines, and compare the accuracy that each of them keeps.
 
 python benchmarks/demo.py [--quick] [--out demo.png]
 """
@@ -24,8 +24,8 @@ from blockprune import allocate, metric, schedule
 
 BLOCKS = ((2, 2), (4, 4), (8, 8), (1, 8))
 COLUMNS = (0.25, 0.5, 0.75, 0.9)
-SPARSITIES = (0.0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)  # of the picture; the table shows COLUMNS
-LOOK = {  # colour (Okabe and Ito's, safe for colour-blind readers) and marker of a line
+SPARSITIES = (0.0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)  # the picture shows all, the table COLUMNS
+STYLES = {  # colour (Okabe and Ito's, which colour-blind readers can tell apart) and marker of a line
     "l1 per_layer": ("#0072B2", "o"),
     "l1 per_model": ("#D55E00", "s"),
     "l2 per_row": ("#009E73", "^"),
@@ -50,8 +50,8 @@ Schedule = Callable[[int], float]  # step -> sparsity
 Curves = Mapping[tuple[int, ...], Mapping[str, Mapping[float, float]]]  # block -> pipeline -> sparsity -> mean accuracy
 
 
-def measure(models: Sequence[nn.Module], blocks: Sequence[tuple[int, ...]], done: Callable[[], object]) -> Curves:
-    """Mean accuracy over the models, each pruned in one shot; the models stay dense."""
+def measure(models: Sequence[nn.Module], blocks: Sequence[tuple[int, ...]], callback: Callable[[], object]) -> Curves:
+    """Mean accuracy over the models, each pruned in one shot; the models stay dense. ``callback`` is called after each curve."""
 
     def curve(model: nn.Module, prune: bp.Pipeline) -> list[float]:
         scores = prune.scores(model)  # once, for all sparsities
@@ -60,21 +60,22 @@ def measure(models: Sequence[nn.Module], blocks: Sequence[tuple[int, ...]], done
 
     curves: dict[tuple[int, ...], dict[str, dict[float, float]]] = {}
     for block in blocks:
-        for name in LOOK:
-            each = [curve(model, pipelines(block, seed=seed)[name]) for seed, model in enumerate(models)]
-            curves.setdefault(block, {})[name] = dict(zip(SPARSITIES, map(statistics.mean, zip(*each, strict=True)), strict=True))
-            done()
+        for name in STYLES:
+            accuracies = [curve(model, pipelines(block, seed=seed)[name]) for seed, model in enumerate(models)]
+            means = map(statistics.mean, zip(*accuracies, strict=True))
+            curves.setdefault(block, {})[name] = dict(zip(SPARSITIES, means, strict=True))
+            callback()
     return curves
 
 
-def furthest(model: nn.Module, blocks: Sequence[tuple[int, ...]]) -> tuple[float, str]:
-    """How far a pipeline of the table is from the sparsity asked at worst, and which."""
+def largest_deviation(model: nn.Module, blocks: Sequence[tuple[int, ...]]) -> tuple[float, str]:
+    """The largest difference between the sparsity that is asked for and the one that a pipeline of the table reaches, and its name."""
     named = [(name, prune) for block in blocks for name, prune in pipelines(block, seed=0).items()]
     return max((abs(bp.sparsity(prune(model, sparsity)) - sparsity), name) for name, prune in named for sparsity in COLUMNS)
 
 
 def table(curves: Curves) -> str:
-    """One line a block and pipeline; * marks the best of a block at a sparsity."""
+    """One line for each block and pipeline; * marks the best pipeline for a block and a sparsity."""
     lines = ["block  pipeline          " + " ".join(f"{sparsity:8.0%}" for sparsity in COLUMNS)]
     for block, named in curves.items():
         best = {sparsity: max(curve[sparsity] for curve in named.values()) for sparsity in COLUMNS}
@@ -85,17 +86,18 @@ def table(curves: Curves) -> str:
 
 
 def seed_masks() -> str:
-    """The masks of the tutorial this library grew from: 2x2 blocks of Linear(4, 8) and Linear(8, 4) at 50 %."""
+    """The masks of NNI's tutorial: 2x2 blocks of Linear(4, 8) and Linear(8, 4) at 50 %."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
     masks = pipelines((2, 2), seed=0)["l1 per_layer"](model, 0.5)
     drawn = [["".join(".#"[kept] * 2 for kept in row) for row in bp.expand(m.keep, m.grid).tolist()] for m in masks.values()]
-    one, two = drawn
-    return "\n".join(f"    {left:8}      {right}".rstrip() for left, right in zip(one, two + [""] * (len(one) - len(two)), strict=True))
+    first, second = drawn
+    second += [""] * (len(first) - len(second))
+    return "\n".join(f"    {left:8}      {right}".rstrip() for left, right in zip(first, second, strict=True))
 
 
 def train_pruned(dense: nn.Module, prune: bp.Pipeline, batches: Batches, *, target: Schedule) -> nn.Module:
-    """A plain model, pruned while it trains: everything but the `apply_masks` line is a training loop as you know it."""
+    """A plain model, pruned while it trains: a usual training loop with one more line, `apply_masks`."""
     model = copy.deepcopy(dense)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for step, (images, labels) in enumerate(batches):
@@ -107,7 +109,8 @@ def train_pruned(dense: nn.Module, prune: bp.Pipeline, batches: Batches, *, targ
     return bp.finalize(model)
 
 
-def zeros(model: nn.Module) -> float:
+def zero_share(model: nn.Module) -> float:
+    """The fraction of the weights that are zero."""
     weights = [p for p in model.parameters() if p.ndim > 1]
     return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
 
@@ -117,7 +120,7 @@ def picture(curves: Curves, mask: bp.BlockMask, *, dense: float, title: str, mas
     left, right = figure.subplots(1, 2, width_ratios=[2.6, 1])
     left.axhline(dense, color="0.6", lw=1, ls="--")
     left.annotate("dense", (0.95, dense), xytext=(0, 4), textcoords="offset points", color="0.4", ha="right")
-    for name, (colour, marker) in LOOK.items():
+    for name, (colour, marker) in STYLES.items():
         curve = curves[2, 2][name]
         left.plot(list(curve), list(curve.values()), color=colour, marker=marker, ms=5, lw=1.8, label=name)
     left.set(title=title, xlabel="sparsity (weights removed)", ylabel="test accuracy", xlim=(-0.01, 0.96), ylim=(0, 1.05))
@@ -131,64 +134,77 @@ def picture(curves: Curves, mask: bp.BlockMask, *, dense: float, title: str, mas
     return figure
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    options.add_argument("--quick", action="store_true", help="one network and two block shapes, for the tests")
-    options.add_argument("--out", type=Path, default=Path("demo.png"), help="where the picture goes")
-    args = options.parse_args()
-    torch.set_num_threads(1)  # tensors this small are no faster on two, and far slower when another process wants a core
-    networks, blocks, epochs = (1, BLOCKS[:2], 5) if args.quick else (5, BLOCKS, 20)
-
-    with tqdm(total=2 * networks + len(blocks) * len(LOOK), desc="train", leave=False) as bar:
-        models = []
+def train_all(
+    networks: int, blocks: Sequence[tuple[int, ...]], epochs: int
+) -> tuple[list[nn.Module], Curves, list[nn.Module], list[nn.Module]]:
+    """Dense models, the accuracies of their pruned versions, and the models pruned while they train: gradually and at once."""
+    with tqdm(total=2 * networks + len(blocks) * len(STYLES), desc="train", leave=False) as bar:
+        models: list[nn.Module] = []
         for seed in range(networks):
             models.append(digits.trained(seed=seed))
             bar.update()
         before = [[w.tolist() for w in model.parameters()] for model in models]
-        dense = statistics.mean(map(digits.accuracy, models))
         bar.set_description("prune")
         curves = measure(models, blocks, bar.update)
         bar.set_description("prune while training")
         prune = pipelines((2, 2), seed=0)["l1 per_layer"]
         batches = list(digits.batches(epochs=epochs, seed=0))
-        gradually, at_once = partial(schedule.cubic, final=0.9, end=len(batches) // 2), partial(schedule.constant, value=0.9)
-        recovered: dict[Schedule, list[nn.Module]] = {gradually: [], at_once: []}
+        gradually, at_once = [], []
         for model in models:
-            for target, finals in recovered.items():
-                finals.append(train_pruned(model, prune, batches, target=target))
+            gradually.append(train_pruned(model, prune, batches, target=partial(schedule.cubic, final=0.9, end=len(batches) // 2)))
+            at_once.append(train_pruned(model, prune, batches, target=partial(schedule.constant, value=0.9)))
             bar.update()
-    assert before == [[w.tolist() for w in model.parameters()] for model in models], "pruning must not touch the dense models"
+    assert before == [[w.tolist() for w in model.parameters()] for model in models], "pruning must not change the dense models"
+    return models, curves, gradually, at_once
 
-    print(f"A pipeline is a value:\n    {prune}")
-    print("\nIts masks for Linear(4, 8) and Linear(8, 4) at 50 % (# kept, . pruned):")
-    print(seed_masks())
-    few = "one network" if networks == 1 else f"mean of {networks} networks"
-    print(f"\nTest accuracy on digits against sparsity: MLP 64-128-128-10, one shot, no retraining, {few}; dense {dense:.3f}")
-    off, whose = furthest(models[0], blocks)
-    print(f"(* best of its block shape; blocks are whole, so {whose} is up to {100 * off:.1f} points off the sparsity asked)\n")
-    print(table(curves))
 
-    rescued = {target: statistics.mean(map(digits.accuracy, finals)) for target, finals in recovered.items()}
-    print(
-        f"\nTrained on, l1 per_layer in 2x2 blocks to 90 %, then finalized: {rescued[gradually]:.3f} pruned gradually, "
-        f"{rescued[at_once]:.3f} pruned at once\n(without training {curves[2, 2]['l1 per_layer'][0.9]:.3f}); "
-        f"{min(map(zeros, recovered[gradually])):.1%} of the weights are zero."
-    )
-    masks = prune(models[0], 0.9)
+def mean_accuracy(models: Sequence[nn.Module]) -> float:
+    return statistics.mean(map(digits.accuracy, models))
+
+
+def print_saved_size(model: nn.Module, masks: bp.Masks) -> None:
+    """Save the masks, load them again, and compare the size of the file with that of the dense parameters."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "masks.safetensors")
         bp.save_masks(masks, path)
         assert bp.load_masks(path) == masks
-        dense_bytes = sum(p.numel() * p.element_size() for p in models[0].parameters())
+        dense_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         print(f"Masks saved and loaded again, equal: {path.stat().st_size:,} bytes (the dense parameters: {dense_bytes:,})")
 
-    shown = "0.weight"
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    options.add_argument("--quick", action="store_true", help="one network and two block shapes, for the tests")
+    options.add_argument("--out", type=Path, default=Path("demo.png"), help="the file for the picture")
+    args = options.parse_args()
+    torch.set_num_threads(1)  # tensors this small are no faster on two, and far slower when another process needs a core
+    networks, blocks, epochs = (1, BLOCKS[:2], 5) if args.quick else (5, BLOCKS, 20)
+    models, curves, gradually, at_once = train_all(networks, blocks, epochs)
+    dense = mean_accuracy(models)
+    prune = pipelines((2, 2), seed=0)["l1 per_layer"]
+
+    print(f"A pipeline is a value:\n    {prune}")
+    print("\nIts masks for Linear(4, 8) and Linear(8, 4) at 50 % (# kept, . pruned):")
+    print(seed_masks())
+    count = "one network" if networks == 1 else f"mean of {networks} networks"
+    print(f"\nTest accuracy on digits against sparsity: MLP 64-128-128-10, one shot, no retraining, {count}; dense {dense:.3f}")
+    deviation, name = largest_deviation(models[0], blocks)
+    print(f"(* best of its block shape; only whole blocks are pruned, so {name} deviates by up to {100 * deviation:.1f} points)\n")
+    print(table(curves))
+    print(
+        f"\nTrained on, l1 per_layer in 2x2 blocks to 90 %, then finalized: {mean_accuracy(gradually):.3f} pruned gradually, "
+        f"{mean_accuracy(at_once):.3f} pruned at once\n(without training {curves[2, 2]['l1 per_layer'][0.9]:.3f}); "
+        f"{min(map(zero_share, gradually)):.1%} of the weights are zero."
+    )
+    print_saved_size(models[0], prune(models[0], 0.9))
+
+    name = "0.weight"
     figure = picture(
         curves,
-        prune(models[0], 0.75)[shown],
+        prune(models[0], 0.75)[name],
         dense=dense,
-        title=f"Digits, 2x2 blocks, no retraining ({few})",
-        mask_title=f"mask of {shown} at 75 %\n(l1 per_layer; blue = kept)",
+        title=f"Digits, 2x2 blocks, no retraining ({count})",
+        mask_title=f"mask of {name} at 75 %\n(l1 per_layer; blue = kept)",
     )
     figure.savefig(args.out)
     print(f"Picture: {args.out}\n")

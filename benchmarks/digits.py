@@ -1,6 +1,6 @@
-"""Scikit-learn's digits (1,797 images of 8x8) and a small network that learns them in about a second.
+"""Scikit-learn's digits (1,797 images of 8x8 pixels) and a small network that learns them in about a second.
 
-The demo, the notebooks and the tests share this; nothing is downloaded, and every seed is fixed.
+The demo, the notebooks and the tests use it. Nothing is downloaded, and every seed is fixed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,7 +33,7 @@ def batches(*, epochs: int, seed: int, size: int = 32) -> Iterator[tuple[Tensor,
 
 
 def trained(*, seed: int = 0, epochs: int = 30) -> nn.Sequential:
-    """An MLP 64-128-128-10, trained; the global random state stays as it was."""
+    """A trained MLP 64-128-128-10; the global random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
@@ -47,6 +47,6 @@ def trained(*, seed: int = 0, epochs: int = 30) -> nn.Sequential:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> float:
-    """Fraction of the test images that are named right, with some parameters replaced if you like (`bp.masked_parameters`)."""
+    """Fraction of the test images that are classified correctly; ``parameters`` replace those of the model (`bp.masked_parameters`)."""
     _, images, _, labels = split()
     return (functional_call(model, dict(parameters or {}), images).argmax(1) == labels).double().mean().item()

@@ -1,6 +1,7 @@
-"""Execute the notebooks in place, without time stamps, so that only what changed differs.
+"""Execute the notebooks in place, without time stamps, so that a difference between two versions is a difference of contents.
 
-python benchmarks/execute_notebooks.py [02 ...]      # all, or those whose names begin so
+python benchmarks/execute_notebooks.py              # all
+python benchmarks/execute_notebooks.py 02 04        # those whose names begin so
 """
 
 import sys
@@ -15,5 +16,5 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 chosen = [path for path in sorted(FOLDER.glob("*.ipynb")) if path.name.startswith(tuple(sys.argv[1:]) or "")]
 for path in tqdm(chosen, desc="notebooks", disable=None):
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(FOLDER)}}, record_timing=False).execute()
+    NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(FOLDER)}}, record_timing=False).execute()
     nbformat.write(notebook, path)

@@ -1,4 +1,4 @@
-"""Schedules: step -> sparsity. Bind the options with ``functools.partial``; the step is the user's own loop's."""
+"""Schedules: step -> sparsity, for a loop that prunes step by step. Bind the options with ``functools.partial``."""
 
 import bisect
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ def constant(step: int, *, value: float) -> float:
 
 
 def linear(step: int, *, final: float, end: int, begin: int = 0, initial: float = 0.0) -> float:
-    """From ``initial`` at step ``begin`` to ``final`` at step ``end``, in equal increments; flat before and after.
+    """From ``initial`` at step ``begin`` to ``final`` at step ``end``, in equal increments; constant before and after.
 
     Example:
         >>> [bp.schedule.linear(step, final=0.8, begin=100, end=300) for step in (0, 200, 1000)]
@@ -25,7 +25,7 @@ def linear(step: int, *, final: float, end: int, begin: int = 0, initial: float 
 
 
 def cubic(step: int, *, final: float, end: int, begin: int = 0, initial: float = 0.0) -> float:
-    """Fast at first: ``final + (initial - final) (1 - t)^3`` (AGP, Zhu & Gupta 1710.01878, eq. 1).
+    """As `linear`, but fast at first: ``final + (initial - final) (1 - t)^3`` (AGP, Zhu & Gupta 1710.01878, eq. 1).
 
     Example:
         >>> [bp.schedule.cubic(step, final=0.8, begin=100, end=300) for step in (0, 200, 1000)]
@@ -35,23 +35,30 @@ def cubic(step: int, *, final: float, end: int, begin: int = 0, initial: float =
 
 
 def exponential(step: int, *, final: float, end: int, begin: int = 0, initial: float = 0.0) -> float:
-    """The same fraction of what is left goes at every step (lottery ticket rounds, Frankle & Carbin 1803.03635).
+    """As `linear`, but every step prunes the same fraction of what the one before kept (lottery tickets, Frankle & Carbin 1803.03635).
 
     Raises:
-        ValueError: ``initial`` or ``final`` of 1, which no fraction of the rest reaches.
+        ValueError: ``initial`` or ``final`` of 1, which cannot be reached by fractions of what is kept.
 
     Example:
         >>> [round(bp.schedule.exponential(step, final=0.75, end=2), 3) for step in (0, 1, 2)]
         [0.0, 0.5, 0.75]
     """
     if not (initial < 1 and final < 1):
-        raise ValueError(f"initial={initial} and final={final} must be below 1, which no fraction of the rest reaches; use linear or cubic")
+        raise ValueError(
+            f"initial={initial} and final={final} must be below 1, because each step keeps a fraction of the weights; use linear or cubic"
+        )
     t = _progress(step, begin, end)
     return float(1 - (1 - initial) ** (1 - t) * (1 - final) ** t)
 
 
 def steps(step: int, *, milestones: Mapping[int, float], initial: float = 0.0) -> float:
-    """Piecewise constant: the sparsity of the last milestone reached.
+    """Piecewise constant: the sparsity of the last milestone that is not after the step.
+
+    Args:
+        step: the current step.
+        milestones: sparsities by the step from which they apply.
+        initial: the sparsity before the first milestone.
 
     Example:
         >>> [bp.schedule.steps(step, milestones={100: 0.5, 200: 0.8}) for step in (0, 150, 200)]

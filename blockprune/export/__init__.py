@@ -5,12 +5,12 @@
 | `conversion`                              | `block_sparse`, and back: `load_state_dict`, `dense`, `onnx`                      |
 | `candidates`, `autotune`                  | which masked layers can run block-sparse, and which backend runs each (`choose`)  |
 | `sparse_layers`, `semi_structured`        | layers that hold only the kept blocks, or 2:4 weights                             |
-| `format`, `ops`                           | how kept blocks are stored; the product as an operator of torch                   |
+| `format`, `ops`                           | how kept blocks are stored; the product with them as an operator of torch         |
 | `triton_launch`, `triton_kernels`         | the product on a GPU                                                              |
 | `dense_baselines`, `timing`               | the fastest dense layers and models; interleaved median times                     |
 | `model_benchmark`, `recommendation`       | whole models against dense ones; which blocks make a layer faster, and their cost |
 | `shrinking`, `coupled_channels`           | smaller dense models without the units that masks have emptied                    |
-| `module_replacement`                      | other modules in the places of some                                               |
+| `module_replacement`                      | `replace_modules`                                                                 |
 """
 
 from blockprune.export.autotune import Backend, Backends, Choice, Choices, backends, choose

@@ -37,9 +37,7 @@ _KEY_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_hea
 
 
 Handler = Callable[..., Any]  # Torch-Pruning's method that prunes one side of a layer; it identifies the side
-Reached = dict[
-    tuple[PruningNode, Handler], set[PrunedUnit]
-]  # by node of the graph and handler: its channels, with those of the first layer
+Reached = dict[tuple[PruningNode, Handler], set[PrunedUnit]]  # the coupled channels of each side of each node of the graph
 
 
 @attrs.frozen(eq=False)
@@ -105,7 +103,7 @@ class CouplingGraph:
             _ignore_rotated_halves(node)
 
     def group(self, name: str, side: str, input_reasons: InputReasons) -> tuple[ChannelGroup | None, dict[int, str]]:
-        """The channels of one side of a layer that can be removed, with all channels coupled with them; and why each other one stays.
+        """The channels of one side of a layer that can be removed, with all channels coupled with them; and why each of the rest stays.
 
         The group is None for the side "inputs", of which only the reasons are computed, and if no channel can be removed.
         """
@@ -124,7 +122,7 @@ class CouplingGraph:
         if any(len(_removable(channels, reasons)) >= self._width(n, self._side(n, handler)) for (n, handler), channels in layers.items()):
             removable = [i for i in range(width) if i not in reasons]
             reasons |= dict.fromkeys(removable[:head_group], "a layer keeps at least one channel")
-        for channel in reached[start]:  # in a gated layer of two halves, removing one channel removes another one, too
+        for channel in reached[start]:  # in a gated layer of two halves, removing a channel removes a channel of the other half, too
             if channel.idx in reasons:
                 reasons.setdefault(channel.root_idx, reasons[channel.idx])
         removed = {

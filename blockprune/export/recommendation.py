@@ -26,7 +26,7 @@ SPARSITIES = (0.5, 0.75, 0.9, 0.95)
 
 @attrs.frozen
 class BlockSpeedup:
-    """How many times as fast as the best dense kernel one layer is in blocks of one shape, by sparsity.
+    """The speedup of a layer in blocks of one shape over the fastest dense kernel, by sparsity.
 
     Example:
         >>> from blockprune import export
@@ -77,7 +77,7 @@ class BlockRecommendation(Table):
 
     @property
     def verdict(self) -> str:
-        """The best block of each layer: the one that is faster from the lowest sparsity, and among several the fastest."""
+        """The best block of each layer: faster than dense from the lowest sparsity, and the fastest among several such blocks."""
         sentences = [f"With {self.input_rows} input rows per call."]
         for shape in dict.fromkeys(row.shape for row in self.rows):
             faster = [row for row in self.rows if row.shape == shape and row.faster_from is not None]
@@ -151,7 +151,7 @@ def recommend_blocks(
     rounds: int = 5,
     progress: bool = True,
 ) -> BlockRecommendation:
-    """Time layers of these shapes on this machine, with random masks in several blocks and sparsities, against the best dense kernel.
+    """Time layers of these shapes on this machine, with random masks in several blocks and sparsities, against the fastest dense kernel.
 
     Args:
         layers: masks or scores, of which only the shapes, blocks and device matter.
@@ -233,7 +233,7 @@ def cost_table(
 
 @attrs.frozen
 class _LayerTiming:
-    """On what inputs layers are timed, and how."""
+    """The size of the inputs on which layers are timed, and how they are timed."""
 
     input_rows: int
     dtype: torch.dtype
@@ -265,7 +265,7 @@ class _LayerTiming:
         return cls(rows, inputs.dtype, inputs.device, graph, rounds)
 
     def milliseconds(self, grids: Sequence[BlockGrid], sparsities: Sequence[float]) -> tuple[float, dict[tuple[BlockGrid, float], float]]:
-        """The time of the best dense kernel, and the times of random masks by grid and sparsity; the grids have one shape."""
+        """The time of the fastest dense kernel, and the times of random masks by grid and sparsity; the grids have one shape."""
         generator = torch.Generator().manual_seed(0)
         backend = next(row.name for row in backends().rows if row.available)
         weight = torch.randn(grids[0].shape, generator=generator).to(self.device, self.dtype)

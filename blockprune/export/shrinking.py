@@ -83,14 +83,14 @@ def shrink(model: nn.Module, example: Any, *, forward: Forward = default_forward
     """A new, smaller model without the units, filters, channels and attention heads that masks have emptied, with the same outputs.
 
     A unit is removed if every layer that reads it has zero weights for it, or if its value does not depend on the input. A constant that
-    is not zero is added to the biases of the layers that read it. Noise in place of what layers compute shows which units are constant.
+    is not zero moves into the biases of the layers that read it. Noise in place of what layers compute shows which units are constant.
 
     Torch-Pruning's graph (extra ``shrink``) proposes which units must be removed together. Each proposal is checked: in evaluation mode,
     the outputs on the example must stay the same, to 1e-5 of the largest output. Units that fail the check are kept.
 
     Args:
         model: with masks; it is not changed. Sizes that a model keeps elsewhere, such as a Hugging Face ``config``, are not updated.
-        example: a batch of several items that the model can run; the smaller model runs any other.
+        example: a batch of several items that the model can run; the smaller model runs any batch.
         forward: (model, example) -> output, as in `Calibration`.
 
     Raises:
@@ -293,19 +293,19 @@ def _bisect_removal(
     passed: list[GroupKey] = []
     smallest, stack = model, [list(groups)] if groups else []
     while stack:
-        tried = stack.pop()
+        keys = stack.pop()
         try:
-            smaller = without(model, [groups[key] for key in [*passed, *tried]])
+            smaller = without(model, [groups[key] for key in [*passed, *keys]])
             failure = check(smaller)
         except Exception as error:  # the model's own code may raise anything on other sizes
             first_line = str(error).strip().partition("\n")[0]
             failure = f"without it the model cannot run ({type(error).__name__}: {first_line})"
         if not failure:
-            passed, smallest = [*passed, *tried], smaller
-        elif len(tried) > 1:
-            stack += [tried[len(tried) // 2 :], tried[: len(tried) // 2]]
+            passed, smallest = [*passed, *keys], smaller
+        elif len(keys) > 1:
+            stack += [keys[len(keys) // 2 :], keys[: len(keys) // 2]]
         else:
-            failed[tried[0]] = failure
+            failed[keys[0]] = failure
     return smallest, passed
 
 

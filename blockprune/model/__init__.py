@@ -1,1 +1,1 @@
-"""The model: its parameters and their masks, which of them to prune, what each is multiplied with, and how a model is run."""
+"""Models: their parameters and masks, the rules that select parameters, the inputs of weights, and how a model is run."""

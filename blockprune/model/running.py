@@ -146,13 +146,13 @@ def scalar_loss(calibration: Calibration, output: Any, batch: Any, statistics: S
         2.0
     """
     what = f"statistics {', '.join(statistics)} need a loss"
+    loss: Any
     if calibration.loss is not None:
         loss = calibration.loss(output, batch)
     else:
-        own: Tensor | None = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if own is None:
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if loss is None:
             raise ValueError(f"{what}: pass loss=(output, batch) -> scalar; the model's output ({type(output).__name__}) has none")
-        loss = own
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         kind = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"{what} that is one number, but loss(output, batch) gave {kind}; take its mean or sum")

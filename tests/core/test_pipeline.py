@@ -41,6 +41,14 @@ def test_a_call_is_its_three_stages_one_after_the_other(seed: int, sparsity: flo
     assert prune.allocate(prune.scores(model), sparsity) == by_hand
 
 
+def test_a_mapping_of_sparsities_names_all_parameters_or_has_a_star() -> None:
+    with pytest.raises(KeyError, match=r"sparsity has no key for '2\.weight'; add one, or the key '\*'"):
+        PRUNE(net(), {"0.weight": 0.5})
+    masks = PRUNE(net(), {"*": 0.0, "0.weight": 0.5})
+    assert masks["2.weight"].keep.all()
+    assert masks["0.weight"] == PRUNE(net(), 0.5)["0.weight"]
+
+
 def test_scores_made_once_are_allocated_at_many_sparsities() -> None:
     model, calls = net(), []
     counted = attrs.evolve(PRUNE, metric=lambda data: calls.append(1) or metric.l1(data))
@@ -287,6 +295,7 @@ def test_a_stage_that_is_no_function_is_refused_by_name(stage: str) -> None:
     [
         (PRUNE, 1.5, ValueError),
         (PRUNE, {"typo": 0.5}, KeyError),
+        (PRUNE, {"0.weight": 0.5}, KeyError),
         (attrs.evolve(PRUNE, collect=partial(collect.weights, where=bp.linears((9, 9)))), 0.5, ValueError),
         (attrs.evolve(PRUNE, metric=_undefined), 0.5, ValueError),
         (attrs.evolve(PRUNE, allocate=partial(allocate.n_of_m, m=3)), 0.5, ValueError),

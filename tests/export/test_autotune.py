@@ -26,14 +26,14 @@ def timed(monkeypatch: pytest.MonkeyPatch, **more: float) -> None:
 def test_a_model_is_compared_with_the_best_dense_one_of_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
     timed(monkeypatch, mine=0.5)
     model = masked(mlp())
-    found = export.benchmark(model, export.block_sparse(model, backend="torch"), names=["mine"], inputs=torch.randn(8, 24))
-    row = found.rows[-1]
+    comparison = export.benchmark(model, export.block_sparse(model, backend="torch"), names=["mine"], inputs=torch.randn(8, 24))
+    row = comparison.rows[-1]
     assert (row.name, row.dtype, row.milliseconds, row.inputs_per_second) == ("mine", "float32", 0.5, 16_000)
     assert (row.speedup_same_dtype, row.speedup) == (4.0, 2.0)
-    assert found.verdict == "mine is 4.00 times as fast as the fastest float32 dense model (dense, oneDNN packed)."
-    assert [r.name for r in found.rows[:4]] == list(FAKE)
-    assert "ms per call" in repr(found)
-    assert "<table>" in found._repr_html_()
+    assert comparison.verdict == "mine is 4.00 times as fast as the fastest float32 dense model (dense, oneDNN packed)."
+    assert [r.name for r in comparison.rows[:4]] == list(FAKE)
+    assert "ms per call" in repr(comparison)
+    assert "<table>" in comparison._repr_html_()
 
 
 def test_a_model_that_is_not_faster_is_reported_and_from_which_sparsity_it_would_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,9 +44,9 @@ def test_a_model_that_is_not_faster_is_reported_and_from_which_sparsity_it_would
         return {name: {**FAKE, "Sequential": 2.5}[name] for name in models} if "sparser" not in models else {"sparser": next(times)}
 
     monkeypatch.setattr(model_benchmark, "_milliseconds", fake)
-    found = export.benchmark(model, export.block_sparse(model, backend="torch"), inputs=torch.randn(8, 24))
+    comparison = export.benchmark(model, export.block_sparse(model, backend="torch"), inputs=torch.randn(8, 24))
     slower = "Sequential is not faster than dense: it is 0.80 times as fast as dense, oneDNN packed."
-    assert found.verdict == f"{slower} The same blocks would be faster at 75% pruned: 2.00 times as fast."
+    assert comparison.verdict == f"{slower} The same blocks would be faster at 75% pruned: 2.00 times as fast."
 
 
 def test_a_real_benchmark_leaves_the_models_alone() -> None:
@@ -54,10 +54,10 @@ def test_a_real_benchmark_leaves_the_models_alone() -> None:
     sparse = export.block_sparse(model, backend="torch")
     half = copy.deepcopy(sparse).to(torch.bfloat16)
     before = copy.deepcopy(model.state_dict())
-    found = export.benchmark(model, sparse, half, names=["a", "b"], inputs=torch.randn(8, 24), rounds=1)
-    assert [row.dtype for row in found.rows[-2:]] == ["float32", "bfloat16"]
-    assert all(row.milliseconds > 0 for row in found.rows)
-    assert found.rows[-2].mebibytes < found.rows[0].mebibytes * 2
+    comparison = export.benchmark(model, sparse, half, names=["a", "b"], inputs=torch.randn(8, 24), rounds=1)
+    assert [row.dtype for row in comparison.rows[-2:]] == ["float32", "bfloat16"]
+    assert all(row.milliseconds > 0 for row in comparison.rows)
+    assert comparison.rows[-2].mebibytes < comparison.rows[0].mebibytes * 2
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     with pytest.raises(ValueError, match="names has 1 entries for 2 models"):
         export.benchmark(model, sparse, half, names=["a"], inputs=torch.randn(8, 24))
@@ -124,9 +124,9 @@ def test_bad_arguments_are_refused() -> None:
 
 def test_timed_calls_are_interleaved() -> None:
     calls: list[str] = []
-    found = median_seconds({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
+    medians = median_seconds({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
     assert calls == ["a", "b"] * 4
-    assert set(found) == {"a", "b"}
+    assert set(medians) == {"a", "b"}
 
 
 @pytest.mark.parametrize("graph", [False, True])
@@ -136,10 +136,10 @@ def test_on_an_accelerator_all_copies_of_a_variant_run_before_one_synchronizatio
     monkeypatch.setattr(timing, "cuda_graphed", lambda call: lambda: (calls.append("replay"), call()))
     monkeypatch.setattr(timing.time, "perf_counter", itertools.count().__next__)
     variants = {"a": [lambda: calls.append("a"), lambda: calls.append("A")], "b": [lambda: calls.append("b")]}
-    found = time_interleaved(variants, torch.device("cuda"), graph=graph, rounds=2)
+    seconds = time_interleaved(variants, torch.device("cuda"), graph=graph, rounds=2)
     replay = ["replay"] * graph
     assert calls == [*replay, "a", "A", "end", *replay, "b", "end"] * 3
-    assert found == {"a": 0.5, "b": 1}
+    assert seconds == {"a": 0.5, "b": 1}
 
 
 def test_there_are_more_copies_than_caches_hold() -> None:

@@ -37,33 +37,33 @@ def columns(weight: Tensor, empty: list[int]) -> bp.BlockMask:
 
 def masked(model: nn.Module, *, out: dict[str, list[int]] | None = None, into: dict[str, list[int]] | None = None) -> nn.Module:
     """The model in evaluation mode with these rows (`out`) and columns (`into`) of its layers' weights empty."""
-    found = {f"{name}.weight": rows(model.get_submodule(name).weight, empty) for name, empty in (out or {}).items()}
+    masks = {f"{name}.weight": rows(model.get_submodule(name).weight, empty) for name, empty in (out or {}).items()}
     for name, empty in (into or {}).items():
         mask, weight = columns(model.get_submodule(name).weight, empty), f"{name}.weight"
-        if weight in found:
+        if weight in masks:
             fine = bp.BlockGrid(mask.grid.shape, (1, 1))
-            mask = bp.BlockMask((bp.expand(mask.keep, mask.grid) & bp.expand(found[weight].keep, found[weight].grid)), fine)
-        found[weight] = mask
-    return bp.apply_masks(model, found).eval()
+            mask = bp.BlockMask((bp.expand(mask.keep, mask.grid) & bp.expand(masks[weight].keep, masks[weight].grid)), fine)
+        masks[weight] = mask
+    return bp.apply_masks(model, masks).eval()
 
 
 def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def same(found: ShrinkResult, model: nn.Module, *inputs: Any) -> bool:
+def same(shrunk: ShrinkResult, model: nn.Module, *inputs: Any) -> bool:
     """Equal outputs, on inputs that `shrink` did not get."""
     with torch.no_grad():
-        a, b = found.model(*inputs), model(*inputs)
+        a, b = shrunk.model(*inputs), model(*inputs)
     return torch.allclose(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()) + 1e-12)
 
 
-def removed(found: ShrinkResult) -> dict[tuple[str, str], tuple[int, ...]]:
-    return {(units.layer, units.side): units.indices for units in found.removed}
+def removed(shrunk: ShrinkResult) -> dict[tuple[str, str], tuple[int, ...]]:
+    return {(units.layer, units.side): units.indices for units in shrunk.removed}
 
 
-def kept(found: ShrinkResult) -> dict[tuple[str, str], str]:
-    return {(units.layer, units.side): units.reason for units in found.kept}
+def kept(shrunk: ShrinkResult) -> dict[tuple[str, str], str]:
+    return {(units.layer, units.side): units.reason for units in shrunk.kept}
 
 
 def mlp(activation: Callable[[], nn.Module] = nn.GELU, *, bias: bool = True) -> nn.Sequential:
@@ -145,20 +145,20 @@ def below(size: int, indices: list[int]) -> list[int]:
 
 @given(st.sampled_from(ACTIVATIONS), st.booleans(), st.tuples(lists, lists), st.tuples(lists, lists), seeds)
 @example(nn.ReLU, False, ([2, 3, 4, 5, 7], []), ([0, 1, 6], []), 0)
-def test_units_that_masks_empty_are_gone_from_an_mlp_and_the_outputs_stay(
+def test_units_that_masks_empty_are_removed_from_an_mlp_and_the_outputs_stay(
     activation: type[nn.Module], bias: bool, out_of: tuple[list[int], list[int]], read: tuple[list[int], list[int]], seed: int
 ) -> None:
     torch.manual_seed(seed)
     out, into = {"0": below(8, out_of[0]), "2": below(6, out_of[1])}, {"2": below(8, read[0]), "4": below(6, read[1])}
     model = masked(mlp(activation, bias=bias), out=out, into=into)
-    found = shrink(model, torch.randn(5, 4, dtype=torch.float64))
-    assert same(found, model, torch.randn(7, 4, dtype=torch.float64))
+    shrunk = shrink(model, torch.randn(5, 4, dtype=torch.float64))
+    assert same(shrunk, model, torch.randn(7, 4, dtype=torch.float64))
     left = [8 - len({*out["0"], *into["2"]}), 6 - len({*out["2"], *into["4"]})]
     constant = not left[0] and 0 in into["2"]  # the one unit that stays, the first, is not read: neither is any after it needed
-    assert found.model[2].out_features == (1 if constant else max(1, left[1]))
+    assert shrunk.model[2].out_features == (1 if constant else max(1, left[1]))
     if min(left) > 0:
-        assert found.model[0].out_features == left[0]
-        assert not [units for units in found.kept if units.side == "outputs"]
+        assert shrunk.model[0].out_features == left[0]
+        assert not [units for units in shrunk.kept if units.side == "outputs"]
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.floats(0, 1), seeds)
@@ -168,14 +168,14 @@ def test_any_masks_leave_the_outputs_as_they_are(tall: int, wide: int, sparsity:
     prune = bp.Pipeline(where, bp.metric.random, bp.allocate.per_layer)
     model = mlp(nn.ReLU)
     bp.apply_masks(model, prune(model, sparsity))
-    found = shrink(model, torch.randn(5, 4, dtype=torch.float64))
-    assert same(found, model, torch.randn(7, 4, dtype=torch.float64))
-    assert parameters(found.model) <= parameters(bp.finalize(model))
+    shrunk = shrink(model, torch.randn(5, 4, dtype=torch.float64))
+    assert same(shrunk, model, torch.randn(7, 4, dtype=torch.float64))
+    assert parameters(shrunk.model) <= parameters(bp.finalize(model))
 
 
 @settings(max_examples=25)
 @given(st.tuples(lists, lists, lists), st.booleans(), st.sampled_from([0, 1]), seeds)
-def test_channels_go_through_batch_norm_residuals_and_flatten(
+def test_channels_are_removed_across_batch_norm_residuals_and_flatten(
     channels: tuple[list[int], list[int], list[int]], zero: bool, padding: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -185,46 +185,48 @@ def test_channels_go_through_batch_norm_residuals_and_flatten(
     if zero:
         for tensor in (model.stem.bias, model.second.bias):
             nn.init.zeros_(tensor)
-    empty = {name: below(size, found) for (name, size), found in zip({"stem": 8, "first": 12, "second": 8}.items(), channels, strict=True)}
+    empty = {
+        name: below(size, indices) for (name, size), indices in zip({"stem": 8, "first": 12, "second": 8}.items(), channels, strict=True)
+    }
     model = masked(model, out=empty)
-    found = shrink(model, torch.randn(2, 3, 8, 8, dtype=torch.float64))
-    assert same(found, model, torch.randn(3, 3, 8, 8, dtype=torch.float64))
+    shrunk = shrink(model, torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    assert same(shrunk, model, torch.randn(3, 3, 8, 8, dtype=torch.float64))
     if zero:  # a channel of the stream goes where both that add to it are empty
-        assert found.model.stem.out_channels == max(1, 8 - len(set(empty["stem"]) & set(empty["second"])))
+        assert shrunk.model.stem.out_channels == max(1, 8 - len(set(empty["stem"]) & set(empty["second"])))
     if padding == 0:  # a constant reaches every position of the map alike
-        assert found.model.first.out_channels == max(1, 12 - len(empty["first"]))
+        assert shrunk.model.first.out_channels == max(1, 12 - len(empty["first"]))
 
 
 def test_a_constant_under_zero_padding_stays_and_is_reported() -> None:
     model = Residual().double()
     nn.init.ones_(model.norm.bias)
     model = masked(model, out={"first": [3]})
-    found = shrink(model, torch.randn(2, 3, 8, 8, dtype=torch.float64))
-    assert not found.removed
-    assert kept(found) == {("first", "outputs"): "it is constant, but second pads it with zeros"}
+    shrunk = shrink(model, torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    assert not shrunk.removed
+    assert kept(shrunk) == {("first", "outputs"): "it is constant, but second pads it with zeros"}
 
 
-def test_a_hidden_unit_that_nothing_reads_goes_whatever_it_is() -> None:
+def test_a_hidden_unit_that_no_layer_reads_is_removed_whatever_its_weights() -> None:
     model = masked(mlp(), into={"4": [2, 5]})
-    found = shrink(model, torch.randn(5, 4, dtype=torch.float64))
-    assert removed(found) == {("2", "outputs"): (2, 5), ("4", "inputs"): (2, 5)}
-    assert not found.kept
-    assert same(found, model, torch.randn(5, 4, dtype=torch.float64))
+    shrunk = shrink(model, torch.randn(5, 4, dtype=torch.float64))
+    assert removed(shrunk) == {("2", "outputs"): (2, 5), ("4", "inputs"): (2, 5)}
+    assert not shrunk.kept
+    assert same(shrunk, model, torch.randn(5, 4, dtype=torch.float64))
 
 
-def test_a_constant_needs_a_bias_to_go_to_and_gets_one() -> None:
+def test_a_layer_without_a_bias_gets_one_for_a_constant() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Sigmoid(), nn.Linear(8, 3, bias=False)).double()
     model = masked(model, out={"0": [1]})
-    found = shrink(model, torch.randn(5, 4, dtype=torch.float64))
-    assert found.model[2].bias.dtype == torch.float64
-    assert same(found, model, torch.randn(5, 4, dtype=torch.float64))
+    shrunk = shrink(model, torch.randn(5, 4, dtype=torch.float64))
+    assert shrunk.model[2].bias.dtype == torch.float64
+    assert same(shrunk, model, torch.randn(5, 4, dtype=torch.float64))
 
 
-def test_a_relu_that_is_silent_on_the_example_is_not_taken_for_constant() -> None:
+def test_a_relu_that_is_zero_on_the_example_does_not_count_as_constant() -> None:
     model = mlp(nn.ReLU)
     nn.init.constant_(model[0].bias, -1e3)
-    found = shrink(masked(model, out={"2": [0]}), torch.randn(5, 4, dtype=torch.float64))
-    assert found.model[0].out_features == 8
+    shrunk = shrink(masked(model, out={"2": [0]}), torch.randn(5, 4, dtype=torch.float64))
+    assert shrunk.model[0].out_features == 8
 
 
 class Scaled(nn.Module):
@@ -241,17 +243,17 @@ class Scaled(nn.Module):
 
 def test_an_example_of_one_item_does_not_make_its_inputs_constant() -> None:
     model = masked(Scaled().double(), out={"a": [1]})
-    found = shrink(model, torch.ones(1, 1, dtype=torch.float64))
-    assert kept(found) == {("a", "outputs"): "b reads it"}
+    shrunk = shrink(model, torch.ones(1, 1, dtype=torch.float64))
+    assert kept(shrunk) == {("a", "outputs"): "b reads it"}
 
 
 @pytest.mark.parametrize("side", ["out", "into"])
-def test_gate_and_up_go_together(side: str) -> None:
+def test_gate_and_up_are_removed_together(side: str) -> None:
     model = masked(Gated().double(), **({"out": {"up": [1, 2], "gate": [5]}} if side == "out" else {"into": {"down": [1, 2, 5]}}))
-    found = shrink(model, torch.randn(2, 3, 6, dtype=torch.float64))
+    shrunk = shrink(model, torch.randn(2, 3, 6, dtype=torch.float64))
     gone = (1, 2, 5)
-    assert removed(found) == {("gate", "outputs"): gone, ("up", "outputs"): gone, ("down", "inputs"): gone}
-    assert same(found, model, torch.randn(4, 2, 6, dtype=torch.float64))
+    assert removed(shrunk) == {("gate", "outputs"): gone, ("up", "outputs"): gone, ("down", "inputs"): gone}
+    assert same(shrunk, model, torch.randn(4, 2, 6, dtype=torch.float64))
 
 
 SPELLINGS = [{"fused": True}, {"fused": False}, {"fused": True, "counts": True}, {"fused": False, "counts": True}]
@@ -260,7 +262,9 @@ SPELLINGS = [{"fused": True}, {"fused": False}, {"fused": True, "counts": True},
 @pytest.mark.parametrize("side", ["values", "output"])
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=str)
 @pytest.mark.parametrize(("heads", "shared"), [(4, 4), (6, 2), (4, 1)])
-def test_whole_heads_go_and_with_shared_keys_all_their_queries(heads: int, shared: int, spelling: dict[str, bool], side: str) -> None:
+def test_whole_heads_are_removed_and_with_shared_keys_all_their_queries(
+    heads: int, shared: int, spelling: dict[str, bool], side: str
+) -> None:
     torch.manual_seed(0)
     model, repeat = Attention(heads, shared, **spelling).double(), heads // shared
     if spelling.get("counts") and spelling["fused"]:
@@ -271,28 +275,28 @@ def test_whole_heads_go_and_with_shared_keys_all_their_queries(heads: int, share
         model = masked(model, out={"v": [*of_keys, *([also] if also else [])]})
     else:
         model = masked(model, into={"o": [*of_queries, *([4 * repeat + 1] if also else [])]})
-    found = shrink(model, torch.randn(2, 5, 8, dtype=torch.float64))
-    assert same(found, model, torch.randn(3, 4, 8, dtype=torch.float64))
+    shrunk = shrink(model, torch.randn(2, 5, 8, dtype=torch.float64))
+    assert same(shrunk, model, torch.randn(3, 4, 8, dtype=torch.float64))
     if shared == 1:
-        assert not found.removed
-        assert "a layer keeps at least one channel" in kept(found).values()
+        assert not shrunk.removed
+        assert "a layer keeps at least one channel" in kept(shrunk).values()
         return
-    assert removed(found) == {
+    assert removed(shrunk) == {
         ("q", "outputs"): of_queries,
         ("k", "outputs"): of_keys,
         ("v", "outputs"): of_keys,
         ("o", "inputs"): of_queries,
     }
-    assert len(found.kept) == 1
+    assert len(shrunk.kept) == 1
     if spelling.get("counts"):
-        assert (found.model.num_heads, found.model.num_key_value_heads) == (heads - repeat, shared - 1)
+        assert (shrunk.model.num_heads, shrunk.model.num_key_value_heads) == (heads - repeat, shared - 1)
 
 
 def test_heads_whose_number_is_written_into_the_code_stay_and_are_reported() -> None:
     model = masked(Attention(4, 4, fused=False, fixed=True).double(), into={"o": [0, 1, 2, 3]})
-    found = shrink(model, torch.randn(2, 5, 8, dtype=torch.float64))
-    assert not found.removed
-    assert "without it the model cannot run (RuntimeError: shape '[2, 5, 16]'" in kept(found)["o", "inputs"]
+    shrunk = shrink(model, torch.randn(2, 5, 8, dtype=torch.float64))
+    assert not shrunk.removed
+    assert "without it the model cannot run (RuntimeError: shape '[2, 5, 16]'" in kept(shrunk)["o", "inputs"]
 
 
 class Normed(nn.Module):
@@ -316,19 +320,19 @@ def root_mean_square(x: Tensor) -> Tensor:
 def test_where_the_graph_is_wrong_the_units_stay(mix: Callable[[Tensor], Tensor], side: str) -> None:
     torch.manual_seed(0)
     model = masked(Normed(mix).double(), **({"out": {"a": [2]}} if side == "out" else {"into": {"b": [2]}}))
-    found = shrink(model, torch.randn(5, 4, dtype=torch.float64))
-    assert same(found, model, torch.randn(7, 4, dtype=torch.float64))
-    assert not found.removed
-    assert found.kept
+    shrunk = shrink(model, torch.randn(5, 4, dtype=torch.float64))
+    assert same(shrunk, model, torch.randn(7, 4, dtype=torch.float64))
+    assert not shrunk.removed
+    assert shrunk.kept
 
 
-def test_one_group_that_fails_does_not_hold_up_the_others() -> None:
+def test_a_group_that_fails_does_not_keep_the_others() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(mlp(), nn.Linear(3, 4).double(), Normed(root_mean_square).double(), nn.Linear(3, 5).double(), mlp2(5))
     model = masked(model, out={"0.0": [1], "2.a": [0, 1], "4.0": [2]})
-    found = shrink(model, torch.randn(5, 4, dtype=torch.float64))
-    assert {name for name, side in removed(found) if side == "outputs"} == {"0.0", "4.0"}
-    assert kept(found)["2.a", "outputs"].startswith("without it the outputs change")
+    shrunk = shrink(model, torch.randn(5, 4, dtype=torch.float64))
+    assert {name for name, side in removed(shrunk) if side == "outputs"} == {"0.0", "4.0"}
+    assert kept(shrunk)["2.a", "outputs"].startswith("without it the outputs change")
 
 
 def mlp2(size: int) -> nn.Sequential:
@@ -353,18 +357,18 @@ def mlp2(size: int) -> nn.Sequential:
 )
 def test_convolutions(model: nn.Sequential, empty: dict[str, list[int]], shape: tuple[int, ...], width: int) -> None:
     model = masked(copy.deepcopy(model).double(), out=empty)
-    found = shrink(model, torch.randn(2, *shape, dtype=torch.float64))
-    assert same(found, model, torch.randn(3, *shape, dtype=torch.float64))
-    assert found.model[0].out_channels == width
-    assert bool(found.kept) == (width == 8)
+    shrunk = shrink(model, torch.randn(2, *shape, dtype=torch.float64))
+    assert same(shrunk, model, torch.randn(3, *shape, dtype=torch.float64))
+    assert shrunk.model[0].out_channels == width
+    assert bool(shrunk.kept) == (width == 8)
 
 
 def test_transposed_convolutions() -> None:
     model = nn.Sequential(nn.ConvTranspose2d(3, 8, 3, bias=False), nn.ReLU(), nn.ConvTranspose2d(8, 4, 3)).double()
     model = masked(model, into={"0": [2, 3]})  # its columns are its outputs
-    found = shrink(model, torch.randn(2, 3, 4, 4, dtype=torch.float64))
-    assert removed(found) == {("0", "outputs"): (2, 3), ("2", "inputs"): (2, 3)}
-    assert same(found, model, torch.randn(2, 3, 5, 5, dtype=torch.float64))
+    shrunk = shrink(model, torch.randn(2, 3, 4, 4, dtype=torch.float64))
+    assert removed(shrunk) == {("0", "outputs"): (2, 3), ("2", "inputs"): (2, 3)}
+    assert same(shrunk, model, torch.randn(2, 3, 5, 5, dtype=torch.float64))
 
 
 class Tied(nn.Module):
@@ -381,18 +385,18 @@ class Tied(nn.Module):
 
 def test_tied_weights_stay_tied_and_whole() -> None:
     model = masked(Tied(), out={"up": [1], "down": [0]}, into={"embed": [0]})
-    found = shrink(model, torch.randint(11, (2, 5)))
-    assert found.model.head.weight is found.model.embed.weight
-    assert removed(found) == {("up", "outputs"): (1,), ("down", "inputs"): (1,)}
-    assert "tied" in kept(found)["down", "outputs"]
-    assert same(found, model, torch.randint(11, (3, 4)))
+    shrunk = shrink(model, torch.randint(11, (2, 5)))
+    assert shrunk.model.head.weight is shrunk.model.embed.weight
+    assert removed(shrunk) == {("up", "outputs"): (1,), ("down", "inputs"): (1,)}
+    assert "tied" in kept(shrunk)["down", "outputs"]
+    assert same(shrunk, model, torch.randint(11, (3, 4)))
 
 
 def test_outputs_and_inputs_of_the_model_keep_their_shapes() -> None:
     model = masked(mlp(), out={"4": [1]}, into={"0": [2]})
-    found = shrink(model, torch.randn(5, 4, dtype=torch.float64))
-    assert not found.removed
-    assert kept(found) == {
+    shrunk = shrink(model, torch.randn(5, 4, dtype=torch.float64))
+    assert not shrunk.removed
+    assert kept(shrunk) == {
         ("0", "inputs"): "no layer computes it: it is an input of the model",
         ("4", "outputs"): "it is an output of the model",
     }
@@ -400,34 +404,34 @@ def test_outputs_and_inputs_of_the_model_keep_their_shapes() -> None:
 
 def test_nothing_to_remove_is_the_same_model() -> None:
     model = masked(mlp(), out={"0": []})
-    found = shrink(model, torch.randn(5, 4, dtype=torch.float64))
-    assert not found.removed
-    assert not found.kept
-    assert all(map(torch.equal, found.model.state_dict().values(), bp.finalize(model).state_dict().values()))
+    shrunk = shrink(model, torch.randn(5, 4, dtype=torch.float64))
+    assert not shrunk.removed
+    assert not shrunk.kept
+    assert all(map(torch.equal, shrunk.model.state_dict().values(), bp.finalize(model).state_dict().values()))
 
 
 def test_the_model_stays_as_it_is_and_the_result_is_plain() -> None:
     model = masked(mlp(nn.ReLU).float(), out={"0": [1, 2]}).train()
     model[2].weight.requires_grad_(False)
     before, state = bp.read_masks(model), copy.deepcopy(model.state_dict())
-    found = shrink(model, torch.randn(5, 4)).model
+    shrunk = shrink(model, torch.randn(5, 4)).model
     assert bp.read_masks(model) == before
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
     assert model.training
-    assert found.training
-    assert not found[2].weight.requires_grad
-    assert found[0].weight.requires_grad
-    assert [type(layer) for layer in found] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
-    assert {p.dtype for p in found.parameters()} == {torch.float32}
-    assert not [module for module in found.modules() if module._forward_hooks or module._forward_pre_hooks]
+    assert shrunk.training
+    assert not shrunk[2].weight.requires_grad
+    assert shrunk[0].weight.requires_grad
+    assert [type(layer) for layer in shrunk] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
+    assert {p.dtype for p in shrunk.parameters()} == {torch.float32}
+    assert not [module for module in shrunk.modules() if module._forward_hooks or module._forward_pre_hooks]
     x = torch.randn(3, 4)
-    for twin in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
-        assert torch.equal(twin(x), found(x))
-    twin = copy.deepcopy(found)
-    twin.load_state_dict(found.state_dict())
+    for twin in (copy.deepcopy(shrunk), pickle.loads(pickle.dumps(shrunk))):
+        assert torch.equal(twin(x), shrunk(x))
+    twin = copy.deepcopy(shrunk)
+    twin.load_state_dict(shrunk.state_dict())
 
 
-def test_random_numbers_go_on_as_if_nothing_had_run() -> None:
+def test_the_random_state_stays_as_it_is() -> None:
     model, x = masked(mlp(), out={"0": [1]}), torch.randn(5, 4, dtype=torch.float64)
     before = torch.get_rng_state()
     shrink(model, x)
@@ -436,20 +440,20 @@ def test_random_numbers_go_on_as_if_nothing_had_run() -> None:
 
 def test_half_precision_is_checked_in_double() -> None:
     model = masked(mlp(nn.ReLU).bfloat16(), out={"0": [1, 2]})
-    found = shrink(model, torch.randn(5, 4))
-    assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16}
-    assert found.model[0].out_features == 6
+    shrunk = shrink(model, torch.randn(5, 4))
+    assert {p.dtype for p in shrunk.model.parameters()} == {torch.bfloat16}
+    assert shrunk.model[0].out_features == 6
 
 
-def test_the_table_says_what_went_and_what_stayed() -> None:
-    found = shrink(masked(mlp(), out={"0": [1, 2], "4": [0]}), torch.randn(5, 4, dtype=torch.float64))
-    assert [" ".join(line.split()) for line in repr(found).splitlines()] == [
+def test_the_table_says_what_was_removed_and_what_was_kept() -> None:
+    shrunk = shrink(masked(mlp(), out={"0": [1, 2], "4": [0]}), torch.randn(5, 4, dtype=torch.float64))
+    assert [" ".join(line.split()) for line in repr(shrunk).splitlines()] == [
         "layer side units of what",
         "0 outputs 2 8 removed",
         "2 inputs 2 8 removed",
         "4 outputs 1 3 kept: it is an output of the model",
     ]
-    assert ">removed</td>" in found._repr_html_()
+    assert ">removed</td>" in shrunk._repr_html_()
 
 
 def test_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,16 +489,16 @@ def test_a_llama_loses_mlp_units_and_whole_groups_of_heads(attention: str, padde
     into = {f"{mlp.format(1)}.down_proj": [5, 6], f"{heads.format(2)}.o_proj": list(range(16))}
     model = masked(model, out=out, into=into)
     example = {"input_ids": torch.randint(64, (2, 9))} | ({"attention_mask": torch.ones(2, 9).tril(6).long()} if padded else {})
-    found = shrink(model, example, forward=logits)
-    assert not found.kept
-    layers = found.model.model.layers
+    shrunk = shrink(model, example, forward=logits)
+    assert not shrunk.kept
+    layers = shrunk.model.model.layers
     assert [layer.mlp.up_proj.out_features for layer in layers] == [45, 46, 48]
     assert [layer.self_attn.k_proj.out_features for layer in layers] == [16, 8, 8]
     assert [layer.self_attn.o_proj.in_features for layer in layers] == [32, 16, 16]
     other = {"input_ids": torch.randint(64, (3, 5))}
     with torch.no_grad():
-        assert torch.allclose(logits(found.model, other), logits(model, other), atol=1e-6)
-        assert torch.equal(*[m.generate(**other, max_new_tokens=3, do_sample=False, pad_token_id=0) for m in (model, found.model)])
+        assert torch.allclose(logits(shrunk.model, other), logits(model, other), atol=1e-6)
+        assert torch.equal(*[m.generate(**other, max_new_tokens=3, do_sample=False, pad_token_id=0) for m in (model, shrunk.model)])
 
 
 def test_minilm_loses_mlp_units_and_heads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,10 +511,10 @@ def test_minilm_loses_mlp_units_and_heads(monkeypatch: pytest.MonkeyPatch) -> No
     out |= {at.format(2, "attention.self.value"): list(range(32)), at.format(3, "attention.self.value"): list(range(5, 32))}
     model = masked(model, out=out, into={at.format(1, "attention.output.dense"): list(range(32, 96))})
     seen, unseen = (minilm.tokens(tokenizer, minilm.documents()[i : i + 2], longest=32) for i in (0, 2))
-    found = shrink(model, seen)
-    assert {layer.intermediate.dense.out_features for layer in found.model.encoder.layer} == {1024}
-    assert [layer.attention.self.query.out_features for layer in found.model.encoder.layer] == [384, 320, 352, 384, 384, 384]
-    assert kept(found) == {(at.format(3, "attention.self.value"), "outputs"): "a head is removed as a whole or not at all"}
+    shrunk = shrink(model, seen)
+    assert {layer.intermediate.dense.out_features for layer in shrunk.model.encoder.layer} == {1024}
+    assert [layer.attention.self.query.out_features for layer in shrunk.model.encoder.layer] == [384, 320, 352, 384, 384, 384]
+    assert kept(shrunk) == {(at.format(3, "attention.self.value"), "outputs"): "a head is removed as a whole or not at all"}
     with torch.no_grad():
-        a, b = (m(**unseen).last_hidden_state for m in (found.model, model))
+        a, b = (m(**unseen).last_hidden_state for m in (shrunk.model, model))
     assert torch.allclose(a, b, atol=1e-5 * float(b.abs().max()))

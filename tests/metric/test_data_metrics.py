@@ -107,7 +107,7 @@ def mean_error(layer: nn.Module, grid: bp.BlockGrid, x: Tensor) -> Tensor:
 
 @settings(max_examples=15)
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), seeds)
-def test_correlated_is_the_layers_error_when_the_block_is_zeroed(rows: int, columns: int, high: int, wide: int, seed: int) -> None:
+def test_block_output_error_is_the_layers_error_when_the_block_is_zeroed(rows: int, columns: int, high: int, wide: int, seed: int) -> None:
     layer, x = seeded(lambda: nn.Linear(columns, rows)), normal((2, 3, columns), seed)
     block = (min(high, rows), min(wide, columns))
     data = collected(layer, [x[:1], x[1:]], statistics.input_gram, block=block)
@@ -116,7 +116,7 @@ def test_correlated_is_the_layers_error_when_the_block_is_zeroed(rows: int, colu
 
 @pytest.mark.parametrize("block", [(1,), (2, 1), (1, 2, 1), (2, 2, 3, 1), (3, 1, 2, 2)])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_correlated_of_a_convolution_is_its_error_when_the_block_is_zeroed(block: tuple[int, ...], groups: int) -> None:
+def test_block_output_error_of_a_convolution_is_its_error_when_the_block_is_zeroed(block: tuple[int, ...], groups: int) -> None:
     layer = seeded(lambda: nn.Conv2d(4, 6, (3, 2), groups=groups, padding=1, stride=2))
     x = normal((2, 4, 4, 5), 0)
     data = collected(layer, [x], statistics.input_gram, block=block)

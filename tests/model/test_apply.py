@@ -77,7 +77,7 @@ def random_mask(shape: tuple[int, ...], block: tuple[int, ...], seed: int = 0) -
 
 
 def zeroed(plain: nn.Module, masks: bp.Masks) -> nn.Module:
-    """The slow, obvious twin of `finalize(apply_masks(...))`: write the zeros by hand."""
+    """What `finalize(apply_masks(...))` should return: the zeros written by hand."""
     model = copy.deepcopy(plain)
     for name, mask in masks.items():
         weight = model.get_parameter(name).data
@@ -141,18 +141,18 @@ def test_a_model_has_exactly_the_masks_applied_last(history: History) -> None:
     parameters, order = {id(p) for p in model.parameters()}, list(parameter_refs(model))
     for masks in [*applied, applied[-1]]:  # the last one twice: applying is idempotent
         assert bp.apply_masks(model, masks) is model
-        twin = zeroed(plain, masks)
+        expected = zeroed(plain, masks)
         assert bp.read_masks(model) == masks
         assert list(bp.read_masks(model)) == [name for name in order if name in masks]
         assert list(parameter_refs(model)) == order
         assert {id(p) for p in model.parameters()} == parameters
-        for name, places in parameter_refs(model).items():
-            assert torch.equal(places[0].stored, plain.get_parameter(name)), name
-            assert len(places[0].parametrizations or []) == (name in masks), name
-            for ref in places:
+        for name, refs in parameter_refs(model).items():
+            assert torch.equal(refs[0].stored, plain.get_parameter(name)), name
+            assert len(refs[0].parametrizations or []) == (name in masks), name
+            for ref in refs:
                 assert ref.masked.dtype == dtype
-                assert torch.equal(ref.masked, twin.get_parameter(name)), name
-        assert torch.equal(model(inputs(dtype)), twin(inputs(dtype)))
+                assert torch.equal(ref.masked, expected.get_parameter(name)), name
+        assert torch.equal(model(inputs(dtype)), expected(inputs(dtype)))
 
 
 @given(histories())
@@ -178,8 +178,8 @@ def test_finalize_leaves_no_trace_and_the_original_alone(history: History) -> No
         final = bp.finalize(model)
         assert traces(final) == traces(plain)
         assert list(final.state_dict()) == list(plain.state_dict())
-        twin = zeroed(plain, applied[-1])
-        assert all(torch.equal(p, q) for p, q in zip(final.parameters(), twin.parameters(), strict=True))
+        expected = zeroed(plain, applied[-1])
+        assert all(torch.equal(p, q) for p, q in zip(final.parameters(), expected.parameters(), strict=True))
         assert torch.equal(final(x), model(x))
         assert bp.read_masks(final) == {}
         for p in final.parameters():
@@ -214,9 +214,9 @@ def test_masked_parameters_are_differentiable(kind: type[nn.Module], block: tupl
     if block:
         bp.apply_masks(model, {name: random_mask(SHAPES[kind][name], block)})
     functional_call(model, bp.masked_parameters(model, {name: mask}), (x,), tie_weights=kind is not Shared).pow(2).sum().backward()
-    twin = zeroed(plain, {name: mask})
-    twin(x).pow(2).sum().backward()
-    want = reference.masked(twin.get_parameter(name).grad, mask.keep, mask.grid)
+    expected = zeroed(plain, {name: mask})
+    expected(x).pow(2).sum().backward()
+    want = reference.masked(expected.get_parameter(name).grad, mask.keep, mask.grid)
     got = parameter_refs(model)[name][0].stored.grad
     assert want.count_nonzero() > 0
     assert torch.equal(got, want)
@@ -469,16 +469,16 @@ def test_a_weight_that_cannot_be_written_undoes_all() -> None:
 def test_weights_are_written_under_the_mask_into_the_same_parameters(dtype: torch.dtype, start: dict[str, tuple[int, ...]]) -> None:
     model = Plain().to(dtype)
     bp.apply_masks(model, {name: random_mask((5, 6), block, seed=9) for name, block in start.items()})
-    ids = {name: id(places[0].stored) for name, places in parameter_refs(model).items()}
+    ids = {name: id(refs[0].stored) for name, refs in parameter_refs(model).items()}
     new = {"5.bias": torch.arange(5.0), "4.weight": torch.ones(6, 16, dtype=torch.float64), "5.weight": torch.full((5, 6), 2.0)}
     bp.apply_masks(model, {"5.weight": GOOD}, {name: value.clone().requires_grad_() for name, value in new.items()})
     assert bp.read_masks(model) == {"5.weight": GOOD}
-    for name, places in parameter_refs(model).items():
-        assert id(places[0].stored) == ids[name]
-        assert places[0].stored.requires_grad == (name != "4.weight")
-        assert places[0].stored.is_leaf
+    for name, refs in parameter_refs(model).items():
+        assert id(refs[0].stored) == ids[name]
+        assert refs[0].stored.requires_grad == (name != "4.weight")
+        assert refs[0].stored.is_leaf
         if name in new:
-            assert torch.equal(places[0].stored, new[name].to(dtype)), name
+            assert torch.equal(refs[0].stored, new[name].to(dtype)), name
     assert torch.equal(model[5].weight, reference.expand(GOOD.keep, GOOD.grid).to(dtype) * 2)
 
 

@@ -1,4 +1,4 @@
-"""Stacked experts as Linears: the same outputs in every layout, and back; repair beside a dense router."""
+"""Stacked experts as Linears: the same outputs in every layout, and back; repair with the routes of the dense model."""
 
 import itertools
 from functools import partial
@@ -19,7 +19,7 @@ LAYOUTS = [
 
 
 class Stacked(nn.Module):
-    """As transformers has it; each token and expert by itself."""
+    """Like the experts of transformers, computed token by token and expert by expert."""
 
     def __init__(self, gate: bool = True, concatenated: bool = True, transposed: bool = False, bias: bool = False) -> None:
         super().__init__()
@@ -66,21 +66,23 @@ def test_the_same_outputs_and_back(gate: bool, concatenated: bool, transposed: b
     model = nn.Sequential(Stacked(gate, concatenated, transposed, bias)).double().eval()
     model[0].down_proj.requires_grad_(False)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    given = [x.double() if x.is_floating_point() else x for x in tokens()]
-    want = model[0](*given)
-    found = bp.as_linears(model)
-    torch.testing.assert_close(found[0](*given), want)
-    assert isinstance(found[0], Experts)
-    linears = {name: m for name, m in found.named_modules() if isinstance(m, nn.Linear)}
+    arguments = [x.double() if x.is_floating_point() else x for x in tokens()]
+    expected = model[0](*arguments)
+    converted = bp.as_linears(model)
+    torch.testing.assert_close(converted[0](*arguments), expected)
+    assert isinstance(converted[0], Experts)
+    linears = {name: m for name, m in converted.named_modules() if isinstance(m, nn.Linear)}
     assert [*linears][: 2 + gate] == [f"0.0.{name}" for name in ("gate_proj", "up_proj", "down_proj")[not gate :]]
     assert len(linears) == 3 * (2 + gate)
     assert all(m.weight.is_contiguous() and not m.training for m in linears.values())
     assert all(m.weight.requires_grad == ("down" not in name) for name, m in linears.items())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
-    scaled = bp.finalize(bp.apply_masks(found, allocate.per_layer(metric.l1(collect.weights(found, where=bp.linears((1, 1)))), 0.5)))
-    back = bp.from_linears(scaled, model)
-    torch.testing.assert_close(back[0](*given), scaled[0](*given))
+    pruned = bp.finalize(
+        bp.apply_masks(converted, allocate.per_layer(metric.l1(collect.weights(converted, where=bp.linears((1, 1)))), 0.5))
+    )
+    back = bp.from_linears(pruned, model)
+    torch.testing.assert_close(back[0](*arguments), pruned[0](*arguments))
     assert [*back.state_dict()] == [*before]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert abs(float((back[0].down_proj == 0).double().mean()) - 0.5) < 0.02
@@ -89,22 +91,22 @@ def test_the_same_outputs_and_back(gate: bool, concatenated: bool, transposed: b
 def test_hooks_attributes_and_shared_modules_stay() -> None:
     model = nn.ModuleList([experts := Stacked().eval(), nn.ModuleList([experts])])
     experts.register_forward_hook(lambda module, args, output: 2 * output)
-    given = tokens()
-    found = bp.as_linears(model)
-    assert found[0] is found[1][0]
-    torch.testing.assert_close(found[0](*given), experts(*given))
-    torch.testing.assert_close(bp.from_linears(found, model)[0](*given), experts(*given))
-    alone = bp.as_linears(experts)
-    torch.testing.assert_close(alone(*given), experts(*given))
-    torch.testing.assert_close(bp.from_linears(alone, experts)(*given), experts(*given))
+    arguments = tokens()
+    converted = bp.as_linears(model)
+    assert converted[0] is converted[1][0]
+    torch.testing.assert_close(converted[0](*arguments), experts(*arguments))
+    torch.testing.assert_close(bp.from_linears(converted, model)[0](*arguments), experts(*arguments))
+    single = bp.as_linears(experts)
+    torch.testing.assert_close(single(*arguments), experts(*arguments))
+    torch.testing.assert_close(bp.from_linears(single, experts)(*arguments), experts(*arguments))
 
 
 def test_an_expert_of_another_device_gives_nothing() -> None:
     experts = Stacked()
     x, chosen, share = tokens()
     chosen[:, 1] = 3
-    alone = experts(x, chosen[:, :1], share[:, :1])
-    torch.testing.assert_close(bp.as_linears(experts)(x, chosen, share), alone)
+    single = experts(x, chosen[:, :1], share[:, :1])
+    torch.testing.assert_close(bp.as_linears(experts)(x, chosen, share), single)
 
 
 class Scaled(Stacked):
@@ -123,9 +125,9 @@ class Fewer(Stacked):
 def test_what_computes_something_else_stays_as_it_is(kind: type[Stacked], why: str) -> None:
     model = nn.ModuleList([kind(), Stacked()])
     with pytest.warns(UserWarning, match=rf"0, a {kind.__name__}, {why}.*its experts stay stacked and cannot be repaired"):
-        found = bp.as_linears(model)
-    assert [type(m) for m in found] == [kind, Experts]
-    back = bp.from_linears(found, model)
+        converted = bp.as_linears(model)
+    assert [type(m) for m in converted] == [kind, Experts]
+    back = bp.from_linears(converted, model)
     assert all(torch.equal(value, back.state_dict()[key]) for key, value in model.state_dict().items())
 
 
@@ -158,7 +160,7 @@ def test_errors_name_the_remedy() -> None:
 
 
 class Layer(nn.Module):
-    """A Linear whose pruning makes the router choose others, then experts."""
+    """A Linear before a router and experts: pruning the Linear makes the router choose other experts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,22 +178,22 @@ def test_experts_are_compared_on_the_tokens_that_the_dense_router_chose(padded: 
     counts = torch.arange(20) < (14 if padded else 20)
     model = bp.as_linears(nn.Sequential(Layer(), Layer())).double()
     batches = list(torch.randn(4, 20, 4).double())
-    seen: dict[str, Tensor] = {}
+    targets: dict[str, Tensor] = {}
     order: list[list[str]] = []
 
     def repair(data: bp.Data, masks: bp.Masks) -> bp.Weights:
         order.append(sorted(data))
-        seen.update({name: p.stats["input_cross"] for name, p in data.items()})
+        targets.update({name: p.stats["input_cross"] for name, p in data.items()})
         return reconstruct.least_squares(data, masks, damping=0.1, progress=False)
 
-    look = partial(collect.with_statistics, where=bp.linears((2, 2)), statistics=[statistics.input_gram])
-    pipeline = bp.Pipeline(look, partial(metric.obs, progress=False), allocate.per_layer)
-    found = bp.sequential(model, pipeline, repair, batches, 0.5, token_weights=lambda _: counts, progress=False)
+    collector = partial(collect.with_statistics, where=bp.linears((2, 2)), statistics=[statistics.input_gram])
+    pipeline = bp.Pipeline(collector, partial(metric.obs, progress=False), allocate.per_layer)
+    result = bp.sequential(model, pipeline, repair, batches, 0.5, token_weights=lambda _: counts, progress=False)
     ups = [f"experts.{e}.{name}.weight" for e in range(3) for name in ("gate_proj", "up_proj")]
     downs = [f"experts.{e}.down_proj.weight" for e in range(3)]
     assert order == [[f"{i}.{name}" for name in names] for i in range(2) for names in (["first.weight"], ups, downs)]
 
-    pruned = bp.finalize(bp.apply_masks(bp.as_linears(model), found.masks, found.weights))
+    pruned = bp.finalize(bp.apply_masks(bp.as_linears(model), result.masks, result.weights))
     others = 0
     for number in range(3):
         sums, n = torch.zeros(4, 5).double(), 0
@@ -202,9 +204,9 @@ def test_experts_are_compared_on_the_tokens_that_the_dense_router_chose(padded: 
             token = torch.where(chosen & counts)[0]
             sums += h[token].mT @ torch.cat([g[token], torch.ones(len(token), 1).double()], 1)
             n += len(token)
-        torch.testing.assert_close(seen[f"0.experts.{number}.up_proj.weight"][0], sums / n)
-    assert others, "the router chose the same: nothing was shown"
-    sparse = export.block_sparse(bp.apply_masks(model, found.masks, found.weights), backend="torch")
+        torch.testing.assert_close(targets[f"0.experts.{number}.up_proj.weight"][0], sums / n)
+    assert others, "the router chose the same experts, so this test shows nothing"
+    sparse = export.block_sparse(bp.apply_masks(model, result.masks, result.weights), backend="torch")
     torch.testing.assert_close(sparse(batches[0]), pruned(batches[0]))
 
 
@@ -213,24 +215,24 @@ def test_padding_does_not_count_in_experts_either() -> None:
     model = bp.as_linears(Layered()).double()
     x, mask = torch.randn(3, 6, 4).double(), torch.ones(3, 6).long()
     mask[0, 4:], mask[2, :3] = 0, 0
-    seen = [statistics.input_gram, statistics.input_sq, statistics.output_grad_sq, statistics.output_grad_gram]
-    look = partial(collect.with_statistics, model, where=bp.linears((2, 1)), statistics=seen, progress=False)
-    got = look(batches=[{"x": x, "attention_mask": mask}], loss=lambda y, _: (y * mask[..., None]).square().sum())
-    want = look(batches=[{"x": x[mask > 0][None]}], loss=lambda y, _: y.square().sum())
-    for name, p in want.items():
+    collected = [statistics.input_gram, statistics.input_sq, statistics.output_grad_sq, statistics.output_grad_gram]
+    collector = partial(collect.with_statistics, model, where=bp.linears((2, 1)), statistics=collected, progress=False)
+    got = collector(batches=[{"x": x, "attention_mask": mask}], loss=lambda y, _: (y * mask[..., None]).square().sum())
+    expected = collector(batches=[{"x": x[mask > 0][None]}], loss=lambda y, _: y.square().sum())
+    for name, p in expected.items():
         for key, value in p.stats.items():
             torch.testing.assert_close(got[name].stats[key], value)
 
 
 class Sent(nn.Module):
-    """Of each token the last number says to which expert it goes."""
+    """The last feature of each token is the number of its expert."""
 
     def __init__(self) -> None:
         super().__init__()
         self.experts = Stacked()
         with torch.no_grad():
             for p in self.experts.parameters():
-                p.copy_(p[:1].expand_as(p))  # all are one
+                p.copy_(p[:1].expand_as(p))  # all experts are equal
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.experts(x[:, :4], x[:, 4:].long(), torch.ones(len(x), 1).to(x))
@@ -241,9 +243,9 @@ def test_a_budget_takes_more_from_experts_that_fewer_tokens_choose() -> None:
     torch.manual_seed(0)
     model = bp.as_linears(Sent()).double()
     x = torch.cat([torch.randn(70, 4), torch.tensor([0] * 10 + [1] * 40 + [2] * 20)[:, None]], 1).double()
-    seen = [statistics.input_gram, statistics.output_grad_gram]
+    collected = [statistics.input_gram, statistics.output_grad_gram]
     data = collect.with_statistics(
-        model, where=bp.linears((1, 1)), statistics=seen, batches=[x], loss=lambda y, _: y.square().sum(), progress=False
+        model, where=bp.linears((1, 1)), statistics=collected, batches=[x], loss=lambda y, _: y.square().sum(), progress=False
     )
     budget = budgets.loss_weighted(metric.obs(data, progress=False), 0.5, max_sparsity=0.95)
     for name in ("gate_proj", "up_proj", "down_proj"):
@@ -273,11 +275,13 @@ def test_an_expert_that_the_first_batch_does_not_choose_sees_all_its_tokens() ->
         update=lambda sums, call: {"n": sums["n"] + len(call.inputs[0])},
         compute=lambda sums, ref, param: sums["n"],
     )
-    look = partial(collect.with_statistics, where=bp.linears((2, 2)), statistics=[statistics.input_gram, count])
-    bp.sequential(model, bp.Pipeline(look, partial(metric.obs, progress=False), allocate.per_layer), repair, batches, 0.0, progress=False)
+    collector = partial(collect.with_statistics, where=bp.linears((2, 2)), statistics=[statistics.input_gram, count])
+    bp.sequential(
+        model, bp.Pipeline(collector, partial(metric.obs, progress=False), allocate.per_layer), repair, batches, 0.0, progress=False
+    )
     for number in range(3):
-        want = sum(int((chosen(x) == number).sum()) for x in batches)
-        assert {int(n) for name, n in rows.items() if f"experts.{number}." in name} == {want}
+        expected = sum(int((chosen(x) == number).sum()) for x in batches)
+        assert {int(n) for name, n in rows.items() if f"experts.{number}." in name} == {expected}
 
 
 class Layered(nn.Module):
@@ -301,16 +305,16 @@ def test_hidden_units_of_all_experts_and_the_stream_are_found_whatever_the_route
         model[1].first.weight.abs_()
     x = torch.randn(9, 3).double()
     assert not ((model[0](x) + model[1].first(model[0](x))) @ model[1].router.mT).topk(2).indices.eq(2).any()
-    found = bp.find_axes(model, x, progress=False)
-    assert [len(s.order) for s in found] == [4, *[5] * 6]
-    assert {"1.router", "2.router"} <= {*found[0].columns}
+    axes = bp.find_axes(model, x, progress=False)
+    assert [len(s.order) for s in axes] == [4, *[5] * 6]
+    assert {"1.router", "2.router"} <= {*axes[0].columns}
     hidden = {f"{i}.experts.{e}.down_proj.weight" for i in (1, 2) for e in range(3)}
-    assert {name for s in found[1:] for name in s.columns} == hidden
-    moved = bp.permute(model, [attrs.evolve(s, order=torch.randperm(len(s.order))) for s in found])
+    assert {name for s in axes[1:] for name in s.columns} == hidden
+    permuted = bp.permute(model, [attrs.evolve(s, order=torch.randperm(len(s.order))) for s in axes])
     with torch.no_grad():
-        other = model[1].router.clone()
-        model[1].router.neg_()  # and now others are
-        moved[1].router.neg_()
-    assert not torch.equal(other, model[1].router)
-    torch.testing.assert_close(moved(x), model(x))
-    torch.testing.assert_close(moved(-x), model(-x))
+        before = model[1].router.clone()
+        model[1].router.neg_()  # now it chooses other experts
+        permuted[1].router.neg_()
+    assert not torch.equal(before, model[1].router)
+    torch.testing.assert_close(permuted(x), model(x))
+    torch.testing.assert_close(permuted(-x), model(-x))

@@ -81,8 +81,8 @@ def test_mask_blocks_is_where_bit_for_bit(case: tuple[Tensor, Tensor, bp.BlockGr
 def test_gradient_is_the_same_mask_of_the_gradient(case: tuple[Tensor, Tensor, bp.BlockGrid], create_graph: bool) -> None:
     upstream, keep, grid = case  # NaN and inf in the gradient do not leak either
     weight = torch.full(grid.shape, torch.nan, dtype=upstream.dtype, requires_grad=True)
-    (got,) = torch.autograd.grad(mask_blocks(weight, keep, grid), weight, upstream, create_graph=create_graph)
-    assert torch.equal(bits(got), bits(reference.masked(upstream, keep, grid)))
+    (gradient,) = torch.autograd.grad(mask_blocks(weight, keep, grid), weight, upstream, create_graph=create_graph)
+    assert torch.equal(bits(gradient), bits(reference.masked(upstream, keep, grid)))
 
 
 class Tagged(Tensor):
@@ -128,8 +128,8 @@ def test_batched_gradients(create_graph: bool) -> None:
     weight, keep = drawn(grid)
     upstream, _ = drawn(grid, 5, seed=1)
     weight.requires_grad_()
-    (got,) = torch.autograd.grad(mask_blocks(weight, keep, grid), weight, upstream, is_grads_batched=True, create_graph=create_graph)
-    assert torch.equal(got, torch.stack([masked(g, keep, grid) for g in upstream]))
+    (gradient,) = torch.autograd.grad(mask_blocks(weight, keep, grid), weight, upstream, is_grads_batched=True, create_graph=create_graph)
+    assert torch.equal(gradient, torch.stack([masked(g, keep, grid) for g in upstream]))
 
 
 GRIDS = [bp.BlockGrid((5,), (2,)), bp.BlockGrid((4, 6), (2, 3)), bp.BlockGrid((2, 3, 2), (1,)), bp.BlockGrid((2, 2, 3, 1), (1, 2, 2))]
@@ -173,9 +173,9 @@ def test_transforms_of_torch_func_are_those_of_where(grid: bp.BlockGrid, transfo
 
         return transform(read, loss, weight, keep, weights, keeps)
 
-    got, want = result(mask_blocks), result(masked)
-    assert want.abs().sum() > 0
-    torch.testing.assert_close(got, want)
+    fast, expected = result(mask_blocks), result(masked)
+    assert expected.abs().sum() > 0
+    torch.testing.assert_close(fast, expected)
 
 
 def test_module_holds_a_copy_of_its_mask_as_a_bool_buffer() -> None:

@@ -129,8 +129,8 @@ MODELS = [
 def test_masking_changes_no_name_no_order_and_no_choice(make: type[nn.Module], rule: bp.Where) -> None:
     plain, model = make(), masked(make(), rule)
     assert list(parameter_refs(model)) == list(parameter_refs(plain))
-    assert [[s.name for s in places] for places in parameter_refs(model).values()] == [
-        [s.name for s in places] for places in parameter_refs(plain).values()
+    assert [[s.name for s in refs] for refs in parameter_refs(model).values()] == [
+        [s.name for s in refs] for refs in parameter_refs(plain).values()
     ]
     assert chosen(model, rule) == chosen(plain, rule)
 

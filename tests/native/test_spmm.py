@@ -165,7 +165,7 @@ def test_what_it_cannot_multiply_it_leaves_to_others() -> None:
     with mock.patch.object(spmm, "_library", None):
         assert multiply(x, sparse.values) is None
         assert spmm.instructions() == []
-    with pytest.raises(ValueError, match=r"shape \(3, 5\) meets a weight of shape \(4, 4\): its last axis must be 4"):
+    with pytest.raises(ValueError, match=r"shape \(3, 5\) does not fit a weight of shape \(4, 4\): its last axis must be 4"):
         multiply(torch.ones(3, 5), sparse.values)
 
 

@@ -1,4 +1,4 @@
-"""The product of a dense input with a block-sparse weight, compiled; `storage` says how the weight is stored.
+"""The product of a dense input with a block-sparse weight, compiled; `export.format` says how the weight is stored.
 
 ``BLOCKPRUNE_INSTRUCTIONS`` holds it to an instruction set, such as ``avx2``; see `INSTRUCTIONS`.
 """
@@ -52,8 +52,8 @@ def instructions() -> list[str]:
 def linear(
     x: Tensor, values: Tensor, crow: Tensor, col: Tensor, *, shape: tuple[int, int], block: tuple[int, int], bias: Tensor | None = None
 ) -> Tensor | None:
-    """``x W^T + bias`` for ``x [..., cols]`` and a block-sparse ``W [rows, cols]``, as `storage.BlockSparse` holds it and
-    `storage.check` found it; None where this cannot: another type or device, a gradient to record, no compiled library.
+    """``x W^T + bias`` for ``x [..., cols]`` and a block-sparse ``W [rows, cols]``, as `export.format.BlockSparse` holds it and
+    `export.format.validate` checked it; None where this cannot: another type or device, a gradient to record, no compiled library.
 
     Sums are float32 whatever the type. Inputs that meet no kept weight of a row do not reach it, be they NaN: the dense product with zeros
     makes NaN of them.
@@ -64,7 +64,7 @@ def linear(
         return None
     rows, cols = shape
     if x.shape[-1] != cols:
-        raise ValueError(f"an input of shape {tuple(x.shape)} meets a weight of shape {shape}: its last axis must be {cols}")
+        raise ValueError(f"an input of shape {tuple(x.shape)} does not fit a weight of shape {shape}: its last axis must be {cols}")
     if bias is not None and (not _readable(x, bias) or bias.shape != (rows,)):
         return None
     out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
