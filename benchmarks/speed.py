@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import copy
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -269,7 +270,7 @@ def masks_by_name(options: argparse.Namespace, model: nn.Module) -> dict[str, bp
     """The masks of --masks, or a random one for each block and sparsity."""
     if options.masks:
         return {Path(file).stem: bp.load_masks(file) for file in options.masks}
-    inside = bp.excluding(bp.excluding(bp.linears((1, 1)), "pooler*"), "lm_head*")
+    inside = bp.excluding(bp.linears((1, 1)), re.compile(r"(pooler|lm_head)\..*"))
     shapes = {name: p.grid.shape for name, p in bp.collect.weights(model, where=inside, lazy=True).items()}
     masks: dict[str, bp.Masks] = {}
     for block, sparsity in itertools.product(options.blocks, options.sparsities):

@@ -15,7 +15,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
 FAKE_DEVICE = "fake"
-INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}  # take indices of the CPU, too
+INDEXING = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+}  # take indices of the CPU, too
 
 
 class FakeDeviceTensor(Tensor):

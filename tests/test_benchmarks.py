@@ -1,5 +1,7 @@
 """Each benchmark runs with tiny models and prints its table. Real models belong to `make bench`."""
 
+import contextlib
+import io
 import re
 import runpy
 import sys
@@ -17,19 +19,15 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # noqa: ANN201
-    """Runs a script as its command line does, in this process, which has torch and transformers loaded; returns what it printed."""
-
-    def call(script: str, *options: str) -> str:
-        monkeypatch.syspath_prepend(FOLDER)
-        monkeypatch.setattr(sys, "argv", [script, *options])
-        threads = torch.get_num_threads()
+def run(script: str, *options: str) -> str:
+    """What a script prints; it runs in this process, which may have imported torch and transformers already."""
+    output, threads = io.StringIO(), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        patch.syspath_prepend(FOLDER)
+        patch.setattr(sys, "argv", [script, *options])
         runpy.run_path(str(FOLDER / script), run_name="__main__")
-        assert torch.get_num_threads() == threads
-        return capsys.readouterr().out
-
-    return call
+    assert torch.get_num_threads() == threads, "the script must set the number of threads back"
+    return output.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -41,22 +39,22 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  #
         ("obs.py", r" +1 +64 +\(\d+, \d+\) "),
     ],
 )
-def test_a_benchmark_prints_its_table(run, script: str, row: str) -> None:
+def test_a_benchmark_prints_its_table(script: str, row: str) -> None:
     assert len(re.findall(rf"^{row}", run(script, "--tiny"), re.MULTILINE)) >= 2
 
 
-def test_the_speed_of_layers(run) -> None:
+def test_the_speed_of_layers() -> None:
     output = run("speed.py", "layers", "--tiny", "--roofline", "--bsr")
     assert re.findall(r"^    (\S+ ?\S*) +\d", output, re.MULTILINE) == ["16x16", "BSR 16x16", "16x1"] * 2
 
 
-def test_the_speed_of_models(run) -> None:
+def test_the_speed_of_models() -> None:
     output = run("speed.py", "models", "--tiny")
     assert re.findall(r"^Tiny model, (.*);", output, re.MULTILINE) == ["2 x 32 tokens", "one token after 8", "16 x 1 tokens"]
     assert output.count("16x16 50%, 14 of 14 layers sparse") >= 3
 
 
-def test_the_quality_table_and_the_speed_of_its_masks(run, tmp_path: Path) -> None:
+def test_the_quality_table_and_the_speed_of_its_masks(tmp_path: Path) -> None:
     methods = ["magnitude", "Wanda", "SparseGPT", "OBS + budget + cluster"]
     options = ["--model", "tiny", "--patterns", "32x32", "--sparsities", "0.5", "--save", str(tmp_path), "--methods", *methods]
     rows = [line for line in run("quality.py", *options).splitlines() if line.startswith("32x32")]

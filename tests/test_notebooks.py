@@ -1,9 +1,12 @@
-"""Every notebook runs from top to bottom, and is committed with what it shows."""
+"""Every notebook runs from top to bottom on small models, and is committed as executed on the full ones."""
 
+import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -14,17 +17,30 @@ def _code(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
 
 
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[AsyncKernelManager]:
+    """One kernel for all notebooks, because importing torch and transformers takes longer than most of them run."""
+    manager = AsyncKernelManager(kernel_name="python3")
+    yield manager
+    if manager.has_kernel:
+        asyncio.run(manager.shutdown_kernel(now=True))
+
+
 def test_there_are_notebooks() -> None:
     assert NOTEBOOKS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BLOCKPRUNE_SMALL", "1")  # language models with few layers and texts; `make notebooks` runs them in full
+def test_it_runs(path: Path, kernel: AsyncKernelManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLOCKPRUNE_SMALL", "1")  # small models; `make notebooks` runs the full ones
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}).execute()
-    complaints = [o.text for cell in _code(notebook) for o in cell.outputs if o.output_type == "stream" and o.name == "stderr"]
-    assert not any("Warning" in text for text in complaints), complaints
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))  # no variable of the notebook before
+    client = NotebookClient(notebook, km=kernel, timeout=None, resources={"metadata": {"path": str(FOLDER)}})
+    client.execute(cleanup_kc=False)
+    client.kc.stop_channels()
+    errors = [o.text for cell in _code(notebook) for o in cell.outputs if o.output_type == "stream" and o.name == "stderr"]
+    assert not any("Warning" in text for text in errors), errors
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

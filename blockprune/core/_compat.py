@@ -325,7 +325,7 @@ class PruningEdge(Protocol):
 
 
 def operation_types() -> Any:
-    """The enumeration of ``PruningNode.type`` (Torch-Pruning 1.5)."""
+    """The enumeration of ``PruningNode.type``, which has the model's outputs since then (Torch-Pruning 1.5.3)."""
     import torch_pruning  # noqa: PLC0415 (an extra)
 
     return torch_pruning.ops.OPTYPE

@@ -35,7 +35,6 @@ _HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "dim_head", "d_he
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")  # the number of heads,
 _KEY_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")  # and the number of key and value heads
 
-
 Handler = Callable[..., Any]  # Torch-Pruning's method that prunes one side of a layer; it identifies the side
 Reached = dict[tuple[PruningNode, Handler], set[PrunedUnit]]  # the coupled channels of each side of each node of the graph
 

@@ -102,11 +102,7 @@ def sequential(
     order = find_layers(model, layers, names)
     shares = resolve_by_name(sparsity, names, what="sparsity") if isinstance(sparsity, Mapping) else sparsity
     stage = _LayerStage(model, pipeline, reconstruct, where, statistics, shares, extra_data or {}, target)
-    done = resume or RepairResult({}, {})
-    if done.layers != tuple(layer.name for layer in order[: len(done.layers)]):
-        raise ValueError(
-            f"resume is of layers {', '.join(map(repr, done.layers))}, which are not the first ones here; give the same layers"
-        )
+    done = _checked_resume(resume or RepairResult({}, {}), order)
     with preserve_state(model), torch.no_grad():
         states = _HiddenStates.of(model, order, calibration, keep_dense=target == "dense" or finetune is not None)
         for number, layer in enumerate(progress_bar(order, "sequential", calibration.progress)):
@@ -125,6 +121,24 @@ def sequential(
                 done = attrs.evolve(done, layers=(*done.layers, layer.name))
                 if callback:
                     callback(done)
+    return done
+
+
+def _checked_resume(done: RepairResult, order: Sequence[Layer]) -> RepairResult:
+    """The earlier result, if it has masks of the right shapes for all chosen parameters of its layers, which are the first ones."""
+    finished = order[: len(done.layers)]
+    if done.layers != tuple(layer.name for layer in finished):
+        names = ", ".join(map(repr, done.layers))
+        raise ValueError(f"resume is of layers {names}, which are not the first ones here; give the same layers")
+    for layer in finished:
+        for name in layer.parameters:
+            shape = tuple(layer.module.get_parameter(layer.local_name(name)).shape)
+            if name not in done.masks:
+                raise ValueError(
+                    f"resume says that layer {layer.name!r} is done, but it has no mask for {name} {shape}; give the whole result"
+                )
+            if done.masks[name].grid.shape != shape:
+                raise ValueError(f"{name} {shape}: resume has a mask for shape {done.masks[name].grid.shape}; it is of another model")
     return done
 
 

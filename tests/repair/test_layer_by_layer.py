@@ -368,6 +368,17 @@ def test_what_was_done_of_other_layers_is_refused() -> None:
         bp.sequential(mlp(), pipeline(), reconstruct.least_squares, inputs(), 0.5, resume=done)
 
 
+def test_a_result_that_lacks_a_mask_of_a_finished_layer_or_has_one_of_another_shape_is_refused() -> None:
+    go = partial(bp.sequential, mlp(), pipeline(), reconstruct.least_squares, inputs(), 0.5)
+    whole = go()
+    without = {name: mask for name, mask in whole.masks.items() if name != "2.weight"}
+    with pytest.raises(ValueError, match=r"layer '2' is done, but it has no mask for 2.weight \(6, 12\); give the whole result"):
+        go(resume=attrs.evolve(whole, masks=without))
+    other = {**whole.masks, "2.weight": whole.masks["0.weight"]}
+    with pytest.raises(ValueError, match=r"2.weight \(6, 12\): resume has a mask for shape \(12, 8\)"):
+        go(resume=attrs.evolve(whole, masks=other))
+
+
 # Layers.
 
 
