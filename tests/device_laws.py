@@ -64,10 +64,6 @@ def data(model: nn.Module, x: Tensor, *of: statistics.Statistic) -> bp.Data:
     return collect.with_statistics(model, where=WHERE, statistics=of, calibration=calibration(x))
 
 
-def scores(model: nn.Module, x: Tensor) -> bp.Scores:
-    return metric.obs(data(model, x, statistics.input_gram, statistics.output_grad_gram))
-
-
 def repair_by_layer(model: nn.Module, x: Tensor, **options: Any) -> Result:
     pipeline = bp.Pipeline(partial(collect.with_statistics, where=WHERE, statistics=INPUTS), metric.obs, allocate.per_layer)
     result = bp.sequential(model, pipeline, partial(reconstruct.least_squares, damping=0.1), calibration(x), 0.5, **options)
@@ -120,6 +116,7 @@ def combine_masks(model: nn.Module, x: Tensor) -> Result:
 
 
 STATISTICS = [getattr(statistics, name) for name in statistics.__all__ if isinstance(getattr(statistics, name), statistics.Statistic)]
+SOURCES = sorted({s.sees for s in STATISTICS})  # what statistics are computed from: inputs, outputs, gradients ...
 METRICS: dict[str, list[statistics.Statistic]] = {  # and what each is given
     "wanda": [statistics.input_sq],
     "block_output_error": INPUTS,
@@ -158,8 +155,12 @@ def score_by(model: nn.Module, x: Tensor, name: str) -> Result:
     return getattr(metric, name)(data(model, x, *METRICS[name]), **OPTIONS.get(name, {}))
 
 
+def statistics_of(model: nn.Module, x: Tensor, source: str) -> Result:
+    return data(model, x, *(s for s in STATISTICS if s.sees == source and not s.name.endswith("_cross")))
+
+
 def allocate_by(model: nn.Module, x: Tensor, name: str) -> Result:
-    return ALLOCATORS[name](scores(model, x))
+    return ALLOCATORS[name](metric.l2(data(model, x)))
 
 
 def conditioning(model: nn.Module, x: Tensor) -> Result:
@@ -173,7 +174,7 @@ def sensitivity(model: nn.Module, x: Tensor) -> Result:
 
 
 STAGES: dict[str, Callable[[nn.Module, Tensor], Result]] = {
-    **{f"statistics.{s.name}": lambda model, x, s=s: data(model, x, s) for s in STATISTICS if not s.name.endswith("_cross")},
+    **{f"statistics of {source}": partial(statistics_of, source=source) for source in SOURCES},
     **{f"metric.{name}": partial(score_by, name=name) for name in METRICS},
     **{f"allocate {name}": partial(allocate_by, name=name) for name in ALLOCATORS},
     "sequential": repair_by_layer,
@@ -212,6 +213,14 @@ def to_cpu(x: Tensor) -> Tensor:
     return x.data_on_cpu if isinstance(x, FakeDeviceTensor) else x.cpu()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _register() -> None:
+    """Autograd counts the devices when it first runs, so the fake device has to exist before."""
+    if not torch.cuda.is_available():
+        with fake_device():
+            pass
+
+
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_gives_on_another_device_what_it_gives_on_the_cpu(stage: str, make: Callable[[], nn.Module]) -> None:
@@ -238,7 +247,9 @@ class OnItsDevice(nn.Module):
         return self.layer(x.to(next(self.layer.parameters()).device))
 
 
-@pytest.mark.parametrize("stage", [*(f"allocate {name}" for name in ALLOCATORS if name != "coupled"), "cluster", "sequential", "train"])
+@pytest.mark.parametrize(
+    "stage", [*(f"allocate {name}" for name in ALLOCATORS if name != "coupled"), "metric.obs", "cluster", "sequential", "train"]
+)
 def test_a_model_on_two_devices_gives_what_it_gives_on_one(stage: str) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(*(OnItsDevice(AttentionLayer()) for _ in range(2))).eval().double(), torch.randn(6, 4, 5, 8).double()

@@ -88,7 +88,7 @@ def sensitivity(
     losses: dict[str, tuple[float, ...]] = {}
 
     def loss_with(parameters: dict[str, Tensor]) -> Tensor:
-        return torch.as_tensor(evaluate(lambda *args, **kwargs: functional_call(model, parameters, args, kwargs)))
+        return torch.as_tensor(evaluate(lambda *args, **kwargs: functional_call(model, parameters, args, kwargs, tie_weights=False)))
 
     with torch.no_grad():
         dense = float(evaluate(model))

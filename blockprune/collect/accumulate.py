@@ -6,6 +6,7 @@ from typing import Any
 import attrs
 from torch import Tensor
 
+from blockprune.core.precision import no_autocast
 from blockprune.core.types import Data
 from blockprune.model.parameters import ParameterRef
 from blockprune.statistics import Gates, Statistic, Sums
@@ -114,7 +115,8 @@ def add_evidence(fold: Fold, name: str, sees: str, evidence: Any, batch_number: 
     sums = dict(fold.sums)
     for s in fold.statistics:
         if s.sees == sees:
-            new = s.update(sums[name, s.name], evidence)
+            with no_autocast():
+                new = s.update(sums[name, s.name], evidence)
             if isinstance(evidence, Gates) and not evidence.called():
                 continue  # the layer did not run, so its gradient of 0 says nothing; `compute` reports a layer that never runs
             if not all(_is_finite(total) for total in new.values()):

@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, vmap
 from blockprune.core._compat import tree_map
 from blockprune.core.grid import BlockGrid, expand
 from blockprune.model.inputs import InputHooks
-from blockprune.model.parameters import ParameterRef
+from blockprune.model.parameters import ParameterRef, stored_aliases, under_all_names
 from blockprune.model.running import Calibration, scalar_loss
 from blockprune.statistics import Gates
 
@@ -76,6 +76,7 @@ class _GatedModel:
     ) -> None:
         self.model, self.grids, self.refs, self.hooks = model, grids, refs, hooks
         self.batch, self.calibration, self.needs = batch, calibration, needs
+        self.aliases = stored_aliases(model)
         self.called: set[str] = set()  # parameters whose layer the forward calls
         self.weights = {name: ref.stored.detach() for name, ref in refs.items()}
         self.ones = {name: torch.ones(grids[name].size, dtype=w.dtype, device=w.device) for name, w in self.weights.items()}
@@ -97,14 +98,15 @@ class _GatedModel:
 
     def _gated(self, weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor], gates: GateValues) -> Callable[..., Any]:
         """The model as a function, with these parameters and with these weights times their gates."""
-        gated = {_stored_name(self.refs[name]): weights[name] * expand(gate, self.grids[name]) for name, gate in gates.items()}
+        gated = {self.refs[name].stored_name: weights[name] * expand(gate, self.grids[name]) for name, gate in gates.items()}
+        replacements = under_all_names({**parameters, **gated}, self.aliases)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with contextlib.ExitStack() as stack:
                 for name, _, module in self.hooks:
                     handle = module.register_forward_hook(lambda *_, name=name: self.called.add(name))
                     stack.callback(handle.remove)
-                return functional_call(self.model, {**parameters, **gated}, args, kwargs)
+                return functional_call(self.model, replacements, args, kwargs, tie_weights=False)
 
         return call
 
@@ -162,11 +164,6 @@ class _GatedModel:
             return total
 
         return grad(summed_output)(self.ones)  # type: ignore[no-any-return]
-
-
-def _stored_name(ref: ParameterRef) -> str:
-    """The name under which `functional_call` replaces the stored weight."""
-    return ref.name if ref.parametrizations is None else f"{ref.name.removesuffix(ref.attr)}parametrizations.{ref.attr}.original"
 
 
 def _samples(batch: Any) -> int:

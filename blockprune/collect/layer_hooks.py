@@ -113,7 +113,8 @@ class _LayerObserver:
     def _with_shared_results(self, call: Call) -> Call:
         """The call, with the results of the call before it if both have the same inputs, such as those of queries, keys and values."""
         tensors = [x for x in (*call.inputs, call.weights) if x is not None]
-        key = [(x.data_ptr(), version_counter(x), x.shape, x.stride(), x.dtype) for x in tensors]
+        # tensors of `torch.inference_mode` do not tell whether they were written in between, so their results are not shared
+        key: Any = [object() if x.is_inference() else (x.data_ptr(), version_counter(x), x.shape, x.stride(), x.dtype) for x in tensors]
         if self.last_inputs is None or self.last_inputs[0] != key:
             self.last_inputs = key, attrs.evolve(call, shared={})  # keeps the inputs alive, so that their addresses stay unique
         return attrs.evolve(call, shared=self.last_inputs[1].shared)

@@ -65,6 +65,7 @@ __all__ = [
     "is_copy_on_write",
     "is_functorch_tensor",
     "is_legacy_batched",
+    "is_offloaded",
     "is_tracing",
     "is_zero_tensor",
     "lazy_clone",
@@ -92,6 +93,12 @@ __all__ = [
 ]
 
 _C: Any = torch._C
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate holds the parameters of a module on another device or on disk between forwards (accelerate 1.0)."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(part, "offload", False) for part in (hook, *getattr(hook, "hooks", ())))
 
 
 # Tensors and their memory

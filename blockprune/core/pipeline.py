@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.core._compat import storage_id
+from blockprune.core.precision import no_autocast
 from blockprune.core.types import Allocate, BlockMask, BlockScore, Collect, Data, Masks, Metric, Param, Scores, Sparsity, check_finite
 
 V = TypeVar("V")
@@ -112,6 +113,7 @@ def requires(*statistics: Any) -> Callable[[F], F]:
     """Declare the statistics that a metric or a repair needs.
 
     A `Pipeline` and `sequential` ask their collector for them. A call with data that lacks one raises an error that says how to collect it.
+    The function runs without `torch.autocast`, in the precision of the data.
 
     Args:
         statistics: statistics from `blockprune.statistics`, or your own.
@@ -138,7 +140,8 @@ def requires(*statistics: Any) -> Callable[[F], F]:
             for name in names:
                 if name in data:
                     _check_statistics(function, name, data[name], statistics)
-            return function(data, *args, **options)
+            with no_autocast():
+                return function(data, *args, **options)
 
         checked.requires = statistics  # type: ignore[attr-defined]
         return cast(F, checked)

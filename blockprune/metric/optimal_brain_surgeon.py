@@ -157,7 +157,7 @@ def _band_rows(name: str, grid: BlockGrid, quadratic: LayerQuadratic) -> tuple[T
 
 
 def _weighted_by_gradients(rows: Tensor, p: Param) -> Tensor:
-    """``G^1/2 W``, ``[bands, M, k]``, whose squared error is that of W weighted by G, the Gram matrix of the gradients of a band's outputs."""
+    """``G^1/2 W`` ``[bands, M, k]``: its squared error is that of W weighted by G, the Gram matrix of the loss's gradients in a band."""
     if "output_grad_gram" in p.stats:
         gram = p.stats["output_grad_gram"].to(rows)  # [bands, M, M]
         if rows.shape[1] == 1:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from blockprune.core._compat import RNN_CACHES, parameter_names, rebuild_rnn_caches
+from blockprune.core._compat import RNN_CACHES, is_offloaded, parameter_names, rebuild_rnn_caches
 from blockprune.core.grid import BlockGrid
 from blockprune.core.types import BlockMask, Masks, Weights
-from blockprune.model.parameters import ParameterRef, find_parameters, parameter_refs
+from blockprune.model.parameters import ParameterRef, computed_attributes, distinct, find_parameters, parameter_refs
 from blockprune.model.parametrization import MaskBlocks, mask_blocks
 
 M = TypeVar("M", bound=nn.Module)
@@ -31,7 +31,8 @@ def apply_masks(model: M, masks: Masks, weights: Weights | None = None) -> M:
 
     Raises:
         KeyError: the model does not have a parameter of this name, or two names are those of one tied tensor.
-        ValueError: a mask or a weight does not have its parameter's shape, or a weight has NaN or inf.
+        ValueError: a mask or a weight does not have its parameter's shape, a weight has NaN or inf, accelerate has offloaded a parameter,
+            or masks would be added to or removed from a model in DistributedDataParallel.
         TypeError: ``masks`` is not a mapping of `BlockMask`, or a parameter cannot be masked (integer, complex, sparse).
         After an error the model is as it was before the call.
 
@@ -42,6 +43,8 @@ def apply_masks(model: M, masks: Masks, weights: Weights | None = None) -> M:
         0.0
     """
     new_masks = _checked_masks(model, masks)
+    _check_loaded([refs[0] for _, _, refs in new_masks], "apply_masks")
+    _check_not_wrapped(model, new_masks)
     new_weights = _checked_weights(model, {} if weights is None else weights)
     old_masks = [(ref, BlockMask(mask.keep.clone(), mask.grid)) for ref, mask in _masked_refs(model)]
     # in the order in which they were put on, so that an error restores that order
@@ -63,6 +66,30 @@ def apply_masks(model: M, masks: Masks, weights: Weights | None = None) -> M:
                 ref.stored.copy_(weight)
             raise
     return model
+
+
+def _check_loaded(refs: list[ParameterRef], function: str) -> None:
+    """Raise if accelerate holds a parameter elsewhere between forwards: a mask here would read uninitialised memory."""
+    for ref in refs:
+        if ref.stored.is_meta and is_offloaded(ref.owner):
+            raise ValueError(
+                f"{ref.name} {ref.shape}: accelerate has offloaded this parameter, so {function} cannot use its values; load the model "
+                "without offloading, or call accelerate.hooks.remove_hook_from_submodules(model) first"
+            )
+
+
+def _check_not_wrapped(model: nn.Module, new_masks: list[tuple[str, BlockMask, list[ParameterRef]]]) -> None:
+    """Raise if masks would be added or removed below DistributedDataParallel: the gradients of those parameters would not be averaged."""
+    wrappers = [module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel)]
+    if not wrappers:
+        return
+    before = {ref.name for ref, _ in _masked_refs(model)}
+    after = {ref.name for _, _, refs in new_masks for ref in distinct(refs)}
+    if changed := sorted(before ^ after):
+        raise ValueError(
+            f"{changed[0]}: masks cannot be added to or removed from a model in DistributedDataParallel, which would no longer average the "
+            "gradients of this parameter; apply masks first and wrap the model afterwards (existing masks may be updated)"
+        )
 
 
 def _replace_masks(masked: list[ParameterRef], new_masks: list[tuple[str, BlockMask, list[ParameterRef]]]) -> None:
@@ -96,6 +123,12 @@ def finalize(model: M) -> M:
         >>> type(bp.finalize(model)), bp.finalize(model).weight[:, 2:].count_nonzero().item(), type(model).__name__
         (<class 'torch.nn.modules.linear.Linear'>, 0, 'ParametrizedLinear')
     """
+    _check_loaded([ref for ref, _ in _masked_refs(model)], "finalize")
+    if computed := [ref.name for ref in computed_attributes(model) if ref.stored.grad_fn is not None]:
+        raise ValueError(
+            f"{computed[0]}: a hook of the old weight_norm, spectral_norm or torch.nn.utils.prune computes this weight, and torch cannot "
+            "copy it; remove the hook (remove_weight_norm, remove_spectral_norm, prune.remove) or use torch.nn.utils.parametrizations"
+        )
     plain = copy.deepcopy(model)
     with torch.no_grad():
         for ref, mask in _masked_refs(plain):
@@ -155,7 +188,7 @@ def _checked_masks(model: nn.Module, masks: Masks) -> list[tuple[str, BlockMask,
     if not isinstance(masks, Mapping):
         raise TypeError(f"masks is a {type(masks).__name__}, not a mapping from parameter names to BlockMask")
     parameters = find_parameters(model, masks, what="masks")
-    checked = [(name, mask, _unique(refs)) for (name, refs), mask in zip(parameters.items(), masks.values(), strict=True)]
+    checked = [(name, mask, distinct(refs)) for (name, refs), mask in zip(parameters.items(), masks.values(), strict=True)]
     for name, mask, refs in checked:
         _check_mask(name, mask, refs[0])
     return checked
@@ -201,12 +234,7 @@ def _checked_weight(name: str, ref: ParameterRef, weight: Any) -> Tensor:
 
 
 def _masked_refs(model: nn.Module) -> list[tuple[ParameterRef, MaskBlocks]]:
-    return [(ref, ref.mask) for refs in parameter_refs(model).values() for ref in _unique(refs) if ref.mask]
-
-
-def _unique(refs: list[ParameterRef]) -> list[ParameterRef]:
-    """References without duplicates: a module that is used under two names has two references to the same parameter."""
-    return list({(id(ref.owner), ref.attr): ref for ref in reversed(refs)}.values())[::-1]
+    return [(ref, ref.mask) for refs in parameter_refs(model).values() for ref in distinct(refs) if ref.mask]
 
 
 def _mask_index(ref: ParameterRef) -> int:

@@ -5,7 +5,7 @@ modules share (tied weights) has the first of its names; references to all modul
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 import attrs
@@ -60,6 +60,15 @@ class ParameterRef:
         return [getattr(self.owner, self.attr)] if parametrizations is None else originals(parametrizations)
 
     @property
+    def stored_name(self) -> str:
+        """The name of the (first) stored tensor in the model's state dict."""
+        parametrizations = self.parametrizations
+        if parametrizations is None:
+            return self.name
+        original = "original" if has_one_original(parametrizations) else "original0"
+        return f"{self.name.removesuffix(self.attr)}parametrizations.{self.attr}.{original}"
+
+    @property
     def dense(self) -> Tensor:
         """The weight without the mask, but with all other parametrizations (such as weight_norm)."""
         parametrizations = self.parametrizations
@@ -102,6 +111,39 @@ def parameter_refs(model: nn.Module) -> dict[str, list[ParameterRef]]:
     return {refs[0].name: refs for refs in shared.values()}
 
 
+def distinct(refs: Iterable[ParameterRef]) -> list[ParameterRef]:
+    """The references without those to a module that an earlier reference names already: a module may have several names."""
+    first: dict[tuple[int, str], ParameterRef] = {}
+    for ref in refs:
+        first.setdefault((id(ref.owner), ref.attr), ref)
+    return list(first.values())
+
+
+def stored_aliases(model: nn.Module) -> dict[str, list[str]]:
+    """For each name of a stored parameter the names under which `functional_call` replaces it in all modules that use it.
+
+    `torch.func.functional_call` finds these itself with ``tie_weights=True``, but then leaves the replacement in a module that has two
+    names. So replace all of these names, with ``tie_weights=False``.
+
+    Example:
+        >>> from blockprune.model.parameters import stored_aliases
+        >>> model = nn.ModuleDict({"embedding": nn.Embedding(3, 2), "head": nn.Linear(2, 3, bias=False)})
+        >>> model["head"].weight = model["embedding"].weight
+        >>> stored_aliases(model)["head.weight"]
+        ['embedding.weight', 'head.weight']
+    """
+    aliases: dict[str, list[str]] = {}
+    for refs in parameter_refs(model).values():
+        names = [ref.stored_name for ref in distinct(refs)]
+        aliases |= {ref.stored_name: names for ref in refs}
+    return aliases
+
+
+def under_all_names(tensors: Mapping[str, Tensor], aliases: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+    """Replacements of stored parameters, under all names that `stored_aliases` lists."""
+    return {alias: tensor for name, tensor in tensors.items() for alias in aliases.get(name, (name,))}
+
+
 def _all_refs(model: nn.Module) -> Iterator[ParameterRef]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, parametrize.ParametrizationList):
@@ -118,6 +160,13 @@ def _parameter_attributes(module: nn.Module) -> list[str]:
     refs = [ref for ref in refs if isinstance(ref.stored, nn.Parameter)]  # a buffer can be parametrized, too
     order = next((ref.mask.order for ref in refs if ref.mask), ())
     return sorted([*names, *(ref.attr for ref in refs)], key=lambda name: order.index(name) if name in order else len(order))
+
+
+def computed_attributes(model: nn.Module) -> Iterator[ParameterRef]:
+    """Weights that are plain tensors, which a hook computes before each forward: of the old weight_norm, spectral_norm, and prune."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(value := vars(module).get("weight"), Tensor) and not isinstance(value, nn.Parameter):
+            yield ParameterRef(f"{prefix}.weight" if prefix else "weight", module, "weight")
 
 
 def find_parameters(model: nn.Module, names: Iterable[str], *, what: str) -> dict[str, list[ParameterRef]]:

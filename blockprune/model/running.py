@@ -20,13 +20,19 @@ TokenWeights = Callable[[Any], Tensor | None]  # batch -> the weight of each tok
 def default_forward(model: Callable[..., Any], batch: Any) -> Any:
     """Call the model with a batch.
 
-    A tensor is the model's only argument; the values of a mapping are keyword arguments. Of a tuple or list only the first element, the
-    inputs, is passed on: it may itself be a mapping of keyword arguments, or a tuple or list of positional arguments.
+    A tensor or a named tuple, such as a PackedSequence, is the model's only argument; the values of a mapping are keyword arguments. Of
+    another tuple or list only the first element, the inputs, is passed on: it may itself be a mapping of keyword arguments, or a tuple or
+    list of positional arguments.
     """
-    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+    inputs = batch[0] if _is_sequence(batch) else batch
     if isinstance(inputs, Mapping):
         return model(**inputs)
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+    return model(*inputs) if _is_sequence(inputs) else model(inputs)
+
+
+def _is_sequence(batch: Any) -> bool:
+    """Whether a batch is a plain tuple or list; a named tuple, such as a PackedSequence, is one argument."""
+    return isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields")
 
 
 def default_token_weights(batch: Any) -> Tensor | None:
@@ -181,12 +187,17 @@ def _to_device(batch: Any, like: Tensor) -> Any:
 def preserve_state(model: nn.Module, weights: Sequence[Tensor] = ()) -> Iterator[None]:
     """Run a model in evaluation mode, with gradients for these weights, and restore its state afterwards.
 
-    The state is the training mode of all modules, ``requires_grad`` of the weights, all buffers, and the random number generators.
+    The state is the training mode of all modules, ``requires_grad`` of the weights, all buffers, and the random number generators. Compiled
+    models run eagerly, and `torch.inference_mode` is off.
     """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in weights]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng(cuda_devices(model)):
+    buffers = [(module, name, buffer, buffer.clone()) for module in model.modules() for name, buffer in _own_buffers(module)]
+    with (
+        torch.inference_mode(False),
+        torch.compiler.set_stance("force_eager"),  # compiled code would not run hooks that are registered later
+        torch.random.fork_rng(cuda_devices(model)),
+    ):
         try:
             model.eval()
             for p in weights:
@@ -198,9 +209,16 @@ def preserve_state(model: nn.Module, weights: Sequence[Tensor] = ()) -> Iterator
             for p, flag in flags:
                 p.requires_grad_(flag)
             with torch.no_grad():
-                for buffer, value in buffers:
+                for module, name, buffer, value in buffers:
+                    if getattr(module, name) is not buffer:  # the forward assigned another tensor
+                        setattr(module, name, buffer)
                     if not buffer.is_meta and not torch.equal(buffer, value):
                         buffer.copy_(value)
+
+
+def _own_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers of a module itself, also those that other modules share."""
+    yield from module.named_buffers(recurse=False, remove_duplicate=False)
 
 
 def cuda_devices(model: nn.Module) -> list[int]:

@@ -16,7 +16,7 @@ from blockprune.core.grid import BlockGrid, BlockShape, int_tuple
 from blockprune.core.patterns import Pattern, matches, suggest
 from blockprune.core.types import Where
 from blockprune.model.hf_linears import is_transposed
-from blockprune.model.parameters import ParameterRef, parameter_refs
+from blockprune.model.parameters import ParameterRef, computed_attributes, parameter_refs
 
 
 def linears(block: BlockShape) -> Where:
@@ -133,6 +133,13 @@ def select(model: nn.Module, where: Where) -> dict[str, tuple[ParameterRef, Bloc
     for pattern, names in _patterns(where, selecting=list(refs), excluding=all_names):
         if not any(matches(pattern, name) for name in names):
             raise ValueError(f"where: the pattern {pattern!r} matches no parameter{suggest(str(pattern), names)}{_tied_names(refs)}")
+    for ref in computed_attributes(model):
+        if where(ref.name, ref.owner) is not None:
+            raise ValueError(
+                f"{ref.name} {ref.shape}: this weight is no parameter; a hook of the old weight_norm, spectral_norm or "
+                "torch.nn.utils.prune computes it. Remove the hook (remove_weight_norm, remove_spectral_norm, prune.remove), use "
+                "torch.nn.utils.parametrizations, or leave the weight out with `excluding`"
+            )
     selected: dict[str, tuple[ParameterRef, BlockGrid]] = {}
     for name, (ref, *_) in refs.items():
         block = where(name, ref.owner)

@@ -70,9 +70,11 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
     """
     if read_masks(model):
         raise ValueError("the model is masked; find the hidden axes of a plain model: bp.finalize(model)")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("the model is a compiled wrapper; give the module that was compiled: model._orig_mod")
     if meta := [name for name, p in model.named_parameters() if p.is_meta]:
         raise ValueError(f"{meta[0]} is on the meta device and has no values; give a model with weights")
-    with torch.random.fork_rng([]), torch.no_grad():
+    with torch.random.fork_rng([]), torch.no_grad(), torch.compiler.set_stance("force_eager"):  # hooks run in eager code
         torch.default_generator.manual_seed(SEED)
         recorded = RecordedRun.of(model, example, forward)
         usage = UsageCheck(recorded)

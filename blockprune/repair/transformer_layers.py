@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from blockprune.core._compat import CACHE_ARGUMENTS
 from blockprune.core.patterns import suggest
+from blockprune.model.parameters import stored_aliases, under_all_names
 from blockprune.model.running import Forward
 
 
@@ -44,6 +45,11 @@ class Layer:
     name: str
     module: nn.Module
     parameters: list[str]  # the chosen parameters in it
+    aliases: Mapping[str, Sequence[str]] = attrs.field(init=False)
+
+    @aliases.default
+    def _aliases(self) -> dict[str, list[str]]:
+        return stored_aliases(self.module)
 
     def local_name(self, name: str) -> str:
         """A parameter's name in the layer."""
@@ -54,7 +60,9 @@ class Layer:
         keyword, args, kwargs = captured.arguments[self.name]
         hidden = hidden.clone()  # a layer may write into its input
         arguments = ((), {keyword: hidden, **kwargs}) if keyword else ((hidden, *args), kwargs)
-        return _first_tensor(self.name, functional_call(self.module, dict(parameters), *arguments))
+        return _first_tensor(
+            self.name, functional_call(self.module, under_all_names(parameters, self.aliases), *arguments, tie_weights=False)
+        )
 
 
 def find_layers(model: nn.Module, layers: Sequence[str] | None, names: Sequence[str]) -> list["Layer"]:
