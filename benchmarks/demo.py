@@ -85,7 +85,7 @@ def table(curves: Curves) -> str:
     return "\n".join(lines)
 
 
-def seed_masks() -> str:
+def tutorial_masks() -> str:
     """The masks of NNI's tutorial: 2x2 blocks of Linear(4, 8) and Linear(8, 4) at 50 %."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
@@ -185,7 +185,7 @@ def main() -> None:
 
     print(f"A pipeline is a value:\n    {prune}")
     print("\nIts masks for Linear(4, 8) and Linear(8, 4) at 50 % (# kept, . pruned):")
-    print(seed_masks())
+    print(tutorial_masks())
     count = "one network" if networks == 1 else f"mean of {networks} networks"
     print(f"\nTest accuracy on digits against sparsity: MLP 64-128-128-10, one shot, no retraining, {count}; dense {dense:.3f}")
     deviation, name = largest_deviation(models[0], blocks)

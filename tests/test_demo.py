@@ -50,7 +50,7 @@ def test_magnitude_beats_random_at_half(accuracies: dict[tuple[str, str], list[f
         assert accuracies[block, name][1] > accuracies[block, "random per_layer"][1] + 0.03
 
 
-def test_the_seed_masks_are_2x2_blocks_at_half(shown: tuple[str, Path]) -> None:
+def test_the_masks_of_the_tutorial_are_2x2_blocks_at_half(shown: tuple[str, Path]) -> None:
     drawn = [line.split() for line in shown[0].splitlines() if re.fullmatch(r" +[.#]{8}( +[.#]{16})?", line)]
     first, second = [line[0] for line in drawn], [line[1] for line in drawn if len(line) == 2]
     assert (len(first), len(second)) == (8, 4)

@@ -1,0 +1,231 @@
+"""Laws over the ways in which people build and run models; each kind was once a fault."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import blockprune as bp
+from blockprune import allocate, collect, metric, reconstruct, statistics
+
+BATCH = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+
+
+def mask(rows: int, columns: int, block: tuple[int, int] = (4, 4)) -> bp.BlockMask:
+    grid = bp.BlockGrid((rows, columns), block)
+    return bp.BlockMask(torch.rand(grid.size, generator=torch.Generator().manual_seed(0)) < 0.5, grid)
+
+
+def cross_entropy(output: Tensor, batch: Any) -> Tensor:
+    return F.cross_entropy(output, batch[1])
+
+
+# A module that is reachable by two names.
+
+
+class TwoNames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.last = self.down
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.last(torch.relu(self.up(x)))  # type: ignore[no-any-return]
+
+
+def identities(model: nn.Module) -> list[tuple[str, int, bytes]]:
+    named = model.named_parameters(remove_duplicate=False)
+    return [(name, id(p), p.detach().numpy().tobytes()) for name, p in named if isinstance(p, nn.Parameter)]
+
+
+@pytest.mark.parametrize("per_sample", ["vmap", "loop"])
+def test_statistics_leave_a_module_with_two_names_as_it_was(per_sample: str) -> None:
+    model = nn.Sequential(TwoNames(), nn.Linear(8, 4))
+    before = identities(model)
+    batches, gates = [(BATCH, torch.randint(0, 4, (64,)))], [statistics.gate_fisher, statistics.gate_flow]
+    data = collect.with_statistics(
+        model, where=bp.linears((4, 4)), statistics=gates, batches=batches, loss=cross_entropy, per_sample=per_sample
+    )
+    assert identities(model) == before
+    plain = copy.deepcopy(model)
+    del plain[0].last  # type: ignore[union-attr]
+    plain[0].forward = lambda x: x + plain[0].down(torch.relu(plain[0].up(x)))  # type: ignore[union-attr,operator,assignment]
+    want = collect.with_statistics(
+        plain, where=bp.linears((4, 4)), statistics=gates, batches=batches, loss=cross_entropy, per_sample=per_sample
+    )
+    for name, param in data.items():
+        torch.testing.assert_close(dict(param.stats), dict(want[name].stats))
+
+
+@pytest.mark.parametrize("target", ["pruned", "dense"])
+def test_sequential_leaves_a_module_with_two_names_as_it_was(target: Any) -> None:
+    model = nn.Sequential(TwoNames(), TwoNames())
+    before, output = identities(model), model(BATCH).detach()
+    pipeline = bp.Pipeline(partial(collect.with_statistics, where=bp.linears((4, 4))), metric.obs, allocate.per_layer)
+    bp.sequential(model, pipeline, reconstruct.least_squares, [BATCH], 0.5, target=target)
+    assert identities(model) == before
+    assert torch.equal(model(BATCH), output)
+
+
+def test_sensitivity_leaves_a_module_with_two_names_as_it_was() -> None:
+    model = nn.Sequential(TwoNames(), nn.Linear(8, 4)).eval()
+    before = identities(model)
+    prune = bp.Pipeline(partial(collect.weights, where=bp.linears((4, 4))), metric.l1, allocate.per_layer)
+    bp.sensitivity(model, prune, [0.25, 0.5], lambda m: m(BATCH).square().mean())
+    assert identities(model) == before
+
+
+# Batches.
+
+
+def test_a_packed_sequence_is_passed_on_whole() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.out = nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, sequence: PackedSequence) -> Tensor:
+            return self.out(self.rnn(sequence)[1][0][0])  # type: ignore[no-any-return]
+
+    shapes: list[tuple[int, ...]] = []
+    model = Recurrent()
+    model.out.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
+    batch = pack_sequence([torch.randn(5, 4), torch.randn(3, 4)])
+    collect.with_statistics(model, where=bp.named("out.weight", (1, 4)), statistics=[statistics.input_sq], batches=[batch])
+    assert shapes == [(2, 8)]
+
+
+# The state of the model.
+
+
+class Running(nn.Module):
+    """A buffer that the forward replaces instead of writing into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 4)
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return self.fc(x - self.mean)  # type: ignore[no-any-return]
+
+
+def test_a_buffer_that_the_forward_replaces_is_restored() -> None:
+    model = Running()
+    buffer = model.mean
+    collect.with_statistics(model, where=bp.linears((4, 4)), statistics=[statistics.input_sq], batches=[BATCH])
+    assert model.mean is buffer
+    assert not buffer.any()
+
+
+# Precision and modes of torch.
+
+
+def test_autocast_does_not_round_statistics_scores_or_repair() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    rule = bp.linears((4, 4))
+    chosen = [statistics.input_gram, statistics.output_grad_gram, statistics.input_mean, statistics.bias]
+
+    def everything() -> tuple[bp.Data, bp.Scores, bp.Weights]:
+        data = collect.with_statistics(model, where=rule, statistics=chosen, batches=[BATCH], loss=lambda y, _: y.float().square().sum())
+        scores = metric.obs(data)
+        return data, scores, reconstruct.least_squares(data, allocate.per_layer(scores, 0.5))
+
+    want = everything()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        data, scores, weights = everything()
+    gram = data["0.weight"].stats["input_gram"]
+    assert gram.dtype == torch.float32
+    assert torch.equal(gram, want[0]["0.weight"].stats["input_gram"])
+    assert all(x.dtype == torch.float32 for x in [scores["0.weight"].value, *weights.values()])
+
+
+def test_inference_mode_is_no_obstacle() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    chosen = [statistics.input_sq, statistics.weight_grad]
+    look = partial(collect.with_statistics, model, where=bp.linears((4, 4)), statistics=chosen, loss=lambda y, _: y.square().sum())
+    want = look(batches=[BATCH])["0.weight"].stats
+    with torch.inference_mode():
+        inside = look(batches=[BATCH.clone()], statistics=[statistics.input_sq])["0.weight"].stats
+    torch.testing.assert_close(inside["input_sq"], want["input_sq"])
+
+
+def test_a_model_that_was_compiled_in_place_shows_its_layers() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    rule, one = bp.linears((4, 4)), [statistics.input_sq]
+    want = collect.with_statistics(model, where=rule, statistics=one, batches=[BATCH])
+    axes = bp.find_axes(model, BATCH[:4])
+    model.compile(backend="eager")
+    model(BATCH)
+    data = collect.with_statistics(model, where=rule, statistics=one, batches=[BATCH])
+    assert all(torch.equal(data[name].stats["input_sq"], want[name].stats["input_sq"]) for name in want)
+    assert bp.find_axes(model, BATCH[:4]) == axes
+    wrapper: Any = torch.compile(model, backend="eager")
+    with pytest.raises(ValueError, match=r"compiled wrapper; give the module that was compiled: model._orig_mod"):
+        bp.find_axes(wrapper, BATCH[:4])
+
+
+# Weights that are no parameters, or are elsewhere.
+
+
+def old_weight_norm() -> nn.Module:
+    with pytest.warns(FutureWarning):
+        return nn.utils.weight_norm(nn.Linear(8, 8))
+
+
+def old_pruning() -> nn.Module:
+    from torch.nn.utils import prune  # noqa: PLC0415 (used by one test)
+
+    return prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.5)
+
+
+@pytest.mark.parametrize("build", [old_weight_norm, lambda: nn.utils.spectral_norm(nn.Linear(8, 8)), old_pruning])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weights_that_a_hook_computes_are_named_with_the_remedy(build: Callable[[], nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), build())
+    with pytest.raises(ValueError, match=r"1.weight \(8, 8\): this weight is no parameter; a hook .* computes it. Remove the hook"):
+        collect.weights(model, where=bp.linears((4, 4)))
+    assert list(collect.weights(model, where=bp.excluding(bp.linears((4, 4)), "1.*"))) == ["0.weight"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_model_that_torch_cannot_copy_is_not_finalized_without_a_name() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.utils.weight_norm(nn.Linear(8, 8)))
+    model(BATCH)
+    with pytest.raises(ValueError, match=r"1.weight: a hook of the old weight_norm.*remove_weight_norm"):
+        bp.finalize(model)
+
+
+def test_offloaded_parameters_are_refused() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(nn.Linear(8, 8))
+    accelerate.cpu_offload(model)
+    with pytest.raises(ValueError, match=r"0.weight \(8, 8\): accelerate has offloaded this parameter.*without offloading"):
+        bp.apply_masks(model, {"0.weight": mask(8, 8)})
+    assert not bp.read_masks(model)
+    accelerate.hooks.remove_hook_from_submodules(model)
+
+
+def test_masks_are_not_added_below_distributed_data_parallel() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        plain = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(8, 8)))
+        with pytest.raises(ValueError, match=r"module.0.weight: masks cannot be added to or removed from.*wrap the model afterwards"):
+            bp.apply_masks(plain, {"module.0.weight": mask(8, 8)})
+        assert not bp.read_masks(plain)
+        masked = nn.parallel.DistributedDataParallel(bp.apply_masks(nn.Sequential(nn.Linear(8, 8)), {"0.weight": mask(8, 8)}))
+        everything = bp.BlockMask(torch.ones(2, 2).bool(), bp.BlockGrid((8, 8), (4, 4)))
+        bp.apply_masks(masked, {"module.0.weight": everything})
+        assert bp.read_masks(masked) == {"module.0.weight": everything}
+        with pytest.raises(ValueError, match=r"cannot be added to or removed"):
+            bp.apply_masks(masked, {})
+    finally:
+        dist.destroy_process_group()
