@@ -84,9 +84,8 @@ def test_where_nni_is_right_ours_is_the_same(rule: str, layer: str, data: st.Dat
     value = nni_metric(weight, block)
     n = value.numel()
     assume(value.unique().numel() == n)
-    k = data.draw(
-        st.sampled_from([k for k in range(n + 1) if int(k / n * n) == k])
-    )  # for other k, int() rounds down because of the last bit
+    # k / n * n may be just below k, and int() would round it down to k - 1
+    k = data.draw(st.sampled_from([k for k in range(n + 1) if int(k / n * n) == k]))
     ours = magnitude(where(sides))(model, k / n)["weight"]
     theirs = RULES[rule](value, k / n)
     assert torch.equal(ours.keep.view(value.shape), theirs)

@@ -1,7 +1,9 @@
 """Laws over the ways in which people build and run models; each kind was once a fault."""
 
 import copy
-from collections.abc import Callable
+import gc
+import weakref
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -124,6 +126,33 @@ def test_a_buffer_that_the_forward_replaces_is_restored() -> None:
     collect.with_statistics(model, where=bp.linears((4, 4)), statistics=[statistics.input_sq], batches=[BATCH])
     assert model.mean is buffer
     assert not buffer.any()
+
+
+@pytest.mark.parametrize(
+    "statistic",
+    [statistics.input_gram, statistics.output_grad_gram, statistics.weight_grad, statistics.gate_fisher, statistics.gate_hvp()],
+)
+def test_nothing_of_a_batch_is_held_once_it_is_added(statistic: statistics.Statistic) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
+    def batches() -> Iterator[Tensor]:
+        for _ in range(3):
+            assert not [ref for ref in alive[:-1] if ref() is not None]
+            batch = BATCH.clone()
+            alive.append(weakref.ref(batch))
+            yield batch
+            del batch
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    gc.collect()
+    gc.disable()  # a reference cycle would be freed late, if at all
+    try:
+        collect.with_statistics(
+            model, where=bp.linears((4, 4)), statistics=[statistic], batches=batches(), loss=lambda output, batch: output.square().sum()
+        )
+        assert not [ref for ref in alive if ref() is not None]
+    finally:
+        gc.enable()
 
 
 # Precision and modes of torch.

@@ -27,7 +27,7 @@ Blocks = dict[str, tuple[int, ...]]
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Tensors this small only wait for a second thread."""
+    """Operations on tensors this small take longer on two threads than on one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -40,7 +40,7 @@ def _seed() -> None:
 
 
 def masks_of(model: nn.Module, blocks: Blocks, seed: int = 0) -> dict[str, bp.BlockMask]:
-    """Random masks, half of them zeros, neither all kept nor all pruned."""
+    """Random masks that prune half of the blocks."""
     rng, masks = torch.Generator().manual_seed(seed), {}
     for name, block in blocks.items():
         grid = bp.BlockGrid(parameter_refs(model)[name][0].masked.shape, block)
@@ -49,7 +49,7 @@ def masks_of(model: nn.Module, blocks: Blocks, seed: int = 0) -> dict[str, bp.Bl
 
 
 def zeroed(plain: nn.Module, masks: bp.Masks) -> nn.Module:
-    """The slow, obvious twin: a plain copy with the zeros written by hand."""
+    """The slow reference: a plain copy into which the zeros are written."""
     model = copy.deepcopy(plain)
     for name, mask in masks.items():
         weight = model.get_parameter(name).data
@@ -69,8 +69,8 @@ class MLP(nn.Sequential):
 MLP_BLOCKS: Blocks = {"0.weight": (4, 2), "2.weight": (1, 3), "2.bias": (2,)}
 
 
-class Odd(nn.Linear):
-    """A subclass with attributes of its own."""
+class ScaledLinear(nn.Linear):
+    """A subclass of Linear with another attribute."""
 
     def __init__(self, i: int, o: int) -> None:
         super().__init__(i, o)
@@ -80,8 +80,8 @@ class Odd(nn.Linear):
         return super().forward(x) * self.scale
 
 
-class Twice(nn.Module):
-    """One module used twice."""
+class SharedModule(nn.Module):
+    """One module that is used twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,8 +122,8 @@ class Attention(nn.Module):
         return self.attention(x, *(x[..., :size] for size in sizes))[0]
 
 
-class Own(nn.Module):
-    """Parameters of the model itself, in a list and in a dictionary, one of them under two names of one module."""
+class OwnParameters(nn.Module):
+    """Parameters of the model itself, in a list and in a dictionary; one of them has two names in the same module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,15 +142,15 @@ class Own(nn.Module):
 TIED = {
     "two Linears": (TiedLinears, "a.weight", "b.weight"),
     "embedding and head": (TiedHead, "embed.weight", "head.weight"),
-    "a module used twice": (Twice, "layers.0.weight", "layers.2.weight"),
+    "a module used twice": (SharedModule, "layers.0.weight", "layers.2.weight"),
 }
 MODELS: dict[str, tuple[Callable[[], nn.Module], Blocks, tuple[int, ...] | Tensor]] = {
     "mlp": (MLP, MLP_BLOCKS, (3, 6)),
     "a Linear": (lambda: nn.Linear(6, 4), {"weight": (4, 4), "bias": (3,)}, (3, 6)),
-    "a subclass": (lambda: nn.Sequential(Odd(6, 4)), {"0.weight": (2, 4)}, (3, 6)),
+    "a subclass": (lambda: nn.Sequential(ScaledLinear(6, 4)), {"0.weight": (2, 4)}, (3, 6)),
     "a bilinear": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(6, 2)), {"1.weight": (1, 4)}, (3, 2, 3)),
-    "own parameters": (Own, {"scale": (4,), "steps.1": (2, 2), "ends.last": (3, 1)}, (3, 6)),
-    "a module used twice": (Twice, {"layers.0.weight": (2, 2), "layers.0.bias": (2,)}, (3, 6)),
+    "own parameters": (OwnParameters, {"scale": (4,), "steps.1": (2, 2), "ends.last": (3, 1)}, (3, 6)),
+    "a module used twice": (SharedModule, {"layers.0.weight": (2, 2), "layers.0.bias": (2,)}, (3, 6)),
     "tied Linears": (TiedLinears, {"a.weight": (2, 2), "b.bias": (2,)}, (3, 6)),
     "tied head": (TiedHead, {"embed.weight": (2, 3)}, torch.tensor([[0, 3, 6]])),
     "embedding": (lambda: nn.Embedding(7, 6, padding_idx=2), {"weight": (1,)}, torch.tensor([[0, 2, 6]])),
@@ -191,7 +191,7 @@ def made(kind: str) -> tuple[nn.Module, nn.Module, dict[str, bp.BlockMask], Tens
 
 
 def total(output: Any) -> Tensor:
-    """A loss with a gradient for every element."""
+    """A loss whose gradient is not zero for any element of the output."""
     output = output[0] if isinstance(output, tuple) else output
     return (output * torch.arange(1, output.numel() + 1).view(output.shape)).sum().sin() + output.pow(2).sum()
 
@@ -204,23 +204,23 @@ def total(output: Any) -> Tensor:
 def test_outputs_are_those_of_zeros_written_by_hand(kind: str, training: bool) -> None:
     plain, model, masks, x = made(kind)
     model.train(training)
-    twin = zeroed(plain, masks).train(training)
+    expected = zeroed(plain, masks).train(training)
     assert bp.read_masks(model) == masks
-    torch.testing.assert_close(model(x), twin(x))
+    torch.testing.assert_close(model(x), expected(x))
     with torch.no_grad():
-        torch.testing.assert_close(model(x), twin(x))
+        torch.testing.assert_close(model(x), expected(x))
     with torch.inference_mode():
-        torch.testing.assert_close(model(x), twin(x))
+        torch.testing.assert_close(model(x), expected(x))
 
 
 @every_model
 def test_gradients_are_those_by_hand_and_exactly_zero_where_pruned(kind: str) -> None:
     plain, model, masks, x = made(kind)
-    twin = zeroed(plain, masks)
-    for m in (model, twin):
+    expected = zeroed(plain, masks)
+    for m in (model, expected):
         total(m(x)).backward()
-    for name, places in parameter_refs(model).items():
-        want, got = twin.get_parameter(name).grad, places[0].stored.grad
+    for name, refs in parameter_refs(model).items():
+        want, got = expected.get_parameter(name).grad, refs[0].stored.grad
         if name in masks:
             want = reference.masked(want, masks[name].keep, masks[name].grid)
             assert got[~reference.expand(masks[name].keep, masks[name].grid)].count_nonzero() == 0, name
@@ -243,7 +243,7 @@ def test_finalized_models_are_plain_and_equal(kind: str) -> None:
 
 
 @every_model
-def test_masks_come_off_without_a_trace(kind: str) -> None:
+def test_removing_the_masks_restores_the_plain_model(kind: str) -> None:
     plain, model, _, x = made(kind)
     model(x)
     bp.apply_masks(model, {})
@@ -256,22 +256,22 @@ def test_masks_come_off_without_a_trace(kind: str) -> None:
 
 
 @every_model
-def test_masks_are_tried_by_functional_call(kind: str) -> None:
+def test_functional_call_runs_a_model_with_other_masks(kind: str) -> None:
     plain, model, masks, x = made(kind)
-    other = masks_of(plain, MODELS[kind][1], seed=1)
+    same_blocks = masks_of(plain, MODELS[kind][1], seed=1)
     coarse = masks_of(plain, dict.fromkeys(masks, (1,)), seed=2)
-    for tried in (masks, other, coarse):
-        want = zeroed(plain, tried)(x)
+    for replacement in (masks, same_blocks, coarse):
+        want = zeroed(plain, replacement)(x)
         for m in (plain, model):
-            for tie_weights in (True, False)[kind == "a module used twice" :]:  # torch: True leaves its tensors in such a module
-                got = functional_call(m, bp.masked_parameters(m, tried), (x,), tie_weights=tie_weights)
+            for tie_weights in (True, False)[kind == "a module used twice" :]:  # with True, torch leaves its tensors in such a module
+                got = functional_call(m, bp.masked_parameters(m, replacement), (x,), tie_weights=tie_weights)
                 torch.testing.assert_close(got, want)
     assert all(type(p) is nn.Parameter for p in plain.parameters())
     assert bp.read_masks(model) == masks
 
 
 @every_model
-def test_other_masks_act_at_once(kind: str) -> None:
+def test_new_masks_act_at_once(kind: str) -> None:
     plain, model, _, x = made(kind)
     for seed, block in ((1, None), (2, (1,)), (3, None)):
         masks = masks_of(plain, MODELS[kind][1] if block is None else dict.fromkeys(MODELS[kind][1], block), seed)
@@ -297,7 +297,7 @@ def test_a_change_of_dtype_keeps_masks_bool(kind: str, dtype: torch.dtype) -> No
 
 @every_model
 @pytest.mark.parametrize("called", [False, True], ids=["fresh", "called"])
-def test_what_is_done_to_a_copy_leaves_the_original_alone(kind: str, called: bool) -> None:
+def test_changing_a_copy_does_not_change_the_original(kind: str, called: bool) -> None:
     _, model, masks, x = made(kind)
     want = model(x)
     if called:
@@ -319,7 +319,7 @@ def test_what_is_done_to_a_copy_leaves_the_original_alone(kind: str, called: boo
     assert list(model.state_dict()) == keys
     assert equal(model(x), want)
     assert equal(copy.deepcopy(model)(x), want)
-    bp.apply_masks(model, {})  # and the other way round
+    bp.apply_masks(model, {})  # and changing the original does not change a copy
     assert bp.read_masks(copies[2]) == flipped
     copies[2](x)
 
@@ -354,7 +354,7 @@ def test_a_moving_average_of_a_masked_model() -> None:
 
 
 def saved(state: dict[str, Any]) -> dict[str, Any]:
-    """Through a file, as data only."""
+    """The state saved to a file and loaded as data only."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -375,7 +375,7 @@ def test_a_plain_checkpoint_loads_under_the_masks(kind: str, wrap: Callable[[nn.
     keys = list(state)
     result = wrap(model).load_state_dict(state)
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
-    assert list(state) == keys  # the caller's own
+    assert list(state) == keys  # the caller's mapping does not change
     assert bp.read_masks(model) == masks
     assert equal(model(x), zeroed(plain, masks)(x))
 
@@ -384,20 +384,20 @@ def test_a_plain_checkpoint_loads_under_the_masks(kind: str, wrap: Callable[[nn.
 @pytest.mark.parametrize("wrap", [lambda m: m, nested], ids=["root", "nested"])
 def test_a_masked_checkpoint_brings_weights_and_masks(kind: str, wrap: Callable[[nn.Module], nn.Module]) -> None:
     plain, model, masks, x = made(kind)
-    other = bp.apply_masks(MODELS[kind][0](), masks_of(plain, MODELS[kind][1], seed=1))
-    wrap(other).load_state_dict(saved(wrap(model).state_dict()))
-    assert bp.read_masks(other) == masks
-    assert equal(other(x), model(x))
+    loaded = bp.apply_masks(MODELS[kind][0](), masks_of(plain, MODELS[kind][1], seed=1))
+    wrap(loaded).load_state_dict(saved(wrap(model).state_dict()))
+    assert bp.read_masks(loaded) == masks
+    assert equal(loaded(x), model(x))
     assert [name for name in model.state_dict() if name.endswith("keep")]
 
 
 def test_a_masked_checkpoint_without_its_masks_keeps_those_of_the_model() -> None:
     plain, model, masks, x = made("mlp")
     state = {name: value for name, value in model.state_dict().items() if not name.endswith("keep")}
-    other = bp.apply_masks(MLP(), masks)
-    other.load_state_dict(state)
-    assert bp.read_masks(other) == masks
-    assert equal(other(x), zeroed(plain, masks)(x))
+    loaded = bp.apply_masks(MLP(), masks)
+    loaded.load_state_dict(state)
+    assert bp.read_masks(loaded) == masks
+    assert equal(loaded(x), zeroed(plain, masks)(x))
 
 
 def test_an_incomplete_or_foreign_checkpoint_is_still_an_error() -> None:
@@ -414,14 +414,14 @@ def test_an_incomplete_or_foreign_checkpoint_is_still_an_error() -> None:
     assert bp.read_masks(model) == masks
 
 
-def test_after_the_masks_are_off_a_plain_checkpoint_loads_as_ever() -> None:
+def test_a_plain_checkpoint_loads_after_the_masks_are_removed() -> None:
     plain, model, _, x = made("mlp")
     bp.apply_masks(model, {"2.bias": masks_of(plain, {"2.bias": (2,)})["2.bias"]})
     bp.apply_masks(model, {}).load_state_dict(plain.state_dict())
     assert equal(model(x), plain(x))
 
 
-def test_a_masked_model_refuses_to_pickle_with_torchs_own_words() -> None:
+def test_pickling_a_masked_model_raises_torchs_own_error() -> None:
     with pytest.raises(RuntimeError, match="state_dict"):
         pickle.dumps(made("mlp")[1])
 
@@ -431,28 +431,28 @@ def test_a_masked_model_refuses_to_pickle_with_torchs_own_words() -> None:
 
 @pytest.mark.parametrize("kind", ["mlp", "attention", "lstm", "conv2d"])
 @pytest.mark.parametrize("load", ["plain, assign", "masked, assign", "plain, to_empty", "masked, to_empty"])
-def test_masks_on_a_skeleton_wait_for_its_weights(kind: str, load: str) -> None:
+def test_masks_of_a_model_on_the_meta_device_apply_to_the_weights_it_loads(kind: str, load: str) -> None:
     plain, model, masks, x = made(kind)
     with torch.device("meta"):
-        skeleton = MODELS[kind][0]()
-    bp.apply_masks(skeleton, masks)
-    assert all(p.is_meta for p in skeleton.parameters())
-    assert bp.read_masks(skeleton) == masks
+        empty = MODELS[kind][0]()
+    bp.apply_masks(empty, masks)
+    assert all(p.is_meta for p in empty.parameters())
+    assert bp.read_masks(empty) == masks
     if "empty" in load:
-        skeleton = skeleton.to_empty(device="cpu")
+        empty = empty.to_empty(device="cpu")
     state = plain.state_dict() if "plain" in load else model.state_dict()
-    skeleton.load_state_dict(saved(state), assign="assign" in load)
-    assert bp.read_masks(skeleton) == masks
-    assert equal(skeleton(x), zeroed(plain, masks)(x))
-    assert not any(t.is_meta for t in (*skeleton.parameters(), *skeleton.buffers()))
+    empty.load_state_dict(saved(state), assign="assign" in load)
+    assert bp.read_masks(empty) == masks
+    assert equal(empty(x), zeroed(plain, masks)(x))
+    assert not any(t.is_meta for t in (*empty.parameters(), *empty.buffers()))
 
 
-def test_a_skeleton_computes_shapes_and_finalizes() -> None:
+def test_a_model_on_the_meta_device_computes_shapes_and_finalizes() -> None:
     plain, _, masks, x = made("mlp")
-    skeleton = bp.apply_masks(copy.deepcopy(plain), masks).to("meta")
-    assert bp.read_masks(skeleton) == masks
-    assert skeleton(x.to("meta")).shape == (3, 4)
-    assert [p.shape for p in bp.finalize(skeleton).parameters()] == [p.shape for p in plain.parameters()]
+    empty = bp.apply_masks(copy.deepcopy(plain), masks).to("meta")
+    assert bp.read_masks(empty) == masks
+    assert empty(x.to("meta")).shape == (3, 4)
+    assert [p.shape for p in bp.finalize(empty).parameters()] == [p.shape for p in plain.parameters()]
 
 
 # Optimizers -----------------------------------------------------------------------------------------------------------------
@@ -472,10 +472,10 @@ def test_training_under_masks(kind: str, optimizer: Callable[..., torch.optim.Op
     model(x)
     bp.apply_masks(model, masks)
     opt = opt or optimizer(model.parameters())
-    start = {name: places[0].stored.detach().clone() for name, places in parameter_refs(model).items()}
+    start = {name: refs[0].stored.detach().clone() for name, refs in parameter_refs(model).items()}
     losses = []
     for step in range(6):
-        if step == 3:  # masks may change at any step
+        if step == 3:  # the masks may change at any step
             masks = masks_of(plain, MODELS[kind][1], seed=1)
             bp.apply_masks(model, masks)
         opt.zero_grad()
@@ -489,9 +489,9 @@ def test_training_under_masks(kind: str, optimizer: Callable[..., torch.optim.Op
             ref = parameter_refs(model)[name][0]
             assert ref.stored.grad[pruned].count_nonzero() == 0
             assert ref.masked[pruned].count_nonzero() == 0
-    held = {id(p) for group in opt.param_groups for p in group["params"]}
-    assert held == {id(places[0].stored) for places in parameter_refs(model).values()} == {id(p) for p in model.parameters()}
-    assert all(not torch.equal(places[0].stored, start[name]) for name, places in parameter_refs(model).items())
+    optimized = {id(p) for group in opt.param_groups for p in group["params"]}
+    assert optimized == {id(refs[0].stored) for refs in parameter_refs(model).values()} == {id(p) for p in model.parameters()}
+    assert all(not torch.equal(refs[0].stored, start[name]) for name, refs in parameter_refs(model).items())
     assert losses[2] < losses[0]
     final = bp.finalize(model)
     assert all((final.get_parameter(name)[~reference.expand(m.keep, m.grid)] == 0).all() for name, m in masks.items())
@@ -505,7 +505,7 @@ def test_a_frozen_parameter_stays_frozen() -> None:
     model(x).sum().backward()
     assert model[0].parametrizations.weight.original.grad is None
     for m in (bp.finalize(model), copy.deepcopy(model), bp.apply_masks(model, {})):
-        assert {name: places[0].stored.requires_grad for name, places in parameter_refs(m).items()} == {
+        assert {name: refs[0].stored.requires_grad for name, refs in parameter_refs(m).items()} == {
             name: name != "0.weight" for name in parameter_refs(m)
         }
 
@@ -520,10 +520,10 @@ def test_either_name_masks_all_users_of_a_tied_tensor(kind: type[nn.Module], fir
     for name in (first, second):
         model = bp.apply_masks(copy.deepcopy(plain), {name: mask})
         assert bp.read_masks(model) == {first: mask}
-        places = parameter_refs(model)[first]
-        assert {ref.name for ref in places} == {first, second}
-        assert torch.equal(places[0].masked, zeroed(plain, {first: mask}).get_parameter(first))
-        assert torch.equal(places[0].masked, places[1].masked)
+        refs = parameter_refs(model)[first]
+        assert {ref.name for ref in refs} == {first, second}
+        assert torch.equal(refs[0].masked, zeroed(plain, {first: mask}).get_parameter(first))
+        assert torch.equal(refs[0].masked, refs[1].masked)
         for m in (bp.finalize(model), bp.apply_masks(model, {})):
             assert m.get_parameter(first) is m.get_parameter(second)
             assert len(list(m.parameters())) == len(list(plain.parameters()))
@@ -532,7 +532,8 @@ def test_either_name_masks_all_users_of_a_tied_tensor(kind: type[nn.Module], fir
 # Compilers ------------------------------------------------------------------------------------------------------------------
 
 
-def compiled_without_recompiling(backend: str, kinds: list[str]) -> None:
+def assert_compiled_once(backend: str, kinds: list[str]) -> None:
+    """Compiled models follow their masks, forward and backward, without being compiled again."""
     for kind in kinds:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
@@ -542,30 +543,30 @@ def compiled_without_recompiling(backend: str, kinds: list[str]) -> None:
             for seed in range(3):
                 masks = masks_of(plain, MODELS[kind][1], seed)
                 bp.apply_masks(model, masks)
-                twin = zeroed(plain, masks)
-                got, want = fast(x), twin(x)
+                expected = zeroed(plain, masks)
+                got, want = fast(x), expected(x)
                 torch.testing.assert_close(got, want)
                 model.zero_grad()
                 total(got).backward()
                 total(want).backward()
                 for name, mask in masks.items():
-                    want_grad = reference.masked(twin.get_parameter(name).grad, mask.keep, mask.grid)
+                    want_grad = reference.masked(expected.get_parameter(name).grad, mask.keep, mask.grid)
                     torch.testing.assert_close(parameter_refs(model)[name][0].stored.grad, want_grad)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
 
 
 def test_compiled_models_follow_their_masks() -> None:
-    compiled_without_recompiling("aot_eager", ["mlp", "conv2d", "tied head", "attention"])
+    assert_compiled_once("aot_eager", ["mlp", "conv2d", "tied head", "attention"])
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # inductor itself uses it
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_models_compiled_by_inductor_follow_their_masks() -> None:
-    compiled_without_recompiling("inductor", ["a Linear"])
+    assert_compiled_once("inductor", ["a Linear"])
 
 
-def test_masks_are_tried_in_a_compiled_call() -> None:
+def test_a_compiled_functional_call_runs_a_model_with_other_masks() -> None:
     torch._dynamo.reset()
     plain = MLP()
     call, x = torch.compile(lambda values, x: functional_call(plain, values, (x,)), fullgraph=True, backend="aot_eager"), torch.randn(3, 6)
@@ -590,10 +591,10 @@ def test_exported_programs_carry_their_masks(kind: str) -> None:
 
 def test_functional_call_replaces_the_stored_weight() -> None:
     plain, model, masks, x = made("mlp")
-    other = MLP()
+    donor = MLP()
     values = {name.replace("parametrizations.", "").replace(".original", ""): name for name, _ in model.named_parameters()}
-    got = functional_call(model, {stored: other.get_parameter(name) for name, stored in values.items()}, (x,))
-    assert equal(got, zeroed(other, masks)(x))
+    got = functional_call(model, {stored: donor.get_parameter(name) for name, stored in values.items()}, (x,))
+    assert equal(got, zeroed(donor, masks)(x))
     assert equal(model(x), zeroed(plain, masks)(x))
 
 
@@ -669,26 +670,28 @@ def test_autocast_and_cached_reads() -> None:
         assert equal(model(x), zeroed(plain, masks)(x))
 
 
-# Parametrizations of others -------------------------------------------------------------------------------------------------
+# Other parametrizations ------------------------------------------------------------------------------------------------------
 
-OTHERS = {
+PARAMETRIZATIONS = {
     "weight_norm": parametrizations.weight_norm,
     "spectral_norm": parametrizations.spectral_norm,
     "orthogonal": parametrizations.orthogonal,
 }
-others = pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+every_parametrization = pytest.mark.parametrize("parametrization", PARAMETRIZATIONS.values(), ids=PARAMETRIZATIONS)
 
 
-def both(other: Callable[..., nn.Module], *, training: bool = False) -> tuple[nn.Module, nn.Module, dict[str, bp.BlockMask], Tensor]:
-    """A model under another's parametrization, the same under our masks too, the masks and an input."""
-    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), other(nn.Linear(4, 6)))
+def parametrized(
+    parametrization: Callable[..., nn.Module], *, training: bool = False
+) -> tuple[nn.Module, nn.Module, dict[str, bp.BlockMask], Tensor]:
+    """A model with another parametrization, the same model with masks as well, the masks and an input."""
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), parametrization(nn.Linear(4, 6)))
     masks = masks_of(model.eval(), {"0.weight": (2, 2), "2.weight": (2, 2), "2.bias": (3,)})
     return model.train(training), bp.apply_masks(copy.deepcopy(model.train(training)), masks), masks, torch.randn(3, 6)
 
 
-@others
-def test_masks_come_over_anothers_parametrization(other: Callable[..., nn.Module]) -> None:
-    model, masked, masks, x = both(other)
+@every_parametrization
+def test_masks_apply_to_the_result_of_another_parametrization(parametrization: Callable[..., nn.Module]) -> None:
+    model, masked, masks, x = parametrized(parametrization)
     want = reference.masked(model[2].weight, masks["2.weight"].keep, masks["2.weight"].grid)
     assert torch.equal(masked[2].weight, want)
     assert bp.read_masks(masked) == masks
@@ -697,7 +700,7 @@ def test_masks_come_over_anothers_parametrization(other: Callable[..., nn.Module
     total(masked(x)).backward()
     assert all(p.grad is not None for p in masked.parameters())
     assert equal(copy.deepcopy(masked)(x), masked(x))
-    masked.load_state_dict(saved(model.state_dict()))  # of before the masks
+    masked.load_state_dict(saved(model.state_dict()))  # a checkpoint from before the masks
     assert torch.equal(masked[2].weight, want)
     flipped = {name: bp.BlockMask(~mask.keep, mask.grid) for name, mask in masks.items()}
     bp.apply_masks(masked, flipped)
@@ -706,9 +709,9 @@ def test_masks_come_over_anothers_parametrization(other: Callable[..., nn.Module
     assert len(masked[2].parametrizations.weight) == 2
 
 
-@others
-def test_taking_masks_off_leaves_anothers_parametrization(other: Callable[..., nn.Module]) -> None:
-    model, masked, masks, x = both(other)
+@every_parametrization
+def test_removing_masks_leaves_another_parametrization(parametrization: Callable[..., nn.Module]) -> None:
+    model, masked, masks, x = parametrized(parametrization)
     bp.apply_masks(masked, {})
     assert list(masked.state_dict()) == list(model.state_dict())
     assert [name for name, _ in masked.named_parameters()] == [name for name, _ in model.named_parameters()]
@@ -724,10 +727,10 @@ def test_taking_masks_off_leaves_anothers_parametrization(other: Callable[..., n
     assert torch.equal(masked[2].weight, model[2].weight)
 
 
-@others
+@every_parametrization
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-def test_finalize_bakes_both(other: Callable[..., nn.Module], frozen: bool) -> None:
-    _, masked, masks, x = both(other)
+def test_finalize_computes_the_plain_weights_of_both(parametrization: Callable[..., nn.Module], frozen: bool) -> None:
+    _, masked, masks, x = parametrized(parametrization)
     masked.requires_grad_(not frozen)
     before = masked.state_dict()
     with torch.no_grad():
@@ -742,10 +745,10 @@ def test_finalize_bakes_both(other: Callable[..., nn.Module], frozen: bool) -> N
     assert all(torch.equal(value, masked.state_dict()[name]) for name, value in before.items())
 
 
-@others
-def test_copies_that_torch_makes_of_anothers_parametrization_stay_apart(other: Callable[..., nn.Module]) -> None:
-    model, _, masks, x = both(other)
-    copied, want = copy.deepcopy(model), model(x)  # torch's own copy: both have one class
+@every_parametrization
+def test_copies_that_torch_makes_of_a_parametrized_model_do_not_share_masks(parametrization: Callable[..., nn.Module]) -> None:
+    model, _, masks, x = parametrized(parametrization)
+    copied, want = copy.deepcopy(model), model(x)  # torch's own copy, so both modules have the same class
     bp.apply_masks(copied, masks)
     assert equal(model(x), want)
     assert type(model[2].bias) is nn.Parameter
@@ -757,10 +760,10 @@ def test_copies_that_torch_makes_of_anothers_parametrization_stay_apart(other: C
     assert equal(copy.deepcopy(copied)(x), want)
 
 
-@others
-def test_a_call_on_anothers_parametrization_reads_nothing_that_changes(other: Callable[..., nn.Module]) -> None:
-    """In training, a read of a spectral norm moves its buffers; our calls must not."""
-    model, masked, masks, _ = both(other, training=True)
+@every_parametrization
+def test_our_calls_do_not_evaluate_another_parametrization_that_changes_its_buffers(parametrization: Callable[..., nn.Module]) -> None:
+    """In training mode, reading a weight with a spectral norm changes the norm's buffers; our calls must not do that."""
+    model, masked, masks, _ = parametrized(parametrization, training=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for m in (model, masked):
         bp.collect.weights(m, where=bp.linears((2, 2)))
@@ -781,9 +784,9 @@ def test_a_call_on_anothers_parametrization_reads_nothing_that_changes(other: Ca
     )
 
 
-@others
-def test_what_another_computes_is_not_written_or_tried(other: Callable[..., nn.Module]) -> None:
-    model, masked, masks, x = both(other)
+@every_parametrization
+def test_a_weight_that_another_parametrization_computes_cannot_be_replaced(parametrization: Callable[..., nn.Module]) -> None:
+    model, masked, masks, x = parametrized(parametrization)
     for m in (model, masked):
         want = m(x)
         with pytest.raises(ValueError, match=r"2\.weight.*parametrization"):
@@ -794,17 +797,17 @@ def test_what_another_computes_is_not_written_or_tried(other: Callable[..., nn.M
     assert equal(functional_call(masked, bp.masked_parameters(masked, masks), (x,)), masked(x))
 
 
-def test_a_parametrization_that_came_after_the_masks_does_not_hide_them() -> None:
+def test_a_parametrization_that_is_added_after_the_masks_does_not_hide_them() -> None:
     model = nn.Linear(4, 6)
-    masks, other = masks_of(model, {"weight": (2, 2)}), masks_of(model, {"weight": (2, 2)}, seed=1)
-    assert masks != other
+    masks, new_masks = masks_of(model, {"weight": (2, 2)}), masks_of(model, {"weight": (2, 2)}, seed=1)
+    assert masks != new_masks
     bp.apply_masks(model, masks)
     parametrizations.spectral_norm(model).eval()
     assert bp.read_masks(model) == masks
-    bp.apply_masks(model, other)
-    assert bp.read_masks(model) == other
+    bp.apply_masks(model, new_masks)
+    assert bp.read_masks(model) == new_masks
     assert sum(type(p).__name__ == "MaskBlocks" for p in model.parametrizations.weight) == 1
-    keep = reference.expand(other["weight"].keep, other["weight"].grid)
+    keep = reference.expand(new_masks["weight"].keep, new_masks["weight"].grid)
     assert torch.equal(model.weight != 0, keep)
     assert list(bp.finalize(model).state_dict()) == ["weight", "bias"]
     assert (bp.apply_masks(model, {}).weight != 0).all()
@@ -817,25 +820,26 @@ def _replica(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(rank)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))  # of its own weights, until DDP sends those of rank 0
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))  # each rank has its own weights until DDP sends those of rank 0
     bp.apply_masks(model, masks_of(model, {"0.weight": (2, 2), "1.bias": (2,)}, seed=rank))
     replica = nn.parallel.DistributedDataParallel(model)
-    x, found = torch.randn(3, 6), {}
+    x, results = torch.randn(3, 6), {}
     for step in range(2):
         replica.zero_grad()
         total(replica(x)).backward()
-        found[step] = {
+        results[step] = {
             "x": x,
             "masks": {name: mask.keep for name, mask in bp.read_masks(model).items()},
-            "weights": {name: places[0].stored.detach().clone() for name, places in parameter_refs(model).items()},
-            "grads": {name: places[0].stored.grad.clone() for name, places in parameter_refs(model).items()},
+            "weights": {name: refs[0].stored.detach().clone() for name, refs in parameter_refs(model).items()},
+            "grads": {name: refs[0].stored.grad.clone() for name, refs in parameter_refs(model).items()},
         }
         bp.apply_masks(model, masks_of(model, {"0.weight": (2, 2), "1.bias": (2,)}, seed=5))
-    torch.save(found, Path(folder) / f"{rank}.pt")
+    torch.save(results, Path(folder) / f"{rank}.pt")
     torch.distributed.barrier()
-    os._exit(0)  # freeing DDP's reducer can hang: it holds the GIL while it joins a gloo thread that waits for it
+    os._exit(0)  # freeing DDP's reducer may hang: it holds the GIL while it joins a gloo thread that needs the GIL
 
 
+@pytest.mark.slow
 def test_ddp_agrees_on_masks_and_gradients(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_replica, args=(str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
@@ -843,14 +847,14 @@ def test_ddp_agrees_on_masks_and_gradients(tmp_path: Path) -> None:
     blocks: Blocks = {"0.weight": (2, 2), "1.bias": (2,)}
     assert not torch.equal(ranks[0][0]["x"], ranks[1][0]["x"])
     for step, seed in ((0, 0), (1, 5)):
-        masks = masks_of(plain, blocks, seed)  # in the first step rank 0's masks win
+        masks = masks_of(plain, blocks, seed)  # in the first step all ranks use the masks of rank 0
         plain.load_state_dict(ranks[0][step]["weights"])
         model = bp.apply_masks(copy.deepcopy(plain), masks)
         sum(total(model(rank[step]["x"])) / 2 for rank in ranks).backward()
         for rank in ranks:
             assert all(torch.equal(rank[step]["masks"][name], mask.keep) for name, mask in masks.items())
-            for name, places in parameter_refs(model).items():
-                torch.testing.assert_close(rank[step]["grads"][name], places[0].stored.grad)
+            for name, refs in parameter_refs(model).items():
+                torch.testing.assert_close(rank[step]["grads"][name], refs[0].stored.grad)
 
 
 # transformers ---------------------------------------------------------------------------------------------------------------

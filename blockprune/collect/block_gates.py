@@ -3,7 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ class _GatedModel:
         self.weights = {name: ref.stored.detach() for name, ref in refs.items()}
         self.ones = {name: torch.ones(grids[name].size, dtype=w.dtype, device=w.device) for name, w in self.weights.items()}
         self.frozen = {name: p.detach() for name, p in model.named_parameters()}  # so that autograd records the gates only
-        self.curvature = cache(self._curvature)
+        self.curvatures: dict[tuple[int, int], dict[str, Tensor]] = {}  # by probes and seed
 
     def derivatives(self, name: str) -> Gates:
         return Gates(
@@ -141,6 +141,12 @@ class _GatedModel:
             return torch.stack([(slope[name] * vector[name]).sum() for name in gates]).sum()
 
         return grad(slope_along)(self.ones)  # type: ignore[no-any-return]
+
+    def curvature(self, probes: int, seed: int) -> dict[str, Tensor]:
+        """``v * (H v)`` for random signs v, ``[probes, *size]``; computed once."""
+        if (probes, seed) not in self.curvatures:
+            self.curvatures[probes, seed] = self._curvature(probes, seed)
+        return self.curvatures[probes, seed]
 
     def _curvature(self, probes: int, seed: int) -> dict[str, Tensor]:
         """``v * (H v)`` for random signs v, ``[probes, *size]``."""

@@ -68,17 +68,23 @@ class _LayerObserver:
         self.last_inputs: tuple[Any, Call] | None = None
 
     def run(self, model: nn.Module, hooks: InputHooks, calibration: Calibration, needs_loss: Sequence[str]) -> Fold:
+        try:
+            loss = self._forward(model, hooks, calibration, needs_loss)
+            if loss is not None:
+                self._backward(loss)
+        finally:
+            self.outputs.clear()  # the graph's hooks refer to this object: a cycle through torch's graph would never be freed
+        return self.fold
+
+    def _forward(self, model: nn.Module, hooks: InputHooks, calibration: Calibration, needs_loss: Sequence[str]) -> Tensor | None:
         handles = self._register(model, hooks) if self.sees & {"inputs", "output", "output_grad"} else []
         try:
             with torch.set_grad_enabled(bool(needs_loss)):
                 output = calibration.forward(model, self.batch)
-                loss = scalar_loss(calibration, output, self.batch, needs_loss) if needs_loss else None
+                return scalar_loss(calibration, output, self.batch, needs_loss) if needs_loss else None
         finally:
             for handle in handles:
                 handle.remove()
-        if loss is not None:
-            self._backward(loss)
-        return self.fold
 
     def _register(self, model: nn.Module, hooks: InputHooks) -> list[Any]:
         handles = []

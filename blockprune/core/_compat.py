@@ -1,4 +1,4 @@
-"""Every private or undocumented API of torch, transformers and Torch-Pruning that blockprune uses.
+"""Every private or undocumented API of torch, transformers, accelerate and Torch-Pruning that blockprune uses.
 
 A new version of these libraries may change any of them without notice. tests/core/test_compat.py has a test for each, which says what
 blockprune loses with it, and a test that no other module uses such a name. Each docstring ends with the first version that has the API;
@@ -62,6 +62,7 @@ __all__ = [
     "has_hooks",
     "has_one_original",
     "has_packed_linear",
+    "is_compiled_wrapper",
     "is_copy_on_write",
     "is_functorch_tensor",
     "is_legacy_batched",
@@ -93,12 +94,6 @@ __all__ = [
 ]
 
 _C: Any = torch._C
-
-
-def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate holds the parameters of a module on another device or on disk between forwards (accelerate 1.0)."""
-    hook = getattr(module, "_hf_hook", None)
-    return any(getattr(part, "offload", False) for part in (hook, *getattr(hook, "hooks", ())))
 
 
 # Tensors and their memory
@@ -191,6 +186,11 @@ def parameter_names(module: nn.Module) -> list[str]:
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything is hooked to a module's call; torch can add and remove hooks, but not list them (torch 2.0)."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def is_compiled_wrapper(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` returned the module, which then calls another one and names its parameters differently (torch 2.0)."""
+    return hasattr(module, "_orig_mod")
 
 
 def has_one_original(parametrizations: parametrize.ParametrizationList) -> bool:
@@ -295,6 +295,15 @@ def apply_expert_gate(experts: Any, original_class: Any, gate_and_up: Tensor) ->
 def use_eager_experts(config: Any) -> None:
     """Run stacked experts by their own Python code, since their kernels support only some types and sizes (transformers 5.0)."""
     config._experts_implementation = "eager"
+
+
+# accelerate
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate holds the parameters of a module on another device or on disk between forwards (accelerate 1.0)."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(part, "offload", False) for part in (hook, *getattr(hook, "hooks", ())))
 
 
 # Torch-Pruning's dependency graph

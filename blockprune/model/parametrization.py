@@ -73,7 +73,7 @@ def _broadcastable(keep: Tensor, grid: BlockGrid) -> tuple[list[int], Tensor]:
     if grid.ragged:
         return list(grid.shape), expand(keep, grid)
     axes = list(zip(grid.size, grid.block, strict=True))
-    last = max((axis for axis, n in enumerate(grid.size) if n > 1), default=0)  # the last axis that is divided into blocks
+    last = [0, *[axis for axis, n in enumerate(grid.size) if n > 1]][-1]  # the last axis that is divided into blocks
     run = math.prod(grid.block[last:])  # elements of a block that are contiguous in memory
     shape = [*(length for n, b in axes[:last] for length in (n, b)), grid.size[last], run]  # [n0, b0, n1, b1, ..., n, run]
     keep = keep.reshape([*(length for n, _ in axes[:last] for length in (n, 1)), grid.size[last], 1])

@@ -18,6 +18,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from blockprune.core._compat import is_compiled_wrapper
 from blockprune.core.progress import progress_bar
 from blockprune.model.apply import read_masks
 from blockprune.model.running import Forward, default_forward
@@ -70,7 +71,7 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
     """
     if read_masks(model):
         raise ValueError("the model is masked; find the hidden axes of a plain model: bp.finalize(model)")
-    if hasattr(model, "_orig_mod"):
+    if is_compiled_wrapper(model):
         raise ValueError("the model is a compiled wrapper; give the module that was compiled: model._orig_mod")
     if meta := [name for name, p in model.named_parameters() if p.is_meta]:
         raise ValueError(f"{meta[0]} is on the meta device and has no values; give a model with weights")

@@ -1,4 +1,4 @@
-"""The private names of torch, transformers and Torch-Pruning in `_compat`: each is there, means what it meant, and is used nowhere else."""
+"""The private names of other libraries in `_compat`: each is there, means what it meant, and is used in no other module."""
 
 import ast
 import contextlib
@@ -32,7 +32,7 @@ COMPAT = Path(_compat.__file__)
 @contextlib.contextmanager
 def private(name: str, use: str) -> Iterator[None]:
     """A block that uses a private name: if it fails, the message says which version lost the name and what blockprune loses with it."""
-    package = {"torch": "torch", "transformers": "transformers", "torch_pruning": "torch-pruning"}[name.partition(".")[0]]
+    package = name.partition(".")[0].replace("_", "-")
     try:
         yield
     except Exception as error:
@@ -230,6 +230,13 @@ def test_hooks_are_noticed(register: Callable[[nn.Module], Any]) -> None:
         assert not _compat.has_hooks(layer)
 
 
+def test_compiled_wrappers_are_recognised() -> None:
+    with private("torch._dynamo.OptimizedModule._orig_mod", "to ask for the module itself instead of what torch.compile returned"):
+        layer = nn.Linear(2, 2)
+        assert not _compat.is_compiled_wrapper(layer)
+        assert _compat.is_compiled_wrapper(torch.compile(layer))
+
+
 def test_all_tensors_of_a_parametrized_weight_are_listed() -> None:
     with private("torch.nn.utils.parametrize.ParametrizationList.ntensors", "to find the stored tensors behind a weight"):
         one, two = parametrizations.spectral_norm(nn.Linear(2, 3)), parametrizations.weight_norm(nn.Linear(2, 3))
@@ -360,6 +367,17 @@ def test_stacked_experts_run_eagerly_when_asked_to() -> None:
             plain(*arguments)
         _compat.use_eager_experts(plain.config)
         assert plain(*arguments).shape == (5, 4)
+
+
+def test_offloaded_layers_are_recognised() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    with private("accelerate.hooks.AlignDevicesHook.offload", "to say that the weights of offloaded models cannot be written"):
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        accelerate.cpu_offload(model[0], "cpu")
+        assert model[0].weight.is_meta
+        assert [_compat.is_offloaded(layer) for layer in model] == [True, False]
+        accelerate.hooks.add_hook_to_module(model[1], accelerate.hooks.SequentialHook(accelerate.hooks.AlignDevicesHook(offload=True)))
+        assert _compat.is_offloaded(model[1])
 
 
 class Flattened(nn.Module):
@@ -616,7 +634,7 @@ def test_each_entry_says_since_when_it_is_there_and_has_a_test() -> None:
     entries = [getattr(_compat, name) for name in _compat.__all__]
     own = [entry for entry in entries if getattr(entry, "__module__", "") == _compat.__name__]
     assert len(own) > 30
-    assert [entry.__name__ for entry in own if not re.search(r"\((torch|transformers|Torch-Pruning) \d", entry.__doc__)] == []
+    assert [entry.__name__ for entry in own if not re.search(r"\((torch|transformers|accelerate|Torch-Pruning) \d", entry.__doc__)] == []
 
 
 def test_each_entry_is_used() -> None:
