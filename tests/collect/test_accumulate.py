@@ -323,7 +323,8 @@ def test_batches_of_every_form_give_the_same(form: str) -> None:
         return nn.functional.cross_entropy(output, batch[1])
 
     plain = seen(model, both, loss=lambda output, batch: nn.functional.cross_entropy(output, batch[1]))
-    assert_same(seen(model, batches, loss=cross), plain)
+    whole = {"forward": lambda model, batch: model(batch.x)} if form == "namedtuple" else {}  # a named tuple is one argument
+    assert_same(seen(model, batches, loss=cross, **whole), plain)
 
 
 @pytest.mark.parametrize("form", [dict, UserDict])
