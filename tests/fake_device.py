@@ -1,6 +1,6 @@
 """A device without hardware: its tensors compute on the CPU, and raise an error if they are mixed with CPU tensors, as on a GPU.
 
-Every operation runs on the CPU, so results are those of the CPU. A test on this device finds code that creates a tensor on the wrong device.
+Every operation runs on the CPU, so results are those of the CPU. A test on this device finds code that creates a tensor on the wrong one.
 """
 
 import contextlib

@@ -158,9 +158,7 @@ def test_cluster_units_takes_the_blocks_of_the_rule_or_asks_for_them() -> None:
 @pytest.mark.parametrize("make", [recipes.wanda, recipes.sparsegpt, recipes.obs, partial(recipes.cluster_units, model())])
 def test_batches_that_can_be_used_once_only_are_refused(make: Any) -> None:
     once = bp.Calibration(iter(batches()), loss=loss)
-    with pytest.raises(
-        TypeError, match=r"runs over calibration.batches several times.*list_iterator can be used once only"
-    ):
+    with pytest.raises(TypeError, match=r"runs over calibration.batches several times.*list_iterator can be used once only"):
         make(WHERE, once)
 
 

@@ -1,6 +1,6 @@
 """The optional compiled loops: what they are, whether this machine has them, and why not.
 
-Set ``BLOCKPRUNE_NATIVE=0`` to do without them.
+Set ``BLOCKPRUNE_NATIVE=0`` to do without them, or ``BLOCKPRUNE_INSTRUCTIONS`` to hold them to an instruction set; see `library`.
 """
 
 import ctypes
@@ -8,34 +8,47 @@ import ctypes
 import torch
 from torch import Tensor
 
-from blockprune.native.library import address, is_plain_memory, load
+from blockprune.native.library import address, available_instructions, chosen_instructions, is_plain_memory, load
 
 _PER_THREAD = 1 << 20  # elements that pay for starting a thread beside those of torch, which wait for work on the same cores
-_EACH = {None: 0, torch.abs: 1, torch.square: 2}
+_TERMS = {None: 0, torch.abs: 1, torch.square: 2}
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
     library, status = load("blockprune.native.kernels")
     if library is not None:
         count, pointer, choice = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
-        library.pool_sum.argtypes = [pointer, choice, choice, count, count, count, count, pointer, count]
-        library.pool_sum.restype = ctypes.c_int32
-        library.obs_sweep.argtypes = [pointer, pointer, pointer, choice, count, count, count, count, count, pointer, pointer, count]
+        library.pool_sum.argtypes = [pointer, choice, choice, count, count, count, count, pointer, count, choice]
+        library.pool_sum.restype = choice
+        library.obs_sweep.argtypes = [pointer, pointer, pointer, choice, *[count] * 5, pointer, pointer, count, choice]
         library.obs_sweep.restype = count
     return library, status
 
 
 _library, status = _load()
+_choice = chosen_instructions()
 
 
-def pool_sum(x: Tensor, shape: tuple[int, int], block: tuple[int, int], each: object) -> Tensor | None:
-    """Block sums of ``each(x)``, ``x`` seen as a matrix of this shape: float32 ``[rows / block, cols / block]``; None where it cannot."""
-    if _library is None or each not in _EACH or x.dtype not in (torch.float32, torch.bfloat16) or not is_plain_memory(x):
+def instructions() -> list[str]:
+    """The instruction sets that this processor has and these loops were built for, the best one last.
+
+    Example:
+        >>> from blockprune import native
+        >>> native.instructions()[:1] in (["plain"], [])       # [] where nothing was built
+        True
+    """
+    return available_instructions(_library)
+
+
+def pool_sum(x: Tensor, shape: tuple[int, int], block: tuple[int, int], term: object) -> Tensor | None:
+    """Block sums of ``term(x)``, ``x`` seen as a matrix of this shape: float32 ``[rows / block, cols / block]``; None where it cannot."""
+    if _library is None or term not in _TERMS or x.dtype not in (torch.float32, torch.bfloat16) or not is_plain_memory(x):
         return None
     (rows, cols), (r, c) = shape, block
     out = torch.empty(-(-rows // r), -(-cols // c))
     threads = min(torch.get_num_threads(), 1 + x.numel() // _PER_THREAD)
-    failed = _library.pool_sum(address(x), x.dtype == torch.bfloat16, _EACH[each], rows, cols, r, c, out.data_ptr(), threads)
+    is_bf16 = x.dtype == torch.bfloat16
+    failed = _library.pool_sum(address(x), is_bf16, _TERMS[term], rows, cols, r, c, out.data_ptr(), threads, _choice)
     return None if failed else out
 
 
@@ -53,8 +66,9 @@ def obs_sweep(rows: Tensor, inverse: Tensor, group: Tensor, width: int, stop: in
     errors, order = rows.new_empty(bands, k // width), torch.empty(bands, k // width, dtype=torch.long)
     pointers = [x.data_ptr() for x in (transposed, inverse, group)]
     sizes, threads = (bands, k, height, width, stop), torch.get_num_threads()
-    failed = _library.obs_sweep(*pointers, rows.dtype == torch.float64, *sizes, errors.data_ptr(), order.data_ptr(), threads)
-    if failed:
+    is_double = rows.dtype == torch.float64
+    failed = _library.obs_sweep(*pointers, is_double, *sizes, errors.data_ptr(), order.data_ptr(), threads, _choice)
+    if failed > 0:
         message = f"band {failed - 1}: the inverse lost positive definiteness in {rows.dtype}"
         raise torch.linalg.LinAlgError(message)  # type: ignore[attr-defined]  # public, though torch does not say so to mypy
-    return errors, order
+    return None if failed else (errors, order)

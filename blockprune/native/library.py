@@ -1,4 +1,7 @@
-"""Where the compiled loops are, why not if they are not, and which tensors they can read."""
+"""Where the compiled loops are, why they are missing if they are, for which instruction set they run, and which tensors they can read.
+
+``BLOCKPRUNE_NATIVE=0`` switches them off; ``BLOCKPRUNE_INSTRUCTIONS`` holds them to an instruction set, such as ``avx2``.
+"""
 
 import ctypes
 import importlib
@@ -18,15 +21,33 @@ from blockprune.core._compat import (
     is_zero_tensor,
 )
 
+INSTRUCTIONS = ("plain", "avx2", "avx512", "avx512_bf16")  # as isa.h numbers them; "plain" is what every processor has: SSE2, NEON
+BEST = -1  # where no position in INSTRUCTIONS is asked for
+
 
 def load(name: str) -> tuple[ctypes.CDLL | None, str]:
     """The library of an extension module, or None, and its status in words."""
     if os.environ.get("BLOCKPRUNE_NATIVE") == "0":
         return None, "switched off by BLOCKPRUNE_NATIVE=0"
     try:
-        return ctypes.CDLL(str(importlib.import_module(name).__file__)), "built"
+        library = ctypes.CDLL(str(importlib.import_module(name).__file__))
     except (ImportError, OSError) as error:
         return None, f"not built ({error}): install a C++ compiler, then reinstall blockprune"
+    library.has_isa.argtypes, library.has_isa.restype = [ctypes.c_int32], ctypes.c_int32
+    return library, "built"
+
+
+def chosen_instructions() -> int:
+    """The position in `INSTRUCTIONS` that the environment asks for, or `BEST`."""
+    name = os.environ.get("BLOCKPRUNE_INSTRUCTIONS")
+    if name not in (None, "", *INSTRUCTIONS):
+        raise ValueError(f"BLOCKPRUNE_INSTRUCTIONS={name!r} must be one of {', '.join(INSTRUCTIONS)}, or not set for the best there is")
+    return INSTRUCTIONS.index(name) if name else BEST
+
+
+def available_instructions(library: ctypes.CDLL | None) -> list[str]:
+    """The instruction sets that this processor has and a library was built for, the best one last."""
+    return [] if library is None else [name for i, name in enumerate(INSTRUCTIONS) if library.has_isa(i)]
 
 
 def address(x: Any) -> int:

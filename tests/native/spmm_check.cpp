@@ -10,7 +10,7 @@
 #include <random>
 #include <vector>
 
-extern "C" int32_t spmm_has(int32_t choice);
+extern "C" int32_t has_isa(int32_t isa);
 extern "C" int32_t spmm(const void* values, const int32_t* col, const int64_t* crow, int64_t rows, int64_t cols, int64_t height, int64_t width,
                         int32_t is_bf16, const void* x, int64_t n, const void* bias, void* y, int64_t threads, int32_t choice);
 
@@ -95,7 +95,7 @@ int main(int argc, char** argv) {
     const int rounds = argc > 1 ? std::atoi(argv[1]) : 300;
     int wrong = 0, ran = 0;
     for (int choice = 0; choice < 4; choice++) {
-        if (!spmm_has(choice)) continue;
+        if (!has_isa(choice)) continue;
         std::printf("instructions %d\n", choice);
         for (int round = 0; round < rounds; round++) {
             const int heights[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 24, 31, 32, 40}, widths[] = {1, 1, 2, 4, 6, 8, 16, 18, 32};

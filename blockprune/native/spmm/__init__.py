@@ -1,18 +1,18 @@
 """The product of a dense input with a block-sparse weight, compiled; `export.format` says how the weight is stored.
 
-``BLOCKPRUNE_INSTRUCTIONS`` holds it to an instruction set, such as ``avx2``; see `INSTRUCTIONS`.
+``BLOCKPRUNE_INSTRUCTIONS`` holds it to an instruction set, such as ``avx2``; see `native.library`.
 """
 
 import ctypes
-import os
 
 import torch
 from torch import Tensor
 
 from blockprune.core._compat import gomp_parallel
-from blockprune.native.library import is_plain_memory, load
+from blockprune.native.library import INSTRUCTIONS, available_instructions, chosen_instructions, is_plain_memory, load
 
-INSTRUCTIONS = ("plain", "avx2", "avx512", "avx512_bf16")  # "plain" is what every processor of a kind has: SSE2, NEON
+__all__ = ["INSTRUCTIONS", "instructions", "linear", "status"]
+
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -27,15 +27,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     return library, status
 
 
-def _chosen() -> int:
-    name = os.environ.get("BLOCKPRUNE_INSTRUCTIONS")
-    if name not in (None, "", *INSTRUCTIONS):
-        raise ValueError(f"BLOCKPRUNE_INSTRUCTIONS={name!r} must be one of {', '.join(INSTRUCTIONS)}, or not set for the best there is")
-    return INSTRUCTIONS.index(name) if name else -1
-
-
 _library, status = _load()
-_choice = _chosen()
+_choice = chosen_instructions()
 
 
 def instructions() -> list[str]:
@@ -46,7 +39,7 @@ def instructions() -> list[str]:
         >>> spmm.instructions()[:1] in (["plain"], [])       # [] where nothing was built
         True
     """
-    return [] if _library is None else [name for i, name in enumerate(INSTRUCTIONS) if _library.spmm_has(i)]
+    return available_instructions(_library)
 
 
 def linear(

@@ -1,25 +1,26 @@
-// AVX2 with FMA: floats, and bfloat16 widened to them.
+// The kernels for AVX2 with FMA: floats, and bfloat16 as floats.
 
+#include "intrinsics.h"
 #include "spmm.h"
 
 #if defined(BEGIN_TARGET)
 #define INSTRUCTIONS "instructions_avx2.h"
 #define LANES 8
-#define WIDE 2
-#define TALL 6
-#define ACROSS 8
-BEGIN_TARGET("avx2,fma")
+#define PANEL_VECTORS 2  // vectors of the widest panel
+#define TILE_ROWS 6      // most rows of W in a tile several vectors wide
+#define ACCUMULATORS 8   // most rows of W in a tile one vector wide, and most vectors of sums in a gemv
+BEGIN_TARGET(TARGET_AVX2)
 namespace {
 #include "vectors.h"
-#include "tiles.h"
-#include "few.h"
-#include "kinds.h"
-const Kernels f32 = kernels<Float, Float, FloatWords>(), bf16 = kernels<Widened, Widened, HalfWords<WidenedDot>>();
-const Kind kind = {&f32, &bf16};
+#include "gemm.h"
+#include "gemv.h"
+#include "kernel_table.h"
+const Kernels f32 = kernels<F32, F32, F32Words>(), bf16 = kernels<Bf16AsF32, Bf16AsF32, Bf16Words<DotAsF32>>();
+const KernelSet set = {&f32, &bf16};
 }  // namespace
 END_TARGET
 
-const Kind* avx2_kernels() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kind : nullptr; }
+const KernelSet* avx2_kernels() { return processor_has(AVX2) ? &set : nullptr; }
 #else
-const Kind* avx2_kernels() { return nullptr; }
+const KernelSet* avx2_kernels() { return nullptr; }
 #endif

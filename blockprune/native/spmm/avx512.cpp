@@ -1,29 +1,26 @@
-// AVX-512: floats, and bfloat16 widened to them.
+// The kernels for AVX-512: floats, and bfloat16 as floats.
 
+#include "intrinsics.h"
 #include "spmm.h"
 
 #if defined(BEGIN_TARGET)
 #define INSTRUCTIONS "instructions_avx512.h"
 #define LANES 16
-#define WIDE 2
-#define TALL 8
-#define ACROSS 16
-BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#define PANEL_VECTORS 2  // as in avx2.cpp
+#define TILE_ROWS 8
+#define ACCUMULATORS 16
+BEGIN_TARGET(TARGET_AVX512)
 namespace {
 #include "vectors.h"
-#include "tiles.h"
-#include "few.h"
-#include "kinds.h"
-const Kernels f32 = kernels<Float, Float, FloatWords>(), bf16 = kernels<Widened, Widened, HalfWords<WidenedDot>>();
-const Kind kind = {&f32, &bf16};
+#include "gemm.h"
+#include "gemv.h"
+#include "kernel_table.h"
+const Kernels f32 = kernels<F32, F32, F32Words>(), bf16 = kernels<Bf16AsF32, Bf16AsF32, Bf16Words<DotAsF32>>();
+const KernelSet set = {&f32, &bf16};
 }  // namespace
 END_TARGET
 
-const Kind* avx512_kernels() {
-    const bool can = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
-    return can ? &kind : nullptr;
-}
+const KernelSet* avx512_kernels() { return processor_has(AVX512) ? &set : nullptr; }
 #else
-const Kind* avx512_kernels() { return nullptr; }
+const KernelSet* avx512_kernels() { return nullptr; }
 #endif

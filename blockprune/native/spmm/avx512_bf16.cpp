@@ -1,29 +1,30 @@
-// AVX-512 with instructions that multiply pairs of bfloat16 (denormal ones as zero) and add to float.
+// The kernels for AVX-512 with instructions that multiply pairs of bfloat16, subnormal ones as zero, and add to floats.
 
+#include "intrinsics.h"
 #include "spmm.h"
 
 #if defined(BEGIN_TARGET)
 #define INSTRUCTIONS "instructions_avx512.h"
 #define DOT_PAIRS
 #define LANES 16
-#define WIDE 2
-#define TALL 8
-#define ACROSS 16
-BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,avx512bf16")
+#define PANEL_VECTORS 2  // as in avx2.cpp
+#define TILE_ROWS 8
+#define ACCUMULATORS 16
+BEGIN_TARGET(TARGET_AVX512_BF16)
 namespace {
 #include "vectors.h"
-#include "tiles.h"
-#include "few.h"
-#include "kinds.h"
-const Kernels bf16 = kernels<Pairs, Singles, HalfWords<PairsDot>>();
+#include "gemm.h"
+#include "gemv.h"
+#include "kernel_table.h"
+const Kernels bf16 = kernels<Bf16Pairs, Bf16Columns, Bf16Words<DotPairs>>();
 }  // namespace
 END_TARGET
 
-const Kind* avx512_bf16_kernels() {
-    static const Kind* base = avx512_kernels();
-    static const Kind kind = {base ? base->f32 : nullptr, &bf16};
-    return base && __builtin_cpu_supports("avx512bf16") ? &kind : nullptr;
+const KernelSet* avx512_bf16_kernels() {
+    static const KernelSet* avx512 = avx512_kernels();
+    static const KernelSet set = {avx512 ? avx512->f32 : nullptr, &bf16};
+    return avx512 && processor_has(AVX512_BF16) ? &set : nullptr;
 }
 #else
-const Kind* avx512_bf16_kernels() { return nullptr; }
+const KernelSet* avx512_bf16_kernels() { return nullptr; }
 #endif

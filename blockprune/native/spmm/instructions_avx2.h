@@ -1,4 +1,4 @@
-// What AVX2 has instructions for.
+// The intrinsics of AVX2.
 
 INLINE U<4> extend(H<4> x) { return (U<4>)_mm_cvtepu16_epi32(_mm_cvtsi64_si128(load<int64_t>(&x))); }
 INLINE U<8> extend(H<8> x) { return (U<8>)_mm256_cvtepu16_epi32((__m128i)x); }

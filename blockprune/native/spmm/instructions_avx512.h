@@ -1,4 +1,4 @@
-// What AVX-512 has instructions for.
+// The intrinsics of AVX-512.
 
 #include "instructions_avx2.h"
 
@@ -28,7 +28,7 @@ INLINE void transpose(F<16> (&x)[16]) {
 INLINE F<16> permute(F<16> x, U<16> order) { return (F<16>)_mm512_permutexvar_ps((__m512i)order, (__m512)x); }
 
 #if defined(DOT_PAIRS)
-// two rows of 16-bit numbers, one number of each to a word
+// Each word of the result holds a number of a in its lower half and one of b in its upper half.
 INLINE U<16> zip(H<16> a, H<16> b) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
                                            18, 2, 17, 1, 16, 0);

@@ -1,4 +1,4 @@
-// What SSE2 or NEON has instructions for.
+// The intrinsics of SSE2 and NEON.
 
 #if defined(__aarch64__)
 INLINE U<4> extend(H<4> x) { return (U<4>)vmovl_u16((uint16x4_t)x); }

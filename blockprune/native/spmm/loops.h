@@ -1,4 +1,4 @@
-// The product by plain loops, for processors and compilers without the vectors of the other files.
+// The product in loops, for processors and compilers without the vectors of the other files.
 
 #pragma once
 
@@ -6,47 +6,48 @@
 
 namespace {
 
-float number(const float* p) { return *p; }
-float number(const uint16_t* p) {
+float load_float(const float* p) { return *p; }
+float load_float(const uint16_t* p) {
     const uint32_t bits = (uint32_t)*p << 16;
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
 }
-void narrow(float* p, float x) { *p = x; }
-void narrow(uint16_t* p, float x) {
+void store_float(float* p, float x) { *p = x; }
+void store_float(uint16_t* p, float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
     *p = (uint16_t)(x != x ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// y[i][top ..] for one row of x and one band
-template <class T> void row(const Product& p, const T* x, T* y, int64_t b, float* sums) {
-    const int64_t height = p.height_of(b), top = b * p.height;
-    const T* w = (const T*)p.values + p.start(b);
-    const T* before = nullptr;  // the input of the column before, where it waits for its pair
+// The rows of y that a band has, for one row of x.
+template <class T> void multiply_band(const Product& p, const T* x, T* y, int64_t band, float* sums) {
+    const int64_t height = p.height_of(band), top = band * p.height;
+    const T* w = (const T*)p.values + p.start(band);
+    const T* first = nullptr;  // the first column of a pair, while it waits for the second one
     std::fill(sums, sums + height, 0.0f);
-    for (int64_t j = p.crow[b]; j < p.crow[b + 1]; j++)
+    for (int64_t j = p.crow[band]; j < p.crow[band + 1]; j++)
         for (int64_t c = p.col[j] * p.width; c < std::min(p.cols, (p.col[j] + 1) * p.width); c++) {
-            if (!before) {
-                before = x + c;
+            if (!first) {
+                first = x + c;
                 continue;
             }
-            for (int64_t r = 0; r < height; r++) sums[r] += number(w + 2 * r) * number(before) + number(w + 2 * r + 1) * number(x + c);
-            w += 2 * height, before = nullptr;
+            for (int64_t r = 0; r < height; r++) sums[r] += load_float(w + 2 * r) * load_float(first) + load_float(w + 2 * r + 1) * load_float(x + c);
+            w += 2 * height, first = nullptr;
         }
     for (int64_t r = 0; r < height; r++) {
-        if (before) sums[r] += number(w + r) * number(before);
-        narrow(y + top + r, sums[r] + (p.bias ? number((const T*)p.bias + top + r) : 0.0f));
+        if (first) sums[r] += load_float(w + r) * load_float(first);
+        store_float(y + top + r, sums[r] + (p.bias ? load_float((const T*)p.bias + top + r) : 0.0f));
     }
 }
 
-template <class T> void few(const Product& p, const Part& part, float* room, int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; b++)
-        for (int64_t i = part.first; i < part.first + part.count; i++) row(p, (const T*)p.x + i * p.cols, (T*)p.y + i * p.rows, b, room);
+template <class T> void gemv(const Product& p, const Slice& slice, float* scratch, int64_t begin, int64_t end) {
+    for (int64_t band = begin; band < end; band++)
+        for (int64_t i = slice.first; i < slice.first + slice.count; i++)
+            multiply_band(p, (const T*)p.x + i * p.cols, (T*)p.y + i * p.rows, band, scratch);
 }
 
-const Kernels f32 = {0, 0, 0, 1, nullptr, nullptr, few<float>}, bf16 = {0, 0, 0, 1, nullptr, nullptr, few<uint16_t>};
-const Kind kind = {&f32, &bf16};
+const Kernels f32 = {0, 0, 0, 1, nullptr, nullptr, gemv<float>}, bf16 = {0, 0, 0, 1, nullptr, nullptr, gemv<uint16_t>};
+const KernelSet set = {&f32, &bf16};
 
 }  // namespace

@@ -1,29 +1,29 @@
-// What every processor of a kind has: SSE2 on x86, NEON on ARM; elsewhere, and for other compilers, loops.
+// The kernels for what every processor of an architecture has: SSE2 on x86, NEON on ARM; loops elsewhere, and for compilers without vectors.
 
+#include "intrinsics.h"
 #include "spmm.h"
 
 #if defined(HAS_VECTORS)
 #define INSTRUCTIONS "instructions_plain.h"
 #define LANES 4
-#define ACROSS 8
+#define ACCUMULATORS 8  // as in avx2.cpp
 #if defined(__aarch64__)
-#include <arm_neon.h>
-#define WIDE 4
-#define TALL 4
+#define PANEL_VECTORS 4
+#define TILE_ROWS 4
 #else
-#define WIDE 2
-#define TALL 6
+#define PANEL_VECTORS 2
+#define TILE_ROWS 6
 #endif
 namespace {
 #include "vectors.h"
-#include "tiles.h"
-#include "few.h"
-#include "kinds.h"
-const Kernels f32 = kernels<Float, Float, FloatWords>(), bf16 = kernels<Widened, Widened, HalfWords<WidenedDot>>();
-const Kind kind = {&f32, &bf16};
+#include "gemm.h"
+#include "gemv.h"
+#include "kernel_table.h"
+const Kernels f32 = kernels<F32, F32, F32Words>(), bf16 = kernels<Bf16AsF32, Bf16AsF32, Bf16Words<DotAsF32>>();
+const KernelSet set = {&f32, &bf16};
 }  // namespace
 #else
 #include "loops.h"
 #endif
 
-const Kind* plain_kernels() { return &kind; }
+const KernelSet* plain_kernels() { return &set; }

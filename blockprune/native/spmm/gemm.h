@@ -1,0 +1,284 @@
+// Many rows of x: they lie across the lanes of vectors. A panel holds P rows of x, packed one column (or pair of columns) after another. The
+// micro-kernel keeps a tile of accumulators, MR rows of W by NV vectors of x, in registers while it runs over the kept columns of a band.
+// Included once for each instruction set.
+
+// acc[m][v] += x[v] * w[m * stride]
+template <int L, int NV, int MR> INLINE void multiply_add(F<L> (&acc)[MR][NV], const float* x, const float* w, int64_t stride) {
+    F<L> column[NV];
+    UNROLL for (int v = 0; v < NV; v++) {
+        column[v] = load<F<L>>(x + v * L);
+        IN_REGISTER(column[v]);
+    }
+    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < NV; v++) acc[m][v] += column[v] * w[m * stride];
+}
+
+// How a type of number is packed and multiplied: `pair` multiplies two packed columns, at a and b, with pairs of weights, `single` one column;
+// `load_columns` and `store_packed` move numbers of x into a panel; offset<P>(c) is where column c starts in a panel of P rows.
+struct F32 {
+    typedef float Weight;
+    typedef float Packed;
+    static const int64_t COLUMNS = LANES;  // are packed at a time
+    template <int P> static constexpr int64_t offset(int64_t column) { return column * P; }
+    template <int L, int NV, int MR> INLINE void pair(F<L> (&acc)[MR][NV], const float* a, const float* b, const float* w) {
+        multiply_add<L>(acc, a, w, 2);
+        multiply_add<L>(acc, b, w + 1, 2);
+    }
+    template <int L, int NV, int MR> INLINE void single(F<L> (&acc)[MR][NV], const float* a, const float* w) {
+        multiply_add<L>(acc, a, w, 1);
+    }
+    INLINE F<LANES> load_columns(const float* row) { return load<F<LANES>>(row); }
+    template <int P> INLINE void store_packed(float* panel, int64_t k, const F<LANES>& x) {
+        std::memcpy(panel + k * P, &x, std::min(P, LANES) * sizeof(float));
+    }
+};
+
+struct Bf16AsF32 {  // bfloat16, where only floats can be multiplied
+    typedef uint16_t Weight;
+    typedef float Packed;
+    static const int64_t COLUMNS = LANES;
+    template <int P> static constexpr int64_t offset(int64_t column) { return column * P; }
+    template <int L, int NV, int MR> INLINE void pair(F<L> (&acc)[MR][NV], const float* a, const float* b, const uint16_t* w) {
+        F<L> x[NV], y[NV];
+        UNROLL for (int v = 0; v < NV; v++) {
+            x[v] = load<F<L>>(a + v * L), y[v] = load<F<L>>(b + v * L);
+            IN_REGISTER(x[v]);
+            IN_REGISTER(y[v]);
+        }
+        UNROLL for (int m = 0; m < MR; m++) {
+            const U<L> two = U<L>{} + load<uint32_t>(w + 2 * m);
+            const F<L> first = (F<L>)low_half(two), second = (F<L>)high_half(two);
+            UNROLL for (int v = 0; v < NV; v++) acc[m][v] += x[v] * first;
+            UNROLL for (int v = 0; v < NV; v++) acc[m][v] += y[v] * second;
+        }
+    }
+    template <int L, int NV, int MR> INLINE void single(F<L> (&acc)[MR][NV], const float* a, const uint16_t* w) {
+        float floats[MR];
+        for (int m = 0; m < MR; m++) floats[m] = load_float(w + m);
+        multiply_add<L>(acc, a, floats, 1);
+    }
+    INLINE F<LANES> load_columns(const uint16_t* row) { return load_floats<LANES>(row); }
+    template <int P> INLINE void store_packed(float* panel, int64_t k, const F<LANES>& x) { F32::store_packed<P>(panel, k, x); }
+};
+
+#if defined(DOT_PAIRS)
+template <int L, int NV, int MR> INLINE void dot(F<L> (&acc)[MR][NV], const U<L> (&x)[NV], const uint16_t* w) {
+    UNROLL for (int m = 0; m < MR; m++) {
+        const U<L> two = U<L>{} + load<uint32_t>(w + 2 * m);
+        UNROLL for (int v = 0; v < NV; v++) acc[m][v] = dot_pairs(acc[m][v], x[v], two);
+    }
+}
+template <int L, int NV, int MR> INLINE void dot_single(F<L> (&acc)[MR][NV], const U<L> (&x)[NV], const uint16_t* w) {
+    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < NV; v++) acc[m][v] = dot_pairs(acc[m][v], x[v], U<L>{} + w[m]);
+}
+
+struct Bf16Pairs {  // bfloat16 whose kept columns come in neighbouring pairs: two columns are packed into one word
+    typedef uint16_t Weight;
+    typedef uint32_t Packed;
+    static const int64_t COLUMNS = 2 * LANES;
+    template <int P> static constexpr int64_t offset(int64_t column) { return column / 2 * P; }
+    template <int L, int NV> INLINE void load_words(U<L> (&x)[NV], const uint32_t* a) {
+        UNROLL for (int v = 0; v < NV; v++) {
+            x[v] = load<U<L>>(a + v * L);
+            IN_REGISTER(x[v]);
+        }
+    }
+    template <int L, int NV, int MR> INLINE void pair(F<L> (&acc)[MR][NV], const uint32_t* a, const uint32_t*, const uint16_t* w) {
+        U<L> x[NV];
+        load_words<L>(x, a);
+        dot<L>(acc, x, w);
+    }
+    template <int L, int NV, int MR> INLINE void single(F<L> (&acc)[MR][NV], const uint32_t* a, const uint16_t* w) {
+        U<L> x[NV];
+        load_words<L>(x, a);
+        dot_single<L>(acc, x, w);
+    }
+    INLINE F<LANES> load_columns(const uint16_t* row) { return load<F<LANES>>(row); }
+    template <int P> INLINE void store_packed(uint32_t* panel, int64_t k, const F<LANES>& x) { F32::store_packed<P>((float*)panel, k, x); }
+};
+
+struct Bf16Columns {  // bfloat16 of which any two kept columns may be a pair: columns are packed one by one
+    typedef uint16_t Weight;
+    typedef uint16_t Packed;
+    static const int64_t COLUMNS = 2 * LANES;
+    template <int P> static constexpr int64_t offset(int64_t column) { return column * P; }
+    template <int L, int NV, int MR> INLINE void pair(F<L> (&acc)[MR][NV], const uint16_t* a, const uint16_t* b, const uint16_t* w) {
+        U<L> x[NV];
+        UNROLL for (int v = 0; v < NV; v++) {
+            x[v] = zip(load<H<L>>(a + v * L), load<H<L>>(b + v * L));
+            IN_REGISTER(x[v]);
+        }
+        dot<L>(acc, x, w);
+    }
+    template <int L, int NV, int MR> INLINE void single(F<L> (&acc)[MR][NV], const uint16_t* a, const uint16_t* w) {
+        U<L> x[NV];
+        UNROLL for (int v = 0; v < NV; v++) x[v] = extend(load<H<L>>(a + v * L));
+        dot_single<L>(acc, x, w);
+    }
+    INLINE F<LANES> load_columns(const uint16_t* row) { return load<F<LANES>>(row); }
+    template <int P> INLINE void store_packed(uint16_t* panel, int64_t k, const F<LANES>& x) {
+        const H<LANES> first = __builtin_convertvector((U<LANES>)x & 0xffffu, H<LANES>);
+        const H<LANES> second = __builtin_convertvector((U<LANES>)x >> 16, H<LANES>);
+        std::memcpy(panel + 2 * k * P, &first, std::min(P, LANES) * sizeof(uint16_t));
+        std::memcpy(panel + (2 * k + 1) * P, &second, std::min(P, LANES) * sizeof(uint16_t));
+    }
+};
+#endif
+
+// What the micro-kernel multiplies: some kept blocks of a band, or pairs of its columns where blocks are one column wide.
+template <class K> struct TileInput {
+    const typename K::Weight* w;
+    const typename K::Packed* panel;
+    const int32_t* col;      // the column of blocks of each block, or the two columns of each pair
+    int64_t count, width;    // blocks of `width` columns, an even number; or pairs
+    int64_t height;          // of the band: the weights of two pairs are 2 * height apart
+    const typename K::Weight* last;  // the weights of an odd last column, or null
+    int64_t last_col;
+    bool first;              // `out` holds nothing yet
+    float* out;              // [MR][P]
+};
+
+// SINGLE says that blocks are one column wide.
+template <class K, int L, int NV, int MR, bool SINGLE> static void micro_kernel(const TileInput<K>& input) {
+    constexpr int P = L * NV, SETS = MR * NV < 4 ? 4 : MR * NV < 8 ? 2 : 1;  // sets of accumulators: enough to hide the latency of an addition
+    F<L> acc[SETS][MR][NV] = {};
+    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < NV; v++)
+        if (!input.first) acc[0][m][v] = load<F<L>>(input.out + m * P + v * L);
+    const auto* w = input.w;
+    const auto pair = [&](int set, const typename K::Packed* a, const typename K::Packed* b) __attribute__((always_inline)) {
+        K::template pair<L>(acc[set], a, b, w);
+        UNROLL for (int byte = 0; byte < 2 * MR * (int)sizeof(*w); byte += 64) prefetch_after((const char*)w + byte);
+        w += 2 * input.height;
+    };
+    if (SINGLE) {
+        const auto column = [&](int64_t i) __attribute__((always_inline)) { return input.panel + K::template offset<P>(input.col[i]); };
+        int64_t j = 0;
+        if constexpr (SETS > 1)
+            for (; j + SETS <= input.count; j += SETS)
+                UNROLL for (int s = 0; s < SETS; s++) pair(s, column(2 * (j + s)), column(2 * (j + s) + 1));
+        for (; j < input.count; j++) pair(0, column(2 * j), column(2 * j + 1));
+    } else {
+        constexpr int64_t step = K::template offset<P>(2);
+        const int64_t pairs = input.width / 2;
+        for (int64_t j = 0; j < input.count; j++) {
+            const auto* a = input.panel + K::template offset<P>(input.col[j] * input.width);
+            int64_t k = 0;
+            if constexpr (SETS > 1)
+                for (; k + SETS <= pairs; k += SETS) UNROLL for (int s = 0; s < SETS; s++, a += step) pair(s, a, a + step / 2);
+            for (; k < pairs; k++, a += step) pair(0, a, a + step / 2);
+        }
+    }
+    if (input.last) K::template single<L>(acc[0], input.panel + K::template offset<P>(input.last_col), input.last);
+    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < NV; v++) {
+        UNROLL for (int s = 1; s < SETS; s++) acc[0][m][v] += acc[s][m][v];
+        store(input.out + m * P + v * L, acc[0][m][v]);
+    }
+}
+
+template <class K, int P> static void pack(const Product& p, const Slice& slice, int64_t begin, int64_t end, void* to) {
+    typedef typename K::Weight T;
+    const T zeros[K::COLUMNS] = {};
+    auto* panel = (typename K::Packed*)to;
+    for (int64_t c = begin; c < end; c += K::COLUMNS)
+        for (int64_t i = 0; i < P; i += LANES) {
+            F<LANES> x[LANES];
+            const T* row = (const T*)p.x + (slice.first + i) * p.cols + c;
+            if (c + K::COLUMNS <= end) {
+                UNROLL for (int k = 0; k < LANES; k++) x[k] = K::load_columns(i + k < slice.count ? row + k * p.cols : zeros);
+            } else {
+                for (int k = 0; k < LANES; k++) {
+                    const Padded<K::COLUMNS, T> tail(i + k < slice.count ? row + k * p.cols : zeros, i + k < slice.count ? end - c : 0);
+                    x[k] = K::load_columns(tail.all);
+                }
+            }
+            transpose(x);
+            const int64_t rows = std::min<int64_t>(LANES, (end - c + K::COLUMNS / LANES - 1) / (K::COLUMNS / LANES));
+            auto* packed = panel + K::template offset<P>(c) + i;
+            if (rows == LANES) {
+                UNROLL for (int k = 0; k < LANES; k++) K::template store_packed<P>(packed, k, x[k]);
+            } else {
+                for (int k = 0; k < rows; k++) K::template store_packed<P>(packed, k, x[k]);
+            }
+        }
+}
+
+// Transposes out [rows][P] and stores it, with the bias, in the columns of y from `top` on.
+template <class T, int P> static void store_output(const Product& p, const Slice& slice, const float* out, int64_t top, int64_t rows) {
+    for (int64_t i = 0; i < slice.count; i += LANES) {
+        for (int64_t r = 0; r < rows; r += LANES) {
+            const int64_t count = std::min<int64_t>(LANES, rows - r);
+            const F<LANES> bias = p.bias ? load_floats<LANES>(Padded<LANES, T>((const T*)p.bias + top + r, count).all) : F<LANES>{};
+            F<LANES> x[LANES];
+            UNROLL for (int k = 0; k < LANES; k++) x[k] = load<F<LANES>>(out + (r + k) * P + i);
+            transpose(x);
+            T* y = (T*)p.y + (slice.first + i) * p.rows + top + r;
+            if (count == LANES && i + LANES <= slice.count) {
+                UNROLL for (int k = 0; k < LANES; k++) store_floats<LANES>(y + k * p.rows, x[k] + bias);
+            } else {
+                for (int k = 0; k < std::min<int64_t>(LANES, slice.count - i); k++) store_floats<LANES>(y + k * p.rows, x[k] + bias, count);
+            }
+        }
+    }
+}
+
+// The product of bands with a panel of NV vectors of L rows of x.
+template <class K, int L, int NV, bool SINGLE> struct PanelProduct {
+    // rows of a tile; bands that are taller than TILE_ROWS rarely meet the narrowest panel, since a gemv takes so few rows of x
+    static const int P = L * NV, MAX_ROWS = NV == 1 && (L > 4 || LANES == 4) ? ACCUMULATORS : TILE_ROWS;
+    typedef typename K::Weight T;
+    typedef void (*MicroKernel)(const TileInput<K>&);
+
+    template <int... MR> static MicroKernel kernel_for(int64_t rows, std::integer_sequence<int, MR...>) {
+        static const MicroKernel kernels[] = {micro_kernel<K, L, NV, MR + 1, SINGLE>...};
+        return rows <= TILE_ROWS ? kernels[rows - 1] : micro_kernel<K, L, NV, MAX_ROWS, SINGLE>;
+    }
+
+    static void multiply_tiles(TileInput<K> input) {  // all rows of a band, in tiles of about the same number of rows
+        const int64_t height = input.height, tiles = height % MAX_ROWS ? (height + TILE_ROWS - 1) / TILE_ROWS : height / MAX_ROWS;
+        const auto *w = input.w, *last = input.last;
+        float* out = input.out;
+        for (int64_t t = 0; t < tiles; t++) {
+            const int64_t top = height * t / tiles, bottom = height * (t + 1) / tiles;
+            input.w = w + 2 * top, input.last = last ? last + top : nullptr, input.out = out + top * P;
+            kernel_for(bottom - top, std::make_integer_sequence<int, TILE_ROWS>())(input);
+        }
+    }
+
+    static void multiply_band(const Product& p, const void* panel, int64_t band, float* out) {
+        const int64_t height = p.height_of(band), blocks = p.crow[band + 1] - p.crow[band];
+        if (!blocks) {
+            for (int64_t i = 0; i < height * P; i++) out[i] = 0;
+            return;
+        }
+        const int32_t* col = p.col + p.crow[band];
+        const T* w = (const T*)p.values + p.start(band);
+        const int64_t last_block = col[blocks - 1] * p.width;
+        const int64_t tail = SINGLE ? blocks & 1 : last_block + p.width > p.cols ? p.cols - last_block : 0;  // columns outside whole pairs or blocks
+        const int64_t count = SINGLE ? blocks / 2 : blocks - (tail > 0), weights = height * (SINGLE ? 2 : p.width);
+        // weights that several tiles read are read in parts, which stay in the cache
+        const int64_t step = std::max<int64_t>(1, height <= MAX_ROWS ? count : CACHED_BYTES / (weights * (int64_t)sizeof(T)));
+        TileInput<K> input = {w, (const typename K::Packed*)panel, col, 0, p.width, height, nullptr, 0, true, out};
+        for (int64_t j = 0; j < count || (SINGLE && j == 0); j += step) {
+            input.w = w + j * weights, input.col = col + (SINGLE ? 2 * j : j), input.count = std::min(step, count - j), input.first = j == 0;
+            if (SINGLE && tail && j + step >= count) input.last = w + count * weights, input.last_col = col[blocks - 1];
+            multiply_tiles(input);
+        }
+        if (!SINGLE && tail) {  // the ragged block at the end of the columns
+            static const int32_t zero = 0;
+            input.panel += K::template offset<P>(last_block);
+            input.w = w + count * weights, input.col = &zero, input.count = 1, input.width = tail & ~1, input.first = count == 0;
+            if (tail & 1) input.last = input.w + (tail - 1) * height, input.last_col = tail - 1;
+            multiply_tiles(input);
+        }
+    }
+
+    static void multiply_bands(const Product& p, const Slice& slice, const void* panel, float* out, int64_t begin, int64_t end) {
+        int64_t rows = 0;
+        for (int64_t band = begin; band < end; band++) {
+            multiply_band(p, panel, band, out + rows * P);
+            rows += p.height_of(band);
+            if (band + 1 < end && rows < OUTPUT_ROWS) continue;
+            store_output<T, P>(p, slice, out, band * p.height + p.height_of(band) - rows, rows);
+            rows = 0;
+        }
+    }
+};
