@@ -13,6 +13,7 @@ from blockprune import export
 
 hf = pytest.importorskip("transformers")
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of transformers and what it imports
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),

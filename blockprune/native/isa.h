@@ -30,8 +30,8 @@ enum Isa : int32_t { BEST = -1, PLAIN, AVX2, AVX512, AVX512_BF16, ISA_COUNT };
 static inline bool processor_has(Isa isa) {
 #if defined(BEGIN_TARGET)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                        __builtin_cpu_supports("avx512dq");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (isa == AVX2) return avx2;
     if (isa == AVX512) return avx512;
     if (isa == AVX512_BF16) return avx512 && __builtin_cpu_supports("avx512bf16");

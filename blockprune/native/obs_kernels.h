@@ -3,8 +3,9 @@
 // (0 without vectors), TILE_VECTORS and DOWNDATE_ROWS.
 //
 // A removal takes V^T V off the inverse Hessian, where V has a row for each input of the removed block. These products wait until there
-// are enough rows of V for an efficient matrix product, a downdate. The weights and the diagonal blocks of the inverse decide what is
-// removed next, so they are updated at each step. A downdate also moves the last blocks to the places of the removed ones: the work shrinks.
+// are enough rows of V for an efficient matrix product, a downdate. The weights and the diagonal blocks of the inverse decide which block
+// is removed next, so they are updated at each step. A downdate also moves the last blocks to the places of the removed ones, so that the
+// work shrinks.
 
 template <class T> struct VectorOf {
 #if VECTOR_BYTES
@@ -147,7 +148,8 @@ static void subtract_product(T* c, int64_t ldc, int64_t rows, int64_t cols, bool
                              int64_t depth) {
     for_panels(rows, [=](auto panel_rows, int64_t i) __attribute__((always_inline)) {
         constexpr int ROWS = decltype(panel_rows)::value;
-        for_strips<T, tile_vectors(ROWS)>(upper ? i / LANES<T> * LANES<T> : 0, cols, [=](auto vectors, int64_t j) __attribute__((always_inline)) {
+        const int64_t first = upper ? i / LANES<T> * LANES<T> : 0;
+        for_strips<T, tile_vectors(ROWS)>(first, cols, [=](auto vectors, int64_t j) __attribute__((always_inline)) {
             Vec<T> acc[ROWS][decltype(vectors)::value];
             load_tile<T>(acc, c + i * ldc + j, ldc);
             multiply<T>(acc, a + i, lda, b + j, ldb, depth);
@@ -157,23 +159,23 @@ static void subtract_product(T* c, int64_t ldc, int64_t rows, int64_t cols, bool
     });
 }
 
-// How the numbers of a band lie in its scratch buffers. A row of several buffers is padded, so that whole vectors can be read and written.
+// How the numbers of a band lie in its scratch buffers. Rows are padded, so that whole vectors can be read and written.
 template <class T> struct Layout {
     int64_t n, m, k;
     int64_t slots;    // blocks, rounded up to whole vectors
     int64_t ld;       // leading dimension of the inverse and of V
-    int64_t waiting;  // removed blocks whose rows of V wait for a downdate
-    // A factor is [n][ld_factor]: a diagonal block of the inverse and, from column factor_weights on, the block's weights.
+    int64_t max_waiting;  // removed blocks whose rows of V wait for a downdate
+    // A factor is [n][ld_factor]: R of a diagonal block of the inverse and, from column factor_weights on, R^-T of the block's weights.
     int64_t factor_weights, ld_factor;
-    // A block is [n][ld_block], likewise with the weights from column block_weights on. Of small blocks, LANES are interleaved number by
-    // number, so that each lane of a vector works on one block; of others each lies by itself.
+    // A block is [n][ld_block]: the diagonal block itself and, from column block_weights on, the weights. As many small blocks as a
+    // vector has lanes are interleaved number by number; of larger ones each lies by itself.
     int64_t interleaved, block_weights, ld_block;
 
     explicit Layout(const BandShape& shape) : n(shape.n), m(shape.m), k(shape.k) {
         slots = round_up(shape.blocks(), LANES<T>);
         // a power of two would put the numbers of a column into the same few cache sets
         ld = round_up(std::max(k, slots * n), PANEL<T>) + 64 / (int64_t)sizeof(T);
-        waiting = std::max<int64_t>(1, WAITING_ROWS / n);
+        max_waiting = std::max<int64_t>(1, WAITING_ROWS / n);
         factor_weights = round_up(n, LANES<T>);
         ld_factor = factor_weights + round_up(m, LANES<T>);
         const bool small = n == 1 || n == 2 || n == 4 || n == 8;
@@ -185,104 +187,110 @@ template <class T> struct Layout {
 };
 
 template <class T> static SweepSizes sweep_sizes(const BandShape& shape) {
-    const Layout<T> at(shape);
-    const int64_t padded = round_up(at.k, PANEL<T>), rows = at.waiting * at.n, factor = at.n * at.ld_factor;
-    return {{padded * at.ld, rows * at.ld, padded * rows, at.slots * at.n * at.ld_block, factor, factor, 2 * at.slots}, 2 * at.slots};
+    const Layout<T> layout(shape);
+    const int64_t padded = round_up(layout.k, PANEL<T>), rows = layout.max_waiting * layout.n, factor = layout.n * layout.ld_factor;
+    const int64_t blocks = layout.slots * layout.n * layout.ld_block;
+    return {{padded * layout.ld, rows * layout.ld, padded * rows, blocks, factor, factor, 2 * layout.slots}, 2 * layout.slots};
 }
 
+// Blocks are kept in slots, one after another: block columns of the inverse and of V, and places in `blocks`.
 template <class T> struct State {
-    const Layout<T> at;
-    T* const inverse;      // [k][ld] the upper half of the inverse, less V^T V of the rows of V that wait
-    T* const v;            // [waiting * n][ld]
-    T* const packed;       // [panels][waiting * n][PANEL] V as a downdate reads it
-    T* const blocks;       // in slots
-    T* const factor;       // of the block that is removed
-    T* const trial;        // of a block that is scored
-    T* const scores;       // [slots] what the removal of each block would add to the error
-    T* const empty;        // [slots] 0, or infinity for a slot without a block
-    int64_t* const ids;    // [slots] the block in each slot
-    int64_t* const gone;   // [slots] slots of the removed blocks whose rows of V wait
-    int64_t held, waiting; // slots in use; removed blocks among them
+    const Layout<T> layout;
+    T* const inverse;        // [k][ld] the upper half of the inverse, less V^T V of the rows of V that wait
+    T* const v;              // [max_waiting * n][ld]
+    T* const packed;         // [panels][max_waiting * n][PANEL] V as a downdate reads it
+    T* const blocks;         // the diagonal blocks of the inverse, and weights
+    T* const factor;         // of the block that is removed
+    T* const trial;          // the factor of a block that is scored
+    T* const scores;         // [slots] what the removal of each block would add to the error; infinity for an empty slot
+    T* const empty;          // [slots] infinity for an empty slot, else 0
+    int64_t* const ids;      // [slots] which block it is
+    int64_t* const removed;  // [max_waiting] slots of the removed blocks whose rows of V wait
+    int64_t used, waiting;   // slots in use, and removed blocks among them
 };
 
 template <class T> static State<T> initial_state(const BandShape& shape, const Band<T>& band, const SweepScratch<T>& scratch) {
-    const Layout<T> at(shape);
+    const Layout<T> layout(shape);
     T* const* buffers = scratch.buffers;
-    const State<T> s = {at, buffers[INVERSE], buffers[ROWS_OF_V], buffers[PACKED_V], buffers[BLOCKS], buffers[FACTOR], buffers[TRIAL],
-                        buffers[SCORES], buffers[SCORES] + at.slots, scratch.ids, scratch.ids + at.slots, shape.blocks(), 0};
+    T *scores = buffers[SCORES], *empty = scores + layout.slots;
+    int64_t *ids = scratch.ids, *removed = ids + layout.slots;
+    const State<T> state = {layout, buffers[INVERSE], buffers[ROWS_OF_V], buffers[PACKED_V], buffers[BLOCKS], buffers[FACTOR],
+                            buffers[TRIAL], scores, empty, ids, removed, shape.blocks(), 0};
     const SweepSizes sizes = sweep_sizes<T>(shape);
     for (int i = 0; i < BUFFER_COUNT; i++)
         if (i != INVERSE && i != PACKED_V) std::memset(buffers[i], 0, sizes.numbers[i] * sizeof(T));
-    const int64_t k = at.k, n = at.n, m = at.m, padded = round_up(k, PANEL<T>);
+    const int64_t k = layout.k, n = layout.n, m = layout.m, padded = round_up(k, PANEL<T>);
     for (int64_t r = 0; r < padded; r++) {
         const int64_t first = std::min(r / n * n, r / PANEL<T> * PANEL<T>), copied = r < k ? k - first : 0;
-        T* row = s.inverse + r * at.ld;
+        T* row = state.inverse + r * layout.ld;
         if (copied) std::memcpy(row + first, band.inverse + r * k + first, copied * sizeof(T));
-        std::memset(row + first + copied, 0, (at.ld - first - copied) * sizeof(T));
+        std::memset(row + first + copied, 0, (layout.ld - first - copied) * sizeof(T));
     }
-    for (int64_t slot = 0; slot < at.slots; slot++) {
-        s.ids[slot] = slot;
-        s.scores[slot] = s.empty[slot] = slot < s.held ? 0 : std::numeric_limits<T>::infinity();
-        if (slot >= s.held) continue;
-        T* block = s.blocks + at.start(slot);
-        for (int64_t q = 0; q < n; q++, block += at.ld_block * at.interleaved) {
-            for (int64_t c = 0; c < n; c++) block[c * at.interleaved] = band.inverse[(slot * n + q) * k + slot * n + c];
-            for (int64_t i = 0; i < m; i++) block[(at.block_weights + i) * at.interleaved] = band.weights[(slot * n + q) * m + i];
+    for (int64_t slot = 0; slot < layout.slots; slot++) {
+        state.ids[slot] = slot;
+        state.scores[slot] = state.empty[slot] = slot < state.used ? 0 : std::numeric_limits<T>::infinity();
+        if (slot >= state.used) continue;
+        T* block = state.blocks + layout.start(slot);
+        for (int64_t q = 0; q < n; q++, block += layout.ld_block * layout.interleaved) {
+            for (int64_t c = 0; c < n; c++) block[c * layout.interleaved] = band.inverse[(slot * n + q) * k + slot * n + c];
+            for (int64_t i = 0; i < m; i++) block[(layout.block_weights + i) * layout.interleaved] = band.weights[(slot * n + q) * m + i];
         }
     }
-    return s;
+    return state;
 }
 
-// The sum of the squares of R^-T Y.
-template <class T> static T error_of(const Layout<T>& at, const T* factor) {
+// What the removal of a block adds to the error: the sum of the squares of R^-T w.
+template <class T> static T added_error(const Layout<T>& layout, const T* factor) {
     Vec<T> sum = {};
-    for (int64_t q = 0; q < at.n; q++)
-        for (int64_t c = at.factor_weights; c < at.ld_factor; c += LANES<T>) {
-            const Vec<T> y = load(factor + q * at.ld_factor + c);
+    for (int64_t q = 0; q < layout.n; q++)
+        for (int64_t c = layout.factor_weights; c < layout.ld_factor; c += LANES<T>) {
+            const Vec<T> y = load(factor + q * layout.ld_factor + c);
             sum += y * y;
         }
     return sum_of<T>(sum);
 }
 
-// Takes what a removal changed off the blocks and their weights, and scores the blocks; `rows` of V is null before the first removal. Returns
-// false if a block is not positive definite.
-template <class T> static bool update_blocks(const State<T>& s, const T* rows) {
-    const Layout<T>& at = s.at;
-    for (int64_t slot = 0; slot < s.held; slot++) {
-        if (s.empty[slot] > 0) continue;
-        T* block = s.blocks + at.start(slot);
+// Updates the diagonal blocks and the weights after a removal, by its rows of V, and scores the blocks. `rows` is null before the first
+// removal. Returns false if a block is not positive definite.
+template <class T> static bool update_blocks(const State<T>& state, const T* rows) {
+    const Layout<T>& layout = state.layout;
+    const int64_t n = layout.n;
+    const T* y = state.factor + layout.factor_weights;
+    for (int64_t slot = 0; slot < state.used; slot++) {
+        if (state.empty[slot] > 0) continue;
+        T* block = state.blocks + layout.start(slot);
         if (rows) {
-            const T* v = rows + slot * at.n;
-            subtract_product(block, at.ld_block, at.n, at.n, true, v, at.ld, v, at.ld, at.n);
-            subtract_product(block + at.block_weights, at.ld_block, at.n, at.m, false, v, at.ld, s.factor + at.factor_weights, at.ld_factor, at.n);
+            const T* v = rows + slot * n;
+            subtract_product(block, layout.ld_block, n, n, true, v, layout.ld, v, layout.ld, n);
+            subtract_product(block + layout.block_weights, layout.ld_block, n, layout.m, false, v, layout.ld, y, layout.ld_factor, n);
         }
-        if (!eliminate(block, s.trial, at.ld_factor, at.n)) return false;
-        s.scores[slot] = error_of(at, s.trial);
+        if (!eliminate(block, state.trial, layout.ld_factor, n)) return false;
+        state.scores[slot] = added_error(layout, state.trial);
     }
     return true;
 }
 
-// The same for interleaved blocks of N inputs.
-template <class T, int N> static bool update_interleaved_blocks(const State<T>& s, const T* rows) {
-    const Layout<T>& at = s.at;
+// The same for interleaved blocks of N inputs: each lane works on one block.
+template <class T, int N> static bool update_interleaved_blocks(const State<T>& state, const T* rows) {
+    const Layout<T>& layout = state.layout;
     const int64_t L = LANES<T>;
-    const T* y = s.factor + at.factor_weights;
+    const T* y = state.factor + layout.factor_weights;
     bool definite = true;
-    for (int64_t slot = 0; slot < s.held; slot += L) {
-        T* block = s.blocks + at.start(slot);
-        const Vec<T> empty = load(s.empty + slot);
+    for (int64_t slot = 0; slot < state.used; slot += L) {
+        T* block = state.blocks + layout.start(slot);
+        const Vec<T> empty = load(state.empty + slot);
         Vec<T> a[N][N], v[N][N], reciprocal[N], sum = {};
         for (int i = 0; i < N; i++)
-            for (int j = i; j < N; j++) a[i][j] = load(block + (i * at.ld_block + j) * L);
+            for (int j = i; j < N; j++) a[i][j] = load(block + (i * layout.ld_block + j) * L);
         if (rows) {
-            for (int q = 0; q < N; q++) load_interleaved<T, N>(v[q], rows + q * at.ld + slot * N);
+            for (int q = 0; q < N; q++) load_interleaved<T, N>(v[q], rows + q * layout.ld + slot * N);
             for (int i = 0; i < N; i++)
                 for (int j = i; j < N; j++) {
                     for (int q = 0; q < N; q++) a[i][j] -= v[q][i] * v[q][j];
-                    store(block + (i * at.ld_block + j) * L, a[i][j]);
+                    store(block + (i * layout.ld_block + j) * L, a[i][j]);
                 }
         }
-        for (int q = 0; q < N; q++) {  // a = R^T D^-1 R with the diagonal D of R; its rows q of R^T D^-1 go to the lower half
+        for (int q = 0; q < N; q++) {  // elimination without square roots; the multiples of rows that it subtracts go to the lower half
             definite &= all_positive<T>(a[q][q], empty);
             reciprocal[q] = 1 / a[q][q];
             for (int i = q + 1; i < N; i++) {
@@ -290,13 +298,13 @@ template <class T, int N> static bool update_interleaved_blocks(const State<T>& 
                 for (int j = i; j < N; j++) a[i][j] -= a[i][q] * a[q][j];
             }
         }
-        for (int64_t r = 0; r < at.m; r++) {
+        for (int64_t r = 0; r < layout.m; r++) {
             Vec<T> w[N];
             for (int i = 0; i < N; i++) {
-                T* p = block + (i * at.ld_block + N + r) * L;
+                T* p = block + (i * layout.ld_block + N + r) * L;
                 w[i] = load(p);
                 if (!rows) continue;
-                for (int q = 0; q < N; q++) w[i] -= v[q][i] * y[q * at.ld_factor + r];
+                for (int q = 0; q < N; q++) w[i] -= v[q][i] * y[q * layout.ld_factor + r];
                 store(p, w[i]);
             }
             for (int q = 0; q < N; q++) {
@@ -304,58 +312,58 @@ template <class T, int N> static bool update_interleaved_blocks(const State<T>& 
                 sum += w[q] * w[q] * reciprocal[q];
             }
         }
-        store(s.scores + slot, empty > Vec<T>{} ? empty : sum);
+        store(state.scores + slot, empty > Vec<T>{} ? empty : sum);
     }
     return definite;
 }
 
-// The slot of the block whose removal adds least; of several that add the same the first block of the band.
-template <class T> static int64_t lowest(const State<T>& s) {
-    Vec<T> least = load(s.scores);
-    for (int64_t slot = LANES<T>; slot < s.held; slot += LANES<T>) {
-        const Vec<T> x = load(s.scores + slot);
+// The slot of the block whose removal adds least to the error; the first block of several that add the same.
+template <class T> static int64_t cheapest_slot(const State<T>& state) {
+    Vec<T> least = load(state.scores);
+    for (int64_t slot = LANES<T>; slot < state.used; slot += LANES<T>) {
+        const Vec<T> x = load(state.scores + slot);
         least = x < least ? x : least;
     }
     T lanes[LANES<T>];
     std::memcpy(lanes, &least, sizeof(least));
     const T score = *std::min_element(lanes, lanes + LANES<T>);
     int64_t best = -1;
-    for (int64_t slot = 0; slot < s.held; slot++)
-        if (!(s.scores[slot] > score) && !(s.empty[slot] > 0) && (best < 0 || s.ids[slot] < s.ids[best])) best = slot;
+    for (int64_t slot = 0; slot < state.used; slot++)
+        if (!(state.scores[slot] > score) && !(state.empty[slot] > 0) && (best < 0 || state.ids[slot] < state.ids[best])) best = slot;
     return best;
 }
 
-// Puts [R | R^-T w] of a block into s.factor.
-template <class T> static bool factorize(const State<T>& s, int64_t slot) {
-    const Layout<T>& at = s.at;
-    const T* block = s.blocks + at.start(slot);
-    for (int64_t q = 0; q < at.n; q++, block += at.ld_block * at.interleaved) {
-        T* row = s.factor + q * at.ld_factor;
-        for (int64_t c = 0; c < at.n; c++) row[c] = block[c * at.interleaved];
-        for (int64_t i = 0; i < at.m; i++) row[at.factor_weights + i] = block[(at.block_weights + i) * at.interleaved];
+// Stores [R | R^-T w] of a block in state.factor.
+template <class T> static bool factorize(const State<T>& state, int64_t slot) {
+    const Layout<T>& layout = state.layout;
+    const T* block = state.blocks + layout.start(slot);
+    for (int64_t q = 0; q < layout.n; q++, block += layout.ld_block * layout.interleaved) {
+        T* row = state.factor + q * layout.ld_factor;
+        for (int64_t c = 0; c < layout.n; c++) row[c] = block[c * layout.interleaved];
+        for (int64_t i = 0; i < layout.m; i++) row[layout.factor_weights + i] = block[(layout.block_weights + i) * layout.interleaved];
     }
-    return eliminate(s.factor, s.factor, at.ld_factor, at.n);
+    return eliminate(state.factor, state.factor, layout.ld_factor, layout.n);
 }
 
 // The rows of V of a block: R^-T times its rows of the inverse.
-template <class T> static void rows_of_v(const State<T>& s, int64_t slot, T* rows) {
-    const Layout<T>& at = s.at;
-    const int64_t n = at.n, ld = at.ld, first = slot * n, width = s.held * n;
+template <class T> static void compute_v(const State<T>& state, int64_t slot, T* rows) {
+    const Layout<T>& layout = state.layout;
+    const int64_t n = layout.n, ld = layout.ld, first = slot * n, width = state.used * n;
     for (int64_t c = 0; c < first; c++)
-        for (int64_t q = 0; q < n; q++) rows[q * ld + c] = s.inverse[c * ld + first + q];
+        for (int64_t q = 0; q < n; q++) rows[q * ld + c] = state.inverse[c * ld + first + q];
     for (int64_t q = 0; q < n; q++) {
-        for (int64_t c = 0; c < q; c++) rows[q * ld + first + c] = s.inverse[(first + c) * ld + first + q];
-        std::memcpy(rows + q * ld + first + q, s.inverse + (first + q) * ld + first + q, (width - first - q) * sizeof(T));
+        for (int64_t c = 0; c < q; c++) rows[q * ld + first + c] = state.inverse[(first + c) * ld + first + q];
+        std::memcpy(rows + q * ld + first + q, state.inverse + (first + q) * ld + first + q, (width - first - q) * sizeof(T));
     }
     for_panels(n, [&](auto panel_rows, int64_t i) __attribute__((always_inline)) {
         constexpr int ROWS = decltype(panel_rows)::value;
         Triangle<T, ROWS> diagonal;
-        diagonal.read(s.factor + i * at.ld_factor + i, at.ld_factor);
+        diagonal.read(state.factor + i * layout.ld_factor + i, layout.ld_factor);
         for_strips<T, tile_vectors(ROWS)>(0, width, [&](auto vectors, int64_t c) __attribute__((always_inline)) {
             Vec<T> acc[ROWS][decltype(vectors)::value];
             load_tile<T>(acc, rows + i * ld + c, ld);
-            multiply<T>(acc, s.v + first + i, ld, s.v + c, ld, s.waiting * n);
-            multiply<T>(acc, s.factor + i, at.ld_factor, rows + c, ld, i);
+            multiply<T>(acc, state.v + first + i, ld, state.v + c, ld, state.waiting * n);
+            multiply<T>(acc, state.factor + i, layout.ld_factor, rows + c, ld, i);
             diagonal.solve(acc);
             store_tile<T>(acc, rows + i * ld + c, ld);
         });
@@ -363,89 +371,96 @@ template <class T> static void rows_of_v(const State<T>& s, int64_t slot, T* row
     });
 }
 
-// Moves what rows [begin, end) of the inverse hold of the blocks in slots from[i] to where it belongs when they are in slots to[i]; slots
-// from `left` on are given up. Both lists rise, so that the upper half stays above the diagonal, or gets there as a column that becomes a
-// row. N is the inputs of a block, or 0 where they are only known at run time.
-template <class T, int N>
-static void move_columns(const State<T>& s, int64_t begin, int64_t end, int64_t left, const int64_t* from, const int64_t* to, int64_t moves) {
-    const int64_t n = N ? N : s.at.n, ld = s.at.ld;
+// The slots from `left` on are given up: the blocks in slots from[i] move to slots to[i]. Both lists rise.
+struct Moves {
+    int64_t left, count;
+    const int64_t *from, *to;
+};
+
+// Moves what rows [begin, end) of the inverse hold of these blocks. A column that would come to lie below the diagonal becomes a row above
+// it. N is n, or 0 where n is only known at run time.
+template <class T, int N> static void move_blocks(const State<T>& state, const Moves& moves, int64_t begin, int64_t end) {
+    const int64_t n = N ? N : state.layout.n, ld = state.layout.ld, *from = moves.from, *to = moves.to;
     int64_t i = 0;
     for (int64_t r = begin; r < end; r++) {
         const int64_t slot = r / n;
-        if (s.empty[slot] > 0) continue;
-        const T* row = s.inverse + r * ld;
-        T* target = s.inverse + r * ld;
-        if (slot < left) {
-            for (; i < moves && to[i] < slot; i++) {}
+        if (state.empty[slot] > 0) continue;
+        const T* row = state.inverse + r * ld;
+        T* target = state.inverse + r * ld;
+        if (slot < moves.left) {
+            for (; i < moves.count && to[i] < slot; i++) {}
             for (int64_t j = 0; j < i; j++)
-                for (int64_t c = 0; c < n; c++) s.inverse[(to[j] * n + c) * ld + r] = row[from[j] * n + c];
+                for (int64_t c = 0; c < n; c++) state.inverse[(to[j] * n + c) * ld + r] = row[from[j] * n + c];
         } else {
             for (i = 0; from[i] < slot; i++) {}
-            target = s.inverse + (to[i] * n + r % n) * ld;
+            target = state.inverse + (to[i] * n + r % n) * ld;
         }
-        for (int64_t j = i; j < moves; j++)
+        for (int64_t j = i; j < moves.count; j++)
             for (int64_t c = 0; c < n; c++) target[to[j] * n + c] = row[from[j] * n + c];
     }
 }
 
-// Takes the waiting products off the upper half of the inverse, and moves the last blocks to the slots of the removed ones.
-template <class T> static void downdate(State<T>& s) {
-    const Layout<T>& at = s.at;
-    const int64_t n = at.n, ld = at.ld, width = s.held * n, depth = s.waiting * n, left = s.held - s.waiting;
-    for (int64_t c = 0; c < width; c += PANEL<T>)
-        for (int64_t q = 0; q < depth; q++) std::memcpy(s.packed + c * depth + q * PANEL<T>, s.v + q * ld + c, PANEL<T> * sizeof(T));
-    int64_t *to = s.gone, moves = 0, from[WAITING_ROWS];  // slots [left, held) are given up: block from[i] moves to slot to[i]
-    for (int64_t i = 1; i < s.waiting; i++)  // in rising order
+// Subtracts the waiting products from the upper half of the inverse, and moves the last blocks to the slots of the removed ones.
+template <class T> static void downdate(State<T>& state) {
+    const Layout<T>& layout = state.layout;
+    const int64_t n = layout.n, ld = layout.ld, width = state.used * n, depth = state.waiting * n;
+    for (int64_t c = 0; c < width; c += PANEL<T>) {
+        T* panel = state.packed + c * depth;
+        for (int64_t q = 0; q < depth; q++) std::memcpy(panel + q * PANEL<T>, state.v + q * ld + c, PANEL<T> * sizeof(T));
+    }
+    int64_t *to = state.removed, from[WAITING_ROWS];
+    for (int64_t i = 1; i < state.waiting; i++)  // sorts the slots of the removed blocks
         for (int64_t j = i; j > 0 && to[j] < to[j - 1]; j--) std::swap(to[j], to[j - 1]);
-    for (int64_t slot = left; slot < s.held; slot++)
-        if (!(s.empty[slot] > 0)) from[moves++] = slot;
+    Moves moves = {state.used - state.waiting, 0, from, to};
+    for (int64_t slot = moves.left; slot < state.used; slot++)
+        if (!(state.empty[slot] > 0)) from[moves.count++] = slot;
     for (int64_t r = 0; r < width; r += DOWNDATE_ROWS) {
-        const T* a = s.packed + r / PANEL<T> * PANEL<T> * depth + r % PANEL<T>;
+        const T* a = state.packed + r / PANEL<T> * PANEL<T> * depth + r % PANEL<T>;
         for (int64_t c = r / PANEL<T> * PANEL<T>; c < width; c += PANEL<T>) {
             Vec<T> acc[DOWNDATE_ROWS][TILE_VECTORS];
-            load_tile<T>(acc, s.inverse + r * ld + c, ld);
-            multiply<T>(acc, a, PANEL<T>, s.packed + c * depth, PANEL<T>, depth);
-            store_tile<T>(acc, s.inverse + r * ld + c, ld);
+            load_tile<T>(acc, state.inverse + r * ld + c, ld);
+            multiply<T>(acc, a, PANEL<T>, state.packed + c * depth, PANEL<T>, depth);
+            store_tile<T>(acc, state.inverse + r * ld + c, ld);
         }
-        (n == 1 ? move_columns<T, 1> : move_columns<T, 0>)(s, r, std::min(width, r + DOWNDATE_ROWS), left, from, to, moves);
+        (n == 1 ? move_blocks<T, 1> : move_blocks<T, 0>)(state, moves, r, std::min(width, r + DOWNDATE_ROWS));
     }
-    for (int64_t i = 0; i < moves; i++) {
-        const T* block = s.blocks + at.start(from[i]);
-        T* place = s.blocks + at.start(to[i]);
-        for (int64_t e = 0; e < n * at.ld_block * at.interleaved; e += at.interleaved) place[e] = block[e];
-        s.ids[to[i]] = s.ids[from[i]], s.scores[to[i]] = s.scores[from[i]];
-        s.empty[to[i]] = 0;
+    for (int64_t i = 0; i < moves.count; i++) {
+        const T* block = state.blocks + layout.start(from[i]);
+        T* target = state.blocks + layout.start(to[i]);
+        for (int64_t e = 0; e < n * layout.ld_block * layout.interleaved; e += layout.interleaved) target[e] = block[e];
+        state.ids[to[i]] = state.ids[from[i]], state.scores[to[i]] = state.scores[from[i]];
+        state.empty[to[i]] = 0;
     }
-    for (int64_t slot = left; slot < s.held; slot++) s.scores[slot] = s.empty[slot] = std::numeric_limits<T>::infinity();
-    s.held = left, s.waiting = 0;
+    for (int64_t slot = moves.left; slot < state.used; slot++) state.scores[slot] = state.empty[slot] = std::numeric_limits<T>::infinity();
+    state.used = moves.left, state.waiting = 0;
 }
 
-template <class T> static bool update(const State<T>& s, const T* rows) {
-    switch (s.at.interleaved > 1 ? s.at.n : 0) {
-        case 1: return update_interleaved_blocks<T, 1>(s, rows);
-        case 2: return update_interleaved_blocks<T, 2>(s, rows);
-        case 4: return update_interleaved_blocks<T, 4>(s, rows);
-        case 8: return update_interleaved_blocks<T, 8>(s, rows);
-        default: return update_blocks<T>(s, rows);
+template <class T> static bool update(const State<T>& state, const T* rows) {
+    switch (state.layout.interleaved > 1 ? state.layout.n : 0) {
+        case 1: return update_interleaved_blocks<T, 1>(state, rows);
+        case 2: return update_interleaved_blocks<T, 2>(state, rows);
+        case 4: return update_interleaved_blocks<T, 4>(state, rows);
+        case 8: return update_interleaved_blocks<T, 8>(state, rows);
+        default: return update_blocks<T>(state, rows);
     }
 }
 
 template <class T> static bool sweep(const BandShape& shape, const Band<T>& band, const SweepScratch<T>& scratch) {
-    State<T> s = initial_state(shape, band, scratch);
+    State<T> state = initial_state(shape, band, scratch);
     const int64_t blocks = shape.blocks(), stop = std::min(shape.stop, blocks);
-    if (!update<T>(s, nullptr)) return false;
+    if (!update<T>(state, nullptr)) return false;
     for (int64_t done = 0; done < stop; done++) {
-        const int64_t slot = lowest(s);
-        band.errors[done] = s.scores[slot], band.order[done] = s.ids[slot];
-        if (!factorize(s, slot)) return false;
-        T* rows = s.v + s.waiting * s.at.n * s.at.ld;
-        rows_of_v(s, slot, rows);
-        s.scores[slot] = s.empty[slot] = std::numeric_limits<T>::infinity();
-        s.gone[s.waiting++] = slot;
-        if (!update<T>(s, rows)) return false;
-        if (s.waiting == s.at.waiting && done + 1 < stop) downdate(s);
+        const int64_t slot = cheapest_slot(state);
+        band.errors[done] = state.scores[slot], band.order[done] = state.ids[slot];
+        if (!factorize(state, slot)) return false;
+        T* rows = state.v + state.waiting * state.layout.n * state.layout.ld;
+        compute_v(state, slot, rows);
+        state.scores[slot] = state.empty[slot] = std::numeric_limits<T>::infinity();
+        state.removed[state.waiting++] = slot;
+        if (!update<T>(state, rows)) return false;
+        if (state.waiting == state.layout.max_waiting && done + 1 < stop) downdate(state);
     }
-    for (int64_t slot = 0, done = stop; slot < s.held; slot++)
-        if (!(s.empty[slot] > 0)) band.errors[done] = s.scores[slot], band.order[done++] = s.ids[slot];
+    for (int64_t slot = 0, done = stop; slot < state.used; slot++)
+        if (!(state.empty[slot] > 0)) band.errors[done] = state.scores[slot], band.order[done++] = state.ids[slot];
     return true;
 }

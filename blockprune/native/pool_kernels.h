@@ -38,8 +38,12 @@ template <int TERM, int C> INLINE void add_row_of_pairs(const bf16* x, float* su
     }
 }
 
-template <int TERM, int C> INLINE void add_narrow_row(const float* x, float* sums, int64_t blocks) { add_row<TERM, C>(x, sums, blocks, C); }
-template <int TERM, int C> INLINE void add_narrow_row(const bf16* x, float* sums, int64_t blocks) { add_row_of_pairs<TERM, C>(x, sums, blocks); }
+template <int TERM, int C> INLINE void add_narrow_row(const float* x, float* sums, int64_t blocks) {
+    add_row<TERM, C>(x, sums, blocks, C);
+}
+template <int TERM, int C> INLINE void add_narrow_row(const bf16* x, float* sums, int64_t blocks) {
+    add_row_of_pairs<TERM, C>(x, sums, blocks);
+}
 
 template <int TERM, class T>
 static void pool_part(const T* x, int64_t stride, int64_t rows, int64_t cols, int64_t r, int64_t c, float* out, int64_t out_stride,

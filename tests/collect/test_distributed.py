@@ -1,7 +1,7 @@
-"""Two processes: every rank ends with the sums of all batches, and so with the same masks."""
+"""Two processes: every rank ends with the statistics of all batches, and so with the same masks."""
 
-import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from torch import nn
 
 import blockprune as bp
 
-WORLD = 2
+RANKS = 2
+BATCHES_OF_RANK = {"unequal": [[0, 1, 2], [3, 4]], "one rank without batches": [[0, 1, 2, 3, 4], []]}
 
 
 def model() -> nn.Module:
@@ -23,31 +24,40 @@ def batches() -> list[torch.Tensor]:
     return list(torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(1)))
 
 
-def options() -> dict:
-    stats = [bp.statistics.input_sq, bp.statistics.input_gram, bp.statistics.gate_fisher, bp.statistics.weight_grad]
-    return {"where": bp.linears((2, 2)), "statistics": stats, "loss": lambda output, batch: output.square().mean(), "progress": False}
+def options() -> dict[str, Any]:
+    statistics = [bp.statistics.input_sq, bp.statistics.input_gram, bp.statistics.gate_fisher, bp.statistics.weight_grad]
+    return {"where": bp.linears((2, 2)), "statistics": statistics, "loss": lambda output, batch: output.square().mean(), "progress": False}
 
 
-def rank(index: int, store: str, out: str, shares: list[list[int]]) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=index, world_size=WORLD)
-    mine = [batches()[i] for i in shares[index]]
-    data = bp.collect.with_statistics(model(), batches=mine, reduce=bp.distributed.all_reduce, **options())
-    masks = bp.allocate.per_model(bp.metric.fisher(data), 0.5)
-    torch.save({name: (param.stats, masks[name].keep) for name, param in data.items()}, f"{out}/{index}.pt")
+def run_rank(index: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=index, world_size=RANKS)
+    for case, numbers in BATCHES_OF_RANK.items():
+        own = [batches()[i] for i in numbers[index]]
+        data = bp.collect.with_statistics(model(), batches=own, reduce=bp.distributed.all_reduce, **options())
+        masks = bp.allocate.per_model(bp.metric.fisher(data), 0.5)
+        torch.save({name: (param.stats, masks[name].keep) for name, param in data.items()}, f"{folder}/{case}, {index}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("shares", [[[0, 1, 2], [3, 4]], [[0, 1, 2, 3, 4], []]], ids=["unequal", "one rank with none"])
-def test_every_rank_ends_with_the_fold_of_all_batches(shares: list[list[int]]) -> None:
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what each rank saved in each case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(run_rank, (str(folder),), nprocs=RANKS)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", BATCHES_OF_RANK)
+def test_every_rank_ends_with_the_statistics_of_all_batches(case: str, results: Path) -> None:
     whole = bp.collect.with_statistics(model(), batches=batches(), **options())
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(rank, (str(Path(folder) / "store"), folder, shares), nprocs=WORLD)
-        ranks = [torch.load(f"{folder}/{i}.pt", weights_only=True) for i in range(WORLD)]
+    first, second = (torch.load(results / f"{case}, {index}.pt", weights_only=True) for index in range(RANKS))
     for name, param in whole.items():
-        for stat, value in param.stats.items():
-            torch.testing.assert_close(ranks[0][name][0][stat], value)
-            assert torch.equal(ranks[0][name][0][stat], ranks[1][name][0][stat])
-        assert torch.equal(ranks[0][name][1], ranks[1][name][1])
+        (statistics, keep), (other_statistics, other_keep) = first[name], second[name]
+        for key, value in param.stats.items():
+            torch.testing.assert_close(statistics[key], value)
+            assert torch.equal(statistics[key], other_statistics[key])
+        assert torch.equal(keep, other_keep)
 
 
 def test_without_a_process_group_it_says_so() -> None:

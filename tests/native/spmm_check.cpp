@@ -1,5 +1,5 @@
-// The block-sparse product on every instruction set, over ragged shapes and exactly sized buffers, against loops; built with sanitizers by
-// test_spmm.py, and with other compilers or for other processors by hand (it says what it ran).
+// Compares the block-sparse product on every instruction set with loops, over ragged shapes and exactly sized buffers. test_spmm.py builds
+// it with sanitizers; it can be built by hand with other compilers or for other processors, and says what it ran.
 
 #include <cmath>
 #include <cstdint>
@@ -11,13 +11,13 @@
 #include <vector>
 
 extern "C" int32_t has_isa(int32_t isa);
-extern "C" int32_t spmm(const void* values, const int32_t* col, const int64_t* crow, int64_t rows, int64_t cols, int64_t height, int64_t width,
-                        int32_t is_bf16, const void* x, int64_t n, const void* bias, void* y, int64_t threads, int32_t choice);
+extern "C" int32_t spmm(const void* values, const int32_t* col, const int64_t* crow, int64_t rows, int64_t cols, int64_t height,
+                        int64_t width, int32_t is_bf16, const void* x, int64_t n, const void* bias, void* y, int64_t threads, int32_t isa);
 
 static std::mt19937 rng(0);
 static int draw(int low, int high) { return low + (int)(rng() % (unsigned)(high - low + 1)); }
 
-// numbers of a type in a buffer of just their size, all small integers: sums are exact
+// Numbers of a type in a buffer of exactly their size, all of them small integers, so that sums are exact.
 struct Numbers {
     std::unique_ptr<char[]> memory;
     int64_t count;
@@ -47,7 +47,9 @@ struct Numbers {
     }
 };
 
-static int run(int64_t rows, int64_t cols, int64_t height, int64_t width, int64_t n, double density, bool half, bool with_bias, int64_t threads, int choice) {
+// Returns how many numbers of a product are wrong.
+static int run(int64_t rows, int64_t cols, int64_t height, int64_t width, int64_t n, double density, bool half, bool with_bias,
+               int64_t threads, int isa) {
     const int64_t bands = (rows + height - 1) / height, across = (cols + width - 1) / width;
     std::vector<std::vector<int64_t>> columns(bands);  // kept, of each band
     std::vector<int32_t> kept;
@@ -67,8 +69,9 @@ static int run(int64_t rows, int64_t cols, int64_t height, int64_t width, int64_
     std::copy(kept.begin(), kept.end(), col.get());
     Numbers values(count, half), x(n * cols, half), bias(rows, half), y(n * rows, half);
     values.fill(), x.fill(), bias.fill(), y.fill();
-    if (spmm(values.memory.get(), col.get(), crow.get(), rows, cols, height, width, half, x.memory.get(), n, with_bias ? bias.memory.get() : nullptr,
-             y.memory.get(), threads, choice))
+    const void* at_bias = with_bias ? bias.memory.get() : nullptr;
+    if (spmm(values.memory.get(), col.get(), crow.get(), rows, cols, height, width, half, x.memory.get(), n, at_bias, y.memory.get(),
+             threads, isa))
         return 1;
     int wrong = 0;
     int64_t start = 0;
@@ -86,17 +89,17 @@ static int run(int64_t rows, int64_t cols, int64_t height, int64_t width, int64_
         start += many * high;
     }
     if (wrong)
-        std::printf("%d wrong: [%d, %d] in %d x %d, n %d, density %g, %s, bias %d, %d threads, instructions %d\n", wrong, (int)rows, (int)cols,
-                    (int)height, (int)width, (int)n, density, half ? "bfloat16" : "float32", with_bias, (int)threads, choice);
+        std::printf("%d wrong: [%d, %d] in %d x %d, n %d, density %g, %s, bias %d, %d threads, instructions %d\n", wrong, (int)rows,
+                    (int)cols, (int)height, (int)width, (int)n, density, half ? "bfloat16" : "float32", with_bias, (int)threads, isa);
     return wrong;
 }
 
 int main(int argc, char** argv) {
     const int rounds = argc > 1 ? std::atoi(argv[1]) : 300;
     int wrong = 0, ran = 0;
-    for (int choice = 0; choice < 4; choice++) {
-        if (!has_isa(choice)) continue;
-        std::printf("instructions %d\n", choice);
+    for (int isa = 0; isa < 4; isa++) {
+        if (!has_isa(isa)) continue;
+        std::printf("instructions %d\n", isa);
         for (int round = 0; round < rounds; round++) {
             const int heights[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 24, 31, 32, 40}, widths[] = {1, 1, 2, 4, 6, 8, 16, 18, 32};
             const int64_t height = heights[draw(0, 15)], width = widths[draw(0, 8)];
@@ -104,11 +107,11 @@ int main(int argc, char** argv) {
             const int64_t rows = draw(1, 3 * (int)height + 5), cols = large ? draw(800, 1500) : draw(1, 90);
             const int64_t n = draw(0, 3) ? draw(0, 20) : draw(20, 70);
             const double densities[] = {0, 0.2, 0.6, 1};
-            wrong += run(rows, cols, height, width, n, densities[draw(0, 3)], draw(0, 1), draw(0, 1), draw(0, 3) ? 1 : draw(2, 4), choice);
+            wrong += run(rows, cols, height, width, n, densities[draw(0, 3)], draw(0, 1), draw(0, 1), draw(0, 3) ? 1 : draw(2, 4), isa);
             ran++;
         }
         for (int64_t n : {1, 7, 40, 129})  // enough work for several threads, all of it in one band or spread
-            for (int64_t height : {8, 96}) wrong += run(96, 1024, height, n % 2 ? 1 : 4, n, 0.9, n > 7, true, 3, choice), ran++;
+            for (int64_t height : {8, 96}) wrong += run(96, 1024, height, n % 2 ? 1 : 4, n, 0.9, n > 7, true, 3, isa), ran++;
     }
     std::printf("%d products, %d numbers wrong\n", ran, wrong);
     return wrong != 0;

@@ -1,6 +1,6 @@
-// Many rows of x: they lie across the lanes of vectors. A panel holds P rows of x, packed one column (or pair of columns) after another. The
-// micro-kernel keeps a tile of accumulators, MR rows of W by NV vectors of x, in registers while it runs over the kept columns of a band.
-// Included once for each instruction set.
+// Many rows of x: they lie across the lanes of vectors. A panel holds P rows of x, packed one column (or pair of columns) after another.
+// The micro-kernel keeps a tile of accumulators, MR rows of W by NV vectors of x, in registers while it runs over the kept columns of a
+// band. Included once for each instruction set.
 
 // acc[m][v] += x[v] * w[m * stride]
 template <int L, int NV, int MR> INLINE void multiply_add(F<L> (&acc)[MR][NV], const float* x, const float* w, int64_t stride) {
@@ -12,8 +12,8 @@ template <int L, int NV, int MR> INLINE void multiply_add(F<L> (&acc)[MR][NV], c
     UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < NV; v++) acc[m][v] += column[v] * w[m * stride];
 }
 
-// How a type of number is packed and multiplied: `pair` multiplies two packed columns, at a and b, with pairs of weights, `single` one column;
-// `load_columns` and `store_packed` move numbers of x into a panel; offset<P>(c) is where column c starts in a panel of P rows.
+// How a type of number is packed and multiplied: `pair` multiplies two packed columns, at a and b, with pairs of weights, `single` one
+// column; `load_columns` and `store_packed` move numbers of x into a panel; offset<P>(c) is where column c starts in a panel of P rows.
 struct F32 {
     typedef float Weight;
     typedef float Packed;
@@ -139,7 +139,7 @@ template <class K> struct TileInput {
 
 // SINGLE says that blocks are one column wide.
 template <class K, int L, int NV, int MR, bool SINGLE> static void micro_kernel(const TileInput<K>& input) {
-    constexpr int P = L * NV, SETS = MR * NV < 4 ? 4 : MR * NV < 8 ? 2 : 1;  // sets of accumulators: enough to hide the latency of an addition
+    constexpr int P = L * NV, SETS = MR * NV < 4 ? 4 : MR * NV < 8 ? 2 : 1;  // sets of accumulators, to hide the latency of additions
     F<L> acc[SETS][MR][NV] = {};
     UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < NV; v++)
         if (!input.first) acc[0][m][v] = load<F<L>>(input.out + m * P + v * L);
@@ -252,13 +252,15 @@ template <class K, int L, int NV, bool SINGLE> struct PanelProduct {
         const int32_t* col = p.col + p.crow[band];
         const T* w = (const T*)p.values + p.start(band);
         const int64_t last_block = col[blocks - 1] * p.width;
-        const int64_t tail = SINGLE ? blocks & 1 : last_block + p.width > p.cols ? p.cols - last_block : 0;  // columns outside whole pairs or blocks
+        // columns outside of whole pairs or blocks
+        const int64_t tail = SINGLE ? blocks & 1 : last_block + p.width > p.cols ? p.cols - last_block : 0;
         const int64_t count = SINGLE ? blocks / 2 : blocks - (tail > 0), weights = height * (SINGLE ? 2 : p.width);
         // weights that several tiles read are read in parts, which stay in the cache
         const int64_t step = std::max<int64_t>(1, height <= MAX_ROWS ? count : CACHED_BYTES / (weights * (int64_t)sizeof(T)));
         TileInput<K> input = {w, (const typename K::Packed*)panel, col, 0, p.width, height, nullptr, 0, true, out};
         for (int64_t j = 0; j < count || (SINGLE && j == 0); j += step) {
-            input.w = w + j * weights, input.col = col + (SINGLE ? 2 * j : j), input.count = std::min(step, count - j), input.first = j == 0;
+            input.w = w + j * weights, input.col = col + (SINGLE ? 2 * j : j);
+            input.count = std::min(step, count - j), input.first = j == 0;
             if (SINGLE && tail && j + step >= count) input.last = w + count * weights, input.last_col = col[blocks - 1];
             multiply_tiles(input);
         }

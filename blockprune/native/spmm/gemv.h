@@ -1,8 +1,8 @@
 // A few rows of x, at most four, multiplied as they are: reading the weights takes the time, so they are read once, from start to end, and
 // rows of W lie across the lanes of vectors. Included once for each instruction set.
 
-// A pair of weights, or of numbers of x, is a word: 64 bits of float, 32 of bfloat16. A vector of L lanes of float holds the words of VECTOR_ROWS
-// rows of W.
+// A pair of weights, or of numbers of x, is a word: 64 bits of float, 32 of bfloat16. A vector of L floats holds the words of
+// VECTOR_ROWS<L> rows of W.
 struct F32Words {
     typedef float T;
     typedef uint64_t Word;
@@ -44,8 +44,8 @@ template <class T> struct Band {
           w((const T*)p.values + p.start(band)) {}
 };
 
-// Calls pair(set, w, a, b) for each pair of kept columns, the sets in turn, then single(w, a) for an odd last column. SINGLE says that blocks
-// are one column wide.
+// Calls pair(set, w, a, b) for each pair of kept columns, the sets in turn, then single(w, a) for an odd last column. SINGLE says that
+// blocks are one column wide.
 template <int SETS, bool SINGLE, class T, class Pair, class Single>
 INLINE void for_each_pair(const Product& p, const Band<T>& band, Pair pair, Single single) {
     const T* w = band.w;
@@ -157,8 +157,8 @@ template <class T> static void store_sums(const Product& p, const Slice& slice, 
     }
 }
 
-// A low band, of HEIGHT rows and whole blocks: a vector of L words of W holds its rows of some columns, and meets as many numbers of x as L words
-// are, permuted. Rows of x are `stride` apart, and can be read a vector past their end.
+// A low band, of HEIGHT rows and whole blocks: a vector of W holds all rows of some columns, and is multiplied with a vector of these
+// columns of x, permuted. Rows of x are `stride` apart, and can be read a vector past their end.
 template <class K, int L, int HEIGHT, int N>
 static void multiply_low_blocks(const Product& p, const typename K::T* x, int64_t stride, const Band<typename K::T>& band, float* sums) {
     typedef typename K::T T;
@@ -197,11 +197,11 @@ static void multiply_low_blocks(const Product& p, const typename K::T* x, int64_
 
 // Returns false if no vector fits the blocks.
 template <class K, int L, int HEIGHT, int N>
-static bool multiply_low_blocks_if_they_fit(const Product& p, const typename K::T* x, int64_t stride, const Band<typename K::T>& band, float* sums) {
+static bool try_low_blocks(const Product& p, const typename K::T* x, int64_t stride, const Band<typename K::T>& band, float* sums) {
     if constexpr (HEIGHT <= K::template VECTOR_ROWS<L>)
         if (p.width % (2 * K::template VECTOR_ROWS<L> / HEIGHT) == 0)
             return multiply_low_blocks<K, L, HEIGHT, N>(p, x, stride, band, sums), true;
-    if constexpr (L > 4) return multiply_low_blocks_if_they_fit<K, L / 2, HEIGHT, N>(p, x, stride, band, sums);
+    if constexpr (L > 4) return try_low_blocks<K, L / 2, HEIGHT, N>(p, x, stride, band, sums);
     return false;
 }
 
@@ -210,10 +210,10 @@ template <class K, int N>
 static bool multiply_low_band(const Product& p, const typename K::T* x, int64_t stride, Band<typename K::T> band, float* sums) {
     const bool ragged = band.blocks && (band.col[band.blocks - 1] + 1) * p.width > p.cols;
     band.blocks -= ragged;
-    bool done = band.height == 1 && multiply_low_blocks_if_they_fit<K, LANES, 1, N>(p, x, stride, band, sums);
+    bool done = band.height == 1 && try_low_blocks<K, LANES, 1, N>(p, x, stride, band, sums);
     if constexpr (N <= 2) {
-        if (band.height == 2) done = multiply_low_blocks_if_they_fit<K, LANES, 2, N>(p, x, stride, band, sums);
-        if (band.height == 4) done = multiply_low_blocks_if_they_fit<K, LANES, 4, N>(p, x, stride, band, sums);
+        if (band.height == 2) done = try_low_blocks<K, LANES, 2, N>(p, x, stride, band, sums);
+        if (band.height == 4) done = try_low_blocks<K, LANES, 4, N>(p, x, stride, band, sums);
     }
     if (!done) return false;
     const auto* w = band.w + band.blocks * p.width * band.height;

@@ -2,8 +2,9 @@
 
 template <class K, bool SINGLE>
 static void multiply_panel(const Product& p, const Slice& slice, const void* panel, float* scratch, int64_t begin, int64_t end) {
+    constexpr int NV = PANEL_VECTORS;
     switch (slice.panel) {
-        case LANES * PANEL_VECTORS: return PanelProduct<K, LANES, PANEL_VECTORS, SINGLE>::multiply_bands(p, slice, panel, scratch, begin, end);
+        case LANES * NV: return PanelProduct<K, LANES, NV, SINGLE>::multiply_bands(p, slice, panel, scratch, begin, end);
 #if PANEL_VECTORS > 2
         case LANES * 2: return PanelProduct<K, LANES, 2, SINGLE>::multiply_bands(p, slice, panel, scratch, begin, end);
 #endif

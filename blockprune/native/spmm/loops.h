@@ -32,7 +32,8 @@ template <class T> void multiply_band(const Product& p, const T* x, T* y, int64_
                 first = x + c;
                 continue;
             }
-            for (int64_t r = 0; r < height; r++) sums[r] += load_float(w + 2 * r) * load_float(first) + load_float(w + 2 * r + 1) * load_float(x + c);
+            for (int64_t r = 0; r < height; r++)
+                sums[r] += load_float(w + 2 * r) * load_float(first) + load_float(w + 2 * r + 1) * load_float(x + c);
             w += 2 * height, first = nullptr;
         }
     for (int64_t r = 0; r < height; r++) {

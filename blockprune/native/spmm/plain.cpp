@@ -1,4 +1,4 @@
-// The kernels for what every processor of an architecture has: SSE2 on x86, NEON on ARM; loops elsewhere, and for compilers without vectors.
+// The kernels for what every processor of an architecture has, SSE2 or NEON; loops on others, and for compilers without vectors.
 
 #include "intrinsics.h"
 #include "spmm.h"

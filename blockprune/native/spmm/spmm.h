@@ -2,8 +2,8 @@
 //
 // W is cut into blocks of `height` rows and `width` columns, and only kept blocks are stored. A band is one row of blocks. The kept columns
 // of a band, in order, are a dense matrix, which is stored pair of columns after pair of columns, row after row within a pair:
-// [columns / 2][height][2]; an odd last column follows as [height]. This one format serves instructions that multiply two bfloat16 at a time,
-// broadcasts of single weights, and streaming: every kernel reads a band from start to end.
+// [columns / 2][height][2]; an odd last column follows as [height]. This one format serves instructions that multiply two bfloat16 at a
+// time, broadcasts of single weights, and streaming: every kernel reads a band from start to end.
 //
 // A few rows of x are multiplied as they are (gemv.h). Many rows of x are packed first and multiplied in tiles (gemm.h).
 

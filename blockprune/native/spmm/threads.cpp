@@ -1,5 +1,5 @@
 // Tasks run on torch's own threads, so that cores are not oversubscribed: torch is built with an OpenMP library, whose entry GOMP_parallel
-// has kept its form for years. The loader of this library looks the entry up and hands it over. Without it, threads are started at each call.
+// has kept its form for years. The loader of this library looks the entry up and hands it over. Without it, each call starts threads.
 
 #include <atomic>
 
