@@ -42,6 +42,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/prune.py
 	$(BIN)/python benchmarks/masked_forward.py
 	$(BIN)/python benchmarks/calibration.py
+	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/speed.py layers
 	$(BIN)/python benchmarks/speed.py models
 
@@ -67,7 +68,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 
 $(OLDEST)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
-	sed -e 's/^torch==.*/torch==2.11.0/' -e '/^triton==/d' constraints.txt > $(OLDEST)/constraints.txt
+	sed -e 's/^torch==.*/torch==2.11.0/' -e '/^triton==/d' -e '/^setuptools==/d' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python $(INSTALL) -c $(OLDEST)/constraints.txt -e ".[dev]"
 	$(OLDEST)/bin/python $(INSTALL) -c $(OLDEST)/constraints.txt $(MODELS)
 	touch $@

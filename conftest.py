@@ -1,6 +1,9 @@
-"""Examples in docstrings assume these imports."""
+"""Examples in docstrings assume these imports; pictures are drawn without a screen, and closed after each test."""
 
 import importlib.util
+import os
+import sys
+from collections.abc import Iterator
 from functools import partial
 
 import attrs
@@ -10,9 +13,17 @@ from torch import nn
 
 import blockprune as bp
 
+os.environ["MPLBACKEND"] = "Agg"
 collect_ignore = [] if importlib.util.find_spec("triton") else ["blockprune/export/triton_kernels.py"]
 
 
 @pytest.fixture(autouse=True)
 def _imports(doctest_namespace: dict[str, object]) -> None:
     doctest_namespace.update(torch=torch, nn=nn, bp=bp, partial=partial, attrs=attrs)
+
+
+@pytest.fixture(autouse=True)
+def _close_figures() -> Iterator[None]:
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import smollm
 import tiny
 import torch
 from prune import FOLDER, PEERS, run_workers
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 import blockprune as bp
 from blockprune import collect, statistics
+from blockprune.examples import smollm
 
 WHERE = bp.excluding(bp.linears((16, 16)), "lm_head*")
 FORWARD, BACKWARD = "forward", "forward + backward"

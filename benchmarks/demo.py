@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import digits
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 import blockprune as bp
 from blockprune import allocate, metric, schedule
+from blockprune.examples import digits
 
 BLOCKS = ((2, 2), (4, 4), (8, 8), (1, 8))
 COLUMNS = (0.25, 0.5, 0.75, 0.9)

@@ -3,7 +3,7 @@
 python benchmarks/quality.py --model minilm                                  # every pattern, every method
 python benchmarks/quality.py --model smollm --patterns 16x16 --sparsities 0.25 --methods OBS "OBS + budget"
 
-See benchmarks/smollm.py and benchmarks/minilm.py for what to install (the Makefile does). One line is printed a cell, with its
+`blockprune.examples` says what to install (the Makefile does). One line is printed a cell, with its
 seconds and peak memory.
 """
 
@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import minilm
-import smollm
 import torch
 from safetensors.torch import load_file, save_file
 from timing import machine
@@ -28,6 +26,7 @@ from torch import Tensor, nn
 
 import blockprune as bp
 from blockprune import allocate, collect, metric, recipes, reconstruct
+from blockprune.examples import minilm, smollm
 
 SEED = 0
 MAX_LAYER_SPARSITY = 0.625  # under a budget no layer loses more than this, or than 0.1 more than the whole model

@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import minilm
-import smollm
 import tiny
 import torch
 from timing import cold_copies, machine, time_interleaved
@@ -33,6 +31,7 @@ from torch.utils._pytree import tree_map_only
 
 import blockprune as bp
 from blockprune import export
+from blockprune.examples import minilm, smollm
 from blockprune.export.dense_baselines import dense_kernels
 from blockprune.export.semi_structured import SemiStructuredLinear
 

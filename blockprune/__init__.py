@@ -12,17 +12,20 @@
 | `allocate`   | stage 3: scores, sparsity -> masks; budgets across layers; schedules                          |
 | `repair`     | stage 4: data, masks -> weights; whole models layer by layer                                  |
 | `reorder`    | hidden units in an order in which weak ones share blocks                                      |
-| `analysis`   | sensitivity, cost against error                                                               |
+| `analysis`   | sensitivity, cost against error, sweeps of recipes, pictures                                  |
 | `export`     | models that run only the kept blocks, and honest measurements of them                         |
 | `native`     | the optional compiled loops                                                                   |
+| `examples`   | real models and texts to try things out on                                                    |
 | `recipes.py` | ready-made compositions of the above                                                          |
 """
 
-from blockprune import allocate, collect, export, metric, recipes, statistics
+from blockprune import allocate, collect, examples, export, metric, recipes, statistics
 from blockprune.allocate import budgets, schedule
+from blockprune.analysis import pictures
 from blockprune.analysis.hessian_conditioning import Conditioning, conditioning
 from blockprune.analysis.layer_sensitivity import Sensitivity, sensitivity
 from blockprune.analysis.pareto_curve import Pareto, pareto
+from blockprune.analysis.recipe_sweep import Sweep, SweepRow, sweep
 from blockprune.collect import distributed
 from blockprune.core.grid import BlockGrid, block_elements, expand, pool
 from blockprune.core.mask_file import load_masks, save_masks
@@ -30,6 +33,7 @@ from blockprune.core.masks import agreement, difference, intersect, restrict, sp
 from blockprune.core.pipeline import Pipeline, requires
 from blockprune.core.types import BlockMask, BlockScore, Data, Masks, Param, Scores, Sparsity, Weights, Where
 from blockprune.model.apply import apply_masks, finalize, masked_parameters, read_masks
+from blockprune.model.checkpoint import load_masked, masks_from_zeros
 from blockprune.model.hf_linears import as_linears, from_linears
 from blockprune.model.running import Calibration
 from blockprune.model.selection import convs, excluding, first_of, including, linears, named, with_block
@@ -39,6 +43,7 @@ from blockprune.reorder.permutation import UnitPermutation, permute, sort_units
 from blockprune.repair import closed_form as reconstruct
 from blockprune.repair.layer_by_layer import RepairResult, sequential
 from blockprune.repair.layer_finetuning import finetune_layer
+from blockprune.repair.repair_file import load_repair, save_repair
 
 __version__ = "0.1.0"
 
@@ -57,6 +62,8 @@ __all__ = [
     "Scores",
     "Sensitivity",
     "Sparsity",
+    "Sweep",
+    "SweepRow",
     "UnitPermutation",
     "Weights",
     "Where",
@@ -72,6 +79,7 @@ __all__ = [
     "convs",
     "difference",
     "distributed",
+    "examples",
     "excluding",
     "expand",
     "export",
@@ -83,12 +91,16 @@ __all__ = [
     "including",
     "intersect",
     "linears",
+    "load_masked",
     "load_masks",
+    "load_repair",
     "masked_parameters",
+    "masks_from_zeros",
     "metric",
     "named",
     "pareto",
     "permute",
+    "pictures",
     "pool",
     "read_masks",
     "recipes",
@@ -96,6 +108,7 @@ __all__ = [
     "requires",
     "restrict",
     "save_masks",
+    "save_repair",
     "schedule",
     "sensitivity",
     "sequential",
@@ -103,6 +116,7 @@ __all__ = [
     "sparsity",
     "statistics",
     "summary",
+    "sweep",
     "union",
     "with_block",
 ]

@@ -258,3 +258,33 @@ def test_masks_are_not_added_below_distributed_data_parallel() -> None:
             bp.apply_masks(masked, {})
     finally:
         dist.destroy_process_group()
+
+
+# Values print what they are in a few lines, and not their tensors.
+
+
+def test_public_values_print_in_a_few_lines_and_without_their_numbers() -> None:
+    model, where = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), bp.linears((2, 2))
+    calibration = bp.Calibration([torch.ones(3, 64)], loss=lambda output, batch: output.sum(), progress=False)
+    prune = bp.Pipeline(partial(bp.collect.weights, where=where), bp.metric.l1, bp.allocate.per_layer)
+    data, scores, masks = prune.collect(model), prune.scores(model), prune(model, 0.5)
+    options = {"where": where, "statistics": [bp.statistics.input_gram], "calibration": calibration}
+    values = [
+        *(where, bp.convs((1,)), bp.named("0.*", (1, 1)), bp.first_of(where, bp.convs((1,))), bp.including(where, "0.*", "2.*")),
+        *(bp.excluding(where, "0.*"), bp.with_block(where, (1, 1)), calibration, prune),
+        *(data["0.weight"], scores["0.weight"], masks["0.weight"]),
+        *(bp.collect.with_statistics(model, **options)["0.weight"], bp.collect.fold(model, **options)),
+        bp.RepairResult(masks, {name: param.weight for name, param in data.items()}, ("0", "2")),
+        bp.UnitPermutation(torch.arange(64).flip(0), rows=("0.weight",)),
+        *(bp.recipes.magnitude(where), bp.recipes.wanda(where, calibration), bp.recipes.obs(where, calibration)),
+    ]
+    for value in values:
+        text = repr(value)
+        assert len(text) < 1000, text
+        assert not [word for word in ("functools", "<function _", " at 0x", "tensor(", "...") if word in text], text
+    assert repr(where) == "linears(block=(2, 2))"
+    assert repr(values[-5]) == "RepairResult(2 masks, 50.0% pruned; 2 weights; 2 layers: '0' to '2')"
+    assert repr(bp.RepairResult({}, {})) == "RepairResult(0 masks, 0.0% pruned; 0 weights; 0 layers)"
+
+
+# Progress bars show in notebooks, on a terminal, and wherever they are asked for.

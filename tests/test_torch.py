@@ -13,7 +13,10 @@ import pytest
 import reference
 import torch
 import torch._dynamo
+import torch.distributed.checkpoint
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.utils import parametrizations, parametrize
 
@@ -285,7 +288,8 @@ def test_a_change_of_dtype_keeps_masks_bool(kind: str, dtype: torch.dtype) -> No
     x = x.to(dtype) if x.is_floating_point() else x
     assert model.to(dtype) is model
     assert bp.read_masks(model) == masks
-    assert all(v.dtype == (torch.bool if name.endswith("keep") else dtype) for name, v in model.state_dict().items())
+    state = {name: v.dtype for name, v in model.state_dict().items() if not name.endswith("_extra_state")}
+    assert state == {name: torch.bool if name.endswith("keep") else dtype for name in state}
     got, want = model(x), zeroed(plain.to(dtype), masks)(x)
     torch.testing.assert_close(got, want)
     total(got).backward()
@@ -855,6 +859,69 @@ def test_ddp_agrees_on_masks_and_gradients(tmp_path: Path) -> None:
             assert all(torch.equal(rank[step]["masks"][name], mask.keep) for name, mask in masks.items())
             for name, refs in parameter_refs(model).items():
                 torch.testing.assert_close(rank[step]["grads"][name], refs[0].stored.grad)
+
+
+def _shard(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    results = {}
+    model = _sharded(seed=0)
+    optimizer = torch.optim.AdamW(model.parameters())
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(rank))
+    total(model(x)).backward()
+    optimizer.step()
+    results["loaded"] = str(model.load_state_dict(model.state_dict()))
+    state, optimizer_state = get_state_dict(model, optimizer)
+    torch.distributed.checkpoint.save({"model": state, "optimizer": optimizer_state}, checkpoint_id=f"{folder}/checkpoint")
+
+    resumed = _sharded(seed=1)
+    resumed_optimizer = torch.optim.AdamW(resumed.parameters())
+    state, optimizer_state = get_state_dict(resumed, resumed_optimizer)
+    torch.distributed.checkpoint.load({"model": state, "optimizer": optimizer_state}, checkpoint_id=f"{folder}/checkpoint")
+    set_state_dict(resumed, resumed_optimizer, model_state_dict=state, optim_state_dict=optimizer_state)
+    full = StateDictOptions(full_state_dict=True)
+    results["saved"], results["resumed"] = (copy.deepcopy(get_model_state_dict(m, options=full)) for m in (model, resumed))
+    results["outputs"] = model(x).detach(), resumed(x).detach()
+
+    try:
+        bp.apply_masks(resumed, {})
+    except ValueError as error:
+        results["removing"] = str(error)
+    bp.apply_masks(resumed, masks_of(_two_layers(), {"0.weight": (4, 4), "2.weight": (4, 4)}, seed=7))
+    results["updated"] = resumed(x).detach()
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _two_layers() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+
+def _sharded(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = _two_layers()
+    bp.apply_masks(model, masks_of(model, {"0.weight": (4, 4), "2.weight": (4, 4)}, seed=seed))
+    for layer in (model[0], model[2]):
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_a_sharded_masked_model_can_be_resumed(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_shard, args=(str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert first["loaded"] == "<All keys matched successfully>"
+    assert first["saved"].keys() == first["resumed"].keys() == bp.load_masked(_two_layers(), first["saved"]).state_dict().keys()
+    assert [name for name in first["saved"] if not torch.equal(first["saved"][name], first["resumed"][name])] == []
+    for rank in (first, second):
+        assert torch.equal(*rank["outputs"])
+        assert "0.weight: masks cannot be added to or removed from a parameter that fully_shard has sharded" in rank["removing"]
+    single = bp.load_masked(_two_layers(), first["resumed"])
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(single(x), first["outputs"][0])
+    bp.apply_masks(single, masks_of(single, {"0.weight": (4, 4), "2.weight": (4, 4)}, seed=7))
+    torch.testing.assert_close(single(x), first["updated"])
 
 
 # transformers ---------------------------------------------------------------------------------------------------------------

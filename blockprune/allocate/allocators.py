@@ -24,7 +24,7 @@ from blockprune.allocate.budgets import check_fraction, layer_limits, uniform
 from blockprune.allocate.ranking import prune_lowest, select_pruned, to_common_device
 from blockprune.allocate.shared_masks import Coupled, SharedMask, masks_of, shared_masks
 from blockprune.core.grid import BlockGrid, tiles, untile
-from blockprune.core.patterns import matching_key, resolve_by_name
+from blockprune.core.patterns import matching_keys, resolve_by_name
 from blockprune.core.types import Budget, Masks, Scores, Sparsity
 
 MaxSparsity = float | Mapping[str, float] | None
@@ -188,7 +188,10 @@ def _check_n_of_m(shared: SharedMask, sparsity: float, m: int, axis: int) -> Non
     if not -len(blocks) <= axis < len(blocks):
         raise ValueError(f"{name}: axis={axis} does not exist in {blocks} blocks; use 0 to {len(blocks) - 1}")
     if blocks[axis] % m:
-        raise ValueError(f"{name}: m={m} does not divide the {blocks[axis]} blocks along axis {axis} of {blocks}; choose a divisor")
+        raise ValueError(
+            f"{name}: m={m} does not divide the {blocks[axis]} blocks along axis {axis} of {blocks}; choose a divisor, or "
+            "leave this weight out with `excluding`"
+        )
     if not math.isclose(n := (1 - sparsity) * m, round(n), abs_tol=1e-6):
         raise ValueError(
             f"{name}: n_of_m(m={m}) keeps a whole number of every {m} blocks, but sparsity={sparsity:g} would keep {n:g}; "
@@ -227,9 +230,10 @@ def per_model(
     sparsities = _sparsity_of_each(scores, sparsity, uniform)
     hard = _Limits(*layer_limits(scores, max_sparsity, 0 if min_keep is None else min_keep))
     soft = _Limits(*layer_limits(scores, 0.9 if max_sparsity is None else None, 1 if min_keep is None else 0))
+    key_of = matching_keys(sparsity, scores) if isinstance(sparsity, Mapping) else dict.fromkeys(scores, "*")
     by_key: dict[object, list[SharedMask]] = {}
     for shared in all_shared:
-        keys = {matching_key(sparsity, name) if isinstance(sparsity, Mapping) else "*" for name in shared.names}
+        keys = {key_of[name] for name in shared.names}
         if len(keys) > 1:
             raise ValueError(f"coupled parameters {shared.names} have different sparsities; give them one key")
         by_key.setdefault(keys.pop(), []).append(shared)

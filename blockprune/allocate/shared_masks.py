@@ -56,16 +56,20 @@ def shared_masks(scores: Scores, coupled: Coupled) -> list[SharedMask]:
 def _coupled_names(scores: Scores, coupled: Coupled) -> list[tuple[str, ...]]:
     """The parameter names of each mask."""
     names_of: dict[str, tuple[str, ...]] = {name: (name,) for name in scores}
+    position = {name: number for number, name in enumerate(scores)}
     for names_or_patterns in coupled:
         if isinstance(names_or_patterns, str):
             raise TypeError(
                 f"coupled must hold sets of names, but {names_or_patterns!r} is a single name; write coupled=[({names_or_patterns!r}, ...)]"
             )
         patterns = tuple(names_or_patterns)
+        matched: dict[str, None] = {}
         for pattern in patterns:
-            if not any(name == pattern or matches(pattern, name) for name in scores):
+            new = [pattern] if pattern in names_of else [name for name in scores if matches(pattern, name)]
+            if not new:
                 raise KeyError(f"coupled has {pattern!r}, which matches no parameter{suggest(str(pattern), scores)}")
-        names = tuple(name for name in scores if any(name == pattern or matches(pattern, name) for pattern in patterns))
+            matched |= dict.fromkeys(new)
+        names = tuple(sorted(matched, key=position.__getitem__))
         for name in names:
             if len(names_of[name]) > 1:
                 raise ValueError(f"coupled has {name!r} in two sets, but a parameter has one mask; merge the sets")

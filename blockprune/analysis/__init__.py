@@ -1,1 +1,1 @@
-"""Looking before pruning: the loss against sparsity, layer by layer and for the whole model, and how well data determines a repair."""
+"""Decisions before and after pruning: sensitivity by layer, cost against error, sweeps of recipes, and pictures of them."""

@@ -1,5 +1,6 @@
 """The loss against the sparsity of each layer, without changing the model."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from blockprune.analysis.drawing import label_rows, new_axes, set_title, short_names
 from blockprune.core.pipeline import Pipeline
 from blockprune.core.progress import progress_bar
 from blockprune.core.table import Rows, Table
@@ -38,22 +40,45 @@ class Sensitivity(Table):
         dense = ("(dense)", *(f"{self.dense:.3f}" for _ in self.sparsities))
         return [head, dense, *((name, *(f"{loss:.3f}" for loss in losses)) for name, losses in self.losses.items())]
 
-    def plot(self, axis: Any = None) -> Any:
-        """A heat map of the loss above dense, on a matplotlib axis (extra ``plot``), which is returned."""
-        import matplotlib.pyplot as plt  # noqa: PLC0415 (an extra)
+    def plot(self, ax: Any = None, *, most: int = 40) -> Any:
+        """Draw how far each loss is above the dense one, a row a parameter, a column a sparsity (extra ``plot``).
 
-        axis = axis or plt.subplots(figsize=(2 + 0.6 * len(self.sparsities), 1 + 0.22 * len(self.losses)), layout="constrained")[1]
-        rise = torch.tensor(list(self.losses.values())) - self.dense
-        image = axis.imshow(rise.clamp_min(1e-4).log10().tolist(), aspect="auto", cmap="viridis")
-        axis.set_xticks(range(len(self.sparsities)), [f"{s:.0%}" for s in self.sparsities])
-        axis.set_yticks(range(len(self.losses)), list(self.losses), fontsize=7)
-        axis.set(xlabel="sparsity of this parameter alone", title="log10 of the loss above dense")
-        axis.figure.colorbar(image, ax=axis)
-        return axis
+        Args:
+            ax: the matplotlib axes to draw on; by default those of a new figure.
+            most: draw at most so many parameters, those whose loss rises most, in the order of the model.
+
+        Returns:
+            The axes.
+
+        Example:
+            >>> table = bp.Sensitivity((0.25, 0.5), 1.0, {"a.weight": (1.5, 2.0), "b.weight": (1.0, 1.25)})
+            >>> [label.get_text() for label in table.plot().get_yticklabels()]
+            ['a', 'b']
+        """
+        rises = {name: [loss - self.dense for loss in losses] for name, losses in self.losses.items()}
+        largest = set(sorted(rises, key=lambda name: max(rises[name]), reverse=True)[:most])
+        names = [name for name in rises if name in largest]
+        ax = new_axes(ax, width=3.6 + 0.55 * len(self.sparsities), height=max(2.4, 1.5 + 0.17 * len(names)))
+        top = max([rise for name in names for rise in rises[name] if math.isfinite(rise)], default=0.0)
+        norm = {"norm": "log", "vmin": top / 1e3, "vmax": top} if top > 0 else {"vmin": 0, "vmax": 1}
+        image = ax.imshow([[max(rise, top / 1e3) for rise in rises[name]] for name in names], aspect="auto", cmap="viridis", **norm)
+        ax.set_xticks(range(len(self.sparsities)), [f"{s:.0%}" for s in self.sparsities])
+        label_rows(ax, short_names(names))
+        ax.set_xlabel("sparsity of this parameter")
+        ax.figure.colorbar(image, ax=ax, label=f"loss above dense ({self.dense:.4g})")
+        shown = "" if len(names) == len(rises) else f" ({len(names)} most sensitive of {len(rises)})"
+        set_title(ax, f"One parameter pruned at a time{shown}")
+        return ax
 
 
 def sensitivity(
-    model: nn.Module, pipeline: Pipeline, sparsities: Sequence[float], evaluate: Evaluate, *, chunk_size: int = 8, progress: bool = True
+    model: nn.Module,
+    pipeline: Pipeline,
+    sparsities: Sequence[float],
+    evaluate: Evaluate,
+    *,
+    chunk_size: int = 8,
+    progress: bool | None = None,
 ) -> Sensitivity:
     """The loss when a single parameter is pruned to each sparsity and all others stay dense; the model is not changed.
 
@@ -67,7 +92,7 @@ def sensitivity(
         sparsities: fractions of the parameter to remove.
         evaluate: (model) -> loss, as a tensor rather than a float; it is called with a function in the model's place.
         chunk_size: sparsities at a time under vmap; 1 evaluates them one after the other.
-        progress: show a progress bar.
+        progress: show a progress bar; by default in a terminal and in a notebook.
 
     Raises:
         ValueError: chunk_size below 1, no sparsities, and what the pipeline raises.

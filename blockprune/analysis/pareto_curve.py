@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from blockprune.allocate.budgets import block_costs
+from blockprune.analysis.drawing import COLOURS, engineering, new_axes, percent_axis, plain_frame, set_title
 from blockprune.core.table import Rows, Table
 from blockprune.core.types import Scores
 
@@ -21,7 +22,7 @@ class Pareto(Table):
         >>> from blockprune.analysis.pareto_curve import Pareto
         >>> curve = Pareto((0.0, 0.5, 1.0), (16.0, 8.0, 0.0), (0.0, 1.5, 9.0))
         >>> curve
-        sparsity  kept cost  predicted error
+        sparsity  kept weights  predicted error
         0.0%             16                0
         50.0%             8              1.5
         100.0%            0                9
@@ -32,6 +33,7 @@ class Pareto(Table):
     sparsities: tuple[float, ...]  # of elements, ascending
     costs: tuple[float, ...]  # of the kept blocks
     errors: tuple[float, ...]  # the sum over the pruned blocks
+    unit: str = "weights"  # of the costs
 
     def sparsity_for(self, *, error: float | None = None, cost: float | None = None) -> float:
         """The largest sparsity whose predicted error is at most ``error``, or the smallest whose kept cost is at most ``cost``.
@@ -59,19 +61,42 @@ class Pareto(Table):
         last, shown = len(self.sparsities) - 1, min(12, len(self.sparsities))
         points = [round(i * last / max(1, shown - 1)) for i in range(shown)]
         body = [(f"{self.sparsities[i]:.1%}", f"{self.costs[i]:.4g}", f"{self.errors[i]:.4g}") for i in points]
-        return [("sparsity", "kept cost", "predicted error"), *body]
+        return [("sparsity", f"kept {self.unit}", "predicted error"), *body]
 
-    def plot(self, axis: Any = None) -> Any:
-        """The predicted error against the kept cost, on a matplotlib axis (extra ``plot``), which is returned."""
-        import matplotlib.pyplot as plt  # noqa: PLC0415 (an extra)
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the predicted error against the sparsity, with the kept cost above (extra ``plot``).
 
-        axis = axis or plt.subplots(layout="constrained")[1]
-        axis.plot(self.costs, self.errors, marker=".")
-        axis.set(xlabel="kept cost", ylabel="predicted error")
-        return axis
+        Args:
+            ax: the matplotlib axes to draw on; by default those of a new figure.
+
+        Returns:
+            The axes.
+
+        Example:
+            >>> from blockprune.analysis.pareto_curve import Pareto
+            >>> Pareto((0.0, 0.5, 1.0), (16.0, 8.0, 0.0), (0.0, 1.5, 9.0), unit="microseconds").plot().get_xlabel()
+            'sparsity'
+        """
+        ax = new_axes(ax)
+        ax.plot(self.sparsities, self.errors, marker=".", color=COLOURS[0])
+        positive = [error for error in self.errors if error > 0]
+        if positive and min(self.errors) >= 0 and max(positive) > 100 * min(positive):
+            ax.set_yscale("log")
+        ax.set(xlabel="sparsity", ylabel="predicted error (sum over pruned blocks)")
+        percent_axis(ax.xaxis)
+        plain_frame(ax)
+        kept = ax.twiny()  # the same points, labelled by their cost
+        last = len(self.sparsities) - 1
+        ticks = sorted({round(i * last / 4) for i in range(5)})
+        kept.set_xlim(ax.get_xlim())
+        kept.set_xticks([self.sparsities[i] for i in ticks], [engineering(self.costs[i]) for i in ticks])
+        kept.set_xlabel(f"kept {self.unit}")
+        kept.spines[["left", "right", "bottom"]].set_visible(False)
+        set_title(ax, "Predicted error of one ranking of all blocks")
+        return ax
 
 
-def pareto(scores: Scores, *, cost: Mapping[str, float] | None = None, points: int = 50) -> Pareto:
+def pareto(scores: Scores, *, cost: Mapping[str, float] | None = None, points: int = 50, unit: str | None = None) -> Pareto:
     """The predicted error at every sparsity, from scores alone: all blocks of the model are pruned in the order of their error per cost.
 
     The predicted error is the sum of score times elements over the pruned blocks. That is the error that pruning them adds if scores are
@@ -83,6 +108,7 @@ def pareto(scores: Scores, *, cost: Mapping[str, float] | None = None, points: i
     Args:
         scores: error per element, comparable between parameters.
         cost: what one element costs, by parameter name or pattern, as in `budgets.lagrangian`; 1 by default.
+        unit: what the costs are counted in, for the table and the picture; by default weights, or "cost" where ``cost`` is given.
         points: points of the curve, evenly spaced in elements; a model with fewer blocks has fewer points.
 
     Raises:
@@ -94,7 +120,7 @@ def pareto(scores: Scores, *, cost: Mapping[str, float] | None = None, points: i
         >>> grid = bp.BlockGrid((4,), (1,))
         >>> low, high = bp.BlockScore(torch.tensor([1.0, 2.0, 3.0, 4.0]), grid), bp.BlockScore(torch.tensor([5.0, 6.0, 7.0, 8.0]), grid)
         >>> pareto({"low": low, "high": high}, points=3)
-        sparsity  kept cost  predicted error
+        sparsity  kept weights  predicted error
         0.0%              8                0
         50.0%             4               10
         100.0%            0               36
@@ -113,7 +139,8 @@ def pareto(scores: Scores, *, cost: Mapping[str, float] | None = None, points: i
     )
     index = torch.searchsorted(pruned_elements.double(), wanted).clamp(first, len(order)).unique()
     curves = pruned_elements.double() / int(pruned_elements[-1]), pruned_cost[-1] - pruned_cost, error
-    return Pareto(*(tuple(curve[index].tolist()) for curve in curves))
+    sparsities, kept, summed = (tuple(curve[index].tolist()) for curve in curves)
+    return Pareto(sparsities, kept, summed, unit or ("weights" if cost is None else "cost"))
 
 
 def _running_sum(x: Tensor) -> Tensor:

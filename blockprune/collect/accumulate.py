@@ -1,15 +1,20 @@
 """Sums of statistics over batches. They can be added before they are divided."""
 
+import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 import attrs
+import torch
 from torch import Tensor
 
-from blockprune.core.precision import no_autocast
+from blockprune.core.precision import SMALLEST, no_autocast
 from blockprune.core.types import Data
 from blockprune.model.parameters import ParameterRef
-from blockprune.statistics import Gates, Statistic, Sums
+from blockprune.statistics import Gates, Sees, Statistic, Sums
+
+TINY = 1e-12  # the square of a smaller number may be too small for float32
+GRADIENTS = ("output_grad", "weight_grad", "gates")  # the kinds of evidence that need a gradient of the loss
 
 
 @attrs.frozen(eq=False)
@@ -21,6 +26,7 @@ class Fold:
         refs: the places of the parameters in the model.
         statistics: what is added up.
         sums: the sums by parameter name and statistic name.
+        counts: how often each parameter was used, by parameter name.
 
     Example:
         >>> fold = bp.collect.fold(nn.Linear(2, 2), where=bp.linears((1,)), statistics=[bp.statistics.input_sq], batches=[torch.ones(3, 2)])
@@ -29,9 +35,18 @@ class Fold:
     """
 
     data: Data
-    refs: Mapping[str, ParameterRef]
+    refs: Mapping[str, ParameterRef] = attrs.field(repr=False)
     statistics: tuple[Statistic, ...]
-    sums: Mapping[tuple[str, str], Sums]
+    sums: Mapping[tuple[str, str], Sums] = attrs.field(repr=False)
+    counts: Mapping[str, "Counts"]
+
+
+class Counts(NamedTuple):
+    """How often a parameter was used. These numbers explain why a statistic has no data."""
+
+    batches: int = 0  # the batches that the model ran on
+    calls: int = 0  # the calls of the parameter's layer
+    gradients: int = 0  # the gradients of the loss that reached the parameter
 
 
 def merge(a: Fold, b: Fold) -> Fold:
@@ -50,44 +65,72 @@ def merge(a: Fold, b: Fold) -> Fold:
         raise ValueError(
             f"only folds of the same parameters and statistics can be merged, but one of the two has no {statistic!r} of {parameter!r}"
         )
-    return attrs.evolve(a, sums={key: {k: v + b.sums[key][k] for k, v in sums.items()} for key, sums in a.sums.items()})
+    return attrs.evolve(
+        a,
+        sums={key: {k: v + b.sums[key][k] for k, v in sums.items()} for key, sums in a.sums.items()},
+        counts={name: Counts(*map(operator.add, counts, b.counts[name])) for name, counts in a.counts.items()},
+    )
 
 
 def compute(fold: Fold) -> Data:
     """Divide the sums: the fold's data, with the statistics by name in ``stats``.
 
     Raises:
-        ValueError: there was no batch, or a layer that no batch reached.
+        ValueError: there was no batch, or a layer that no batch called, or that no gradient reached.
 
     Example:
         >>> fold = bp.collect.fold(nn.Linear(2, 2), where=bp.linears((1,)), statistics=[bp.statistics.input_sq], batches=[torch.ones(3, 2)])
         >>> bp.collect.compute(fold)["weight"].stats["input_sq"]
         tensor([[1., 1.]])
     """
-    _check_reached(fold)
+    _check_data(fold)
     return {
         name: attrs.evolve(param, stats={s.name: s.compute(fold.sums[name, s.name], fold.refs[name], param) for s in fold.statistics})
         for name, param in fold.data.items()
     }
 
 
-def _check_reached(fold: Fold) -> None:
-    """Raise if there was no batch, or if some layer was never called."""
-    counted = {key: sums for key, sums in fold.sums.items() if "n" in sums}
-    unreached = [key for key, sums in counted.items() if not sums.get("reached", sums["n"]).any()]
-    if not unreached:
+def _check_data(fold: Fold) -> None:
+    """Raise if a statistic has no data of a parameter, and say why."""
+    missing = {name: s for s in reversed(fold.statistics) for name in fold.data if _has_no_data(fold, name, s)}
+    if not missing:
         return
-    if not any(sums["n"].any() for sums in counted.values()):
+    name = next(name for name in fold.data if name in missing)
+    counts, statistic = fold.counts[name], missing[name]
+    if not counts.batches:
         raise ValueError("batches is empty: statistics need at least one batch (a generator can be used once only)")
-    name, statistic = unreached[0]
     owner = type(fold.refs[name].owner).__name__.removeprefix("Parametrized")
-    more = list(dict.fromkeys(parameter for parameter, _ in unreached))[1:]
-    listed = ", ".join(more[:4]) + (", ..." if len(more) > 4 else "")
+    if not counts.calls:
+        reason = f"the forward never calls its {owner}"
+        remedy = "give batches that reach the layer, or leave it out with `excluding`"
+    elif statistic.sees in GRADIENTS:
+        reason = (
+            f"no gradient of the loss reaches it, although the forward calls its {owner}. Its output is detached, computed under "
+            "torch.no_grad or by gradient checkpointing of another library, passed to an operation without a gradient such as argmax, or "
+            "not used by the loss"
+        )
+        remedy = "change that, leave the weight out with `excluding`, or use a metric of inputs such as metric.wanda"
+    else:
+        reason = f"all rows of its {owner} have the token weight 0"
+        remedy = "check the attention_mask of the batches, or give token_weights="
+    alike = [other for other in missing if other != name and _reason(fold.counts[other]) == _reason(counts)]
+    listed = ", ".join(alike[:4]) + (", ..." if len(alike) > 4 else "")
     raise ValueError(
-        f"{name} {fold.data[name].grid.shape}: the forward never calls its {owner}, so there is no data for {statistic!r}"
-        + (f" (the same holds for {len(more)} more: {listed})" if more else "")
-        + "; give batches that reach the layer, or leave it out with `excluding`"
+        f"{name} {fold.data[name].grid.shape}: {reason}, so there is no data for {statistic.name!r}"
+        + (f" (the same holds for {len(alike)} more: {listed})" if alike else "")
+        + f"; {remedy}"
     )
+
+
+def _has_no_data(fold: Fold, name: str, s: Statistic) -> bool:
+    if s.sees in ("weight_grad", "gates") and not fold.counts[name].gradients:
+        return True
+    count = fold.sums[name, s.name].get("n")
+    return count is not None and not count.any()
+
+
+def _reason(counts: Counts) -> tuple[bool, bool]:
+    return counts.calls > 0, counts.gradients > 0
 
 
 def empty_fold(data: Data, refs: Mapping[str, ParameterRef], statistics: Sequence[Statistic]) -> Fold:
@@ -103,29 +146,81 @@ def empty_fold(data: Data, refs: Mapping[str, ParameterRef], statistics: Sequenc
                 "this one; remove that parametrization, use a statistic of activations, or leave the weight out with `excluding`"
             )
     sums = {(name, s.name): s.init(refs[name], param) for name, param in data.items() for s in statistics}
-    return Fold(data, refs, tuple(statistics), sums)
+    return Fold(data, refs, tuple(statistics), sums, dict.fromkeys(data, Counts()))
 
 
-def add_evidence(fold: Fold, name: str, sees: str, evidence: Any, batch_number: int) -> Fold:
-    """The fold with the evidence that one batch gives of one parameter, for the statistics that use this kind of evidence.
+class RunningFold:
+    """A fold while batches are added to it. It writes into sums and counts of its own, so that a batch costs the same in a large model."""
 
-    Raises:
-        ValueError: NaN or inf in the new sums.
-    """
-    sums = dict(fold.sums)
-    for s in fold.statistics:
-        if s.sees == sees:
+    def __init__(self, fold: Fold) -> None:
+        self.fold = attrs.evolve(fold, sums=dict(fold.sums), counts=dict(fold.counts))
+        self.sums: dict[tuple[str, str], Sums] = self.fold.sums  # type: ignore[assignment]
+        self.counts: dict[str, Counts] = self.fold.counts  # type: ignore[assignment]
+        self.by_evidence = {sees: [s for s in fold.statistics if s.sees == sees] for sees in get_args(Sees)}
+
+    def count(self, name: str, *, batches: int = 0, calls: int = 0, gradients: int = 0) -> None:
+        self.counts[name] = Counts(*map(operator.add, self.counts[name], (batches, calls, gradients)))
+
+    def add(self, name: str, sees: Sees, evidence: Any, batch_number: int) -> None:
+        """Add the evidence that one batch gives of one parameter, for the statistics that use this kind of evidence.
+
+        Raises:
+            ValueError: NaN or inf in the new sums.
+        """
+        changed = False
+        for s in self.by_evidence[sees]:
+            before = self.sums[name, s.name]
             with no_autocast():
-                new = s.update(sums[name, s.name], evidence)
+                new = s.update(before, evidence)
             if isinstance(evidence, Gates) and not evidence.called():
                 continue  # the layer did not run, so its gradient of 0 says nothing; `compute` reports a layer that never runs
             if not all(_is_finite(total) for total in new.values()):
                 raise ValueError(
-                    f"{name} {fold.data[name].grid.shape}: NaN or inf reached {s.name!r} in batch {batch_number}; check that batch and the "
-                    "layers before this one"
+                    f"{name} {self.fold.data[name].grid.shape}: NaN or inf reached {s.name!r} in batch {batch_number}; check that batch "
+                    "and the layers before this one"
                 )
-            sums[name, s.name] = new
-    return attrs.evolve(fold, sums=sums)
+            if self.counts[name].batches == 1:
+                self._check_underflow(name, s, new, evidence)
+            changed = changed or (sees in GRADIENTS and _differs(before, new))
+            self.sums[name, s.name] = new
+        if sees in GRADIENTS and not self.counts[name].gradients and self._is_reached(evidence, changed):
+            self.count(name, gradients=1)
+
+    def _check_underflow(self, name: str, s: Statistic, sums: Sums, evidence: Any) -> None:
+        """Raise if what is added up is too small for float32, as the squares of tiny gradients are: all blocks would score 0."""
+        values = _values(s.sees, evidence)
+        if not values or not all(
+            total.dtype == torch.float32 and bool((total.abs() < SMALLEST).all()) for key, total in sums.items() if key != "n"
+        ):
+            return
+        largest = max(float(x.abs().max()) if x.numel() else 0.0 for x in values)
+        if 0 < largest < TINY:
+            what = {"inputs": "inputs", "output": "outputs"}.get(s.sees, "gradients of the loss")
+            remedy = "multiply the loss by a constant" if s.sees in GRADIENTS else "scale them"
+            raise ValueError(
+                f"{name} {self.fold.data[name].grid.shape}: the {what} are at most {largest:.1e}, so {s.name!r} is below what float32 "
+                f"holds; {remedy}, or convert the model to float64"
+            )
+
+    @staticmethod
+    def _is_reached(evidence: Any, changed: bool) -> bool:
+        """Whether a gradient reaches a parameter. Gradients of gates are 0 where none does, so that 0 is looked into."""
+        if isinstance(evidence, Gates):
+            return evidence.called() and (changed or evidence.reached())
+        return evidence is not None
+
+
+def _values(sees: str, evidence: Any) -> list[Tensor]:
+    """The tensors that a statistic of this kind adds up; gates are added up in float64."""
+    if sees == "inputs":
+        return list(evidence.inputs)
+    if sees == "weight_grad":
+        return [] if evidence is None else [evidence]
+    return [] if sees == "gates" else [evidence.output if sees == "output" else evidence.output_grad]
+
+
+def _differs(before: Sums, new: Sums) -> bool:
+    return any(not torch.equal(total, before[key]) for key, total in new.items() if key != "n")
 
 
 def _is_finite(x: Tensor) -> bool:

@@ -1,22 +1,24 @@
-"""Derivatives of a batch's loss with respect to gates, by `torch.func`. A gate is a factor on the weights of one block, equal to 1."""
+"""Derivatives of a batch's loss with respect to gates. A gate is a factor on the weights of one block, equal to 1."""
 
 import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from blockprune.core._compat import tree_map
+from blockprune.core._compat import disable_checkpointing, tree_map
 from blockprune.core.grid import BlockGrid, expand
+from blockprune.core.precision import double
 from blockprune.model.inputs import InputHooks
 from blockprune.model.parameters import ParameterRef, stored_aliases, under_all_names
 from blockprune.model.running import Calibration, scalar_loss
 from blockprune.statistics import Gates
 
+T = TypeVar("T")
 GateValues = Mapping[str, Tensor]  # by parameter, [*grid.size]
 
 
@@ -90,36 +92,54 @@ class _GatedModel:
             curvature=lambda probes, seed: self.curvature(probes, seed)[name],
             flow=lambda: self.flow[name],
             called=lambda: name in self.called,
+            reached=lambda: name in self.reached,
         )
 
-    def loss(self, gates: GateValues, batch: Any) -> Tensor:
-        call = self._gated(self.weights, self.frozen, gates)
-        return scalar_loss(self.calibration, self.calibration.forward(call, batch), batch, self.needs)
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return scalar_loss(self.calibration, self.calibration.forward(model, batch), batch, self.needs)
 
-    def _gated(self, weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor], gates: GateValues) -> Callable[..., Any]:
-        """The model as a function, with these parameters and with these weights times their gates."""
+    def run(self, gates: GateValues, function: Callable[[nn.Module], T], *, absolute: bool = False) -> T:
+        """``function(model)`` while the weights are multiplied by their gates; with ``absolute``, while all parameters are positive."""
+        weights = {name: w.abs() if absolute else w for name, w in self.weights.items()}
+        frozen = {name: p.abs() if absolute else p for name, p in self.frozen.items()}
         gated = {self.refs[name].stored_name: weights[name] * expand(gate, self.grids[name]) for name, gate in gates.items()}
-        replacements = under_all_names({**parameters, **gated}, self.aliases)
+        replacements = {f"model.{name}": x for name, x in under_all_names({**frozen, **gated}, self.aliases).items()}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(disable_checkpointing())
+            for name, _, module in self.hooks:
+                stack.callback(module.register_forward_hook(lambda *_, name=name: self.called.add(name)).remove)
+            result: T = functional_call(_Function(self.model), replacements, (function,), tie_weights=False)
+            return result
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with contextlib.ExitStack() as stack:
-                for name, _, module in self.hooks:
-                    handle = module.register_forward_hook(lambda *_, name=name: self.called.add(name))
-                    stack.callback(handle.remove)
-                return functional_call(self.model, replacements, args, kwargs, tie_weights=False)
+    def gradient(self, total: Callable[[nn.Module], Tensor], *, absolute: bool = False) -> dict[str, Tensor | None]:
+        """The gradient of a number that is computed by the model; None for the gates that it does not depend on."""
+        gates = self._differentiable_gates()
 
-        return call
+        def gradients(model: nn.Module) -> Sequence[Tensor | None]:
+            return torch.autograd.grad(total(model), list(gates.values()), allow_unused=True)
+
+        with torch.enable_grad():
+            return dict(zip(gates, self.run(gates, gradients, absolute=absolute), strict=True))
+
+    def _differentiable_gates(self) -> dict[str, Tensor]:
+        return {name: ones.clone().requires_grad_() for name, ones in self.ones.items()}
+
+    def _or_zeros(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(self.ones[name]) if g is None else g for name, g in gradients.items()}
 
     @cached_property
     def per_sample(self) -> dict[str, Tensor]:
         """The gradient of each sample's loss, ``[samples, *size]``."""
 
+        def loss(sample: Any, model: nn.Module) -> Tensor:
+            return self.loss(model, tree_map(lambda x: x[None] if isinstance(x, Tensor) else x, sample))
+
         def sample_loss(gates: GateValues, sample: Any) -> Tensor:
-            return self.loss(gates, tree_map(lambda x: x[None] if isinstance(x, Tensor) else x, sample))
+            return self.run(gates, partial(loss, sample))
 
         if self.calibration.per_sample == "loop":
             samples = [_sample(self.batch, i) for i in range(_samples(self.batch))]
-            gradients = [grad(sample_loss)(self.ones, sample) for sample in samples]
+            gradients = [self._or_zeros(self.gradient(partial(loss, sample))) for sample in samples]
             return {name: torch.stack([g[name] for g in gradients]) for name in self.ones}
         axes = tree_map(lambda x: 0 if isinstance(x, Tensor) else None, self.batch)
         over_samples = partial(vmap, in_dims=(None, axes), randomness="different", chunk_size=self.calibration.chunk_size)
@@ -133,14 +153,30 @@ class _GatedModel:
 
     @cached_property
     def hessian_times_gradient(self) -> dict[str, Tensor]:
-        return self._hessian_times(grad(self.loss)(self.ones, self.batch))
+        largest = torch.zeros(())
 
-    def _hessian_times(self, vector: GateValues) -> dict[str, Tensor]:
-        def slope_along(gates: GateValues) -> Tensor:
-            slope = grad(self.loss)(gates, self.batch)
-            return torch.stack([(slope[name] * vector[name]).sum() for name in gates]).sum()
+        def unit_gradient(gradients: GateValues) -> GateValues:  # products with a tiny gradient would vanish in float32
+            nonlocal largest
+            largest = torch.stack([g.detach().abs().max() for g in gradients.values()]).max()
+            return {name: g.detach() / torch.where(largest > 0, largest, 1) for name, g in gradients.items()}
 
-        return grad(slope_along)(self.ones)  # type: ignore[no-any-return]
+        return {name: double(product) * largest for name, product in self._hessian_times(unit_gradient).items()}
+
+    def _hessian_times(self, vector: Callable[[GateValues], GateValues]) -> dict[str, Tensor]:
+        """The Hessian times a vector, which is a function of the gradient."""
+        gates = self._differentiable_gates()
+
+        def products(model: nn.Module) -> Sequence[Tensor | None]:
+            first = torch.autograd.grad(self.loss(model, self.batch), list(gates.values()), create_graph=True, allow_unused=True)
+            gradients = self._or_zeros(dict(zip(gates, first, strict=True)))
+            v = vector(gradients)
+            slope = torch.stack([(gradients[name] * v[name]).sum() for name in gates]).sum()
+            if not slope.requires_grad:  # the loss is linear
+                return [None] * len(gates)
+            return torch.autograd.grad(slope, list(gates.values()), allow_unused=True)
+
+        with torch.enable_grad():
+            return self._or_zeros(dict(zip(gates, self.run(gates, products), strict=True)))
 
     def curvature(self, probes: int, seed: int) -> dict[str, Tensor]:
         """``v * (H v)`` for random signs v, ``[probes, *size]``; computed once."""
@@ -154,22 +190,42 @@ class _GatedModel:
         products: list[dict[str, Tensor]] = []
         for _ in range(probes):
             v = {name: (torch.randint(2, g.shape, generator=generator) * 2 - 1).to(g) for name, g in self.ones.items()}
-            products.append({name: v[name] * hv for name, hv in self._hessian_times(v).items()})
+            products.append({name: v[name] * hv for name, hv in self._hessian_times(partial(_always, v)).items()})
         return {name: torch.stack([product[name] for product in products]) for name in self.ones}
 
     @cached_property
     def flow(self) -> dict[str, Tensor]:
         """The gradient of the summed output of the network of ``|weights|`` on an input of ones."""
-        absolute = {name: p.detach().abs() for name, p in self.model.named_parameters()}
-        weights = {name: w.abs() for name, w in self.weights.items()}
+        return self._or_zeros(self.gradient(self._summed_output, absolute=True))
+
+    def _summed_output(self, model: nn.Module) -> Tensor:
         ones = tree_map(lambda x: torch.ones_like(x[:1]) if isinstance(x, Tensor) else x, self.batch)
+        output = self.calibration.forward(model, ones)
+        total: Tensor = (output if isinstance(output, Tensor) else output[0]).sum()
+        return total
 
-        def summed_output(gates: GateValues) -> Tensor:
-            output = self.calibration.forward(self._gated(weights, absolute, gates), ones)
-            total: Tensor = (output if isinstance(output, Tensor) else output[0]).sum()
-            return total
+    @cached_property
+    def reached(self) -> set[str]:
+        """The parameters that a gradient reaches: of the loss, or of the flow if no derivative of the loss was computed."""
+        of_loss = bool(self.curvatures or {"per_sample", "hessian_times_gradient"} & vars(self).keys())
+        total = partial(self.loss, batch=self.batch) if of_loss else self._summed_output
+        gradients = self.gradient(total, absolute=not of_loss)
+        return {name for name, g in gradients.items() if g is not None}
 
-        return grad(summed_output)(self.ones)  # type: ignore[no-any-return]
+
+class _Function(nn.Module):
+    """A function of a model as a module, so that `functional_call` replaces the model's parameters until the function returns."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[nn.Module], Any]) -> Any:
+        return function(self.model)
+
+
+def _always(value: T, gradients: Any) -> T:
+    return value
 
 
 def _samples(batch: Any) -> int:

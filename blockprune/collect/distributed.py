@@ -1,9 +1,10 @@
 """Collecting in several processes: every rank gets the same sums, and so the same masks."""
 
 import attrs
+import torch
 import torch.distributed as dist
 
-from blockprune.collect.accumulate import Fold
+from blockprune.collect.accumulate import Counts, Fold
 
 
 def all_reduce(fold: Fold) -> Fold:
@@ -28,4 +29,11 @@ def all_reduce(fold: Fold) -> Fold:
         reduced[key] = {name: total.detach().clone() for name, total in fold.sums[key].items()}
         for total in reduced[key].values():
             dist.all_reduce(total)
-    return attrs.evolve(fold, sums={key: reduced[key] for key in fold.sums})
+    names = sorted(fold.counts)
+    counts = torch.tensor([fold.counts[name] for name in names], dtype=torch.int64, device=fold.data[names[0]].weight.device)
+    dist.all_reduce(counts)
+    return attrs.evolve(
+        fold,
+        sums={key: reduced[key] for key in fold.sums},
+        counts={name: Counts(*row) for name, row in zip(names, counts.tolist(), strict=True)},
+    )

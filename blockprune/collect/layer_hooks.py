@@ -1,7 +1,7 @@
 """One pass over batches: hooks on the layers, and gradients of the loss, give each statistic its evidence."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from blockprune.collect.accumulate import Fold, add_evidence
+from blockprune.collect.accumulate import Fold, RunningFold
 from blockprune.collect.block_gates import gate_derivatives
-from blockprune.core._compat import ConvNd, version_counter
+from blockprune.core._compat import ConvNd, disable_checkpointing, version_counter
 from blockprune.core.progress import progress_bar
 from blockprune.model.experts import Experts, experts_in
 from blockprune.model.inputs import InputHooks, input_axis, input_hooks, weight_inputs
 from blockprune.model.parameters import ParameterRef, find_parameters
+from blockprune.model.product_check import check_product
 from blockprune.model.running import (
     Calibration,
     default_forward,
@@ -25,7 +26,8 @@ from blockprune.model.running import (
     scalar_loss,
     to_model_device,
 )
-from blockprune.statistics import Call
+from blockprune.model.token_streams import TokenStreams, token_streams
+from blockprune.statistics import Call, Sees
 
 
 def add_batches(model: nn.Module, fold: Fold, calibration: Calibration) -> Fold:
@@ -37,20 +39,25 @@ def add_batches(model: nn.Module, fold: Fold, calibration: Calibration) -> Fold:
     of_loss = sorted(s.name for s in fold.statistics if s.sees in ("output_grad", "weight_grad"))
     of_gates = sorted(s.name for s in fold.statistics if s.sees == "gates")
     hooks = input_hooks(model, find_parameters(model, fold.refs, what="where"))
+    observed = [hook for hook in hooks if input_axis(hook[1]) == input_axis(fold.refs[hook[0]])]  # not a head tied to an embedding
     grids = {name: p.grid for name, p in fold.data.items()}
+    running = RunningFold(fold)
     with preserve_state(model, [ref.stored for ref in fold.refs.values()]), disable_attention_fastpath():
         for number, raw in enumerate(progress_bar(calibration.batches, "collect", calibration.progress)):
             if not isinstance(raw, (Tensor, Mapping, tuple, list)) and calibration.forward is default_forward:
                 raise TypeError(f"batch {number} is a {type(raw).__name__}; give tensors, tuples or mappings, or pass forward=")
             batch = to_model_device(model, raw)
+            for name in fold.data:
+                running.count(name, batches=1)
             if sees - {"gates"}:
-                observer = _LayerObserver(fold, batch, number, calibration.token_weights(batch))
-                fold = observer.run(model, hooks, calibration, of_loss)
+                observer = _LayerObserver(running, batch, number, token_streams(model, observed, calibration, batch))
+                observer.run(model, observed, calibration, of_loss)
             if "gates" in sees:
                 derivatives = gate_derivatives(model, grids, fold.refs, hooks, batch, calibration, needs=of_gates)
                 for name, gates in derivatives.items():
-                    fold = add_evidence(fold, name, "gates", gates, number)
-    return fold
+                    running.add(name, "gates", gates, number)
+                    running.count(name, calls=int(gates.called()))
+    return running.fold
 
 
 class _LayerObserver:
@@ -59,27 +66,27 @@ class _LayerObserver:
     A hook adds the inputs and outputs of its layer to the fold at once, before the forward can overwrite them in place.
     """
 
-    def __init__(self, fold: Fold, batch: Any, number: int, token_weights: Tensor | None) -> None:
-        self.fold, self.batch, self.number, self.token_weights = fold, batch, number, token_weights
-        self.sees = {s.sees for s in fold.statistics}
+    def __init__(self, running: RunningFold, batch: Any, number: int, streams: TokenStreams) -> None:
+        self.running, self.fold, self.batch, self.number, self.streams = running, running.fold, batch, number, streams
+        self.sees = {s.sees for s in self.fold.statistics}
+        self.is_checking = False  # while the forward of a layer runs a second time, which is no call of the model
         self.calls: Counter[str] = Counter()  # of each parameter's layer, in this forward
-        self.expert_weights: dict[nn.Module, Tensor] = {}  # the weight of each token, by an expert's Linear
+        self.routes: dict[nn.Module, tuple[int, Tensor]] = {}  # the number of tokens, and those that are sent to the expert of a Linear
         self.outputs: list[GradientEdge] = []  # of layer outputs whose gradients the statistics need
         self.last_inputs: tuple[Any, Call] | None = None
 
-    def run(self, model: nn.Module, hooks: InputHooks, calibration: Calibration, needs_loss: Sequence[str]) -> Fold:
+    def run(self, model: nn.Module, hooks: InputHooks, calibration: Calibration, needs_loss: Sequence[str]) -> None:
         try:
             loss = self._forward(model, hooks, calibration, needs_loss)
             if loss is not None:
                 self._backward(loss)
         finally:
             self.outputs.clear()  # the graph's hooks refer to this object: a cycle through torch's graph would never be freed
-        return self.fold
 
     def _forward(self, model: nn.Module, hooks: InputHooks, calibration: Calibration, needs_loss: Sequence[str]) -> Tensor | None:
-        handles = self._register(model, hooks) if self.sees & {"inputs", "output", "output_grad"} else []
+        handles = self._register(model, hooks)
         try:
-            with torch.set_grad_enabled(bool(needs_loss)):
+            with torch.set_grad_enabled(bool(needs_loss)), disable_checkpointing(reentrant_only=True):
                 output = calibration.forward(model, self.batch)
                 return scalar_loss(calibration, output, self.batch, needs_loss) if needs_loss else None
         finally:
@@ -88,22 +95,30 @@ class _LayerObserver:
 
     def _register(self, model: nn.Module, hooks: InputHooks) -> list[Any]:
         handles = []
-        if self.token_weights is not None:
-            handles += [module.register_forward_pre_hook(self._route_token_weights) for module in experts_in(model).values()]
-        for name, ref, module in hooks:
-            # a head whose weight is tied to an embedding is not observed: the inputs of the two lie along different axes of the weight
-            if input_axis(ref) == input_axis(self.fold.refs[name]):
-                handles.append(module.register_forward_hook(partial(self._observe, name, ref), with_kwargs=True))
+        if self.streams.tensors:
+            handles += [module.register_forward_pre_hook(self._note_routes) for module in experts_in(model).values()]
+        for name, ref, module in reversed(hooks):  # each is put before the module's other hooks, which may change the output
+            handles.append(module.register_forward_hook(partial(self._observe, name, ref), with_kwargs=True, prepend=True))
         return handles
 
     def _observe(  # noqa: PLR0917 (the first two are bound by `partial`, torch passes the others)
         self, name: str, ref: ParameterRef, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
+        if self.is_checking:
+            return
+        self.running.count(name, calls=1)
+        if self.sees <= {"weight_grad", "gates"}:
+            return
         raw: Tensor = output[0] if isinstance(output, tuple) else output
         with torch.no_grad():
+            if self.sees & {"inputs", "output_grad"}:
+                self.is_checking = True
+                check_product(ref, module, args, kwargs, raw)
+                self.is_checking = False
             views = [x.detach() for x in weight_inputs(ref, module, args, kwargs)] if "inputs" in self.sees else []
-            call = _call(ref, module, views, raw, self.expert_weights.get(module, self.token_weights))
-            call = attrs.evolve(call, name=name, batch=self.batch, index=self.calls[name])
+            inputs = [x.reshape(-1, x.shape[-1]) for x in views]
+            weights = None if isinstance(ref.owner, ConvNd) else self._token_weights(name, module, [*views, raw])
+            call = Call(inputs, _matrix(ref, raw), weights, name=name, batch=self.batch, index=self.calls[name])
             self.calls[name] += 1
             if "inputs" in self.sees:
                 self._add(name, "inputs", self._with_shared_results(call))
@@ -112,9 +127,9 @@ class _LayerObserver:
             raw.register_hook(lambda g: self._add(name, "output_grad", attrs.evolve(call, output_grad=_matrix(ref, g))))
             self.outputs.append(get_gradient_edge(raw))
 
-    def _add(self, name: str, sees: str, evidence: Any) -> None:
+    def _add(self, name: str, sees: Sees, evidence: Any) -> None:
         if sees in self.sees:
-            self.fold = add_evidence(self.fold, name, sees, evidence, self.number)
+            self.running.add(name, sees, evidence, self.number)
 
     def _with_shared_results(self, call: Call) -> Call:
         """The call, with the results of the call before it if both have the same inputs, such as those of queries, keys and values."""
@@ -125,13 +140,30 @@ class _LayerObserver:
             self.last_inputs = key, attrs.evolve(call, shared={})  # keeps the inputs alive, so that their addresses stay unique
         return attrs.evolve(call, shared=self.last_inputs[1].shared)
 
-    def _route_token_weights(self, module: Experts, args: Any) -> None:
-        """Note for the Linears of each expert the weights of the tokens that the router sends to it."""
-        assert self.token_weights is not None
-        weights = self.token_weights.flatten()
-        if len(args[1]) == len(weights):
-            for number, expert in enumerate(module.experts()):
-                self.expert_weights.update(dict.fromkeys(expert.children(), weights[torch.where(args[1] == number)[0]]))
+    def _note_routes(self, module: Experts, args: Any) -> None:
+        """Note for the Linears of each expert which tokens the router sends to it."""
+        for number, expert in enumerate(module.experts()):
+            self.routes.update(dict.fromkeys(expert.children(), (len(args[1]), torch.where(args[1] == number)[0])))
+
+    def _token_weights(self, name: str, module: nn.Module, tensors: Sequence[Tensor]) -> Tensor | None:
+        """The weights of the rows of a call, ``[n]``.
+
+        Token weights ``[batch, positions]`` apply if the layer's tensors have these axes, the same transposed, or both in one. A
+        convolution's rows are not tokens and count once.
+        """
+        leading, call = {x.shape[:-1] for x in tensors}, self.calls[name]
+        layouts: list[Callable[[Tensor], Tensor]] = [lambda w: w, lambda w: w.movedim(0, -1), torch.flatten]
+        if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+            layouts = layouts[1:]  # its axes are [positions, batch], also where both have the same size
+        for tensor in self.streams.tensors:
+            if module in self.routes and tensor.numel() == self.routes[module][0]:
+                weights = self.streams.select(name, call, tensor)
+                return None if weights is None else weights.flatten()[self.routes[module][1]]
+            for layout in layouts:
+                if layout(tensor).shape in leading:
+                    weights = self.streams.select(name, call, tensor)
+                    return None if weights is None else layout(weights).flatten()
+        return None
 
     def _backward(self, loss: Tensor) -> None:
         if "weight_grad" in self.sees:
@@ -146,19 +178,21 @@ class _LayerObserver:
 def _lowest(edges: Sequence[GradientEdge]) -> list[GradientEdge]:
     """Keep edges with no other requested edge between them and the inputs; backpropagating to these fires every output hook."""
     requested = {edge.node for edge in edges}
+    reaches: dict[Any, bool] = {}  # by node: whether it, or a node between it and the inputs, is requested
+    pending: list[Any] = list(requested)
+    while pending:
+        following = _following(pending[-1])
+        if new := [node for node in following if node not in reaches]:
+            pending += new
+        else:
+            node = pending.pop()
+            reaches[node] = node in requested or any(reaches[f] for f in following)
+    return [edge for edge in edges if not any(reaches[node] for node in _following(edge.node))]
 
-    def is_lowest(node: Any) -> bool:
-        visited: set[Any] = set()
-        pending = [node]
-        while pending:
-            following = {f for f, _ in pending.pop().next_functions if f is not None} - visited
-            if following & requested:
-                return False
-            visited |= following
-            pending += following
-        return True
 
-    return [edge for edge in edges if is_lowest(edge.node)]
+def _following(node: Any) -> list[Any]:
+    """The next nodes of torch's graph, in the direction of the inputs."""
+    return [following for following, _ in node.next_functions if following is not None]
 
 
 def _matrix(ref: ParameterRef, raw: Tensor) -> Tensor:
@@ -167,20 +201,3 @@ def _matrix(ref: ParameterRef, raw: Tensor) -> Tensor:
     if isinstance(ref.owner, ConvNd):
         raw = raw.movedim(-len(ref.owner.kernel_size) - 1, -1)
     return raw.reshape(-1, raw.shape[-1])
-
-
-def _call(ref: ParameterRef, module: nn.Module, views: list[Tensor], raw: Tensor, token_weights: Tensor | None) -> Call:
-    """The inputs and the output of one call as matrices with one row a token.
-
-    Token weights ``[batch, positions]`` apply if the layer's tensors have these axes, the same transposed, or both in one; a convolution's
-    rows are not tokens and all count once.
-    """
-    inputs = [x.reshape(-1, x.shape[-1]) for x in views]
-    if isinstance(ref.owner, ConvNd):
-        return Call(inputs, _matrix(ref, raw), None)
-    leading = {x.shape[:-1] for x in [*views, raw]}
-    candidates = [] if token_weights is None else [token_weights, token_weights.movedim(0, -1), token_weights.flatten()]
-    if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
-        candidates = candidates[1:]  # its axes are [positions, batch], also where both have the same size
-    weights = next((candidate.flatten() for candidate in candidates if candidate.shape in leading), None)
-    return Call(inputs, _matrix(ref, raw), weights)

@@ -1,23 +1,26 @@
-"""Every private or undocumented API of torch, transformers, accelerate and Torch-Pruning that blockprune uses.
+"""Every private or undocumented API of torch that blockprune uses.
 
 A new version of these libraries may change any of them without notice. tests/core/test_compat.py has a test for each, which says what
 blockprune loses with it, and a test that no other module uses such a name. Each docstring ends with the first version that has the API;
-"torch 2.0" and "Torch-Pruning 1.5" also stand for earlier ones.
+"torch 2.0" also stands for earlier ones. `_compat_hf` has those of transformers and accelerate, `_compat_pruning` those of Torch-Pruning.
 
 A class can override a private method of torch only in its own body, so these stay where they are:
 
 * ``nn.Module._apply``: model/parametrization.py, export/sparse_layers.py, export/semi_structured.py
-* ``nn.Module._load_from_state_dict``: model/apply.py, export/sparse_layers.py
+* ``nn.Module._load_from_state_dict``: model/masked_class.py, model/parametrization.py, export/sparse_layers.py
+* ``nn.Module._save_to_state_dict``: export/sparse_layers.py
 
 This module imports nothing of blockprune, so that every other module can import it.
 """
 
+import contextlib
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, cast
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
@@ -29,33 +32,29 @@ try:
     from torch.nn.modules.conv import _ConvNd as ConvNd
     from torch.nn.modules.conv import _ConvTransposeNd as ConvTransposeNd
 
+    # only a dispatch mode sees every operation that a model runs, whoever calls it (torch 2.0)
+    from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
+
     # batches and outputs are nested containers, which no public function of torch maps over (torch 2.2)
     from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 except ImportError as error:
     raise ImportError(f"torch {torch.__version__}: {error}; blockprune imports it in blockprune/core/_compat.py") from error
 
 __all__ = [
-    "CACHE_ARGUMENTS",
-    "EXPERT_ATTRIBUTES",
     "FAST_PATH_MODULES",
+    "FORWARD_METHODS",
     "RNN_CACHES",
     "BatchNorm",
     "ConvNd",
     "ConvTransposeNd",
+    "DispatchMode",
     "NormBase",
-    "PrunedUnit",
-    "PruningEdge",
-    "PruningNode",
-    "apply_expert_gate",
-    "channel_count",
     "compress_two_of_four",
-    "conv1d_outputs",
     "conv_padding",
     "data_address",
+    "disable_checkpointing",
+    "disabled_torch_function",
     "dispatch_mode_is_active",
-    "experts_are_concatenated",
-    "experts_are_gated",
-    "experts_are_transposed",
     "forward_ad_is_active",
     "functorch_is_active",
     "gomp_parallel",
@@ -66,37 +65,36 @@ __all__ = [
     "is_copy_on_write",
     "is_functorch_tensor",
     "is_legacy_batched",
-    "is_offloaded",
     "is_tracing",
     "is_zero_tensor",
     "lazy_clone",
-    "module_pruner",
-    "nodes_by_module",
-    "operation_types",
     "originals",
     "pack_linear_weight",
     "packed_linear",
     "packs_bfloat16",
     "parameter_names",
     "rebuild_rnn_caches",
-    "saved_dim",
-    "saved_query_and_key",
-    "saved_sizes",
     "search_two_of_four",
     "shared_memory_bytes",
+    "state_dict_hooks",
     "storage_id",
     "tree_leaves",
     "tree_map",
     "tree_map_only",
     "two_of_four_product",
-    "use_eager_experts",
     "version_counter",
+    "without_base",
+    "writes_arguments",
 ]
 
 _C: Any = torch._C
 
 
 # Tensors and their memory
+
+
+# a subclass of Tensor with this as its `__torch_function__` is treated as nn.Parameter is: operations return plain tensors (torch 2.0)
+disabled_torch_function: Any = _C._disabled_torch_function_impl
 
 
 def lazy_clone(x: Tensor) -> Tensor:
@@ -122,6 +120,11 @@ def storage_id(x: Tensor) -> int:
 def version_counter(x: Tensor) -> int:
     """How often a tensor was written in place, which tells whether its values are still the same (torch 2.0)."""
     return x._version
+
+
+def without_base(x: Tensor) -> Tensor:
+    """The same tensor in the same memory, but not a view of another tensor; it is differentiable (torch 2.0)."""
+    return cast(Tensor, torch.ops.aten._unsafe_view(x, x.shape))
 
 
 def is_zero_tensor(x: Tensor) -> bool:
@@ -157,6 +160,11 @@ def is_tracing() -> bool:
     return bool(_C._is_tracing())
 
 
+def writes_arguments(operation: Any) -> bool:
+    """Whether an operator writes into one of its arguments, by its schema (torch 2.0)."""
+    return bool(operation._schema.is_mutable)
+
+
 def dispatch_mode_is_active() -> bool:
     """Whether a TorchDispatchMode sees all operations, as tracers and counters of operations do (torch 2.0)."""
     return bool(_C._len_torch_dispatch_stack() > 0)
@@ -176,6 +184,11 @@ def rebuild_rnn_caches(rnn: nn.RNNBase) -> None:
 def conv_padding(conv: ConvNd) -> list[int]:
     """A convolution's padding in the order of ``F.pad``, also for padding="same" (torch 2.0)."""
     return list(conv._reversed_padding_repeated_twice)
+
+
+def state_dict_hooks(module: nn.Module) -> list[Any]:
+    """The hooks that ``register_state_dict_post_hook`` has added to a module (torch 2.5)."""
+    return list(module._state_dict_hooks.values())
 
 
 def parameter_names(module: nn.Module) -> list[str]:
@@ -259,124 +272,34 @@ def shared_memory_bytes(device: torch.device) -> int:
     return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 << 10))
 
 
-# transformers
+# Forwards
 
-CACHE_ARGUMENTS = ("past_key_value", "layer_past", "cache_params")  # beginnings of arguments that a layer adds to (transformers 4.57)
-EXPERT_ATTRIBUTES = ("_apply_gate", "has_gate", "has_bias", "is_transposed", "is_concatenated")  # of stacked experts (transformers 5.7)
-
-
-def conv1d_outputs(module: nn.Module) -> int | None:
-    """The outputs of a ``Conv1D``, which keeps its weight transposed, and None for any other module (transformers 4.57)."""
-    is_conv1d = parametrize.type_before_parametrizations(module).__name__ == "Conv1D"
-    return getattr(module, "nf", None) if is_conv1d else None
+FORWARD_METHODS = ("forward", "_conv_forward", "__call__")  # the methods that compute a layer's output (torch 2.0)
 
 
-def experts_are_gated(experts: Any) -> bool:
-    """Whether stacked experts have a gate projection beside the up projection (transformers 5.3)."""
-    return bool(experts.has_gate)
+# Gradient checkpointing
 
 
-def experts_are_transposed(experts: Any) -> bool:
-    """Whether stacked experts keep their weights as ``[experts, inputs, outputs]`` (transformers 5.0)."""
-    return bool(experts.is_transposed)
+@contextlib.contextmanager
+def disable_checkpointing(*, reentrant_only: bool = False) -> Iterator[None]:
+    """Keep the activations that `torch.utils.checkpoint` would compute again in the backward (torch 2.1).
+
+    The reentrant form has no gradients for `torch.autograd.grad`, and both forms have none for `torch.func.grad`. Code may have imported
+    the function ``checkpoint`` itself, so what it calls is replaced.
+    """
+    module: Any = torch.utils.checkpoint
+    names = ["CheckpointFunction"] if reentrant_only else ["CheckpointFunction", "_checkpoint_without_reentrant_generator"]
+    before = [getattr(module, name) for name in names]
+    try:
+        for name, replacement in zip(names, [_RunDirectly, lambda *args, **kwargs: iter([None])], strict=False):
+            setattr(module, name, replacement)  # the caller of the second runs the function itself
+        yield
+    finally:
+        for name, original in zip(names, before, strict=True):
+            setattr(module, name, original)
 
 
-def experts_are_concatenated(experts: Any) -> bool:
-    """Whether the rows of the gate come before those of the up projection; otherwise they alternate (transformers 5.7)."""
-    return bool(experts.is_concatenated)
-
-
-def apply_expert_gate(experts: Any, original_class: Any, gate_and_up: Tensor) -> Tensor:
-    """What an expert's down projection is given, by the class that the experts had before they became Linears (transformers 5.0)."""
-    gated: Tensor = original_class._apply_gate(experts, gate_and_up)
-    return gated
-
-
-def use_eager_experts(config: Any) -> None:
-    """Run stacked experts by their own Python code, since their kernels support only some types and sizes (transformers 5.0)."""
-    config._experts_implementation = "eager"
-
-
-# accelerate
-
-
-def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate holds the parameters of a module on another device or on disk between forwards (accelerate 1.0)."""
-    hook = getattr(module, "_hf_hook", None)
-    return any(getattr(part, "offload", False) for part in (hook, *getattr(hook, "hooks", ())))
-
-
-# Torch-Pruning's dependency graph
-
-
-class PrunedUnit(NamedTuple):
-    """A unit of some layer and the unit of the first layer that led to it, as its index mappings read them (Torch-Pruning 1.5)."""
-
-    idx: int
-    root_idx: int
-
-
-class PruningNode(Protocol):
-    """A layer or an operation in the graph, with the attributes that blockprune reads and writes (Torch-Pruning 1.5)."""
-
-    module: Any
-    type: Any  # one of `operation_types`
-    grad_fn: Any
-    inputs: list[Any]  # the nodes before this one
-    outputs: list[Any]
-    dependencies: list["PruningEdge"]
-    pruning_dim: int  # of a parameter: the axis of its units
-
-
-class PruningEdge(Protocol):
-    """Says that pruning one side of a node prunes one side of another (Torch-Pruning 1.5)."""
-
-    source: Any
-    target: Any
-    handler: Any  # the function that prunes that side of the target
-    index_mapping: list[Any]  # two functions from units of the source to units of the target, or None
-
-    def is_triggered_by(self, pruning_fn: Any) -> bool:
-        """Whether this function prunes the side of the source that the edge starts from."""
-
-
-def operation_types() -> Any:
-    """The enumeration of ``PruningNode.type``, which has the model's outputs since then (Torch-Pruning 1.5.3)."""
-    import torch_pruning  # noqa: PLC0415 (an extra)
-
-    return torch_pruning.ops.OPTYPE
-
-
-def nodes_by_module(graph: Any) -> dict[Any, PruningNode]:
-    """The nodes of a dependency graph; its public groups do not say why a unit must stay (Torch-Pruning 1.5)."""
-    nodes: dict[Any, PruningNode] = graph.module2node
-    return nodes
-
-
-def module_pruner(graph: Any, module: nn.Module) -> Any:
-    """The object whose ``prune_out_channels`` and ``prune_in_channels`` remove units of a layer, in place (Torch-Pruning 1.5)."""
-    return graph.get_pruner_of_module(module)
-
-
-def channel_count(graph: Any, node: PruningNode, side: str) -> int:
-    """How many "outputs" or "inputs" a node has in the graph, 0 where it does not say (Torch-Pruning 1.5)."""
-    return (graph.get_out_channels(node) if side == "outputs" else graph.get_in_channels(node)) or 0
-
-
-# What autograd saved for the backward of an operation; torch documents that such attributes exist, not their names
-
-
-def saved_query_and_key(grad_fn: Any) -> tuple[Tensor, Tensor] | None:
-    """Query and key of a fused attention, whose shapes tell which heads share a key; None for other operations (torch 2.0)."""
-    return (grad_fn._saved_query, grad_fn._saved_key) if hasattr(grad_fn, "_saved_query") else None
-
-
-def saved_sizes(grad_fn: Any) -> Sequence[int]:
-    """The sizes of the input of an expand, slice or reshape, which show heads and their size; () for other operations (torch 2.0)."""
-    sizes: Sequence[int] = getattr(grad_fn, "_saved_self_sym_sizes", ())
-    return sizes
-
-
-def saved_dim(grad_fn: Any) -> int:
-    """The axis of a concatenation; a negative one is saved as an unsigned 64-bit number (torch 2.0)."""
-    return int(grad_fn._saved_dim)
+class _RunDirectly:
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)

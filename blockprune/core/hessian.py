@@ -52,11 +52,18 @@ def layer_quadratic(name: str, p: Param, *, damping: float) -> LayerQuadratic:
     float64.
 
     Raises:
-        ValueError: the damping is negative; the inputs are all zero or have NaN or inf; H is singular even with 1000 times the damping.
+        TypeError: an ``input_gram`` in half precision.
+        ValueError: the damping is negative; the diagonal of ``input_gram`` is negative; the inputs are all zero or have NaN or inf; H is
+            singular even with 1000 times the damping.
     """
     if not damping >= 0:
         raise ValueError(f"damping={damping} must be at least 0: it is the share of H's diagonal that is added to it")
     gram = p.stats["input_gram"]  # [groups, k, k]
+    if gram.dtype.itemsize < 4 or not gram.is_floating_point():
+        raise TypeError(
+            f"{name} {p.grid.shape}: its input_gram is {gram.dtype}, which rounds too much to invert it; collect it with "
+            "statistics.input_gram, which adds up in float32 or wider"
+        )
     weight = p.weight.to(gram).reshape(len(gram), -1, gram.shape[-1])
     target_product, target_mean = _target(p, weight)
     power, means = gram.diagonal(dim1=1, dim2=2), None  # [groups, k] mean squares
@@ -98,6 +105,11 @@ def _damping_scale(layer: str, gram: Tensor, power: Tensor) -> Tensor:
     """What the damping of each input is a share of, ``[groups, k]``: its variance; for an input that is always 0, the smallest of all."""
     if not gram.isfinite().all():
         raise ValueError(f"{layer}: its input_gram has NaN or inf; check the calibration batches")
+    if (power < 0).any():
+        raise ValueError(
+            f"{layer}: the diagonal of its input_gram has negative values, but that of X^T X / n is a mean of squares; check how it was "
+            "computed, and that no token weight is negative"
+        )
     scale = torch.maximum(gram.diagonal(dim1=1, dim2=2), MIN_VARIANCE_SHARE * power)
     if (scale <= 0).all():
         raise ValueError(

@@ -5,20 +5,22 @@ import os
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from blockprune.core.grid import BlockGrid
+from blockprune.core.tensor_file import read_tensors, write_tensors
 from blockprune.core.types import BlockMask, Masks
 
-FORMAT, VERSION = "blockprune.masks", "1"
+VERSION = "1"
 
 
 def save_masks(masks: Masks, path: str | os.PathLike[str]) -> None:
     """Write masks to a safetensors file: one bit per block, and the grids in its header.
 
-    An existing file is replaced only when the new one is complete.
+    An existing file is replaced in one step, when the new one is complete and on the disk; several processes may write to one path.
+
+    Raises:
+        OSError: the disk is full, or the folder is missing or cannot be written to. An existing file is as it was.
 
     Example:
         >>> import tempfile
@@ -27,15 +29,8 @@ def save_masks(masks: Masks, path: str | os.PathLike[str]) -> None:
         ...     bp.load_masks(f"{folder}/masks.safetensors")["w"].keep
         tensor([ True, False])
     """
-    grids = {name: {"shape": mask.grid.shape, "block": mask.grid.block} for name, mask in masks.items()}
-    metadata = {"format": FORMAT, "version": VERSION, "grids": json.dumps(grids)}
-    unfinished = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    try:
-        save_file({name: _packed(mask.keep) for name, mask in masks.items()}, unfinished, metadata=metadata)
-        os.replace(unfinished, path)
-    finally:
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
+    bits = {name: pack_bits(mask.keep) for name, mask in masks.items()}
+    write_tensors(bits, path, {"format": "blockprune.masks", "version": VERSION, "grids": grids_as_json(masks)})
 
 
 def load_masks(path: str | os.PathLike[str]) -> Masks:
@@ -54,27 +49,20 @@ def load_masks(path: str | os.PathLike[str]) -> Masks:
         ...     bp.load_masks(f"{folder}/masks.safetensors")
         {}
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(
-                    f"{path} holds no masks: it has format {metadata.get('format')!r}, not {FORMAT!r}; give a file that save_masks wrote"
-                )
-            if metadata.get("version") != VERSION:
-                raise ValueError(
-                    f"{path} has version {metadata.get('version')!r}, but this blockprune reads version {VERSION!r}; update blockprune"
-                )
-            grids = _grids(path, metadata.get("grids", ""))
-            if unmatched := sorted(set(grids) ^ set(file.keys())):
-                raise ValueError(f"{path} is corrupt: the grids and the bits name different parameters, such as {unmatched[0]!r}")
-            bits = {name: file.get_tensor(name) for name in grids}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file, or is truncated: {error}") from None
-    return {name: BlockMask(_unpacked(path, name, bits[name], grid), grid) for name, grid in grids.items()}
+    bits, metadata = read_tensors(path, content="masks", version=VERSION)
+    grids = read_grids(path, metadata.get("grids", ""))
+    if unmatched := sorted(set(grids) ^ set(bits)):
+        raise ValueError(f"{path} is corrupt: the grids and the bits name different parameters, such as {unmatched[0]!r}")
+    return {name: BlockMask(unpack_bits(path, name, bits[name], grid), grid) for name, grid in grids.items()}
 
 
-def _grids(path: Any, text: str) -> dict[str, BlockGrid]:
+def grids_as_json(masks: Masks) -> str:
+    """The grids of masks, by parameter name."""
+    return json.dumps({name: {"shape": mask.grid.shape, "block": mask.grid.block} for name, mask in masks.items()})
+
+
+def read_grids(path: Any, text: str) -> dict[str, BlockGrid]:
+    """The grids that `grids_as_json` wrote; ``path`` is that of the file, for error messages."""
     try:
         return {name: _grid(grid["shape"], grid["block"]) for name, grid in json.loads(text).items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -88,14 +76,15 @@ def _grid(shape: list[int], block: list[int]) -> BlockGrid:
     return grid
 
 
-def _packed(keep: Tensor) -> Tensor:
+def pack_bits(keep: Tensor) -> Tensor:
     """``[*size]`` bool -> ``[blocks / 8]`` uint8; the first block is in the lowest bit."""
     bits = keep.flatten().cpu().to(torch.uint8)
     bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
     return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
-def _unpacked(path: Any, name: str, packed: Tensor, grid: BlockGrid) -> Tensor:
+def unpack_bits(path: Any, name: str, packed: Tensor, grid: BlockGrid) -> Tensor:
+    """The inverse of `pack_bits`; ``path`` and ``name`` are those of the file and the parameter, for error messages."""
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (-(-grid.blocks // 8),):
         raise ValueError(
             f"{path} is corrupt: {name} has {grid.blocks} blocks and needs {-(-grid.blocks // 8)} bytes, "

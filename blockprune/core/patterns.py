@@ -16,7 +16,7 @@ def matches(pattern: Pattern, name: str) -> bool:
 
 
 def resolve_by_name(values: Mapping[str, V], names: Iterable[str], *, what: str, default: V | None = None) -> dict[str, V]:
-    """The value of each name, from a mapping whose keys are names or patterns (`matching_key`).
+    """The value of each name, from a mapping whose keys are names or patterns (`matching_keys`).
 
     Args:
         values: by name, glob or regular expression; "*" stands for all names that no other key matches.
@@ -32,33 +32,36 @@ def resolve_by_name(values: Mapping[str, V], names: Iterable[str], *, what: str,
         >>> resolve_by_name({"a.*": 1, "a.w": 2, "*": 0}, ["a.w", "a.v", "b"], what="sparsity")
         {'a.w': 2, 'a.v': 1, 'b': 0}
     """
-    names = list(names)
+    names = dict.fromkeys(names)
     for key in values:
         if not isinstance(key, (str, re.Pattern)):
             raise KeyError(f"{what} has a key {key!r} that is not a parameter name or pattern{suggest(str(key), names)}")
-        if not any(matches(key, name) for name in names) and key not in names and key != "*":
+        if key not in names and key != "*" and not (_is_pattern(key) and any(matches(key, name) for name in names)):
             raise KeyError(f"{what} has a key {key!r} that matches no parameter{suggest(str(key), names)}")
     resolved: dict[str, V] = {}
-    for name in names:
-        match = matching_key(values, name)
+    for name, match in matching_keys(values, names).items():
         if match is None and default is None:
             raise KeyError(f"{what} has no key for {name!r}; add one, or the key '*' for all parameters that no other key matches")
         resolved[name] = cast(V, default) if match is None else values[match]
     return resolved
 
 
-def matching_key(values: Mapping[str, V], name: str) -> str | None:
-    """The key for a name: the name itself, else the first pattern that matches it, else "*"; None if there is none of them.
+def matching_keys(values: Mapping[str, V], names: Iterable[str]) -> dict[str, str | None]:
+    """The key for each name: the name itself, else the first pattern that matches it, else "*"; None if there is none of them.
 
     Example:
-        >>> from blockprune.core.patterns import matching_key
-        >>> matching_key({"*": 0.5, "a.*": 0.25}, "a.weight")
-        'a.*'
+        >>> from blockprune.core.patterns import matching_keys
+        >>> matching_keys({"*": 0.5, "a.*": 0.25}, ["a.weight", "b.weight"])
+        {'a.weight': 'a.*', 'b.weight': '*'}
     """
-    if name in values:
-        return name
-    pattern = next((key for key in values if key != "*" and matches(key, name)), None)
-    return "*" if pattern is None and "*" in values else pattern
+    patterns = [key for key in values if key != "*" and _is_pattern(key)]  # few, so that a key for each name costs no comparisons
+    rest = "*" if "*" in values else None
+    return {name: name if name in values else next((key for key in patterns if matches(key, name)), rest) for name in names}
+
+
+def _is_pattern(key: Pattern) -> bool:
+    """Whether a key may match other names than the one that it is."""
+    return not isinstance(key, str) or any(character in key for character in "*?[")
 
 
 def suggest(name: str, names: Iterable[str]) -> str:

@@ -4,6 +4,9 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
+
+SMALLEST = 1e-30  # smaller numbers lose digits in float32, whose normal numbers end at 1e-38
 
 
 @contextlib.contextmanager
@@ -21,3 +24,26 @@ def no_autocast() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+def double(x: Tensor) -> Tensor:
+    """A tensor in float64, or in float32 on a device that has no float64."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+def is_in_range(x: Tensor) -> bool:
+    """Whether all numbers are finite, and none but 0 is so small that float32 loses its digits."""
+    size = x.abs()
+    return bool(size.isfinite().all()) and not bool(((size < SMALLEST) & (size > 0)).any())
+
+
+def float32_if_in_range(x: Tensor) -> Tensor:
+    """A float64 tensor in float32 if that neither overflows nor loses small numbers; otherwise the same tensor.
+
+    Example:
+        >>> from blockprune.core.precision import float32_if_in_range
+        >>> float32_if_in_range(torch.tensor([1.0, 1e-44]).double()).dtype, float32_if_in_range(torch.ones(1).double()).dtype
+        (torch.float64, torch.float32)
+    """
+    in_range = is_in_range(x) and bool((x.abs() <= torch.finfo(torch.float32).max).all())
+    return x.float() if in_range else x

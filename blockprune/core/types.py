@@ -9,6 +9,22 @@ from torch import Tensor, nn
 
 from blockprune.core.grid import BlockGrid, BlockShape
 
+
+def in_short(x: Any) -> str:
+    """A tensor, or a mapping of tensors, in one line: the values of a few elements, else shape and type.
+
+    Example:
+        >>> from blockprune.core.types import in_short
+        >>> in_short(torch.ones(2)), in_short({"w": torch.zeros(64, 64)})
+        ('tensor([1., 1.])', "{'w': Tensor((64, 64), torch.float32)}")
+    """
+    if isinstance(x, Mapping):
+        return "{" + ", ".join(f"{name!r}: {in_short(value)}" for name, value in x.items()) + "}"
+    if isinstance(x, Tensor) and x.numel() <= 16:
+        return " ".join(repr(x.detach()).split())
+    return f"Tensor({tuple(x.shape)}, {x.dtype})" if isinstance(x, Tensor) else repr(x)
+
+
 _by_value = attrs.cmp_using(eq=torch.equal)  # so that `mask == other_mask` is one bool and not a tensor
 
 
@@ -21,9 +37,9 @@ class Param:
         (2, 2)
     """
 
-    weight: Tensor = attrs.field(eq=_by_value)  # [*grid.shape]
+    weight: Tensor = attrs.field(eq=_by_value, repr=in_short)  # [*grid.shape]
     grid: BlockGrid
-    stats: Mapping[str, Tensor] = attrs.field(factory=dict, eq=False)
+    stats: Mapping[str, Tensor] = attrs.field(factory=dict, eq=False, repr=in_short)
 
 
 @attrs.frozen(unsafe_hash=False)
@@ -35,7 +51,7 @@ class BlockScore:
         torch.Size([1, 2])
     """
 
-    value: Tensor = attrs.field(eq=_by_value)  # [*grid.size] floating
+    value: Tensor = attrs.field(eq=_by_value, repr=in_short)  # [*grid.size] floating
     grid: BlockGrid
 
     def __attrs_post_init__(self) -> None:
@@ -52,7 +68,7 @@ class BlockMask:
         True
     """
 
-    keep: Tensor = attrs.field(eq=_by_value)  # [*grid.size] bool
+    keep: Tensor = attrs.field(eq=_by_value, repr=in_short)  # [*grid.size] bool
     grid: BlockGrid
 
     def __attrs_post_init__(self) -> None:

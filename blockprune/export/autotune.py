@@ -1,6 +1,7 @@
 """Which backend runs each masked layer: the one that was measured to be fastest, with the measurements as the reason."""
 
 import copy
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -126,13 +127,13 @@ def choose(
     forward: Forward = default_forward,
     graph: bool = False,
     rounds: int = 9,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> Choices:
     """Time every masked layer dense and block-sparse, on inputs of the size that it gets, and choose the faster one.
 
     Layers that are alike (shape, blocks, sparsity to 2 %, inputs) are timed once, on more copies than the caches hold, as in a model. A
     layer is block-sparse if that is faster than F.linear, which it would run otherwise; the reason also compares with oneDNN's product of
-    packed weights.
+    packed weights. If every layer stays dense, a warning says so.
 
     Args:
         model: with masks; it is not changed.
@@ -143,13 +144,15 @@ def choose(
         graph: on a GPU, time layers as a CUDA graph replays them, for models that run so (``mode="reduce-overhead"`` of `torch.compile`);
             by default, launching the kernels from Python is part of the time.
         rounds: of measurement, of which the median counts.
-        progress: show a progress bar.
+        progress: show a progress bar; by default in a terminal and in a notebook.
 
     Raises:
         ValueError: a model without masks, or rows below 1.
 
     Example:
+        >>> import warnings
         >>> from blockprune import export
+        >>> warnings.simplefilter("ignore")  # on some machines so small a layer stays dense
         >>> mask = bp.BlockMask(torch.rand(16, 16) > 0.9, bp.BlockGrid((256, 256), (16, 16)))
         >>> choices = export.choose(bp.apply_masks(nn.Linear(256, 256), {"weight": mask}), rows=32, progress=False)
         >>> choices.rows[0].name, choices.rows[0].backend in ("native", "torch", "dense")
@@ -172,7 +175,27 @@ def choose(
         if key not in timed:
             timed[key] = _time_kernels(candidate, x, rounds, graph)
         choices.append(_fastest_choice(candidate, timed[key], x))
+    warn_if_all_dense(Choices(tuple(choices)))
     return Choices(tuple(choices))
+
+
+def warn_if_all_dense(choices: Choices) -> None:
+    """Warn if no layer runs block-sparse, with the reasons of the first ones.
+
+    Example:
+        >>> import warnings
+        >>> from blockprune.export import Choice, Choices
+        >>> from blockprune.export.autotune import warn_if_all_dense
+        >>> with warnings.catch_warnings(record=True, action="always") as caught:
+        ...     warn_if_all_dense(Choices((Choice("fc.weight", 0.5, "dense", "inputs do not reach it"),)))
+        >>> print(caught[0].message)
+        0 of 1 masked layers became block-sparse (fc.weight: inputs do not reach it); choose(model) lists the reason of each
+    """
+    if all(choice.backend == "dense" for choice in choices.rows):
+        reasons = "; ".join(f"{choice.name}: {choice.reason}" for choice in choices.rows[:3])
+        warnings.warn(
+            f"0 of {len(choices.rows)} masked layers became block-sparse ({reasons}); choose(model) lists the reason of each", stacklevel=3
+        )
 
 
 def fixed_backend(model: nn.Module, backend: str) -> Choices:

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from blockprune.core._compat import FAST_PATH_MODULES, has_hooks
 from blockprune.core.types import BlockMask
-from blockprune.model.apply import read_masks
+from blockprune.model.apply import parameter_masks
 from blockprune.model.parameters import ParameterRef, parameter_refs
 
 _LAYER_TYPES = (nn.Linear, nn.Conv2d)
@@ -73,11 +73,13 @@ def find_candidates(model: nn.Module) -> Iterator[Candidate]:
         >>> [c.unsupported_reason for c in find_candidates(bp.apply_masks(nn.Embedding(2, 4), {"weight": mask}))]
         ["Embedding has no block-sparse form; torch's Linear and Conv2d have"]
     """
-    masks = read_masks(model)
+    refs, masks = parameter_refs(model), parameter_masks(model)
     if not masks:
-        raise ValueError("the model has no masks, so it has no blocks to leave out; apply_masks(model, masks) first")
+        raise ValueError(
+            "the model has no masks, so it has no blocks to leave out; apply_masks(model, masks) first, "
+            "with bp.masks_from_zeros(model, where=bp.linears((16, 16))) if its pruned blocks are zero already"
+        )
     parents = {id(child): parent for parent in model.modules() for child in parent.children()}
-    refs = parameter_refs(model)
     by_owner: dict[int, list[ParameterRef]] = {}
     for shared in refs.values():
         for ref in shared:
@@ -98,9 +100,15 @@ def _unsupported_reason(shared: list[ParameterRef], of_owner: list[ParameterRef]
     owner, stored = shared[0].owner, shared[0].stored
     layer_type = parametrize.type_before_parametrizations(owner)
     attribute = "" if shared[0].attr == "weight" else f".{shared[0].attr}"
+    base = next((base.__name__ for base in _LAYER_TYPES if issubclass(layer_type, base) and layer_type is not base), None)
     conditions = [
         (len({id(ref.owner) for ref in shared}) > 1, f"tied: {', '.join(ref.name for ref in shared[1:])} has the same weight"),
         (not shared[0].is_plain, "another parametrization computes the weight; remove_parametrizations first"),
+        (
+            base is not None,
+            f"{layer_type.__name__}, a subclass of {base} that may do more than a product, has no block-sparse form; "
+            f"replace it by a plain {base} first if it does not",
+        ),
         (
             layer_type not in _LAYER_TYPES or attribute != "",
             f"{layer_type.__name__}{attribute} has no block-sparse form; torch's Linear and Conv2d have",

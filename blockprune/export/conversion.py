@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from blockprune.core.patterns import suggest
 from blockprune.export import semi_structured
-from blockprune.export.autotune import DEFAULT_ROWS, Choices, choose, fixed_backend
+from blockprune.export.autotune import DEFAULT_ROWS, Choices, choose, fixed_backend, warn_if_all_dense
 from blockprune.export.candidates import Candidate, find_candidates
 from blockprune.export.module_replacement import replace_modules
-from blockprune.export.sparse_layers import BUFFERS, BlockSparseConv2d, BlockSparseLinear, pack_weight, read_buffers, sparse_layer_like
+from blockprune.export.sparse_layers import STATE_KEYS, BlockSparseConv2d, BlockSparseLinear, pack_weight, read_state, sparse_layer_like
 from blockprune.model.apply import finalize
+from blockprune.model.hf_checkpoint import prepare_checkpoints
 from blockprune.model.parameters import parameter_refs
 from blockprune.model.running import Forward, default_forward
 
@@ -30,12 +31,13 @@ def block_sparse(
     inputs: Any = None,
     rows: int = DEFAULT_ROWS,
     forward: Forward = default_forward,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> M:
     """A new model whose masked Linears and convolutions hold and multiply only their kept blocks; its outputs are the masked model's.
 
     The kept weights are frozen. Gradients reach the inputs, the biases and all other parameters. A layer that has no block-sparse form, or
-    that is faster dense, becomes a plain layer with zeros; ``choose(model)`` says which, and why.
+    that is faster dense, becomes a plain layer with zeros; ``choose(model)`` says which, and why. A warning names the layers that have no
+    block-sparse form, and says so if no layer became block-sparse.
 
     Args:
         model: with masks; it is not changed.
@@ -66,22 +68,52 @@ def block_sparse(
         choices = choose(model, inputs=inputs, rows=rows, forward=forward, progress=progress)
     else:
         choices = fixed_backend(model, backend)
+    if backend not in ("auto", "dense"):  # `choose` has warned already
+        warn_if_all_dense(choices)
+    result, unsupported = convert(model, choices)
+    if unsupported and any(choice.backend != "dense" for choice in choices.rows):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(unsupported.items())[:3])
+        warnings.warn(f"{len(unsupported)} of {len(choices.rows)} masked layers have no block-sparse form ({reasons})", stacklevel=2)
+    return result
+
+
+def convert(model: M, choices: Choices) -> tuple[M, dict[str, str]]:
+    """A new model whose layers run as chosen, and why masked weights have no block-sparse form, by name.
+
+    Raises:
+        ValueError, KeyError: as `block_sparse`.
+
+    Example:
+        >>> from blockprune.export.autotune import fixed_backend
+        >>> from blockprune.export.conversion import convert
+        >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
+        >>> model = bp.apply_masks(nn.Linear(4, 2), {"weight": mask})
+        >>> convert(model, fixed_backend(model, "torch"))
+        (BlockSparseLinear(4, 2, bias=True, 50.0% pruned, torch), {})
+    """
     backends = {choice.name: choice.backend for choice in choices.rows}
     plain = finalize(model)
     new: dict[nn.Module, nn.Module] = {}
+    unsupported: dict[str, str] = {}
     for candidate in find_candidates(model):
+        if candidate.unsupported_reason:
+            unsupported[candidate.name] = candidate.unsupported_reason
         if candidate.name not in backends:
             similar = suggest(candidate.name, backends)
             raise KeyError(f"backend has no choice for {candidate.name!r}{similar}; make the choices from this model: choose(model)")
         if backends[candidate.name] != "dense" and not candidate.unsupported_reason:
             layer = plain.get_submodule(candidate.layer)
             new[layer] = _sparse_layer(layer, candidate, backends[candidate.name])
-    return replace_modules(plain, new.get)
+    result = replace_modules(plain, new.get)
+    prepare_checkpoints(result)
+    return result, unsupported
 
 
 def _sparse_layer(layer: nn.Module, candidate: Candidate, backend: str) -> nn.Module:
     if backend != "2:4":
-        return sparse_layer_like(layer, pack_weight(candidate.weight, candidate.mask), backend)
+        sparse = sparse_layer_like(layer, pack_weight(candidate.weight, candidate.mask), backend)
+        sparse.name = candidate.layer
+        return sparse
     if not semi_structured.is_supported(cast(Tensor, layer.weight)):
         raise ValueError(
             f"{candidate.name} is not {semi_structured.REQUIREMENT}, which backend chooses for it; choose(model) of this model"
@@ -118,7 +150,7 @@ def load_state_dict(model: M, state: Mapping[str, Tensor], *, strict: bool = Tru
         if name not in modules:
             raise KeyError(f"the state dict has a block-sparse layer {name!r} that the model does not have{suggest(name, modules)}")
         prefix = f"{name}." if name else ""
-        new[modules[name]] = _loaded_layer(name, modules[name], [state[prefix + buffer] for buffer in BUFFERS])
+        new[modules[name]] = _loaded_layer(name, modules[name], [state[prefix + key] for key in STATE_KEYS])
     plain = replace_modules(plain, new.get)
     tied = [refs for refs in parameter_refs(plain).values() if len(refs) > 1]
     plain.load_state_dict(state, strict=strict, assign=any(p.is_meta for p in plain.parameters()))
@@ -130,6 +162,7 @@ def load_state_dict(model: M, state: Mapping[str, Tensor], *, strict: bool = Tru
             f"{', '.join(missing[:4])}: still on the meta device, because the state dict has no such tensor; "
             "create the model on a CPU instead"
         )
+    prepare_checkpoints(plain)
     return plain
 
 
@@ -138,17 +171,17 @@ def _block_sparse_layers(state: Mapping[str, Tensor]) -> Iterable[str]:
     for key in state:
         layer = "" if key == "layout" else key.removesuffix(".layout")
         prefix = f"{layer}." if layer else ""
-        if key == f"{prefix}layout" and all(prefix + buffer in state for buffer in BUFFERS):
+        if key == f"{prefix}layout" and all(prefix + part in state for part in STATE_KEYS):
             yield layer
 
 
-def _loaded_layer(name: str, template: nn.Module, buffers: list[Tensor]) -> BlockSparseLinear:
+def _loaded_layer(name: str, template: nn.Module, tensors: list[Tensor]) -> BlockSparseLinear:
     """A layer with a weight of a state dict, and with the bias, device and type of the model's layer."""
     if not isinstance(template, (nn.Linear, nn.Conv2d, BlockSparseLinear)):
         kind = type(template).__name__
         raise ValueError(f"{name}: the state dict has a block-sparse weight for a {kind}; only Linear and Conv2d can have one")
     try:
-        weight = read_buffers(*(tensor.detach().clone() for tensor in buffers))
+        weight = read_state(*(tensor.detach().clone() for tensor in tensors))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     plain: Any = template.weight
@@ -160,7 +193,9 @@ def _loaded_layer(name: str, template: nn.Module, buffers: list[Tensor]) -> Bloc
     if not plain.is_meta:
         values, crow, col = (x.to(plain.device) for x in (weight.values, weight.crow, weight.col))
         weight = attrs.evolve(weight, values=values.to(plain.dtype), crow=crow, col=col)
-    return sparse_layer_like(template, weight)
+    layer = sparse_layer_like(template, weight)
+    layer.name = name
+    return layer
 
 
 def dense(model: M) -> M:
@@ -173,7 +208,9 @@ def dense(model: M) -> M:
         >>> export.dense(sparse)
         Linear(in_features=4, out_features=2, bias=True)
     """
-    return replace_modules(finalize(model), _plain_layer)
+    plain = replace_modules(finalize(model), _plain_layer)
+    prepare_checkpoints(plain)
+    return plain
 
 
 def _plain_layer(module: nn.Module) -> nn.Module | None:

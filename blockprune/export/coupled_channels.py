@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from blockprune.core._compat import (
-    ConvNd,
+from blockprune.core._compat import ConvNd
+from blockprune.core._compat_pruning import (
     PrunedUnit,
     PruningNode,
     channel_count,
@@ -54,6 +54,11 @@ class ChannelGroup:
     head_size: int = 0
 
 
+def first_line(error: Exception) -> str:
+    """The type and the first line of an error, for a reason in one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 def mixes_channels(module: nn.Module) -> bool:
     """Whether every output of a layer is a weighted sum of all its input channels."""
     return isinstance(module, nn.Linear) or (isinstance(module, ConvNd) and module.groups == 1)
@@ -80,9 +85,21 @@ class CouplingGraph:
     Args:
         model: to trace; its parameters get gradients, so give a copy.
         run: model -> the output tensors on the example.
+        unused_reasons: why the units of a side of a layer must stay, because something may read them that the example does not use.
     """
 
-    def __init__(self, model: nn.Module, run: Callable[[nn.Module], Iterable[Tensor]]) -> None:
+    def __init__(
+        self, model: nn.Module, run: Callable[[nn.Module], Iterable[Tensor]], unused_reasons: Mapping[LayerSide, str] | None = None
+    ) -> None:
+        self._modules, self._unused_reasons = dict(model.named_modules()), unused_reasons or {}
+        self._nodes: dict[Any, PruningNode] = {}
+        self._failure = ""
+        try:
+            self._build(model, run)
+        except Exception as error:  # Torch-Pruning supports some operations only, and raises anything at others
+            self._nodes, self._failure = {}, f"Torch-Pruning's graph cannot follow the model ({first_line(error)})"
+
+    def _build(self, model: nn.Module, run: Callable[[nn.Module], Iterable[Tensor]]) -> None:
         import torch_pruning  # noqa: PLC0415 (an extra)
 
         for p in model.parameters():
@@ -94,7 +111,6 @@ class CouplingGraph:
             )
         self._op = operation_types()
         self._nodes = nodes_by_module(self._graph)
-        self._modules = dict(model.named_modules())
         self._names: dict[Any, str] = {module: name for name, module in self._modules.items()} | {p: n for n, p in model.named_parameters()}
         self._tied = {ref.owner for shared in parameter_refs(model).values() if len(shared) > 1 for ref in shared}
         for node in self._nodes.values():
@@ -108,7 +124,14 @@ class CouplingGraph:
         """
         node = self._nodes.get(self._modules[name])
         if node is None:
-            return None, defaultdict(lambda: UNKNOWN)
+            return None, defaultdict(lambda: self._failure or UNKNOWN)
+        try:
+            return self._group(node, name, side, input_reasons)
+        except Exception as error:
+            failure = f"Torch-Pruning's graph cannot follow it from {name} ({first_line(error)})"
+            return None, defaultdict(lambda: failure)
+
+    def _group(self, node: PruningNode, name: str, side: str, input_reasons: InputReasons) -> tuple[ChannelGroup | None, dict[int, str]]:
         width, start = self._width(node, side), (node, self._handler(node, side))
         reached, reasons = self._propagate(start, width, input_reasons)
         if side == "inputs":
@@ -174,18 +197,21 @@ class CouplingGraph:
     def _node_reasons(self, node: PruningNode, side: str, input_reasons: InputReasons) -> Sequence[str | None]:
         """Why each channel of a node must stay, or None if it need not; empty for an operation, because of which no channel stays."""
         module, name, width = node.module, self._names.get(node.module, ""), self._width(node, side)
-        if node.type == self._op.OUTPUT:
-            return [OUTPUT] * width
-        if node.module not in self._names:
+        if node.type != self._op.OUTPUT and node.module not in self._names:
             return []
-        if node.type in (self._op.LN, self._op.GN):
-            return [f"{name} ({type(module).__name__}) normalises over all channels"] * width
         grouped = isinstance(module, ConvNd) and not (mixes_channels(module) or is_depthwise(module))
-        if grouped or node.type in (self._op.MHA, self._op.LSTM):
-            return [f"{name} ({type(module).__name__}) cannot lose single channels"] * width
-        if module in self._tied or (isinstance(module, nn.Module) and parametrize.is_parametrized(module)):
-            return [f"the weight of {name} is tied to another or computed"] * width
-        return input_reasons[name] if mixes_channels(module) and side == "inputs" else [None] * width
+        reason = self._unused_reasons.get((name, side))
+        if node.type == self._op.OUTPUT:
+            reason = OUTPUT
+        elif node.type in (self._op.LN, self._op.GN):
+            reason = f"{name} ({type(module).__name__}) normalises over all channels"
+        elif grouped or node.type in (self._op.MHA, self._op.LSTM):
+            reason = f"{name} ({type(module).__name__}) cannot lose single channels"
+        elif module in self._tied or (isinstance(module, nn.Module) and parametrize.is_parametrized(module)):
+            reason = f"the weight of {name} is tied to another or computed"
+        elif reason is None and mixes_channels(module) and side == "inputs":
+            return input_reasons[name]
+        return [reason] * width
 
     def _reasons_of_inputs(self, width: int, reached: Reached, reasons: dict[int, str], input_reasons: InputReasons) -> dict[int, str]:
         """Why the inputs of a layer stay: the reasons of the layers that compute them."""
@@ -193,7 +219,7 @@ class CouplingGraph:
             (n, channels) for (n, handler), channels in reached.items() if mixes_channels(n.module) and self._side(n, handler) == "outputs"
         ]
         for node, channels in producers:
-            producer_reasons = self.group(self._names[node.module], "outputs", input_reasons)[1]
+            producer_reasons = self._group(node, self._names[node.module], "outputs", input_reasons)[1]
             reasons = {c.root_idx: producer_reasons[c.idx] for c in channels if c.idx in producer_reasons} | reasons
         produced = {c.root_idx for _, channels in producers for c in channels}
         return {i: INPUT for i in range(width) if i not in produced} | reasons

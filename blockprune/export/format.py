@@ -1,12 +1,15 @@
 """How the kept blocks of a matrix are stored: as ordinary tensors, which a state dict can hold and every kernel reads."""
 
+import weakref
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import attrs
 import torch
 from torch import Tensor
 
+from blockprune.core._compat import version_counter
 from blockprune.core.grid import BlockGrid
 
 # Larger blocks are stored as several, so that the numbers of one step of a kernel lie close together in memory.
@@ -98,12 +101,24 @@ def to_layout(sparse: BlockSparse, *, paired: bool) -> BlockSparse:
     if sparse.paired == paired:
         return sparse
     (rows, columns), (height, width) = sparse.shape, sparse.block
-    keep = sparse.col.new_zeros(len(sparse.crow) - 1, -(-columns // width), dtype=torch.bool)
-    keep[torch.repeat_interleave(sparse.crow.diff()), sparse.col[: int(sparse.crow[-1])].long()] = True
+    keep = kept_blocks(sparse)
     max_merged = 1 if paired else max(1, min(rows, _MAX_HEIGHT[False]) // height)
     merged = next(count for count in range(max_merged, 0, -1) if _can_merge(keep, count))
     grid = BlockGrid(sparse.shape, (merged * height, min(width, columns)))
     return pack(unpack(sparse), keep[::merged], grid, paired=paired)
+
+
+def kept_blocks(sparse: BlockSparse) -> Tensor:
+    """Which blocks are stored: bool ``[block rows, block columns]``.
+
+    Example:
+        >>> from blockprune.export.format import kept_blocks, pack
+        >>> kept_blocks(pack(torch.ones(2, 4), torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2))))
+        tensor([[ True, False]])
+    """
+    keep = sparse.col.new_zeros(len(sparse.crow) - 1, -(-sparse.shape[1] // sparse.block[1]), dtype=torch.bool)
+    keep[torch.repeat_interleave(sparse.crow.diff()), sparse.col[: int(sparse.crow[-1])].long()] = True
+    return keep
 
 
 def unpack(sparse: BlockSparse) -> Tensor:
@@ -180,6 +195,57 @@ def validate(sparse: BlockSparse) -> None:
     _validate_indices(sparse)
     if len(values) != (expected := _kept_elements(sparse)):
         raise _invalid(sparse, f"values has {len(values)} numbers and must have {expected}")
+    if not (crow.is_inference() or col.is_inference()):  # torch does not count writes to inference tensors
+        key = id(col)
+        _validated[key] = _Validated(weakref.ref(col, lambda _: _validated.pop(key, None)), crow, _index_state(sparse))
+
+
+def ensure_valid(sparse: BlockSparse, name: str = "") -> None:
+    """`validate` a weight whose indices were written or replaced since they were last validated, which torch's version counters tell.
+
+    While a CUDA graph is captured, indices cannot be read and are not validated.
+
+    Args:
+        sparse: the weight.
+        name: of the layer; the error message begins with it.
+
+    Raises:
+        ValueError: as `validate`.
+
+    Example:
+        >>> from blockprune.export.format import ensure_valid, pack
+        >>> sparse = pack(torch.ones(4, 4), torch.ones(2, 2).bool(), bp.BlockGrid((4, 4), (2, 2)))
+        >>> ensure_valid(sparse)
+        >>> sparse.col[0] = -1
+        >>> ensure_valid(sparse, "fc")
+        Traceback (most recent call last):
+        ValueError: fc: a block-sparse weight of shape (4, 4) in blocks (2, 2): col must be from 0 to 1; it is from -1 to 1; ...
+    """
+    entry = _validated.get(id(sparse.col))
+    if entry and entry.col() is sparse.col and entry.crow is sparse.crow and entry.state == _index_state(sparse):
+        return
+    if sparse.col.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    try:
+        validate(sparse)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}" if name else str(error)) from None
+
+
+class _Validated(NamedTuple):
+    """Indices that `validate` accepted."""
+
+    col: "weakref.ref[Tensor]"
+    crow: Tensor
+    state: tuple[Any, ...]
+
+
+_validated: dict[int, _Validated] = {}  # by the id of col, as long as it lives
+
+
+def _index_state(sparse: BlockSparse) -> tuple[Any, ...]:
+    """What changes when an index is written, or compared with another shape or other values."""
+    return version_counter(sparse.crow), version_counter(sparse.col), len(sparse.values), sparse.shape, sparse.block
 
 
 def _validate_indices(sparse: BlockSparse) -> None:

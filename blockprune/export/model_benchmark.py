@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from blockprune.core._compat import tree_leaves, tree_map_only
 from blockprune.core.table import Rows, Table
 from blockprune.core.types import BlockMask
-from blockprune.export.autotune import backends
-from blockprune.export.conversion import block_sparse, dense
+from blockprune.export.autotune import backends, fixed_backend
+from blockprune.export.conversion import convert, dense
 from blockprune.export.dense_baselines import PackedLinear, onednn_packed
 from blockprune.export.semi_structured import SemiStructuredLinear
 from blockprune.export.sparse_layers import BlockSparseLinear
 from blockprune.export.timing import cuda_graphed, median_seconds, synchronized
-from blockprune.model.apply import apply_masks, read_masks
+from blockprune.model.apply import apply_masks, parameter_masks
 from blockprune.model.running import Forward, default_forward
 
 SPARSITIES = (0.5, 0.75, 0.9, 0.95)  # tried, with the same blocks, where a model is not faster than dense
@@ -124,7 +124,7 @@ def benchmark(
         speedups = ms[rival] / ms[name], ms[fastest] / ms[name]
         rows.append(ModelSpeed(name, _dtype_name(dtype), ms[name], 1e3 * batch_size / ms[name], _mebibytes(compared), *speedups))
         if name in named:
-            sentences.append(_sentence(rows[-1], rival))
+            sentences += [_sentence(rows[-1], rival), _dense_sentence(name, compared, baselines["dense"], model)]
             if rows[-1].speedup_same_dtype <= 1:
                 sentences.append(_sparsity_sentence(model, dtype, ms[rival], timer))
     return SpeedComparison(tuple(rows), " ".join(filter(None, sentences)) or f"The fastest model is {fastest}.")
@@ -172,16 +172,26 @@ def _sentence(speed: ModelSpeed, rival: str) -> str:
     return f"{speed.name} is not faster than dense: it is {speed.speedup_same_dtype:.2f} times as fast as {rival}."
 
 
+def _dense_sentence(name: str, compared: nn.Module, plain: nn.Module, model: nn.Module) -> str:
+    """That no masked layer became block-sparse, if a model has the parameters of the dense one; otherwise empty."""
+    masks = parameter_masks(model)
+    shapes, dense_shapes = ({key: p.shape for key, p in m.named_parameters()} for m in (compared, plain))
+    if not masks or shapes != dense_shapes:
+        return ""
+    return f"0 of {len(masks)} masked layers of {name} are block-sparse; choose(model) lists the reason of each."
+
+
 def _sparsity_sentence(model: nn.Module, dtype: torch.dtype, dense_ms: float, timer: Timer) -> str:
     """From which sparsity random masks in the same blocks are faster than dense; empty if the model has no masks."""
-    masks, generator = read_masks(model), torch.Generator().manual_seed(0)
+    masks, generator = parameter_masks(model), torch.Generator().manual_seed(0)
     if not masks:
         return ""
     speedup = 0.0
     backend = next(row.name for row in backends().rows if row.available)
     for sparsity in SPARSITIES:
         random = {name: BlockMask(torch.rand(m.grid.size, generator=generator) >= sparsity, m.grid) for name, m in masks.items()}
-        sparser = block_sparse(apply_masks(copy.deepcopy(model), random), backend=backend).to(dtype)
+        masked = apply_masks(copy.deepcopy(model), random)
+        sparser = convert(masked, fixed_backend(masked, backend))[0].to(dtype)
         speedup = dense_ms / timer({"sparser": sparser})["sparser"]
         if speedup > 1:
             return f"The same blocks would be faster at {sparsity:.0%} pruned: {speedup:.2f} times as fast."
@@ -204,7 +214,8 @@ def _to_dtype(inputs: Any, dtype: torch.dtype) -> Any:
 
 def _mebibytes(model: nn.Module) -> float:
     packed = [module.plain for module in model.modules() if isinstance(module, PackedLinear)]
-    nbytes = {x.data_ptr(): x.nbytes for x in [*model.parameters(), *model.buffers(), *packed]}
+    indices = [x for module in model.modules() if isinstance(module, BlockSparseLinear) for x in (module.crow, module.col, module.layout)]
+    nbytes = {x.data_ptr(): x.nbytes for x in [*model.parameters(), *model.buffers(), *packed, *indices]}
     return sum(nbytes.values()) / 2**20
 
 

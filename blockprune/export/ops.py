@@ -9,7 +9,7 @@ from torch import Tensor
 
 from blockprune.core._compat import forward_ad_is_active, functorch_is_active
 from blockprune.export import triton_launch
-from blockprune.export.format import BlockSparse, block_rows
+from blockprune.export.format import BlockSparse, block_rows, ensure_valid
 from blockprune.native import spmm
 
 BACKENDS = ("native", "triton", "torch")
@@ -27,7 +27,7 @@ def linear_op(
     paired: bool,
     backend: str,
 ) -> Tensor:
-    """``x W^T + bias`` of ``x [..., columns]`` with a validated block-sparse ``W [rows, columns]`` (`format.BlockSparse`): ``[..., rows]``.
+    """``x W^T + bias`` of ``x [..., columns]`` with a block-sparse ``W [rows, columns]`` (`format.BlockSparse`): ``[..., rows]``.
 
     With the backends "native" and "triton", the layout of the weight decides which kernel runs: the compiled one for CPUs (``paired``) or
     the Triton one for GPUs. Types and devices that the kernel does not support are computed by `torch_product`. Inside `torch.func` use
@@ -41,6 +41,7 @@ def linear_op(
         tensor([[2., 2., 2., 2.]])
     """
     weight = BlockSparse(values, crow, col, (shape[0], shape[1]), (block[0], block[1]), paired)
+    ensure_valid(weight)
     out = compiled_product(x, weight, bias, backend)
     return torch_product(x, weight, bias) if out is None else out
 
@@ -59,9 +60,11 @@ def linear_input_grad_op(
         tensor([[4., 4., 0., 0.]])
     """
     row_count, column_count = shape
+    weight = BlockSparse(values, crow, col, (row_count, column_count), (block[0], block[1]), paired)
+    ensure_valid(weight)
     flat = grad.reshape(-1, row_count).mT  # [rows, n]
     out = flat.new_zeros(column_count, flat.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))  # a sum over block rows
-    for rows, columns, weights in block_rows(BlockSparse(values, crow, col, (row_count, column_count), (block[0], block[1]), paired)):
+    for rows, columns, weights in block_rows(weight):
         out.index_add_(0, columns, (weights @ flat[rows]).to(out.dtype))
     return out.mT.to(grad.dtype).contiguous().view(*grad.shape[:-1], column_count)
 

@@ -149,7 +149,7 @@ def recommend_blocks(
     dtype: torch.dtype = torch.float32,
     graph: bool = False,
     rounds: int = 5,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> BlockRecommendation:
     """Time layers of these shapes on this machine, with random masks in several blocks and sparsities, against the fastest dense kernel.
 
@@ -162,7 +162,7 @@ def recommend_blocks(
         dtype: of weights and inputs.
         graph: on a GPU, time layers as a CUDA graph replays them, as in `choose`.
         rounds: of measurement, of which the median counts.
-        progress: show a progress bar.
+        progress: show a progress bar; by default in a terminal and in a notebook.
 
     Raises:
         ValueError: no layers, no input rows, inputs that do not fit a layer, a block with too many axes, or a sparsity outside (0, 1).
@@ -199,7 +199,7 @@ def cost_table(
     dtype: torch.dtype = torch.float32,
     graph: bool = False,
     rounds: int = 9,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> BlockCosts:
     """What one kept block costs on this machine, from the times of each layer at 50 and 90 % sparsity: a price for budgets in milliseconds.
 

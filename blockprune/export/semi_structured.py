@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blockprune.core._compat import compress_two_of_four, search_two_of_four, two_of_four_product
+from blockprune.core.grid import BlockGrid
+from blockprune.core.types import BlockMask
 
 _DTYPES = (torch.bfloat16,)  # in float16, cuSPARSELt's search for an algorithm ended in an illegal instruction (H200, torch 2.11)
 REQUIREMENT = "2:4 in bfloat16 on a GPU, with sides that are multiples of 16"
@@ -89,6 +91,10 @@ class SemiStructuredLinear(nn.Module):
     def weight(self) -> Tensor:
         """The dense weight, zero where pruned. Each read computes it by a product."""
         return _dense(self.values, self.algorithm, self.out_features, self.in_features)
+
+    def block_mask(self) -> BlockMask:
+        """Which elements of the dense ``weight`` are not zero, in blocks of one element."""
+        return BlockMask(self.weight != 0, BlockGrid((self.out_features, self.in_features), (1, 1)))
 
     def forward(self, input: Tensor) -> Tensor:
         if input.ndim == 0 or input.shape[-1] != self.in_features:

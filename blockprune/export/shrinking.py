@@ -1,6 +1,5 @@
 """A smaller dense model without the units that masks have emptied, with the same outputs."""
 
-import contextlib
 import copy
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,15 +10,16 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from blockprune.core._compat import ConvNd, tree_leaves, tree_map_only
+from blockprune.core._compat import tree_leaves, tree_map_only
 from blockprune.core.table import Rows, Table
+from blockprune.export.constant_units import Run, constant_inputs, is_empty, prunable_layers, unused_reasons
 from blockprune.export.coupled_channels import (
     ChannelGroup,
     CouplingGraph,
     InputReasons,
     LayerSide,
     channel_axes,
-    is_depthwise,
+    first_line,
     mixes_channels,
     update_head_counts,
 )
@@ -34,9 +34,7 @@ from blockprune.model.running import (
 )
 
 TOLERANCE = 1e-5  # relative to the largest output; outputs are compared in float64, so rounding does not matter
-NOISE = [(scale, sign) for scale in (0.3, 3.0, 30.0, 300.0) for sign in (1, -1)]  # both signs, so that it passes through every ReLU
 
-Run = Callable[..., list[Tensor]]  # (model, change of the inputs, seed) -> the output tensors on the example
 GroupKey = frozenset[tuple[LayerSide, frozenset[int]]]  # a group, by the channels' indices in the given model
 
 
@@ -82,15 +80,17 @@ class ShrinkResult(Table):
 def shrink(model: nn.Module, example: Any, *, forward: Forward = default_forward) -> ShrinkResult:
     """A new, smaller model without the units, filters, channels and attention heads that masks have emptied, with the same outputs.
 
-    A unit is removed if every layer that reads it has zero weights for it, or if its value does not depend on the input. A constant that
-    is not zero moves into the biases of the layers that read it. Noise in place of what layers compute shows which units are constant.
+    A unit is removed if every layer that reads it has zero weights for it, or if its value is computed from parameters, buffers and
+    constants alone. A constant that is not zero moves into the biases of the layers that read it. Every operation of a run on the example
+    is followed to see what depends on an input, of any type. Only attention is taken for an average although a mask may hide all tokens.
 
     Torch-Pruning's graph (extra ``shrink``) proposes which units must be removed together. Each proposal is checked: in evaluation mode,
-    the outputs on the example must stay the same, to 1e-5 of the largest output. Units that fail the check are kept.
+    the outputs on the example must stay the same, to 1e-5 of the largest output. Units that fail the check are kept, and so are units that
+    the graph cannot follow and units that a layer may read which the example does not use.
 
     Args:
         model: with masks; it is not changed. Sizes that a model keeps elsewhere, such as a Hugging Face ``config``, are not updated.
-        example: a batch of several items that the model can run; the smaller model runs any batch.
+        example: a batch of several items that the model can run, and that uses all of its layers; the smaller model runs any batch.
         forward: (model, example) -> output, as in `Calibration`.
 
     Raises:
@@ -118,15 +118,16 @@ def shrink(model: nn.Module, example: Any, *, forward: Forward = default_forward
         working, run = _float64_model(plain, example, forward)
         with torch.no_grad():
             check = partial(_output_change, run, run(working))
+            reasons_of_unused = unused_reasons(working, run)
         state = _State(working)
         while True:  # removed units may leave others unread or constant
-            constants, input_reasons = _constant_inputs(state.model, run)
-            graph = CouplingGraph(copy.deepcopy(state.model), run)
+            constants, input_reasons = constant_inputs(state.model, run)
+            graph = CouplingGraph(copy.deepcopy(state.model), run, reasons_of_unused)
             passed = state.remove_groups(graph, constants, input_reasons, check)
             if not passed:
                 break
         kept = tuple(state.empty_units(plain, graph, input_reasons))
-    sides = [(name, side) for name, _ in _layers(plain) for side in ("outputs", "inputs")]
+    sides = [(name, side) for name, _ in prunable_layers(plain) for side in ("outputs", "inputs")]
     removed = tuple(_units(plain, side, state.removed[side]) for side in sides if side in state.removed)
     return ShrinkResult(_restore_dtypes(state.model, plain), removed, kept)
 
@@ -143,7 +144,7 @@ class _State:
         self, graph: CouplingGraph, constants: dict[str, Tensor], input_reasons: InputReasons, check: Callable[[nn.Module], str]
     ) -> bool:
         """Remove all groups that pass the check; return whether there are any."""
-        proposed = [group for name, _ in _layers(self.model) if (group := graph.group(name, "outputs", input_reasons)[0])]
+        proposed = [group for name, _ in prunable_layers(self.model) if (group := graph.group(name, "outputs", input_reasons)[0])]
         groups = {key: group for group in proposed if (key := self._key(group)) not in self.failed}
         self.model, passed = _bisect_removal(self.model, groups, partial(_without, graph=graph, constants=constants), check, self.failed)
         for layer_side, indices in (item for key in passed for item in key):
@@ -152,9 +153,9 @@ class _State:
 
     def empty_units(self, plain: nn.Module, graph: CouplingGraph, input_reasons: InputReasons) -> Iterator[Units]:
         """The units that are empty but were not removed, by reason."""
-        for name, layer in _layers(self.model):
+        for name, layer in prunable_layers(self.model):
             for side in ("outputs", "inputs") if mixes_channels(layer) else ("outputs",):
-                empty = _is_empty(layer, side).nonzero().flatten().tolist()
+                empty = is_empty(layer, side).nonzero().flatten().tolist()
                 graph_reasons = graph.group(name, side, input_reasons)[1] if empty else {}
                 by_reason: dict[str, list[int]] = {}
                 for index, original in zip(empty, self._original_indices((name, side), empty), strict=True):
@@ -183,9 +184,9 @@ class _State:
 def _float64_model(plain: nn.Module, example: Any, forward: Forward) -> tuple[nn.Module, Run]:
     """A copy, in float64 if the model can run so, and a function that runs it on the example."""
 
-    def run(model: nn.Module, change: Callable[[Tensor], Tensor] = torch.clone, seed: int = 0) -> list[Tensor]:
-        torch.manual_seed(seed)
-        inputs = tree_map_only(Tensor, change, to_model_device(model, example))
+    def run(model: nn.Module) -> list[Tensor]:
+        torch.manual_seed(0)
+        inputs = tree_map_only(Tensor, torch.clone, to_model_device(model, example))
         with disable_attention_fastpath():
             return [leaf for leaf in tree_leaves(forward(model, inputs)) if isinstance(leaf, Tensor)]
 
@@ -194,92 +195,6 @@ def _float64_model(plain: nn.Module, example: Any, forward: Forward) -> tuple[nn
     if not outputs:
         raise ValueError("the model's output on the example has no tensors to compare; pass a forward= that returns some")
     return working, run
-
-
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The layers whose channels can be removed, by name."""
-    return [(name, m) for name, m in model.named_modules() if mixes_channels(m) or is_depthwise(m) or isinstance(m, nn.Embedding)]
-
-
-def _is_empty(layer: nn.Module, side: str) -> Tensor:
-    """Which outputs or inputs of a layer have only zero weights: bool ``[units]``."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    return weight.detach().movedim(channel_axes(layer)[side == "inputs"], 0).flatten(1).eq(0).all(1)
-
-
-@torch.no_grad()
-def _constant_inputs(model: nn.Module, run: Run) -> tuple[dict[str, Tensor], dict[str, list[str | None]]]:
-    """The constant value of each layer's inputs, zero for those that are not constant or not read; and why each must stay, or None."""
-    lowest, highest = _input_ranges(model, run)
-    constants: dict[str, Tensor] = {}
-    reasons: dict[str, list[str | None]] = {}
-    for name, layer in [(name, layer) for name, layer in _layers(model) if mixes_channels(layer)]:
-        unread = _is_empty(layer, "inputs")
-        unknown = torch.full_like(unread, torch.nan, dtype=torch.float64)
-        low, high = lowest.get(name, unknown), highest.get(name, unknown)
-        constant = (high - low) <= 1e-6 * torch.maximum(low.abs(), high.abs())  # False for NaN
-        constants[name] = torch.where(constant & ~unread, (low + high) / 2, 0)
-        padded = constant & (constants[name] != 0) & _pads_with_zeros(layer)
-        removable = unread | (constant & ~padded)
-        reasons[name] = [
-            None if free else f"it is constant, but {name} pads it with zeros" if pads else f"{name} reads it"
-            for free, pads in zip(removable.tolist(), padded.tolist(), strict=True)
-        ]
-    return constants, reasons
-
-
-def _input_ranges(model: nn.Module, run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The lowest and the highest value of each input channel ``[channels]``, by layer, under noise of several sizes and both signs.
-
-    Noise is added to the inputs of the model, and replaces the outputs of its layers, except those with zero weights. What stays constant
-    under all noise depends on no input. Both are empty if the model fails on noise.
-    """
-    lowest: dict[str, Tensor] = {}
-    highest: dict[str, Tensor] = {}
-
-    def record_range(layer: nn.Module, args: Any, kwargs: Any, *, name: str) -> None:
-        x: Tensor = args[0] if args else kwargs["input"]
-        low, high = x.movedim(_channel_axis(layer), -1).flatten(0, -2).aminmax(dim=0)
-        lowest[name] = torch.minimum(low, lowest.get(name, low))
-        highest[name] = torch.maximum(high, highest.get(name, high))
-
-    def replace_output(layer: nn.Module, _: Any, output: Tensor, *, scale: float) -> Tensor:
-        channel_axis = _channel_axis(layer) % output.ndim
-        empty = _is_empty(layer, "outputs").view([-1 if axis == channel_axis else 1 for axis in range(output.ndim)])
-        return torch.where(empty, output, _noise(output, scale))
-
-    def add_noise(x: Tensor, *, scale: float) -> Tensor:
-        return x + _noise(x, scale) if x.is_floating_point() else x.clone()
-
-    try:
-        for size, sign in NOISE:
-            with contextlib.ExitStack() as stack:
-                for name, layer in _layers(model):
-                    if mixes_channels(layer):
-                        stack.callback(layer.register_forward_pre_hook(partial(record_range, name=name), with_kwargs=True).remove)
-                    if not is_depthwise(layer):
-                        stack.callback(layer.register_forward_hook(partial(replace_output, scale=sign * size)).remove)
-                run(model, partial(add_noise, scale=sign * size), seed=int(10 * size))
-    except Exception:  # a model may fail on noise; then only zero weights show which units are not needed
-        return {}, {}
-    return lowest, highest
-
-
-def _noise(like: Tensor, scale: float) -> Tensor:
-    return scale * (1 + torch.rand_like(like)) * torch.randn_like(like).sign()
-
-
-def _channel_axis(layer: nn.Module) -> int:
-    """The axis of a layer's inputs and outputs that its channels lie along, counted from the last."""
-    return -1 - len(layer.kernel_size) if isinstance(layer, ConvNd) else -1
-
-
-def _pads_with_zeros(layer: nn.Module) -> bool:
-    """Whether some outputs are computed from fewer inputs than others, so that a constant input does not add the same to all."""
-    if not isinstance(layer, ConvNd):
-        return False
-    pads = layer.padding == "same" if isinstance(layer.padding, str) else any(layer.padding)
-    return layer.transposed or (pads and layer.padding_mode == "zeros")
 
 
 def _bisect_removal(
@@ -298,8 +213,7 @@ def _bisect_removal(
             smaller = without(model, [groups[key] for key in [*passed, *keys]])
             failure = check(smaller)
         except Exception as error:  # the model's own code may raise anything on other sizes
-            first_line = str(error).strip().partition("\n")[0]
-            failure = f"without it the model cannot run ({type(error).__name__}: {first_line})"
+            failure = f"without it the model cannot run ({first_line(error)})"
         if not failure:
             passed, smallest = [*passed, *keys], smaller
         elif len(keys) > 1:
@@ -353,7 +267,7 @@ def _output_change(run: Run, expected: list[Tensor], model: nn.Module) -> str:
 
 def _units(plain: nn.Module, layer_side: LayerSide, indices: Iterable[int], reason: str = "") -> Units:
     name, side = layer_side
-    return Units(name, side, tuple(sorted(indices)), len(_is_empty(plain.get_submodule(name), side)), reason)
+    return Units(name, side, tuple(sorted(indices)), len(is_empty(plain.get_submodule(name), side)), reason)
 
 
 def _restore_dtypes(smaller: nn.Module, plain: nn.Module) -> nn.Module:

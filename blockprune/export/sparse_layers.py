@@ -1,37 +1,44 @@
 """Layers that hold and multiply only the kept blocks of their weight."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blockprune.core._compat import conv_padding
+from blockprune.core._compat import conv_padding, dispatch_mode_is_active, is_tracing
 from blockprune.core.grid import BlockGrid, expand
 from blockprune.core.types import BlockMask
 from blockprune.export import triton_launch
-from blockprune.export.format import BlockSparse, pack, to_layout, unpack, validate
+from blockprune.export.format import BlockSparse, ensure_valid, kept_blocks, pack, to_layout, unpack, validate
 from blockprune.export.ops import BACKENDS, compiled_product, linear
 
-BUFFERS = ("values", "crow", "col", "layout")  # of a block-sparse weight in a state dict
+INDICES = ("crow", "col", "layout")
+STATE_KEYS = ("values", *INDICES)  # of a block-sparse weight in a state dict
 
 
 class BlockSparseLinear(nn.Module):
-    """A Linear whose kept blocks are ordinary buffers and do not train; its bias, if any, remains a parameter.
+    """A Linear whose kept weights are a buffer and do not train; its bias, if any, remains a parameter.
 
     Its state dict holds ``values``, ``crow`` and ``col`` (see `format.BlockSparse`), ``layout`` (rows, columns, height and width of a
     stored block, and 1 for the CPU layout or 0 for the GPU layout) and ``bias``. A weight of the same shape with other kept blocks loads
     into it; indices out of range are refused. After ``to`` and ``load_state_dict`` too, the weight is in the layout of its device. Tensors
     that are copied one by one into another layer are valid there only if both layers are on GPUs, or neither is.
 
+    The indices ``crow``, ``col`` and ``layout`` are plain attributes, not buffers, and the state dict holds copies of them: a moving
+    average over buffers or over a state dict must not average them. For the same reason DistributedDataParallel does not send them to
+    other processes, so all must export the same masks. Indices that were written or replaced are validated before the next product, so
+    that no kernel reads out of bounds; writes through ``.data``, NumPy or another process, which torch does not count, are not noticed.
+
     Args:
         weight: the kept blocks of ``[out_features, in_features]``.
         bias: ``[out_features]`` or None; shared, not copied.
-        backend: "native" or "triton" (the device decides which of the two runs; torch computes what it does not support), or "torch".
+        backend: "native" or "triton" (the device decides which of them runs; torch computes what it does not support), or "torch".
 
     Raises:
-        ValueError: a weight whose tensors do not fit each other, a bias that does not fit the weight, or an unknown backend.
+        ValueError: a weight whose tensors do not fit each other, a bias that does not fit the weight, or an unknown backend; in
+            ``forward``, indices that were changed and are no longer valid. The message begins with ``name``.
 
     Example:
         >>> from blockprune import export
@@ -58,8 +65,8 @@ class BlockSparseLinear(nn.Module):
                 f"a bias of shape {tuple(bias.shape)} does not fit a weight of shape {weight.shape}: it must be ({weight.shape[0]},)"
             )
         self.backend = backend
-        for name in BUFFERS:
-            self.register_buffer(name, None)
+        self.name = ""  # of the layer in the model that it was exported from; error messages begin with it
+        self.register_buffer("values", None)
         self._store(weight)
         self.register_parameter("bias", bias)
 
@@ -75,8 +82,29 @@ class BlockSparseLinear(nn.Module):
 
     @property
     def packed_weight(self) -> BlockSparse:
-        """The weight as it is stored."""
-        return BlockSparse(self.values, self.crow, self.col, self.shape, self.block, self.paired)
+        """The weight as it is stored.
+
+        Raises:
+            ValueError: its indices were changed and are no longer valid.
+        """
+        weight = BlockSparse(self.values, self.crow, self.col, self.shape, self.block, self.paired)
+        ensure_valid(weight, self.name)
+        return weight
+
+    def block_mask(self) -> BlockMask:
+        """Which elements of the dense ``weight`` are stored. Blocks are those of the storage, which may be smaller than the pruned ones.
+
+        Raises:
+            ValueError: as `packed_weight`.
+
+        Example:
+            >>> from blockprune import export
+            >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((4, 4), (4, 2)))
+            >>> export.BlockSparseLinear(export.pack_weight(torch.ones(4, 4), mask), None).block_mask() == mask
+            True
+        """
+        keep, (height, width) = kept_blocks(self.packed_weight), self.block
+        return BlockMask(keep, BlockGrid(self.shape, (height, min(width, self.shape[1]))))
 
     @property
     def weight(self) -> Tensor:
@@ -89,7 +117,7 @@ class BlockSparseLinear(nn.Module):
                 f"an input of shape {tuple(input.shape)} does not fit a weight of shape {self.shape}: its last axis must be {self.shape[1]}"
             )
         values, bias = self.values, cast(Tensor | None, self.bias)
-        if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
+        if not input.is_meta and torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(input.device.type)
             input, values, bias = input.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
         if input.dtype != values.dtype:
@@ -97,65 +125,83 @@ class BlockSparseLinear(nn.Module):
                 f"an input of {input.dtype} does not fit a weight of {values.dtype}; "
                 f"convert one of them: model.to({input.dtype}) or input.to(...)"
             )
-        if not torch.compiler.is_compiling():  # calling the kernel directly avoids the overhead of torch's dispatcher
-            weight = BlockSparse(values, self.crow, self.col, self.shape, self.block, self.paired)
-            out = compiled_product(input, weight, bias, self.backend)
+        # tools such as accelerate move parameters and buffers one by one, and leave other tensors on their device
+        crow, col = self.crow.to(values.device), self.col.to(values.device)
+        if not (values.is_meta or torch.compiler.is_compiling() or is_tracing() or dispatch_mode_is_active()):
+            weight = BlockSparse(values, crow, col, self.shape, self.block, self.paired)
+            ensure_valid(weight, self.name)
+            out = compiled_product(input, weight, bias, self.backend)  # a direct call avoids the overhead of torch's dispatcher
             if out is not None:
                 return out
-        return linear(input, bias, values, self.crow, self.col, self.shape, self.block, self.paired, self.backend)
+        return linear(input, bias, values, crow, col, self.shape, self.block, self.paired, self.backend)
 
     def _store(self, weight: BlockSparse) -> None:
         """Store a weight in the layout of its device."""
         weight = to_layout(weight, paired=not triton_launch.uses_gpu_layout(weight.values.device))
         self.shape, self.block, self.paired = weight.shape, weight.block, weight.paired
-        self.values, self.crow, self.col = weight.values, weight.crow, weight.col
-        self.layout = torch.tensor([*weight.shape, *weight.block, weight.paired], device=weight.values.device)
+        self.values = weight.values
+        layout = torch.tensor([*weight.shape, *weight.block, weight.paired], device=weight.values.device)
+        self._set_indices(weight.crow, weight.col, layout)
+
+    def _set_indices(self, *indices: Tensor) -> None:
+        with torch.inference_mode(False):  # torch does not count writes to an inference tensor
+            self.crow, self.col, self.layout = (x.clone() if x.is_inference() else x for x in indices)
 
     def _convert_layout(self) -> None:
         """Convert a weight that came from another kind of device to the layout of this one."""
         if not self.values.is_meta and self.paired == triton_launch.uses_gpu_layout(self.values.device):
             self._store(self.packed_weight)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination |= {prefix + name: getattr(self, name).clone() for name in INDICES}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *args: Any
+    ) -> None:
         """Load a weight with any number of blocks if its tensors fit each other; otherwise report why not and change nothing."""
-        if present := [name for name in BUFFERS if prefix + name in state_dict]:
+        if present := [name for name in STATE_KEYS if prefix + name in state_dict]:
             try:
                 new = self._read_state(state_dict, prefix, present)
             except ValueError as error:
                 cast(list[str], args[-1]).append(f"{prefix.removesuffix('.') or 'the layer'}: {error}")
                 return
             self.block, self.paired = new.block, new.paired
-            for name in BUFFERS:
-                old = getattr(self, name)
-                setattr(self, name, torch.empty(state_dict[prefix + name].shape, dtype=old.dtype, device=old.device))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            assign, device = local_metadata.get("assign_to_params_buffers", False), self.values.device
+            indices = [state_dict[prefix + name] for name in INDICES]
+            self._set_indices(
+                *indices if assign else (x.detach().to("cpu" if device.type == "meta" else device, copy=True) for x in indices)
+            )
+            self.values = self.values.new_empty(new.values.shape)
+        elif strict:
+            missing_keys += [prefix + name for name in INDICES]
+        ignored = {prefix + name for name in INDICES}
+        if present and state_dict.get(f"{prefix}weight", self.values).shape == (1,):  # of a Hugging Face model: see model/hf_checkpoint.py
+            ignored.add(f"{prefix}weight")
+        others = {key: value for key, value in state_dict.items() if key not in ignored}
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, *args)
         self._convert_layout()
 
-    def _read_state(self, state_dict: Mapping[str, Any], prefix: str, present: list[str]) -> BlockSparse:
-        if len(present) < len(BUFFERS):
-            raise ValueError(f"the state dict has {', '.join(present)} of it; a block-sparse weight is all of {', '.join(BUFFERS)}")
-        weight = read_buffers(*(state_dict[prefix + name] for name in BUFFERS))
+    def _read_state(self, state_dict: dict[str, Any], prefix: str, present: list[str]) -> BlockSparse:
+        if len(present) < len(STATE_KEYS):
+            raise ValueError(f"the state dict has {', '.join(present)} of it; a block-sparse weight is all of {', '.join(STATE_KEYS)}")
+        weight = read_state(*(state_dict[prefix + name] for name in STATE_KEYS))
         if weight.shape != self.shape:
             raise ValueError(f"a weight of shape {weight.shape} does not fit into a layer of {self.shape}")
         return weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BlockSparseLinear":
-        """Convert the layer to another device or type. Indices keep their type and numbers, which `type` and `to_empty` would change."""
-        indices = {name: getattr(self, name) for name in ("crow", "col", "layout")}
+        """Convert the layer to another device or type. Indices keep their type and numbers, also where the layer is on the meta device."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, index in indices.items():
-            converted: Tensor = getattr(self, name)
-            if converted.is_meta:
-                setattr(self, name, converted.to(index.dtype))
-            elif index.is_meta:  # a layer from the meta device has no indices: it keeps no block until a state dict is loaded
-                setattr(self, name, torch.zeros_like(converted, dtype=index.dtype))
-            else:
-                setattr(self, name, index.to(converted.device))
+        devices = [fn(getattr(self, name)).device for name in INDICES]  # `share_memory` changes them in place
+        indices = [getattr(self, name) for name in INDICES]
+        self._set_indices(*(x if device.type == "meta" else _moved(x, device) for x, device in zip(indices, devices, strict=True)))
         self._convert_layout()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._set_indices(self.crow, self.col, self.layout)
         self._convert_layout()  # `torch.load` may load it to another device
 
     def extra_repr(self) -> str:
@@ -198,6 +244,27 @@ class BlockSparseConv2d(BlockSparseLinear):
         """The dense kernel, zero where pruned. Each read computes it anew."""
         return unpack(self.packed_weight).view(self.shape[0], -1, *self.kernel_size)
 
+    def block_mask(self) -> BlockMask:
+        """Which elements of the dense kernel are stored, in blocks of whole kernels if the storage has such blocks.
+
+        Raises:
+            ValueError: as `packed_weight`.
+
+        Example:
+            >>> from blockprune import export
+            >>> mask = bp.BlockMask(torch.tensor([True, False]).view(2, 1, 1, 1), bp.BlockGrid((4, 3, 2, 2), (2,)))
+            >>> layer = export.BlockSparseConv2d(export.pack_weight(torch.ones(4, 3, 2, 2), mask), nn.Conv2d(3, 4, 2))
+            >>> layer.block_mask() == mask
+            True
+        """
+        mask, (rows, _), (kh, kw) = super().block_mask(), self.shape, self.kernel_size
+        height, width = mask.grid.block
+        shape = (rows, self.in_channels, kh, kw)
+        if width % (kh * kw) == 0:
+            return BlockMask(mask.keep[..., None, None], BlockGrid(shape, (height, width // (kh * kw))))
+        columns = expand(mask.keep, BlockGrid((len(mask.keep), self.shape[1]), (1, width)))  # [block rows, columns]
+        return BlockMask(columns.view(len(columns), *shape[1:]), BlockGrid(shape, (height, 1, 1, 1)))
+
     def forward(self, input: Tensor) -> Tensor:
         if input.ndim not in (3, 4) or input.shape[-3] != self.in_channels:
             raise ValueError(
@@ -232,15 +299,20 @@ def sparse_layer_like(template: nn.Module, weight: BlockSparse, backend: str = "
     return BlockSparseLinear(weight, cast(Any, template.bias), backend)
 
 
-def read_buffers(values: Tensor, crow: Tensor, col: Tensor, layout: Tensor) -> BlockSparse:
+def _moved(index: Tensor, device: torch.device) -> Tensor:
+    """An index on another device. One that `torch.load` put on the meta device has no numbers: zeros until a state dict is loaded."""
+    return torch.zeros_like(index, device=device) if index.is_meta else index.to(device)
+
+
+def read_state(values: Tensor, crow: Tensor, col: Tensor, layout: Tensor) -> BlockSparse:
     """The weight that four tensors of a state dict hold.
 
     Raises:
         ValueError: they do not hold a valid weight.
 
     Example:
-        >>> from blockprune.export.sparse_layers import read_buffers
-        >>> read_buffers(torch.ones(2), torch.tensor([0, 1]), torch.tensor([0]).int(), torch.tensor([2, 4, 2, 1, 1])).shape
+        >>> from blockprune.export.sparse_layers import read_state
+        >>> read_state(torch.ones(2), torch.tensor([0, 1]), torch.tensor([0]).int(), torch.tensor([2, 4, 2, 1, 1])).shape
         (2, 4)
     """
     if layout.shape != (5,) or layout.dtype != torch.int64 or layout.is_meta:

@@ -7,7 +7,7 @@ Scores are per element: multiplied by the block's number of elements they estima
 from blockprune import statistics
 from blockprune.core.grid import pool
 from blockprune.core.pipeline import requires
-from blockprune.core.types import BlockScore, Data, Scores
+from blockprune.core.types import Data, Scores
 from blockprune.metric.scoring import per_element, score_each
 
 
@@ -44,7 +44,9 @@ def taylor_squared(data: Data) -> Scores:
         >>> bp.metric.taylor_squared(data)["weight"].value.shape
         torch.Size([2, 2])
     """
-    return score_each(data, lambda p: pool(p.weight.square() * p.stats["weight_grad_sq"], p.grid, reduce="mean"))
+    return score_each(
+        data, lambda p: pool(p.weight.to(p.stats["weight_grad_sq"]).square() * p.stats["weight_grad_sq"], p.grid, reduce="mean")
+    )
 
 
 @requires(statistics.gate_fisher)
@@ -163,4 +165,4 @@ def movement(data: Data) -> Scores:
                 f"{name} {p.grid.shape}: metric.movement needs the statistic 'movement'; the data has {sorted(p.stats) or 'none'}; "
                 "collect it: collect.movement(model, where=..., previous=...) after each backward"
             )
-    return {name: BlockScore(pool(p.stats["movement"], p.grid, reduce="mean"), p.grid) for name, p in data.items()}
+    return score_each(data, lambda p: pool(p.stats["movement"], p.grid, reduce="mean"))

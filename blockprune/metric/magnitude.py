@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from blockprune.core.grid import block_elements, pool
+from blockprune.core.grid import block_elements, expand, pool
 from blockprune.core.types import Data, Param, Scores, check_finite
 from blockprune.metric.scoring import score_each
 
@@ -48,12 +48,13 @@ def lp(data: Data, *, p: float) -> Scores:
         raise ValueError(f"p={p} must be above 0; use p=1 for l1, p=2 for l2, p=inf for the largest")
     if p == math.inf:
         return score_each(data, lambda param: pool(param.weight, param.grid, reduce="amax", elementwise=torch.abs))
-    power = partial(_abs_power, p=p)
-    return score_each(data, lambda param: pool(param.weight, param.grid, reduce="mean", elementwise=power) ** (1 / p))
+    return score_each(data, partial(_lp, p=p))
 
 
-def _abs_power(w: Tensor, *, p: float) -> Tensor:
-    return w.abs() ** p
+def _lp(param: Param, *, p: float) -> Tensor:
+    largest = pool(param.weight, param.grid, reduce="max", elementwise=torch.abs)  # powers of ratios do not overflow
+    ratio = param.weight.abs() / expand(largest, param.grid).clamp_min(torch.finfo(largest.dtype).tiny)
+    return largest * pool(ratio**p, param.grid, reduce="mean") ** (1 / p)
 
 
 def random(data: Data, *, generator: torch.Generator | int | None = None) -> Scores:

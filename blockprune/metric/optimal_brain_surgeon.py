@@ -4,6 +4,7 @@ A *band* is one row of blocks. All rows of the weight in a band have the same ma
 give OBC, one band for the whole layer gives ZipLM.
 """
 
+import math
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -18,6 +19,7 @@ from blockprune.core.grid import BlockGrid, block_elements, expand
 from blockprune.core.hessian import LayerQuadratic, layer_quadratic, workspace_bytes
 from blockprune.core.patterns import resolve_by_name
 from blockprune.core.pipeline import requires
+from blockprune.core.precision import double, float32_if_in_range
 from blockprune.core.progress import progress_bar
 from blockprune.core.types import BlockScore, Data, Param, Scores, Sparsity
 
@@ -25,7 +27,7 @@ MAX_ROUNDING_ERROR = 0.01  # relative error of a score by rounding, above which 
 
 
 @requires(statistics.input_gram)
-def obs(data: Data, *, damping: float = 0.01, stop_at: float = 1.0, memory: int | None = None, progress: bool = True) -> Scores:
+def obs(data: Data, *, damping: float = 0.01, stop_at: float = 1.0, memory: int | None = None, progress: bool | None = None) -> Scores:
     """Optimal Brain Surgeon over blocks: how much each removal raises the layer's error, per element (OBC 2208.11580, ZipLM 2302.04089).
 
     Blocks are removed one at a time from each band (row of blocks), always the one whose removal raises the layer's error least after the
@@ -44,7 +46,7 @@ def obs(data: Data, *, damping: float = 0.01, stop_at: float = 1.0, memory: int 
             order of what removing each of them next would add.
         memory: bytes for copies of H^-1, of which every band needs one; at least one copy is made. By default 16 MiB, on a GPU a quarter of
             the free memory. The compiled loop, on a CPU, makes one copy per thread instead.
-        progress: show a progress bar.
+        progress: show a progress bar; by default in a terminal and in a notebook.
 
     Raises:
         ValueError: data without ``input_gram``, a Hessian that stays singular with a larger damping, or ``stop_at`` outside [0, 1].
@@ -67,9 +69,10 @@ def obs(data: Data, *, damping: float = 0.01, stop_at: float = 1.0, memory: int 
     return scores
 
 
-def _obs(name: str, p: Param, damping: float, stop_at: float, memory: int | None, progress: bool) -> Tensor:  # noqa: PLR0917
+def _obs(name: str, p: Param, damping: float, stop_at: float, memory: int | None, progress: bool | None) -> Tensor:  # noqa: PLR0917
     bands = _bands(name, p, damping)
-    rows, stop, memory = bands.rows, _max_removals(p.grid, stop_at), workspace_bytes(bands.rows.device, memory)
+    unit = _unit(bands.rows)
+    rows, stop, memory = bands.rows / unit, _max_removals(p.grid, stop_at), workspace_bytes(bands.rows.device, memory)
     remove = partial(_remove_blocks, group=bands.group, width=bands.width, stop=stop, memory=memory, progress=progress)
     try:
         increases, order = remove(rows, bands.inverse.to(rows.dtype))
@@ -81,7 +84,18 @@ def _obs(name: str, p: Param, damping: float, stop_at: float, memory: int | None
         increases, order = remove(rows.double(), bands.inverse)
     elements = block_elements(p.grid, device=rows.device).reshape(increases.shape)
     score = torch.empty_like(increases).scatter_(1, order, increases).to(p.stats["input_gram"].dtype) / elements
-    return _rising(score, order).view(p.grid.size)
+    return _squared_unit(_rising(score, order), unit).view(p.grid.size)
+
+
+def _unit(rows: Tensor) -> float:
+    """A power of 2 by which weights are divided so that float32 holds their squares; 1 for weights of usual sizes."""
+    largest = float(rows.abs().max())
+    return 1.0 if not math.isfinite(largest) or largest == 0 or 1e-6 < largest < 1e6 else 2.0 ** round(math.log2(largest))
+
+
+def _squared_unit(score: Tensor, unit: float) -> Tensor:
+    """Scores of weights in this unit, in float64 if float32 cannot hold them."""
+    return score if unit == 1 else float32_if_in_range(double(score) * unit**2)
 
 
 def _max_removals(grid: BlockGrid, stop_at: float) -> int:
@@ -175,7 +189,7 @@ def _weighted_by_gradients(rows: Tensor, p: Param) -> Tensor:
 
 
 def _remove_blocks(
-    rows: Tensor, inverse: Tensor, group: Tensor, *, width: int, stop: int, memory: int, progress: bool
+    rows: Tensor, inverse: Tensor, group: Tensor, *, width: int, stop: int, memory: int, progress: bool | None
 ) -> tuple[Tensor, Tensor]:
     """The increase of the error by each removal and the removed block, ``[bands, C]`` in the order of removal.
 
@@ -189,7 +203,7 @@ def _remove_blocks(
     chunk = max(1, memory // (3 * inverse[0].numel() * inverse.itemsize))
     parts = [
         _remove_blocks_in_torch(rows[i : i + chunk], inverse[group[i : i + chunk]], width, stop)
-        for i in progress_bar(range(0, len(rows), chunk), "bands", progress and len(rows) > chunk)
+        for i in progress_bar(range(0, len(rows), chunk), "bands", progress if len(rows) > chunk else False)
     ]
     increases, order = zip(*parts, strict=True)
     return torch.cat(increases), torch.cat(order)
@@ -283,7 +297,8 @@ def sparsegpt(data: Data, *, sparsity: Sparsity, columns_per_step: int = 128, da
 
 
 def _sparsegpt(bands: _Bands, p: Param, sparsity: float, columns_per_step: int) -> Tensor:
-    rows, group, width = bands.rows, bands.group, bands.width
+    unit = _unit(bands.rows)
+    rows, group, width = bands.rows / unit, bands.group, bands.width
     count = rows.shape[2] // width
     # U of H^-1 = U^T U: for the Hessian of the columns from j on, the first block of its inverse is U_jj^T U_jj, its first rows U_jj^T U_j:
     upper = torch.linalg.cholesky(bands.inverse, upper=True).to(rows.dtype)  # [groups, C * N, C * N]
@@ -300,7 +315,7 @@ def _sparsegpt(bands: _Bands, p: Param, sparsity: float, columns_per_step: int) 
         for span, corner, is_removed in zip(spans, corners, removed.unbind(1), strict=True):
             error = _solve_right(rows[..., span], corner) * is_removed[:, None, None]  # W_j U_jj^-1
             rows[..., span.start :] -= error @ upper[:, span, span.start :][group]
-    return score.view(p.grid.size).to(p.stats["input_gram"].dtype)
+    return _squared_unit(score.to(p.stats["input_gram"].dtype), unit).view(p.grid.size)
 
 
 def _solve_right(rows: Tensor, upper: Tensor) -> Tensor:

@@ -2,17 +2,21 @@
 
 import copy
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from blockprune.core._compat import RNN_CACHES, is_offloaded, parameter_names, rebuild_rnn_caches
+from blockprune.core._compat import parameter_names
+from blockprune.core._compat_hf import is_offloaded
 from blockprune.core.grid import BlockGrid
 from blockprune.core.types import BlockMask, Masks, Weights
-from blockprune.model.parameters import ParameterRef, computed_attributes, distinct, find_parameters, parameter_refs
-from blockprune.model.parametrization import MaskBlocks, mask_blocks
+from blockprune.model.hf_checkpoint import prepare_checkpoints
+from blockprune.model.masked_class import add_mask_methods, has_mask_methods, mask_index, own_class, refs_of_module, remove_mask_methods
+from blockprune.model.masking import mask_blocks
+from blockprune.model.parameters import ParameterRef, computed_attributes, distinct, find_parameters, is_sharded, parameter_refs
+from blockprune.model.parametrization import MaskBlocks
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -65,6 +69,7 @@ def apply_masks(model: M, masks: Masks, weights: Weights | None = None) -> M:
             for ref, weight in old_weights[: len(written)]:
                 ref.stored.copy_(weight)
             raise
+    prepare_checkpoints(model)
     return model
 
 
@@ -79,17 +84,21 @@ def _check_loaded(refs: list[ParameterRef], function: str) -> None:
 
 
 def _check_not_wrapped(model: nn.Module, new_masks: list[tuple[str, BlockMask, list[ParameterRef]]]) -> None:
-    """Raise if masks would be added or removed below DistributedDataParallel: the gradients of those parameters would not be averaged."""
-    wrappers = [module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel)]
-    if not wrappers:
-        return
-    before = {ref.name for ref, _ in _masked_refs(model)}
-    after = {ref.name for _, _, refs in new_masks for ref in distinct(refs)}
-    if changed := sorted(before ^ after):
-        raise ValueError(
-            f"{changed[0]}: masks cannot be added to or removed from a model in DistributedDataParallel, which would no longer average the "
-            "gradients of this parameter; apply masks first and wrap the model afterwards (existing masks may be updated)"
-        )
+    """Raise if masks would be added or removed where DistributedDataParallel or fully_shard refer to the parameters already."""
+    is_replicated = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
+    before = dict(_masked_refs_by_name(model))
+    after = {ref.name: ref for _, _, refs in new_masks for ref in distinct(refs)}
+    for name in sorted(before.keys() ^ after.keys()):
+        if is_replicated:
+            raise ValueError(
+                f"{name}: masks cannot be added to or removed from a model in DistributedDataParallel, which would no longer average the "
+                "gradients of this parameter; apply masks first and wrap the model afterwards (existing masks may be updated)"
+            )
+        if is_sharded((before.get(name) or after[name]).stored):
+            raise ValueError(
+                f"{name}: masks cannot be added to or removed from a parameter that fully_shard has sharded; apply masks first "
+                "and shard the model afterwards, or remove them from a model that has loaded the full state dict"
+            )
 
 
 def _replace_masks(masked: list[ParameterRef], new_masks: list[tuple[str, BlockMask, list[ParameterRef]]]) -> None:
@@ -103,15 +112,27 @@ def _replace_masks(masked: list[ParameterRef], new_masks: list[tuple[str, BlockM
 
 
 def read_masks(model: nn.Module) -> dict[str, BlockMask]:
-    """Copies of the masks on a model, by parameter name.
+    """Copies of the masks on a model, by parameter name; those of exported layers, too (`export.block_sparse`).
 
     Example:
         >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
         >>> bp.read_masks(bp.apply_masks(nn.Linear(4, 2), {"weight": mask})) == {"weight": mask}
         True
     """
+    return parameter_masks(model) | _masks_of_exported_layers(model)
+
+
+def parameter_masks(model: nn.Module) -> dict[str, BlockMask]:
+    """Copies of the masks on the parameters of a model; exported layers have none."""
     masks = {name: refs[0].mask for name, refs in parameter_refs(model).items()}
     return {name: BlockMask(mask.keep.clone(), mask.grid) for name, mask in masks.items() if mask}
+
+
+def _masks_of_exported_layers(model: nn.Module) -> dict[str, BlockMask]:
+    """The masks of layers that compute with their kept blocks only, and tell which those are by a method ``block_mask()``."""
+    layers = {name: module.block_mask for name, module in model.named_modules() if callable(getattr(module, "block_mask", None))}
+    masks = {f"{name}.weight" if name else "weight": block_mask() for name, block_mask in layers.items()}
+    return {name: mask for name, mask in masks.items() if isinstance(mask, BlockMask)}
 
 
 def finalize(model: M) -> M:
@@ -141,6 +162,7 @@ def finalize(model: M) -> M:
                 delattr(ref.owner, ref.attr)
                 ref.owner.register_parameter(ref.attr, nn.Parameter(weight, requires_grad=requires_grad))
                 _restore_order(ref.owner, mask.order)
+    prepare_checkpoints(plain)
     return plain
 
 
@@ -175,7 +197,7 @@ def _functional_tensors(name: str, ref: ParameterRef, grid: BlockGrid, keep: Ten
     old, parametrizations = ref.mask, ref.parametrizations
     prefix = f"{ref.name.removesuffix(ref.attr)}parametrizations.{ref.attr}."
     if old is not None and old.grid == grid:
-        return {f"{prefix}{_mask_index(ref)}.keep": keep}
+        return {f"{prefix}{mask_index(ref)}.keep": keep}
     if weight is None:
         raise ValueError(f"{name}: another parametrization computes this weight {ref.shape}; use apply_masks on a copy of the model")
     if old is None or parametrizations is None:
@@ -233,13 +255,12 @@ def _checked_weight(name: str, ref: ParameterRef, weight: Any) -> Tensor:
     return new
 
 
+def _masked_refs_by_name(model: nn.Module) -> list[tuple[str, ParameterRef]]:
+    return [(ref.name, ref) for ref, _ in _masked_refs(model)]
+
+
 def _masked_refs(model: nn.Module) -> list[tuple[ParameterRef, MaskBlocks]]:
     return [(ref, ref.mask) for refs in parameter_refs(model).values() for ref in distinct(refs) if ref.mask]
-
-
-def _mask_index(ref: ParameterRef) -> int:
-    """The position of the mask among the parameter's parametrizations."""
-    return [isinstance(p, MaskBlocks) for p in ref.parametrizations or ()].index(True)
 
 
 def _set_mask(ref: ParameterRef, mask: BlockMask) -> None:
@@ -251,17 +272,14 @@ def _set_mask(ref: ParameterRef, mask: BlockMask) -> None:
             old.keep.copy_(mask.keep)
         return
     if old is not None and ref.parametrizations is not None:
-        ref.parametrizations[_mask_index(ref)] = _new_parametrization(mask, ref, old.order)
+        ref.parametrizations[mask_index(ref)] = _new_parametrization(mask, ref, old.order)
         return
-    orders = (other.mask.order for other in _refs_of_module(owner) if other.mask)
+    orders = (other.mask.order for other in refs_of_module(owner) if other.mask)
     order = next(orders, (*parameter_names(owner), *getattr(owner, "parametrizations", ())))
-    if parametrize.is_parametrized(owner) and not _has_mask_methods(owner):
-        owner.__class__ = _own_class(owner)  # torch lets a copy of a parametrized module share its class
+    if parametrize.is_parametrized(owner) and not has_mask_methods(owner):
+        owner.__class__ = own_class(owner)  # torch lets a copy of a parametrized module share its class
     parametrize.register_parametrization(owner, ref.attr, _new_parametrization(mask, ref, order), unsafe=True)
-    if not _has_mask_methods(owner):
-        type.__setattr__(type(owner), _REPLACED, {name: vars(type(owner)).get(name) for name in _METHODS})
-        for name, method in _METHODS.items():
-            setattr(type(owner), name, method)
+    add_mask_methods(owner)
 
 
 def _new_parametrization(mask: BlockMask, ref: ParameterRef, order: tuple[str, ...]) -> MaskBlocks:
@@ -278,12 +296,9 @@ def _remove_mask(ref: ParameterRef) -> None:
         parametrize.remove_parametrizations(owner, ref.attr, leave_parametrized=False)
         _restore_order(owner, mask.order)
     else:
-        del parametrizations[_mask_index(ref)]
-    if parametrize.is_parametrized(owner) and not any(other.mask for other in _refs_of_module(owner)):
-        for name, method in vars(type(owner)).get(_REPLACED, {}).items():
-            delattr(type(owner), name) if method is None else setattr(type(owner), name, method)
-        if _has_mask_methods(owner):
-            delattr(type(owner), _REPLACED)
+        del parametrizations[mask_index(ref)]
+    if parametrize.is_parametrized(owner) and not any(other.mask for other in refs_of_module(owner)):
+        remove_mask_methods(owner)
 
 
 def _restore_order(owner: nn.Module, order: tuple[str, ...]) -> None:
@@ -292,48 +307,3 @@ def _restore_order(owner: nn.Module, order: tuple[str, ...]) -> None:
         parameter = getattr(owner, name)
         delattr(owner, name)
         owner.register_parameter(name, parameter)
-
-
-def _refs_of_module(owner: nn.Module) -> list[ParameterRef]:
-    return [ref for refs in parameter_refs(owner).values() for ref in refs if ref.owner is owner]
-
-
-# torch gives every parametrized module a class of its own. While the module is masked, this class has the methods in _METHODS; the
-# attribute _REPLACED of the class holds the methods that they replace.
-_REPLACED = "_blockprune_replaced"
-
-
-def _has_mask_methods(owner: nn.Module) -> bool:
-    return _REPLACED in vars(type(owner))
-
-
-def _own_class(owner: nn.Module) -> type:
-    """A copy of the module's class."""
-    shared = type(owner)
-    return type(shared.__name__, shared.__bases__, {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")})
-
-
-def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A copy with a class of its own. With torch's copy, which shares the class, removing the copy's mask would break the original."""
-    replica: Any = object.__new__(_own_class(self))
-    memo[id(self)] = replica
-    replica.__dict__ = copy.deepcopy({key: value for key, value in vars(self).items() if key not in RNN_CACHES}, memo)
-    if isinstance(replica, nn.RNNBase):
-        rebuild_rnn_caches(replica)
-    return cast(nn.Module, replica)
-
-
-def _load_from_state_dict(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Accept a checkpoint of the plain model as well: its weight becomes the dense weight, and the mask stays."""
-    for ref in _refs_of_module(self):
-        if ref.mask and ref.parametrizations:
-            stored = f"{prefix}parametrizations.{ref.attr}."
-            if ref.is_plain and prefix + ref.attr in state_dict:
-                state_dict[stored + "original"] = state_dict.pop(prefix + ref.attr)
-            if any(key.startswith(stored + "original") for key in state_dict):
-                state_dict.setdefault(f"{stored}{_mask_index(ref)}.keep", ref.mask.keep)
-    plain: Any = type(self).__bases__[0]
-    plain._load_from_state_dict(self, state_dict, prefix, *args)
-
-
-_METHODS: Mapping[str, Any] = {"__deepcopy__": _deepcopy, "_load_from_state_dict": _load_from_state_dict}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blockprune.core._compat import (
+from blockprune.core._compat_hf import (
     EXPERT_ATTRIBUTES,
     apply_expert_gate,
     experts_are_concatenated,

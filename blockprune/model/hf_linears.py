@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from blockprune.core._compat import conv1d_outputs, experts_are_transposed, use_eager_experts
+from blockprune.core._compat_hf import conv1d_outputs, experts_are_transposed, use_eager_experts
 from blockprune.model.experts import is_stacked, stack_state_dict, unstack_experts
 
 __all__ = ["as_linears", "from_linears", "is_transposed"]
@@ -24,7 +24,8 @@ def is_transposed(module: Any) -> bool:
         >>> is_transposed(nn.Conv1d(1, 1, 1))
         False
     """
-    return isinstance(weight := getattr(module, "weight", None), Tensor) and weight.shape[1:] == (conv1d_outputs(module),)
+    outputs, weight = conv1d_outputs(module), getattr(module, "weight", None)
+    return outputs is not None and isinstance(weight, Tensor) and weight.shape[1:] == (outputs,)
 
 
 def as_linears(model: M) -> M:

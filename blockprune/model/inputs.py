@@ -96,11 +96,11 @@ def _out_proj_input(attention: nn.MultiheadAttention, args: tuple[Any, ...], kwa
         identity["module.out_proj.parametrizations.weight.0.keep"] = torch.ones_like(ref.mask.keep)
     if attention.out_proj.bias is not None:
         identity["module.out_proj.bias"] = torch.zeros_like(attention.out_proj.bias)
-    output: tuple[Tensor, Any] = functional_call(_WithoutHooks(attention), identity, args, dict(kwargs))
+    output: tuple[Tensor, Any] = functional_call(WithoutHooks(attention), identity, args, dict(kwargs))
     return output[0]
 
 
-class _WithoutHooks(nn.Module):
+class WithoutHooks(nn.Module):
     """Runs a module's forward without its hooks, which have already run in this call."""
 
     def __init__(self, module: nn.Module) -> None:

@@ -5,6 +5,7 @@ modules share (tied weights) has the first of its names; references to all modul
 """
 
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
@@ -117,6 +118,12 @@ def distinct(refs: Iterable[ParameterRef]) -> list[ParameterRef]:
     for ref in refs:
         first.setdefault((id(ref.owner), ref.attr), ref)
     return list(first.values())
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether a tensor is a DTensor, as ``fully_shard`` makes of parameters (their module is slow to import, and there are none before)."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(x, tensors.DTensor)
 
 
 def stored_aliases(model: nn.Module) -> dict[str, list[str]]:

@@ -1,23 +1,24 @@
 """`MaskBlocks`, the torch parametrization that sets pruned blocks to zero whenever a weight is read."""
 
-import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blockprune.core._compat import is_legacy_batched
-from blockprune.core.grid import BlockGrid, expand
-
-_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from blockprune.core._compat import functorch_is_active, is_tracing
+from blockprune.core.grid import BlockGrid
+from blockprune.model.masked_weight import MaskedWeight
+from blockprune.model.masking import mask_blocks
 
 
 class MaskBlocks(nn.Module):
     """A weight with this parametrization reads as zero in its pruned blocks; the stored weight stays dense.
 
     The mask is a buffer with one bool per block, so it is saved, moved and broadcast with the model, and a compiled model need not be
-    recompiled when the mask is changed in place. NaN or inf in a pruned block reads as zero.
+    recompiled when the mask is changed in place. The state dict has the shape of a block, so that a state of other blocks is refused.
+    NaN or inf in a pruned block reads as zero. Changing the weight in place also changes the stored weight (`MaskedWeight`).
 
     Args:
         keep: ``[*grid.size]`` bool, True = kept; it is copied.
@@ -32,8 +33,27 @@ class MaskBlocks(nn.Module):
         self.register_buffer("keep", keep.clone())
         self.grid = grid
         self.order = order
+        self._last_read: weakref.ref[MaskedWeight] | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._masked(weight)
+        if is_tracing():
+            raise RuntimeError(
+                f"torch.jit.trace cannot record the mask of a weight {self.grid.shape}; trace bp.finalize(model), a copy with zeros "
+                "instead of masks (this also holds for torch.onnx.export(dynamo=False))"
+            )
+        if functorch_is_active() or type(weight) not in (Tensor, nn.Parameter):
+            return self._masked(weight)
+        if self._last_read is not None and (last_read := self._last_read()) is not None:
+            last_read.write_back()
+        masked = MaskedWeight.read(
+            self._masked(weight), stored=weight if isinstance(weight, nn.Parameter) else None, keep=self.keep, grid=self.grid
+        )
+        self._last_read = weakref.ref(masked)
+        return masked
+
+    def _masked(self, weight: Tensor) -> Tensor:
         return mask_blocks(weight, self.keep if self.keep.device == weight.device else self.keep.to(weight.device), self.grid)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MaskBlocks":
@@ -43,75 +63,31 @@ class MaskBlocks(nn.Module):
             self.keep = self.keep.to(device)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_last_read": None}  # a weak reference cannot be pickled
+
+    def get_extra_state(self) -> Tensor:
+        """The shape of a block, as a tensor, which safetensors can save."""
+        return torch.tensor(self.grid.block)
+
+    def set_extra_state(self, block: Tensor) -> None:
+        """Raise ValueError if a state dict has other blocks than this mask."""
+        if tuple(block.tolist()) != self.grid.block:
+            raise ValueError(
+                f"the state has a mask of blocks {tuple(block.tolist())}, but the mask of this weight {self.grid.shape} has blocks "
+                f"{self.grid.block}; remove the masks with bp.apply_masks(model, {{}}) and call bp.load_masked(model, state)"
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Report other blocks as torch reports other shapes: after everything else has been loaded."""
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        except ValueError as error:
+            args[-1].append(f"{prefix}keep: {error}")
+
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Store an assigned weight (``layer.weight = w``) as it is, dense."""
         return weight
 
     def extra_repr(self) -> str:
         return f"shape={self.grid.shape}, block={self.grid.block}"
-
-
-def mask_blocks(weight: Tensor, keep: Tensor, grid: BlockGrid) -> Tensor:
-    """The weight with zeros in its pruned blocks: ``[*grid.shape]``, same dtype, differentiable. Pruned values may be NaN or inf.
-
-    Example:
-        >>> mask_blocks(torch.tensor([[1.0, float("nan")]]), torch.tensor([[True, False]]), bp.BlockGrid((1, 2), (1, 1)))
-        tensor([[1., 0.]])
-    """
-    is_plain_cpu_tensor = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu"
-    if not is_plain_cpu_tensor or torch.compiler.is_compiling():
-        shape, mask = _broadcastable(keep, grid)
-        return torch.where(mask, weight.reshape(shape), 0).reshape(weight.shape)
-    # torch.where is not vectorized on a CPU; a bitwise AND with all ones or all zeros gives the same bits in half the time
-    shape, bits = _broadcastable(keep.to(_INTEGER_OF_SIZE[weight.dtype.itemsize]).neg_(), grid)
-    masked: Tensor = _AndBits.apply(weight.reshape(shape), bits)  # type: ignore[no-untyped-call]
-    return masked.reshape(weight.shape)
-
-
-def _broadcastable(keep: Tensor, grid: BlockGrid) -> tuple[list[int], Tensor]:
-    """A shape to view the weight in and a mask that broadcasts to it; the mask repeats its values only along short contiguous runs."""
-    if grid.ragged:
-        return list(grid.shape), expand(keep, grid)
-    axes = list(zip(grid.size, grid.block, strict=True))
-    last = [0, *[axis for axis, n in enumerate(grid.size) if n > 1]][-1]  # the last axis that is divided into blocks
-    run = math.prod(grid.block[last:])  # elements of a block that are contiguous in memory
-    shape = [*(length for n, b in axes[:last] for length in (n, b)), grid.size[last], run]  # [n0, b0, n1, b1, ..., n, run]
-    keep = keep.reshape([*(length for n, _ in axes[:last] for length in (n, 1)), grid.size[last], 1])
-    if run < 64:
-        keep = keep.expand(*keep.shape[:-1], run).flatten(-2)
-        shape = [*shape[:-2], shape[-2] * run]
-    return shape, keep
-
-
-class _AndBits(torch.autograd.Function):
-    """``weight & bits`` with broadcasting: a linear map, so backward and jvp apply the same map."""
-
-    @staticmethod
-    def forward(weight: Tensor, bits: Tensor) -> Tensor:
-        return (weight.view(bits.dtype) & bits).view(weight.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _and(grad, ctx.saved_tensors[0]), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return _and(tangent, ctx.saved_tensors[0])
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, int | None], weight: Tensor, bits: Tensor) -> tuple[Tensor, int]:
-        batched = zip((weight, bits), in_dims, strict=True)
-        weight, bits = (x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in batched)
-        return _AndBits.apply(weight, bits), 0  # type: ignore[no-untyped-call]
-
-
-def _and(x: Tensor, bits: Tensor) -> Tensor:
-    if is_legacy_batched(x):  # torch.autograd.grad(is_grads_batched=True) has no rule for `view`
-        return torch.where(bits != 0, x, 0)
-    masked: Tensor = _AndBits.apply(x, bits)  # type: ignore[no-untyped-call]
-    return masked

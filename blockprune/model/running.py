@@ -2,7 +2,10 @@
 
 import contextlib
 import copy
+import functools
+import inspect
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, TypedDict, cast
 
@@ -14,7 +17,8 @@ from blockprune.core.pipeline import as_code
 
 Forward = Callable[[Callable[..., Any], Any], Any]  # (model, batch) -> output
 Loss = Callable[[Any, Any], Tensor]  # (output, batch) -> one number
-TokenWeights = Callable[[Any], Tensor | None]  # batch -> the weight of each token in statistics, or None
+# batch -> the weight of each token in statistics, the same by entry of the batch, or None
+TokenWeights = Callable[[Any], Tensor | Mapping[str, Tensor | None] | None]
 
 
 def default_forward(model: Callable[..., Any], batch: Any) -> Any:
@@ -23,11 +27,42 @@ def default_forward(model: Callable[..., Any], batch: Any) -> Any:
     A tensor or a named tuple, such as a PackedSequence, is the model's only argument; the values of a mapping are keyword arguments. Of
     another tuple or list only the first element, the inputs, is passed on: it may itself be a mapping of keyword arguments, or a tuple or
     list of positional arguments.
+
+    Raises:
+        TypeError: a tuple or list whose first element alone is not what the model takes.
     """
-    inputs = batch[0] if _is_sequence(batch) else batch
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if _is_sequence(inputs) else model(inputs)
+    inputs = inputs_of(batch)
+    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs if _is_sequence(inputs) else (inputs,), {})
+    if inputs is not batch and len(batch) > 1:
+        _check_arguments(model, args, kwargs, batch)
+    return model(*args, **kwargs)
+
+
+def inputs_of(batch: Any) -> Any:
+    """The part of a batch that the model is called with by default: of a tuple or list the first element, of others the whole.
+
+    Example:
+        >>> from blockprune.model.running import inputs_of
+        >>> inputs_of((1, 2)), inputs_of({"x": 1})
+        (1, {'x': 1})
+    """
+    return batch[0] if _is_sequence(batch) else batch
+
+
+def _check_arguments(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], batch: Sequence[Any]) -> None:
+    """Raise if a model does not take the inputs of a batch of inputs and targets, as where the batch holds several inputs."""
+    try:
+        signature = inspect.signature(getattr(model, "forward", model))
+    except (TypeError, ValueError):  # compiled code has none
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"the batch is a {type(batch).__name__} of {len(batch)}: the first element is passed to {type(model).__name__}.forward"
+            f"{signature}, and the others are targets, but then there is {error}. Give several inputs as one element, such as "
+            "((x1, x2), target) or ((x1, x2),), or pass forward=lambda model, batch: model(*batch)"
+        ) from None
 
 
 def _is_sequence(batch: Any) -> bool:
@@ -35,10 +70,20 @@ def _is_sequence(batch: Any) -> bool:
     return isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields")
 
 
-def default_token_weights(batch: Any) -> Tensor | None:
-    """The ``attention_mask`` of a batch that is a mapping, so that padding does not count; None for other batches."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+def default_token_weights(batch: Any) -> Tensor | Mapping[str, Tensor | None] | None:
+    """The ``attention_mask`` of a batch's inputs if they are a mapping, so that padding does not count; None for other batches.
+
+    If there are several masks, each counts for the entries with the same prefix: ``decoder_attention_mask`` for ``decoder_input_ids``.
+    """
+    inputs = inputs_of(batch)
+    if not isinstance(inputs, Mapping):
+        return None
+    masks = {str(name): x for name, x in inputs.items() if str(name).endswith("attention_mask") and isinstance(x, Tensor) and x.ndim == 2}
+    if masks.keys() <= {"attention_mask"}:
+        return masks.get("attention_mask")
+    prefixed = {name.replace("attention_mask", "*"): mask for name, mask in masks.items() if name != "attention_mask"}
+    decoder = masks.get("decoder_attention_mask")
+    return {"decoder_*": decoder, "labels": decoder, **prefixed, "*": masks.get("attention_mask")}
 
 
 def _several_batches(batches: Any) -> Any:
@@ -60,12 +105,14 @@ class Calibration:
             the batch has labels).
         forward: (model, batch) -> output. By default a tensor is passed on, a mapping is spread as keyword arguments, and of a tuple or
             list the first element is passed on.
-        token_weights: batch -> the weight of each token in statistics, ``[batch, positions]``, or None. By default it is the batch's
-            ``attention_mask``, so that padding does not count.
+        token_weights: batch -> the weight of each token in statistics, ``[batch, positions]``, or None to count each token once. By
+            default it is the batch's ``attention_mask``, so that padding does not count. Weights are at least 0. If the batch has several
+            entries with tokens, return a mapping from names of entries (or patterns) to weights; a layer's rows have the weights of the
+            first entry in the mapping that flows into the layer.
         per_sample: "vmap" computes the gradients of several samples at a time; "loop" computes one sample at a time, with the same result,
             for models that `torch.func.vmap` cannot run.
         chunk_size: samples at a time under vmap.
-        progress: show a progress bar.
+        progress: show a progress bar; by default in a terminal and in a notebook.
 
     Raises:
         TypeError: batches that are one tensor or mapping instead of an iterable of them.
@@ -82,7 +129,7 @@ class Calibration:
     token_weights: TokenWeights = attrs.field(default=default_token_weights, kw_only=True)
     per_sample: str = attrs.field(default="vmap", kw_only=True)
     chunk_size: int = attrs.field(default=8, kw_only=True)
-    progress: bool = attrs.field(default=True, kw_only=True)
+    progress: bool | None = attrs.field(default=None, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         if self.per_sample not in ("vmap", "loop"):
@@ -103,7 +150,7 @@ class RunOptions(TypedDict, total=False):
     token_weights: TokenWeights
     per_sample: str
     chunk_size: int
-    progress: bool
+    progress: bool | None
 
 
 class CalibrationOptions(RunOptions, total=False):
@@ -154,6 +201,7 @@ def scalar_loss(calibration: Calibration, output: Any, batch: Any, statistics: S
     what = f"statistics {', '.join(statistics)} need a loss"
     loss: Any
     if calibration.loss is not None:
+        _check_form(calibration.loss, batch)
         loss = calibration.loss(output, batch)
     else:
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
@@ -165,6 +213,21 @@ def scalar_loss(calibration: Calibration, output: Any, batch: Any, statistics: S
     if not loss.requires_grad:
         raise ValueError(f"{what} with a gradient, but loss(output, batch) has none; is something detached or under no_grad?")
     return loss.reshape(())
+
+
+def _check_form(loss: Loss, batch: Any) -> None:
+    """Raise if a loss of torch, which takes (output, target), would be called with a batch that is not the target."""
+    function: Any = loss
+    while isinstance(function, functools.partial):
+        function = function.func
+    of_torch = getattr(function, "__module__", "") == "torch.nn.functional" or type(function).__module__ == "torch.nn.modules.loss"
+    if of_torch and not isinstance(batch, Tensor):
+        name = getattr(function, "__name__", type(function).__name__)
+        target = "batch['labels']" if isinstance(batch, Mapping) else "batch[1]"
+        raise TypeError(
+            f"loss={name} takes (output, target), but a loss is called with (output, batch), and this batch is a {type(batch).__name__}; "
+            f"give loss=lambda output, batch: {name}(output, {target})"
+        )
 
 
 def to_model_device(model: nn.Module, batch: Any) -> Any:
@@ -195,7 +258,7 @@ def preserve_state(model: nn.Module, weights: Sequence[Tensor] = ()) -> Iterator
     buffers = [(module, name, buffer, buffer.clone()) for module in model.modules() for name, buffer in _own_buffers(module)]
     with (
         torch.inference_mode(False),
-        torch.compiler.set_stance("force_eager"),  # compiled code would not run hooks that are registered later
+        without_compiled_code(),
         torch.random.fork_rng(cuda_devices(model)),
     ):
         try:
@@ -224,6 +287,14 @@ def _own_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def cuda_devices(model: nn.Module) -> list[int]:
     """The GPUs that hold parameters or buffers of a model; running it may change their random number generators."""
     return sorted({p.device.index or 0 for p in itertools.chain(model.parameters(), model.buffers()) if p.device.type == "cuda"})
+
+
+def without_compiled_code() -> contextlib.AbstractContextManager[Any]:
+    """Run compiled models eagerly: compiled code would not run hooks that are registered later.
+
+    Nothing is compiled before `torch._dynamo` is imported, which takes seconds.
+    """
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Rules that select the parameters to prune and their block shapes.
 
 A rule is any function ``(name, module) -> block or None``; it is called with the name of each parameter and the module that owns it. The
-rules in this file are ``functools.partial`` objects, so a pipeline that contains one can be pickled and prints as source code.
+rules in this file are ``functools.partial`` objects, so a pipeline that contains one can be pickled, and print as source code.
 """
 
 import re
@@ -9,14 +9,23 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from blockprune.core._compat import ConvNd
 from blockprune.core.grid import BlockGrid, BlockShape, int_tuple
 from blockprune.core.patterns import Pattern, matches, suggest
-from blockprune.core.types import Where
+from blockprune.core.pipeline import as_code
+from blockprune.core.types import Where, check_prunable
 from blockprune.model.hf_linears import is_transposed
 from blockprune.model.parameters import ParameterRef, computed_attributes, parameter_refs
+
+
+class _Rule(partial[Any]):
+    """A partial that prints as source code."""
+
+    def __repr__(self) -> str:
+        return as_code(self)
 
 
 def linears(block: BlockShape) -> Where:
@@ -26,7 +35,7 @@ def linears(block: BlockShape) -> Where:
         >>> bp.linears((4, 4))("encoder.weight", nn.Linear(8, 8))
         (4, 4)
     """
-    return partial(_linears, block=int_tuple("block", block))
+    return _Rule(_linears, block=int_tuple("block", block))
 
 
 def convs(block: BlockShape) -> Where:
@@ -36,7 +45,7 @@ def convs(block: BlockShape) -> Where:
         >>> bp.convs((1,))("stem.weight", nn.Conv2d(3, 8, 3))
         (1,)
     """
-    return partial(_convs, block=int_tuple("block", block))
+    return _Rule(_convs, block=int_tuple("block", block))
 
 
 def named(pattern: Pattern, block: BlockShape) -> Where:
@@ -48,7 +57,7 @@ def named(pattern: Pattern, block: BlockShape) -> Where:
     """
     if not isinstance(pattern, (str, re.Pattern)):
         raise TypeError(f'pattern={pattern!r} must be a glob such as "*.mlp.*.weight" or re.compile(...)')
-    return partial(_named, pattern=pattern, block=int_tuple("block", block))
+    return _Rule(_named, pattern=pattern, block=int_tuple("block", block))
 
 
 def first_of(*rules: Where) -> Where:
@@ -59,7 +68,7 @@ def first_of(*rules: Where) -> Where:
         >>> rule("head.weight", nn.Linear(32, 32)), rule("body.weight", nn.Linear(32, 32))
         ((1, 16), (16, 16))
     """
-    return partial(_first_of, rules=rules)
+    return _Rule(_first_of, rules=rules)
 
 
 def including(rule: Where, pattern: Pattern, *others: Pattern) -> Where:
@@ -70,7 +79,7 @@ def including(rule: Where, pattern: Pattern, *others: Pattern) -> Where:
         >>> rule("model.layers.0.mlp.weight", nn.Linear(8, 8)), rule("lm_head.weight", nn.Linear(8, 8))
         ((4, 4), None)
     """
-    return partial(_including, rule=rule, pattern=pattern) if not others else first_of(*(including(rule, p) for p in (pattern, *others)))
+    return _Rule(_including, rule=rule, pattern=pattern) if not others else first_of(*(including(rule, p) for p in (pattern, *others)))
 
 
 def excluding(rule: Where, pattern: Pattern, *others: Pattern) -> Where:
@@ -80,7 +89,7 @@ def excluding(rule: Where, pattern: Pattern, *others: Pattern) -> Where:
         >>> bp.excluding(bp.linears((4, 4)), "head.*")("head.weight", nn.Linear(8, 8)) is None
         True
     """
-    return partial(_excluding, rule=rule, pattern=pattern) if not others else excluding(excluding(rule, pattern), *others)
+    return _Rule(_excluding, rule=rule, pattern=pattern) if not others else excluding(excluding(rule, pattern), *others)
 
 
 def with_block(rule: Where, block: BlockShape) -> Where:
@@ -90,7 +99,7 @@ def with_block(rule: Where, block: BlockShape) -> Where:
         >>> bp.with_block(bp.linears((16, 16)), (1, 1))("weight", nn.Linear(32, 32))
         (1, 1)
     """
-    return partial(_with_block, rule=rule, block=int_tuple("block", block))
+    return _Rule(_with_block, rule=rule, block=int_tuple("block", block))
 
 
 def _linears(name: str, owner: nn.Module, *, block: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -126,8 +135,11 @@ def select(model: nn.Module, where: Where) -> dict[str, tuple[ParameterRef, Bloc
 
     Raises:
         ValueError: the rule, or a pattern in it, matches no parameter; or a block does not fit its parameter.
-        TypeError: the rule returns a block that is not a sequence of integers.
+        TypeError: ``where`` is no rule; the rule returns a block that is not a sequence of integers, or selects a weight that is quantized,
+            sparse, of integers, or another tensor subclass with values of its own.
     """
+    if not callable(where):
+        raise TypeError(f"where={where!r} must be a rule that selects parameters; for blocks of this shape: where=bp.linears({where!r})")
     refs = parameter_refs(model)
     all_names = [ref.name for shared in refs.values() for ref in shared]
     for pattern, names in _patterns(where, selecting=list(refs), excluding=all_names):
@@ -144,18 +156,49 @@ def select(model: nn.Module, where: Where) -> dict[str, tuple[ParameterRef, Bloc
     for name, (ref, *_) in refs.items():
         block = where(name, ref.owner)
         if block is not None:
+            _check_dense(name, ref.stored)
             try:
                 selected[name] = ref, BlockGrid(ref.shape, block)
             except (ValueError, TypeError) as error:
+                rule = as_code(where).removeprefix("bp.")
                 raise type(error)(
-                    f"{name}: {error}; or give this parameter another block with `first_of`, or leave it out with `excluding`"
+                    f"{name}: {error}; or give this parameter another block with `first_of`, or leave it out: "
+                    f"where=bp.excluding(bp.{rule}, {name!r})"
                 ) from None
     if not selected:
-        parameters = [f"{name!r} {ref.shape} of {_type_name(ref.owner)}" for name, (ref, *_) in refs.items()]
+        parameters = [f"{name!r} {_shape(ref)} of {_type_name(ref.owner)}" for name, (ref, *_) in refs.items()]
         listed = ", ".join(parameters[:8] + ["..."] * (len(parameters) > 8)) or "no parameters"
-        hint = "; its Conv1D are no Linears: bp.as_linears(model)" if any(map(is_transposed, model.modules())) else ""
-        raise ValueError(f"where={where!r} matches no parameter of {_type_name(model)}; it has {listed}{_tied_names(refs)}{hint}")
+        hint = _why_nothing_matches(model)
+        raise ValueError(f"where={as_code(where)} matches no parameter of {_type_name(model)}; it has {listed}{_tied_names(refs)}{hint}")
     return selected
+
+
+def _check_dense(name: str, weight: Tensor) -> None:
+    """Raise for a weight that has no values yet, or whose values are not those of a plain tensor."""
+    if torch.nn.parameter.is_lazy(weight):
+        raise ValueError(f"{name}: this weight of a lazy layer has no shape yet; run the model on one batch first")
+    if hasattr(weight, "__tensor_flatten__") and type(weight).__name__ != "DTensor":
+        raise TypeError(
+            f"{name}: the weight {tuple(weight.shape)} is a {type(weight).__name__}, a tensor subclass that stores other values than those "
+            "of the weight (such as a quantized one); prune the model before it is converted, or leave this weight out with `excluding`"
+        )
+    if not weight.is_meta:
+        check_prunable(name, weight)
+
+
+def _shape(ref: ParameterRef) -> tuple[int, ...] | str:
+    return "(no shape yet)" if torch.nn.parameter.is_lazy(ref.stored) else ref.shape
+
+
+def _why_nothing_matches(model: nn.Module) -> str:
+    """The end of an error message: layers of the model that look like Linears or convolutions, but are none."""
+    modules = list(model.modules())
+    if any(map(is_transposed, modules)):
+        return "; its Conv1D are no Linears: bp.as_linears(model)"
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
+        return "; it is scripted or traced, which hides the types of its layers: give the model before torch.jit.script or torch.jit.trace"
+    quantized = sorted({_type_name(module) for module in modules if ".quantized." in type(module).__module__})
+    return f"; its layers {', '.join(quantized)} are quantized: prune the model before it is quantized" if quantized else ""
 
 
 def _patterns(where: Any, *, selecting: list[str], excluding: list[str]) -> Iterator[tuple[Pattern, list[str]]]:

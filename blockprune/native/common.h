@@ -3,8 +3,10 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <thread>
 #include <vector>
 #if defined(__linux__)
@@ -37,12 +39,62 @@ static inline void advise_large_pages(void* memory, int64_t bytes) {
 #endif
 }
 
-// Runs part(begin, end, thread) over [0, n) on some threads, the calling one included.
+// Keeps the first exception of several threads: one that leaves a thread, or an OpenMP region, would end the process.
+class FirstError {
+  public:
+    template <class Body> void run(const Body& body) {
+        try {
+            body();
+        } catch (...) {
+            if (!taken.exchange(true)) error = std::current_exception();
+        }
+    }
+    // Throws it again, once all threads have ended.
+    void rethrow() const {
+        if (error) std::rethrow_exception(error);
+    }
+
+  private:
+    std::atomic<bool> taken{false};
+    std::exception_ptr error;
+};
+
+// Threads that are joined at the end of their scope.
+class Threads {
+  public:
+    // Returns false where the system refuses another thread.
+    template <class Body> bool start(const Body& body) {
+        try {
+            all.emplace_back(body);
+        } catch (const std::exception&) {
+            return false;
+        }
+        return true;
+    }
+    Threads() = default;
+    Threads(const Threads&) = delete;
+    ~Threads() {
+        for (auto& thread : all) thread.join();
+    }
+
+  private:
+    std::vector<std::thread> all;
+};
+
+// Runs part(begin, end, thread) over [0, n) on some threads, the calling one included, which also does the parts of threads that the system
+// refuses. Throws what a part has thrown.
 template <class Part> static void parallel(int64_t n, int64_t threads, const Part& part) {
     threads = std::max<int64_t>(1, std::min(threads, n));
-    const auto run = [&part, n, threads](int64_t thread) { part(n * thread / threads, n * (thread + 1) / threads, thread); };
-    std::vector<std::thread> others;
-    for (int64_t thread = 1; thread < threads; thread++) others.emplace_back(run, thread);
-    run(0);
-    for (auto& other : others) other.join();
+    FirstError error;
+    const auto run = [&](int64_t thread) {
+        error.run([&] { part(n * thread / threads, n * (thread + 1) / threads, thread); });
+    };
+    {
+        Threads others;
+        int64_t started = 1;
+        while (started < threads && others.start([&run, started] { run(started); })) started++;
+        run(0);
+        for (int64_t thread = started; thread < threads; thread++) run(thread);
+    }
+    error.rethrow();
 }

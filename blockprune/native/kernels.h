@@ -23,6 +23,7 @@ using PoolKernel = void (*)(const T* x, int64_t stride, int64_t rows, int64_t co
 struct BandShape {
     int64_t k, m, n;  // inputs, rows, and inputs of a block
     int64_t stop;     // how many blocks are removed; the others only get scores
+    const std::atomic<int32_t>* interrupted;  // not 0 once the caller wants the sweep to end early, with results that it does not use
     int64_t blocks() const { return k / n; }
 };
 

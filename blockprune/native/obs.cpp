@@ -2,7 +2,6 @@
 
 #include "kernels.h"
 
-#include <atomic>
 #include <memory>
 #include <new>
 #include <utility>
@@ -47,29 +46,39 @@ int64_t sweep_bands(const Sweep<T>& sweep, const BandShape& shape, int64_t bands
                     T* errors, int64_t* order, int64_t threads) {
     threads = std::max<int64_t>(1, std::min(threads, bands));
     std::vector<Scratch<T>> scratch;
-    for (int64_t t = 0; t < threads; t++) scratch.emplace_back(sweep.sizes(shape));
+    scratch.reserve(threads);
+    try {
+        for (int64_t t = 0; t < threads; t++) scratch.emplace_back(sweep.sizes(shape));
+    } catch (const std::bad_alloc&) {
+        if (scratch.empty()) throw;
+        threads = (int64_t)scratch.size();  // as many as there is memory for
+    }
     std::atomic<int64_t> next(0), failed(0);
     const int64_t blocks = shape.blocks(), k = shape.k;
     parallel(threads, threads, [&](int64_t, int64_t, int64_t thread) {
         const SweepScratch<T> buffers = scratch[thread].pointers();
-        for (int64_t i; (i = next++) < bands;) {
+        for (int64_t i; !*shape.interrupted && (i = next++) < bands;) {
             const Band<T> band = {weights + i * k * shape.m, inverses + group[i] * k * k, errors + i * blocks, order + i * blocks};
-            if (sweep.run(shape, band, buffers)) sort_rest(band, std::min(shape.stop, blocks), blocks);
+            const bool definite = sweep.run(shape, band, buffers);
+            if (*shape.interrupted) return;
+            if (definite) sort_rest(band, std::min(shape.stop, blocks), blocks);
             else failed = i + 1;
         }
     });
-    return failed;
+    return *shape.interrupted ? -3 : (int64_t)failed;
 }
 
 }  // namespace
 
 // weights [bands][k][m], inverses [groups][k][k], group [bands] -> errors and order [bands][k / n]. Returns 0, or the number of a band,
-// counted from 1, whose inverse lost positive definiteness, -1 for an instruction set that is not there, or -2 if memory ran out.
+// counted from 1, whose inverse lost positive definiteness, -1 for an instruction set that is not there, -2 if memory ran out, or -3 if
+// another thread has set `interrupted`.
 EXPORT int64_t obs_sweep(const void* weights, const void* inverses, const int64_t* group, int32_t is_double, int64_t bands, int64_t k,
-                         int64_t m, int64_t n, int64_t stop, void* errors, int64_t* order, int64_t threads, int32_t isa) {
+                         int64_t m, int64_t n, int64_t stop, void* errors, int64_t* order, int64_t threads, int32_t isa,
+                         const std::atomic<int32_t>* interrupted) {
     const Kernels* kernels = kernels_of(isa);
     if (!kernels) return -1;
-    const BandShape shape = {k, m, n, stop};
+    const BandShape shape = {k, m, n, stop, interrupted};
     try {
         if (is_double)
             return sweep_bands(kernels->sweep_f64, shape, bands, (const double*)weights, (const double*)inverses, group, (double*)errors,

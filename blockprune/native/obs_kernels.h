@@ -450,6 +450,7 @@ template <class T> static bool sweep(const BandShape& shape, const Band<T>& band
     const int64_t blocks = shape.blocks(), stop = std::min(shape.stop, blocks);
     if (!update<T>(state, nullptr)) return false;
     for (int64_t done = 0; done < stop; done++) {
+        if (*shape.interrupted) return true;
         const int64_t slot = cheapest_slot(state);
         band.errors[done] = state.scores[slot], band.order[done] = state.ids[slot];
         if (!factorize(state, slot)) return false;

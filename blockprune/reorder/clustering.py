@@ -28,7 +28,13 @@ UnitScores = Mapping[int, Tensor]  # units in a block -> the scores that each un
 
 
 def cluster(
-    scores: Scores, plan: Sequence[UnitPermutation], *, block: BlockShape, sparsity: float = 0.25, rounds: int = 6, progress: bool = True
+    scores: Scores,
+    plan: Sequence[UnitPermutation],
+    *,
+    block: BlockShape,
+    sparsity: float = 0.25,
+    rounds: int = 6,
+    progress: bool | None = None,
 ) -> list[UnitPermutation]:
     """Better orders for a plan of `permute`: units whose high scores are in the same places share blocks, and other blocks get low scores.
 
@@ -47,7 +53,7 @@ def cluster(
         sparsity: the share of the elements that will be pruned.
         rounds: the search evaluates all candidate pairs at most this many times; after the last time, some exchanges may still lower the
             cost.
-        progress: show a progress bar.
+        progress: show a progress bar; by default in a terminal and in a notebook.
 
     Raises:
         KeyError: no axis of the plan has scores.

@@ -7,11 +7,16 @@
 4. Layers whose units arrive at the same module in the same way, or whose weights are tied, share one hidden axis.
 5. Each hidden axis becomes a `UnitPermutation` that lists the weights, biases and norms that have the axis.
 6. Finally all axes are permuted at random, and only those that leave the outputs unchanged are returned.
+
+The model is traced with other values in its parameters and buffers, and the last step uses the model's own values and others, also of the
+inputs: zeros and ones, for example, would hide that an operation uses a tensor.
 """
 
+import contextlib
 import itertools
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import attrs
@@ -21,28 +26,31 @@ from torch import Tensor, nn
 from blockprune.core._compat import is_compiled_wrapper
 from blockprune.core.progress import progress_bar
 from blockprune.model.apply import read_masks
-from blockprune.model.running import Forward, default_forward
+from blockprune.model.running import Forward, default_forward, without_compiled_code
 from blockprune.reorder.permutation import UnitPermutation, permute
 from blockprune.reorder.recording import SEED, RecordedRun
 from blockprune.reorder.tracing import AxisTracer, AxisUse, UsageCheck
+from blockprune.reorder.varied_values import vary_floats, vary_inputs, vary_model
 
 __all__ = ["find_axes"]
 
 TOLERANCE = 1e-5  # of an output's value or of the median: the rounding errors of a model that always computes in float32
 
+Check = tuple[nn.Module, Callable[[nn.Module], list[Tensor]], Sequence[Tensor]]  # a model, how it is run, and its outputs
 Consumers = Mapping[str, Mapping[str, AxisUse]]  # layer -> the modules that use its units, and how
 
 
-def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forward, progress: bool = True) -> list[UnitPermutation]:
+def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forward, progress: bool | None = None) -> list[UnitPermutation]:
     """Find the hidden axes of a model whose units can be reordered, for `cluster` and `permute`; each is verified on the example.
 
     These are the hidden units of MLPs (with the gate, if any, in a Linear of its own or in the same one), the channels of value heads
     (also of shared ones), the channels between convolutions (also through depthwise convolutions), and a residual stream that a last layer
     reads. The documentation of this module describes the method.
 
-    An axis is verified if a random permutation of its units changes no output by more than 1e-5 of its value or of the median output. If
-    it does change the outputs, the parameters outside of layers (learned positions, scales, a router) that have exactly one axis of this
-    length are permuted too, and the axis is verified again.
+    An axis is verified if a random permutation of its units changes no output by more than 1e-5 of its value or of the median output, with
+    the model's own values and with others, since zeros and ones would hide that an operation uses a parameter or an input. If it does
+    change the outputs, the parameters outside of layers (learned positions, scales, a router) that have exactly one axis of this length are
+    permuted too, and the axis is verified again.
 
     These axes are not found: those of packed projections (queries, keys and values in one Linear; a gate whose units alternate with the
     units that it multiplies), and those where the model's code treats a unit by its number. If the units of one axis can be reordered in
@@ -54,7 +62,7 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
         example: one small batch that calls every layer, with two tokens or more; the model runs several times for each layer. The experts
             of `as_linears` get the tokens in turn, whatever the router chooses, so the example needs at least as many tokens as experts.
         forward: as in `collect.with_statistics`.
-        progress: show a progress bar.
+        progress: show a progress bar; by default in a terminal and in a notebook.
 
     Returns:
         Permutations that keep the order (0, 1, ...), those of residual streams first.
@@ -75,9 +83,11 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
         raise ValueError("the model is a compiled wrapper; give the module that was compiled: model._orig_mod")
     if meta := [name for name, p in model.named_parameters() if p.is_meta]:
         raise ValueError(f"{meta[0]} is on the meta device and has no values; give a model with weights")
-    with torch.random.fork_rng([]), torch.no_grad(), torch.compiler.set_stance("force_eager"):  # hooks run in eager code
+    with torch.random.fork_rng([]), torch.no_grad(), without_compiled_code():
         torch.default_generator.manual_seed(SEED)
-        recorded = RecordedRun.of(model, example, forward)
+        original = RecordedRun.of(model, example, forward)
+        recorded = _varied_run(original, example, forward)
+        checks = _checks(original, recorded)
         usage = UsageCheck(recorded)
         unused = usage.unused_modules()
         plan = []
@@ -89,7 +99,35 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
                 _warn_of_unused(names, permutation)
             else:
                 plan.append(permutation)
-        return _verified(usage, plan)
+        return _verified(usage, plan, checks)
+
+
+def _varied_run(original: RecordedRun, example: Any, forward: Forward) -> RecordedRun:
+    """A run of the model with other values in its parameters and buffers, or in its parameters; the original run if neither succeeds."""
+    for buffers in (True, False):
+        try:
+            varied = RecordedRun.of(vary_model(original.model, buffers=buffers), example, forward)
+        except Exception:  # for example, a buffer holds positions that the model uses as indices
+            continue
+        finite = [[bool(y.isfinite().all()) for y in run.outputs] for run in (original, varied)]
+        if finite[0] == finite[1] and varied.module_inputs.keys() == original.module_inputs.keys():
+            return varied
+    warnings.warn(
+        "the model does not run with other values in its parameters, so the axes are verified with its own values only; parameters that "
+        "are all zero or all one may have an axis that their values do not show",
+        stacklevel=3,
+    )
+    return original
+
+
+def _checks(original: RecordedRun, varied: RecordedRun) -> list[Check]:
+    """The runs of the model, with its own values and with others, and of other inputs if the model runs with them."""
+    checks: list[Check] = [(recorded.model, recorded.run, recorded.outputs) for recorded in (varied, original)]
+    for change in (vary_floats, vary_inputs):
+        run = partial(varied.run, change=change)
+        with contextlib.suppress(Exception):  # for example, an integer is no index any more
+            checks.append((varied.model, run, run(varied.model)))
+    return checks
 
 
 @attrs.frozen
@@ -112,7 +150,7 @@ class _AxisGroup:
         return all(use.is_separate for use in self.uses.values())
 
 
-def _axis_groups(tracer: AxisTracer, progress: bool) -> list[_AxisGroup]:
+def _axis_groups(tracer: AxisTracer, progress: bool | None) -> list[_AxisGroup]:
     """The axes of the model: first the residual streams, whose units are used several at a time, then those whose units are used singly."""
     consumers = _consumers(tracer, progress)
     pieces = {layer: max((use.pieces for use in uses.values()), default=1) for layer, uses in consumers.items()}
@@ -129,7 +167,7 @@ def _axis_groups(tracer: AxisTracer, progress: bool) -> list[_AxisGroup]:
     return [*streams, *(attrs.evolve(group, head_sizes=_head_sizes(tracer, consumers, group)) for group in separate)]
 
 
-def _consumers(tracer: AxisTracer, progress: bool) -> Consumers:
+def _consumers(tracer: AxisTracer, progress: bool | None) -> Consumers:
     """The modules that use the units of each layer; a layer whose units reach the output is left out."""
     consumers: dict[str, Mapping[str, AxisUse]] = {}
     for layer in progress_bar(tracer.recorded.layer_outputs, "axes", progress):
@@ -213,14 +251,21 @@ def _number_of_unit_groups(recorded: RecordedRun, group: _AxisGroup, units: int)
 
 
 def _unused_with_axis(usage: UsageCheck, unused: Mapping[str, set[int]], group: _AxisGroup, permutation: UnitPermutation) -> list[str]:
-    """The modules, and for a residual stream the unhooked parameters, that may have the axis but that the example does not use.
+    """The modules and the unhooked parameters that may have the axis but that the example does not use.
 
     The outputs do not depend on them, so the verification could not show whether they have the axis.
     """
     units = len(permutation.order)
     lengths = {units, *(units * copies for copies in permutation.copies.values())}
     modules = [name for name, sizes in unused.items() if sizes & lengths]
-    return modules if group.is_separate else [*modules, *usage.unused_parameters(units)]
+    parameters = usage.unused_parameters(units)
+    if group.is_separate:  # a module of torch does not use parameters that were added to it
+        parameters = [name for name in parameters if not _is_of_torch(usage.recorded.model.get_submodule(name.rpartition(".")[0]))]
+    return [*modules, *parameters]
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
 
 
 def _warn_of_unused(names: Sequence[str], permutation: UnitPermutation) -> None:
@@ -232,36 +277,38 @@ def _warn_of_unused(names: Sequence[str], permutation: UnitPermutation) -> None:
     )
 
 
-def _verified(usage: UsageCheck, plan: list[UnitPermutation]) -> list[UnitPermutation]:
-    """The permutations of a plan that leave the outputs unchanged when they are applied at once.
+def _verified(usage: UsageCheck, plan: list[UnitPermutation], checks: Sequence[Check]) -> list[UnitPermutation]:
+    """The permutations of a plan that leave the outputs of all checks unchanged when they are applied at once.
 
     Bisection finds them in few runs, because most plans are right.
     """
-    recorded = usage.recorded
-    if not plan or _keeps_outputs(recorded, plan):
+    if not plan or _keeps_outputs(checks, plan):
         return plan
     if len(plan) == 1:
         for prefix in (_common_prefix(plan[0]), ""):
             extended = _with_unhooked_parameters(usage, plan[0], prefix)
-            if extended is not None and _keeps_outputs(recorded, [extended]):
+            if extended is not None and _keeps_outputs(checks, [extended]):
                 return [extended]
         return []
     middle = len(plan) // 2
-    verified, others = _verified(usage, plan[:middle]), _verified(usage, plan[middle:])
-    if not verified or not others or _keeps_outputs(recorded, [*verified, *others]):
+    verified, others = _verified(usage, plan[:middle], checks), _verified(usage, plan[middle:], checks)
+    if not verified or not others or _keeps_outputs(checks, [*verified, *others]):
         return [*verified, *others]
     for permutation in others:  # two permutations can reorder the same axis
-        verified = [*verified, permutation] if _keeps_outputs(recorded, [*verified, permutation]) else verified
+        verified = [*verified, permutation] if _keeps_outputs(checks, [*verified, permutation]) else verified
     return verified
 
 
-def _keeps_outputs(recorded: RecordedRun, plan: Sequence[UnitPermutation]) -> bool:
+def _keeps_outputs(checks: Sequence[Check], plan: Sequence[UnitPermutation]) -> bool:
     """Whether the outputs are unchanged if the units of each permutation are reordered at random."""
-    try:
-        outputs = recorded.run(permute(recorded.model, [_randomized(permutation) for permutation in plan]))
-    except Exception:  # for example, a tensor is tied to one that is not listed
-        return False
-    return len(outputs) == len(recorded.outputs) and all(map(_is_close, outputs, recorded.outputs))
+    for model, run, expected in checks:
+        try:
+            outputs = run(permute(model, [_randomized(permutation) for permutation in plan]))
+        except Exception:  # for example, a tensor is tied to one that is not listed
+            return False
+        if len(outputs) != len(expected) or not all(map(_is_close, outputs, expected)):
+            return False
+    return True
 
 
 def _common_prefix(permutation: UnitPermutation) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from blockprune.core.grid import BlockGrid, block_elements, expand
 from blockprune.core.patterns import suggest
-from blockprune.core.types import BlockScore, Scores
+from blockprune.core.types import BlockScore, Scores, in_short
 from blockprune.model.parameters import parameter_refs
 
 __all__ = ["UnitPermutation", "permute", "sort_units"]
@@ -72,7 +72,7 @@ class UnitPermutation:
         tensor([1, 2, 0])
     """
 
-    order: Tensor = attrs.field(eq=attrs.cmp_using(eq=torch.equal), converter=_checked_order)  # [units] int64
+    order: Tensor = attrs.field(eq=attrs.cmp_using(eq=torch.equal), repr=in_short, converter=_checked_order)  # [units] int64
     rows: tuple[str, ...] = attrs.field(default=(), converter=_checked_names, kw_only=True)
     columns: tuple[str, ...] = attrs.field(default=(), converter=_checked_names, kw_only=True)
     last: tuple[str, ...] = attrs.field(default=(), converter=_checked_names, kw_only=True)

@@ -11,13 +11,14 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from blockprune.core._compat import CACHE_ARGUMENTS, ConvNd, ConvTransposeNd, NormBase, tree_leaves
+from blockprune.core._compat import ConvNd, ConvTransposeNd, NormBase, tree_leaves, tree_map_only
+from blockprune.core._compat_hf import CACHE_ARGUMENTS
 from blockprune.model.experts import Experts, experts_in, record_routing
 from blockprune.model.running import Forward, cuda_devices, disable_attention_fastpath, float64_copy, to_model_device
 
 SEED = 0  # every run of the model draws the same random numbers
 
-Run = Callable[[nn.Module], list[Tensor]]  # model -> the tensors of its output on the example
+Run = Callable[..., list[Tensor]]  # (model, change of the input tensors) -> the tensors of its output on the example
 
 
 @attrs.frozen(eq=False)
@@ -29,7 +30,7 @@ class RecordedRun:
 
     Args:
         model: the copy, in evaluation mode, and in float64 if the model can run in it.
-        run: runs a model on the example and returns the tensors of its output.
+        run: runs a model on the example and returns the tensors of its output. Its second argument, if any, changes the inputs.
         modules: by name, the mixing layers and the modules that have one number or one kernel for each unit, such as norms and depthwise
             convolutions.
         layer_outputs: the outputs of each mixing layer that was called.
@@ -209,12 +210,12 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _run(model: nn.Module, example: Any, forward: Forward) -> list[Tensor]:
+def _run(model: nn.Module, change: Callable[[Tensor], Tensor] = torch.clone, *, example: Any, forward: Forward) -> list[Tensor]:
     """The tensors of the model's output on the example, without caches; random numbers are the same in each run."""
     with disable_attention_fastpath(), torch.random.fork_rng(devices := cuda_devices(model)):
         for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
             generator.manual_seed(SEED)
-        output = forward(model, to_model_device(model, example))
+        output = forward(model, tree_map_only(Tensor, change, to_model_device(model, example)))
     if isinstance(output, Mapping):
         output = {key: value for key, value in output.items() if not str(key).startswith(CACHE_ARGUMENTS)}
     return list(_tensors_in(output))

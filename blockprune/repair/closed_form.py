@@ -30,7 +30,7 @@ def none(data: Data, masks: Masks) -> dict[str, Tensor]:
 
 @requires(statistics.input_gram)
 def least_squares(
-    data: Data, masks: Masks, *, damping: float = 0.01, memory: int | None = None, progress: bool = True
+    data: Data, masks: Masks, *, damping: float = 0.01, memory: int | None = None, progress: bool | None = None
 ) -> dict[str, Tensor]:
     """The kept weights with the smallest output error: ``W_S = W H_:S (H_SS)^-1`` for the kept inputs S of each row of blocks.
 
@@ -44,7 +44,7 @@ def least_squares(
         damping: the share of H's diagonal that is added to it.
         memory: bytes for the linear systems that are solved at a time; at least one system is. The default is 16 MiB, and on a GPU a
             quarter of its free memory.
-        progress: show a progress bar.
+        progress: show a progress bar; by default in a terminal and in a notebook.
 
     Returns:
         Weights by parameter name, zero in pruned blocks, and biases by theirs if they were collected.

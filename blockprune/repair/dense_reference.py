@@ -184,14 +184,16 @@ def _run_until_used(
 ) -> None:
     """Run a layer until each weight has been used, and pass on the residual streams and the inputs of the weights."""
     remaining = {name: trace.call_counts.get(name, 0) for name, _, _ in hooks}
-    may_stop = all(remaining.values())  # an expert that the first batch did not call may come after those that it did
+    unfinished = {name for name, calls in remaining.items() if calls}
+    may_stop = len(unfinished) == len(remaining)  # an expert that the first batch did not call may come after those that it did
 
     def after(  # noqa: PLR0917 (two are bound, torch passes the others)
         name: str, ref: ParameterRef, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
         on_inputs(name, weight_inputs(ref, module, args, kwargs))
         remaining[name] -= 1
-        if may_stop and not any(remaining.values()):
+        (unfinished.add if remaining[name] else unfinished.discard)(name)
+        if may_stop and not unfinished:
             raise StopForward
 
     with contextlib.ExitStack() as stack:

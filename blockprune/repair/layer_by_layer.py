@@ -1,6 +1,6 @@
 """Layer after layer: each layer is pruned and repaired on the inputs that the pruned layers before it give it."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from inspect import Parameter, signature
 from typing import Any, Literal, Unpack, cast
@@ -10,33 +10,45 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.core.grid import BlockShape
+from blockprune.core.masks import sparsity as sparsity_of
 from blockprune.core.patterns import resolve_by_name
 from blockprune.core.pipeline import Pipeline, required_statistics
 from blockprune.core.progress import progress_bar
 from blockprune.core.types import Data, Masks, Reconstruct, Sparsity, Weights, Where
 from blockprune.model.apply import read_masks
 from blockprune.model.inputs import InputHooks, input_axis, input_hooks
+from blockprune.model.masking import mask_blocks
 from blockprune.model.parameters import find_parameters
-from blockprune.model.parametrization import mask_blocks
 from blockprune.model.running import Calibration, RunOptions, as_calibration, preserve_state, to_model_device
 from blockprune.model.selection import select
+from blockprune.model.token_streams import hidden_token_weights
 from blockprune.repair.dense_reference import DenseReferencePass, LayerBatch, LayerTrace, PrunedPass, trace_layer
 from blockprune.repair.transformer_layers import CapturedBatch, Layer, capture_layer_inputs, find_layers
 from blockprune.statistics import Statistic
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class RepairResult:
     """Masks and repaired weights; give both to `apply_masks`. ``layers`` names the layers that are done.
 
     Example:
-        >>> bp.RepairResult(masks={}, weights={}, layers=()).layers
-        ()
+        >>> mask = bp.BlockMask(torch.tensor([True, False]), bp.BlockGrid((4,), (2,)))
+        >>> bp.RepairResult(masks={"fc.bias": mask}, weights={}, layers=("fc",))
+        RepairResult(1 mask, 50.0% pruned; 0 weights; 1 layer: 'fc')
     """
 
     masks: Masks
     weights: Weights
     layers: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        masks, weights, layers = (
+            f"{len(items)} {noun}{'s' * (len(items) != 1)}"
+            for items, noun in ((self.masks, "mask"), (self.weights, "weight"), (self.layers, "layer"))
+        )
+        ends = dict.fromkeys((*self.layers[:1], *self.layers[-1:]))
+        named = f": {' to '.join(map(repr, ends))}" if ends else ""
+        return f"RepairResult({masks}, {sparsity_of(self.masks):.1%} pruned; {weights}; {layers}{named})"
 
 
 def sequential(
@@ -57,12 +69,14 @@ def sequential(
     """Prune and repair layers in order, each calibrated on what the pruned layers before it give (SparseGPT 2301.00774); pure.
 
     The statistics of one layer are held at a time. To go on after an interruption, give what ``callback`` was last called with as
-    ``resume``.
+    ``resume``: save it with ``callback=partial(bp.save_repair, path="repair.safetensors")``, and go on with
+    ``resume=bp.load_repair("repair.safetensors")``; the result has the same bits as that of an uninterrupted call.
 
     Args:
         model: a model without masks whose layers follow each other: the output of one is the (first) input of the next.
         pipeline: its ``collect`` takes ``where=``, ``statistics=`` and ``calibration=``, such as
-            ``partial(collect.with_statistics, where=...)``. The statistics that its metric and ``reconstruct`` require are added.
+            ``partial(collect.with_statistics, where=...)``. It is called with a module that holds one layer alone, under the layer's full
+            name. The statistics that its metric and ``reconstruct`` require are added.
         reconstruct: (data, masks) -> weights, such as `reconstruct.least_squares`.
         batches: calibration data, or a `Calibration`; one pass is made over it, and the layers' inputs of all of it are kept.
         sparsity: a fraction, or a mapping by parameter name or pattern, such as a function of `budget` returns.
@@ -81,7 +95,7 @@ def sequential(
 
     Raises:
         ValueError: a masked model, layers that do not follow each other, a chosen parameter that lies in no layer, no batches, a
-            ``resume`` of other layers, a statistic that needs gradients.
+            ``resume`` of other layers or without their masks and weights, a statistic that needs gradients.
         KeyError: a layer that the model does not have, a sparsity for a parameter that is not chosen, or none for one that is.
         TypeError: a collector without the three options, or with batches of its own; batches that are one tensor or mapping.
 
@@ -101,8 +115,8 @@ def sequential(
     names = _prunable(model, where)
     order = find_layers(model, layers, names)
     shares = resolve_by_name(sparsity, names, what="sparsity") if isinstance(sparsity, Mapping) else sparsity
-    stage = _LayerStage(model, pipeline, reconstruct, where, statistics, shares, extra_data or {}, target)
-    done = _checked_resume(resume or RepairResult({}, {}), order)
+    stage = _LayerStage(pipeline, reconstruct, where, statistics, shares, extra_data or {}, target)
+    done = _checked_resume(resume or RepairResult({}, {}), order, reconstruct)
     with preserve_state(model), torch.no_grad():
         states = _HiddenStates.of(model, order, calibration, keep_dense=target == "dense" or finetune is not None)
         for number, layer in enumerate(progress_bar(order, "sequential", calibration.progress)):
@@ -110,11 +124,11 @@ def sequential(
             if is_new:
                 done = stage.prune(layer, states, done)
             targets = states.advance_dense(layer)
-            parameters = _pruned_parameters(model, layer.name, done)
+            parameters = _pruned_parameters(layer, done)
             if finetune and is_new and layer.parameters:
                 parameters |= _finetuned(finetune, states.batches(layer, parameters), done.masks, targets)
                 done = attrs.evolve(
-                    done, weights={**done.weights, **{name: parameters[layer.local_name(name)] for name in layer.parameters}}
+                    done, weights={**done.weights, **{name: parameters[layer.local_names[name]] for name in layer.parameters}}
                 )
             states.advance_pruned(layer, parameters)
             if is_new:
@@ -124,21 +138,29 @@ def sequential(
     return done
 
 
-def _checked_resume(done: RepairResult, order: Sequence[Layer]) -> RepairResult:
-    """The earlier result, if it has masks of the right shapes for all chosen parameters of its layers, which are the first ones."""
+def _checked_resume(done: RepairResult, order: Sequence[Layer], reconstruct: Reconstruct) -> RepairResult:
+    """The earlier result, if it has masks and weights for all chosen parameters of its layers, which are the first ones."""
     finished = order[: len(done.layers)]
     if done.layers != tuple(layer.name for layer in finished):
         names = ", ".join(map(repr, done.layers))
         raise ValueError(f"resume is of layers {names}, which are not the first ones here; give the same layers")
+    has_weights = bool(done.weights or required_statistics(reconstruct))
     for layer in finished:
         for name in layer.parameters:
-            shape = tuple(layer.module.get_parameter(layer.local_name(name)).shape)
-            if name not in done.masks:
+            shape = tuple(layer.module.get_parameter(layer.local_names[name]).shape)
+            missing = "mask" if name not in done.masks else "weight" if has_weights and name not in done.weights else ""
+            if missing:
                 raise ValueError(
-                    f"resume says that layer {layer.name!r} is done, but it has no mask for {name} {shape}; give the whole result"
+                    f"resume says that layer {layer.name!r} is done, but it has no {missing} for {name} {shape}; give the whole result"
                 )
             if done.masks[name].grid.shape != shape:
                 raise ValueError(f"{name} {shape}: resume has a mask for shape {done.masks[name].grid.shape}; it is of another model")
+        for name, local_name in layer.local_names.items():
+            shape = tuple(layer.module.get_parameter(local_name).shape)
+            if name in done.weights and tuple(done.weights[name].shape) != shape:
+                raise ValueError(f"{name} {shape}: resume has a weight of shape {tuple(done.weights[name].shape)}; it is of another model")
+            if name in done.weights and not done.weights[name].isfinite().all():
+                raise ValueError(f"{name} {shape}: resume has a weight with NaN or inf; give an earlier result")
     return done
 
 
@@ -146,7 +168,6 @@ def _checked_resume(done: RepairResult, order: Sequence[Layer]) -> RepairResult:
 class _LayerStage:
     """How one layer is pruned and repaired."""
 
-    model: nn.Module
     pipeline: Pipeline
     reconstruct: Reconstruct
     where: Where
@@ -161,9 +182,9 @@ class _LayerStage:
             if trace is None:
                 batches: PrunedPass | DenseReferencePass = PrunedPass(names, states.batches(layer, {}))
             else:  # the weights of the groups before are pruned already
-                pruned = states.batches(layer, _pruned_parameters(self.model, layer.name, done))
+                pruned = states.batches(layer, _pruned_parameters(layer, done))
                 batches = DenseReferencePass(names, pruned, states.batches(layer, {}, dense=True), hooks, trace)
-            data = self._collect(names, batches)
+            data = self._collect(layer, names, batches)
             sparsity = {name: self.sparsity[name] for name in names} if isinstance(self.sparsity, Mapping) else self.sparsity
             masks = self.pipeline.allocate(self.pipeline.score(data, sparsity), sparsity)
             weights = self.reconstruct(data, masks)
@@ -177,19 +198,19 @@ class _LayerStage:
             return []
         if self.target == "pruned":
             return [(layer.parameters, [], None)]
-        refs, inside = find_parameters(self.model, layer.parameters, what="where"), set(layer.module.modules())
+        refs = find_parameters(layer.root, layer.parameters, what="where")
         hooks = [
             (name, ref, module)
-            for name, ref, module in input_hooks(self.model, refs)
-            if module in inside and input_axis(ref) == input_axis(refs[name][0])  # not a head tied to an embedding
+            for name, ref, module in input_hooks(layer.root, refs)
+            if input_axis(ref) == input_axis(refs[name][0])  # not a head tied to an embedding
         ]
         trace = trace_layer(states.batches(layer, {})[0], hooks)
         return [(names, [hook for hook in hooks if hook[0] in names], trace) for names in trace.groups]
 
-    def _collect(self, names: Sequence[str], batches: PrunedPass | DenseReferencePass) -> Data:
+    def _collect(self, layer: Layer, names: Sequence[str], batches: PrunedPass | DenseReferencePass) -> Data:
         data = cast(Any, self.pipeline.collect)(
-            self.model,
-            where=partial(_only, self.where, names),
+            layer.root,
+            where=partial(_only, self.where, frozenset(names)),
             statistics=_with_required(self.statistics, batches.statistics),
             calibration=Calibration(batches, forward=_run_batch, token_weights=_token_weights, progress=False),
         )
@@ -212,7 +233,8 @@ class _HiddenStates:
         if not captured:
             raise ValueError("batches is empty: calibration needs at least one")
         hidden = [batch.hidden for batch in captured]
-        return cls(captured, [calibration.token_weights(batch.batch) for batch in captured], hidden, list(hidden) if keep_dense else None)
+        weights = [hidden_token_weights(model, calibration, batch.batch, batch.hidden) for batch in captured]
+        return cls(captured, weights, hidden, list(hidden) if keep_dense else None)
 
     def batches(self, layer: Layer, parameters: Mapping[str, Tensor], *, dense: bool = False) -> list[LayerBatch]:
         """The layer's batches, with these of its parameters replaced."""
@@ -278,7 +300,7 @@ def _token_weights(batch: Any) -> Tensor | None:
     return weights
 
 
-def _only(where: Where, names: Sequence[str], name: str, owner: nn.Module) -> BlockShape | None:
+def _only(where: Where, names: Collection[str], name: str, owner: nn.Module) -> BlockShape | None:
     return where(name, owner) if name in names else None
 
 
@@ -292,7 +314,7 @@ def _finetuned(
         return _weighted_tokens(attrs.evolve(batch, parameters=parameters).run(), batch.token_weights)
 
     weighted = [_weighted_tokens(x, batch.token_weights) for x, batch in zip(targets, batches, strict=True)]
-    return dict(finetune(run, parameters, {layer.local_name(name): masks[name] for name in layer.parameters}, batches, weighted))
+    return dict(finetune(run, parameters, {layer.local_names[name]: masks[name] for name in layer.parameters}, batches, weighted))
 
 
 def _weighted_tokens(x: Tensor, weights: Tensor | None) -> Tensor:
@@ -303,16 +325,14 @@ def _weighted_tokens(x: Tensor, weights: Tensor | None) -> Tensor:
     return x[counts] * weights[counts].to(x).sqrt().view(-1, *[1] * (x.ndim - weights.ndim))
 
 
-def _pruned_parameters(model: nn.Module, layer: str, done: RepairResult) -> dict[str, Tensor]:
+def _pruned_parameters(layer: Layer, done: RepairResult) -> dict[str, Tensor]:
     """The parameters of a layer that are masked or repaired, each by its first name in the layer."""
-    prefix = f"{layer}." if layer else ""
-    names = {**done.masks, **done.weights}
     parameters: dict[str, Tensor] = {}
-    for name, refs in zip(names, find_parameters(model, names, what="weights").values(), strict=True):
-        if inside := [ref.name for ref in refs if ref.name.startswith(prefix)]:
-            stored = refs[0].stored
+    for name, local_name in layer.local_names.items():
+        if name in done.masks or name in done.weights:
+            stored = layer.module.get_parameter(local_name)
             value = done.weights[name].to(stored) if name in done.weights else stored
             if name in done.masks:
                 value = mask_blocks(value, done.masks[name].keep.to(stored.device), done.masks[name].grid)
-            parameters[inside[0].removeprefix(prefix)] = value
+            parameters[local_name] = value
     return parameters

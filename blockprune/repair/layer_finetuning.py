@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from blockprune.core.types import BlockMask
-from blockprune.model.parametrization import mask_blocks
+from blockprune.model.masking import mask_blocks
 
 
 def finetune_layer(
@@ -43,7 +43,7 @@ def finetune_layer(
         seed: of the order of the batches.
 
     Raises:
-        ValueError: a held_out share that leaves no batch to learn from.
+        ValueError: a held_out share that leaves no batch to learn from; NaN or inf in the error of a batch.
 
     Example:
         >>> x, dense = torch.randn(8, 16, 4), torch.randn(4, 4)
@@ -63,7 +63,7 @@ def finetune_layer(
 
     def validation_error() -> float:
         with torch.no_grad():
-            return sum(layer.error(values, *pair).item() for pair in validation)
+            return sum(_checked(layer.error(values, *pair), count + i).item() for i, pair in enumerate(validation))
 
     best, least, worse_epochs = _copies(values), validation_error(), 0
     optimizer = torch.optim.Adam(values.values(), lr=lr)
@@ -72,7 +72,7 @@ def finetune_layer(
     with torch.enable_grad():
         for _ in range(epochs):
             for i in torch.randperm(count, generator=generator).tolist():
-                loss = layer.error(values, *training[i])
+                loss = _checked(layer.error(values, *training[i]), i)
                 gradients = torch.autograd.grad(loss, list(values.values()), allow_unused=True)  # not of the layer's other parameters
                 for value, gradient in zip(values.values(), gradients, strict=True):
                     value.grad = gradient
@@ -85,6 +85,15 @@ def finetune_layer(
             elif worse_epochs > patience:
                 break
     return layer.weights(best)
+
+
+def _checked(error: Tensor, batch_number: int) -> Tensor:
+    if not error.isfinite():
+        raise ValueError(
+            f"finetune_layer: the error of the layer's output on batch {batch_number} is {error.item()}; check that batch and its target "
+            "for NaN and inf, or give a smaller lr"
+        )
+    return error
 
 
 def _training_batches(total: int, held_out: float) -> int:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from blockprune.core._compat import CACHE_ARGUMENTS
+from blockprune.core._compat_hf import CACHE_ARGUMENTS
 from blockprune.core.patterns import suggest
-from blockprune.model.parameters import stored_aliases, under_all_names
+from blockprune.model.parameters import parameter_refs, stored_aliases, under_all_names
 from blockprune.model.running import Forward
 
 
@@ -36,24 +36,46 @@ class CapturedBatch:
 class Layer:
     """One of the modules that follow each other.
 
+    Args:
+        name: of the module in the model.
+        module: the layer.
+        parameters: the chosen parameters in it, by their names in the model.
+        local_names: of all its parameters, by their names in the model: the first name in the layer. A tensor that is tied to one of an
+            earlier layer has its name there in the model.
+
     Example:
         >>> from blockprune.repair.transformer_layers import Layer
-        >>> Layer("encoder.0", nn.Linear(2, 2), ["encoder.0.weight"]).local_name("encoder.0.weight")
-        'weight'
+        >>> layer = Layer("encoder.0", nn.Linear(2, 2), ["encoder.0.weight"])
+        >>> layer.local_names
+        {'encoder.0.weight': 'weight', 'encoder.0.bias': 'bias'}
+        >>> [name for name, _ in layer.root.named_parameters()]
+        ['encoder.0.weight', 'encoder.0.bias']
     """
 
     name: str
     module: nn.Module
-    parameters: list[str]  # the chosen parameters in it
+    parameters: list[str]
+    local_names: Mapping[str, str] = attrs.field()
+    root: nn.Module = attrs.field(init=False)  # in the model's place, it holds this layer alone, so that no step walks over the others
     aliases: Mapping[str, Sequence[str]] = attrs.field(init=False)
+
+    @local_names.default
+    def _local_names(self) -> dict[str, str]:
+        prefix = f"{self.name}." if self.name else ""
+        return {f"{prefix}{name}": name for name in parameter_refs(self.module)}
+
+    @root.default
+    def _root(self) -> nn.Module:
+        root = self.module
+        for child in reversed(self.name.split(".") if self.name else []):
+            parent = nn.Module()
+            parent.add_module(child, root)
+            root = parent
+        return root
 
     @aliases.default
     def _aliases(self) -> dict[str, list[str]]:
         return stored_aliases(self.module)
-
-    def local_name(self, name: str) -> str:
-        """A parameter's name in the layer."""
-        return name.removeprefix(f"{self.name}.") if self.name else name
 
     def forward(self, parameters: Mapping[str, Tensor], hidden: Tensor, captured: CapturedBatch) -> Tensor:
         """The layer's output on hidden states, with some of its parameters replaced."""
@@ -92,9 +114,26 @@ def find_layers(model: nn.Module, layers: Sequence[str] | None, names: Sequence[
             raise KeyError(f"layers names {layer!r}, which is not a module of the model{suggest(layer, modules)}")
     if not layers:
         raise ValueError("layers is empty; name at least one, or leave it out")
-    order = [Layer(layer, modules[layer], [name for name in names if not layer or name.startswith(f"{layer}.")]) for layer in layers]
+    local_names, chosen = _local_names(model, layers), set(names)
+    order = []
+    for layer in layers:
+        prefix = f"{layer}." if layer else ""
+        inside = [name for name, local in local_names[layer].items() if name in chosen and name == f"{prefix}{local}"]
+        order.append(Layer(layer, modules[layer], inside, local_names[layer]))
     _check_all_inside(order, names)
     return order
+
+
+def _local_names(model: nn.Module, layers: Sequence[str]) -> dict[str, dict[str, str]]:
+    """For each layer: the first name in the layer of each of its parameters, by the parameter's name in the model."""
+    local_names: dict[str, dict[str, str]] = {layer: {} for layer in layers}
+    for name, refs in parameter_refs(model).items():
+        for ref in refs:
+            parts = ref.name.split(".")
+            for depth in range(len(parts)):
+                if (layer := ".".join(parts[:depth])) in local_names:
+                    local_names[layer].setdefault(name, ".".join(parts[depth:]))
+    return local_names
 
 
 def _check_all_inside(order: Sequence[Layer], names: Sequence[str]) -> None:

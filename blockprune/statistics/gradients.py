@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from blockprune.core.precision import double, float32_if_in_range
 from blockprune.core.types import Param
 from blockprune.model.parameters import ParameterRef
 from blockprune.statistics.statistic import Gates, Statistic, Sums, at_least_float32, zeros
@@ -14,12 +15,12 @@ def _of_weight(name: str, contribution: Callable[[Tensor], Tensor]) -> Statistic
     """The mean of ``contribution(gradient)`` over batches."""
 
     def init(ref: ParameterRef, param: Param) -> Sums:
-        return {"sum": zeros(*param.grid.shape, like=param), "n": zeros(like=param), "reached": zeros(like=param)}
+        return {"sum": zeros(*param.grid.shape, like=param), "n": zeros(like=param)}
 
     def update(sums: Sums, grad: Tensor | None) -> Sums:
         if grad is None:  # a batch that does not use the weight counts with a gradient of 0
             return {**sums, "n": sums["n"] + 1}
-        return {"sum": sums["sum"] + contribution(at_least_float32(grad)), "n": sums["n"] + 1, "reached": sums["reached"] + 1}
+        return {"sum": sums["sum"] + contribution(at_least_float32(grad)), "n": sums["n"] + 1}
 
     return Statistic(name, "weight_grad", init, update, lambda sums, ref, param: sums["sum"] / sums["n"])
 
@@ -32,28 +33,32 @@ weight_grad_sq = _of_weight("weight_grad_sq", torch.square)
 
 
 def _of_gates(name: str, contribution: Callable[[Gates], Tensor], *, code: str | None = None) -> Statistic:
-    """The mean of ``contribution(gates)`` ``[samples, *size]`` over samples."""
+    """The mean of ``contribution(gates)`` ``[samples, *size]`` over samples, in float64 because gates are few."""
 
     def update(sums: Sums, gates: Gates) -> Sums:
-        samples = at_least_float32(contribution(gates))
+        samples = contribution(gates)
         return {"sum": sums["sum"] + samples.sum(0), "n": sums["n"] + len(samples)}
 
     def init(ref: ParameterRef, param: Param) -> Sums:
-        return {"sum": zeros(*param.grid.size, like=param), "n": zeros(like=param)}
+        return {"sum": double(zeros(*param.grid.size, like=param)), "n": zeros(like=param)}
 
-    return Statistic(name, "gates", init, update, lambda sums, ref, param: sums["sum"] / sums["n"], code=code)
+    def compute(sums: Sums, ref: ParameterRef, param: Param) -> Tensor:
+        mean = sums["sum"] / sums["n"]
+        return mean if param.weight.dtype == torch.float64 else float32_if_in_range(mean)
+
+    return Statistic(name, "gates", init, update, compute, code=code)
 
 
-gate_grad = _of_gates("gate_grad", lambda gates: gates.per_sample())
+gate_grad = _of_gates("gate_grad", lambda gates: double(gates.per_sample()))
 """dL/dgate, mean over samples. To first order, removing the block changes the loss by its negative."""
 
-gate_fisher = _of_gates("gate_fisher", lambda gates: gates.per_sample().square())
+gate_fisher = _of_gates("gate_fisher", lambda gates: double(gates.per_sample()).square())
 """(dL/dgate)^2, mean over samples: the diagonal of the empirical Fisher matrix of the gates (Theis et al. 1801.05787)."""
 
-gate_hg = _of_gates("gate_hg", lambda gates: gates.hg()[None])
+gate_hg = _of_gates("gate_hg", lambda gates: double(gates.hg()[None]))
 """The Hessian of the gates times their gradient, mean over batches (GraSP, Wang et al. 2002.07376)."""
 
-gate_flow = _of_gates("gate_flow", lambda gates: gates.flow()[None])
+gate_flow = _of_gates("gate_flow", lambda gates: double(gates.flow()[None]))
 """dR/dgate, where R is the summed output of the network of |weights| on an input of ones (SynFlow, Tanaka et al. 2006.05467, eq. 3)."""
 
 
@@ -71,4 +76,4 @@ def gate_hvp(*, probes: int = 1, seed: int = 0) -> Statistic:
         gate_hvp(probes=4, seed=0)
     """
     code = f"gate_hvp(probes={probes}, seed={seed})"
-    return _of_gates("gate_hvp", lambda gates: gates.curvature(probes, seed).mean(0, keepdim=True), code=code)
+    return _of_gates("gate_hvp", lambda gates: double(gates.curvature(probes, seed)).mean(0, keepdim=True), code=code)

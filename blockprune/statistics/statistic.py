@@ -58,6 +58,7 @@ class Gates:
         curvature: (probes, seed) -> ``v * (H v)`` of random signs v, ``[probes, *size]``; the signs are the same in every batch.
         flow: () -> the gradient of the summed output of the network of ``|weights|`` on an input of ones, ``[*size]``.
         called: () -> whether the forward called the layer, once a derivative was computed.
+        reached: () -> whether a gradient of the loss reaches the gates; if not, their derivatives are 0.
 
     Example:
         >>> steepest = bp.statistics.Statistic(
@@ -71,6 +72,7 @@ class Gates:
     curvature: Callable[[int, int], Tensor]
     flow: Callable[[], Tensor]
     called: Callable[[], bool] = lambda: True
+    reached: Callable[[], bool] = lambda: True
 
 
 Sees = Literal["inputs", "output", "output_grad", "weight_grad", "gates"]

@@ -102,7 +102,7 @@ def test_the_table_prints_renders_and_is_drawn() -> None:
     lines = repr(curve).splitlines()
     assert len(lines) == 13
     assert (lines[0].split(), lines[1].split(), lines[-1].split()) == (
-        ["sparsity", "kept", "cost", "predicted", "error"],
+        ["sparsity", "kept", "weights", "predicted", "error"],
         ["0.0%", "400", "0"],
         ["100.0%", "0", "1.98e+04"],
     )

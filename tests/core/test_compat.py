@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,14 +20,16 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import blockprune as bp
-from blockprune.core import _compat
+from blockprune.core import _compat, _compat_hf, _compat_pruning
 from blockprune.native.library import address
 
 ROOT = Path(bp.__file__).parent
 COMPAT = Path(_compat.__file__)
+ALL_COMPAT = (_compat, _compat_hf, _compat_pruning)
 
 
 @contextlib.contextmanager
@@ -82,6 +85,29 @@ def test_the_version_counter_counts_writes() -> None:
         assert _compat.version_counter(x) == before
         x[:2].mul_(2)
         assert _compat.version_counter(x) > before
+
+
+def test_a_subclass_is_treated_as_a_parameter_is() -> None:
+    class Value(Tensor):
+        __torch_function__ = _compat.disabled_torch_function
+
+    with private("torch._C._disabled_torch_function_impl", "to pass changes in place of a masked weight on to the stored weight"):
+        value = torch.ones(2).as_subclass(Value)
+        assert (type(value), type(value * 2), type(value[0])) == (Value, Tensor, Tensor)
+
+
+def test_setting_is_param_makes_a_parameter() -> None:
+    with private("torch.nn.Parameter._is_param", "to make a plain Parameter of a masked weight"):
+        layer = bp.apply_masks(nn.Linear(2, 2), {"weight": bp.BlockMask(torch.tensor([[True]]), bp.BlockGrid((2, 2), (2, 2)))})
+        assert type(nn.Parameter(layer.weight)) is nn.Parameter
+
+
+def test_a_tensor_without_base_is_no_view() -> None:
+    with private("torch.ops.aten._unsafe_view", "to notice changes of a masked weight through its views"):
+        x = torch.ones(4, requires_grad=True)
+        y = _compat.without_base((x * 2).view(2, 2))
+        assert (y._is_view(), y.shape) == (False, (2, 2))
+        assert torch.autograd.grad(y.sum(), x)[0].tolist() == [2] * 4
 
 
 def test_zero_tensors_are_recognised() -> None:
@@ -158,6 +184,53 @@ def test_active_dispatch_modes_are_noticed() -> None:
             assert _compat.dispatch_mode_is_active()
 
 
+def test_a_dispatch_mode_sees_every_operation_and_which_of_them_write() -> None:
+    class Writes(_compat.DispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            operations.append((func.overloadpacket.__name__, _compat.writes_arguments(func)))
+            return func(*args, **(kwargs or {}))
+
+    operations: list[tuple[str, bool]] = []
+    with private("torch.utils._python_dispatch.TorchDispatchMode", "to tell constant units from those that depend on an input"):
+        x = torch.ones(2)
+        with Writes():
+            x.add_(1).relu()
+        assert operations == [("add_", True), ("relu", False)]
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(2, 2), nn.Conv2d(2, 2, 1), nn.ConvTranspose1d(2, 2, 1)], ids=lambda layer: type(layer).__name__
+)
+def test_the_methods_that_compute_an_output_are_those_of_torch(layer: nn.Module) -> None:
+    with private("torch.nn.Conv2d._conv_forward", "to recognise layers whose forward is not torch's own"):
+        methods = {name for cls in type(layer).__mro__ for name in vars(cls) if "forward" in name or name == "__call__"}
+        assert _compat.FORWARD_METHODS == ("forward", "_conv_forward", "__call__")
+        assert methods - set(_compat.FORWARD_METHODS) <= {name for name in dir(nn.Module) if "forward" in name}
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_can_be_disabled(use_reentrant: bool) -> None:
+    x, calls = torch.ones(2, requires_grad=True), [0]
+
+    def function(x: Tensor) -> Tensor:
+        calls[0] += 1
+        return x.exp()
+
+    def gradient(x: Tensor) -> Tensor:
+        return torch.autograd.grad(checkpoint(function, x, use_reentrant=use_reentrant).sum(), x)[0]
+
+    with private("torch.utils.checkpoint._checkpoint_without_reentrant_generator", "to differentiate checkpointed models by gates"):
+        with _compat.disable_checkpointing():
+            torch.testing.assert_close(gradient(x), x.exp())
+        assert calls == [1]
+        with _compat.disable_checkpointing(reentrant_only=True):
+            torch.testing.assert_close(gradient(x), x.exp())
+        assert calls == [2 if use_reentrant else 3]
+    if use_reentrant:
+        with pytest.raises(RuntimeError):
+            gradient(x)
+
+
 def test_the_base_classes_of_layers_tell_their_kind() -> None:
     convolutions = [nn.Conv1d(2, 2, 1), nn.Conv2d(2, 2, 1), nn.Conv3d(2, 2, 1)]
     transposed = [nn.ConvTranspose1d(2, 2, 1), nn.ConvTranspose2d(2, 2, 1), nn.ConvTranspose3d(2, 2, 1)]
@@ -202,6 +275,17 @@ def test_an_rnn_rebuilds_its_lists_of_weights() -> None:
             _compat.rebuild_rnn_caches(replica)
             assert set(_compat.RNN_CACHES) <= set(vars(replica))
             torch.testing.assert_close(replica(x)[0], rnn(x)[0])
+
+
+def test_hooks_of_state_dicts_are_listed() -> None:
+    def hook(module: nn.Module, state: Any, prefix: str, metadata: Any) -> None:
+        pass
+
+    with private("torch.nn.Module._state_dict_hooks", "to add plain weights to a Hugging Face checkpoint once"):
+        layer = nn.Linear(2, 2)
+        assert _compat.state_dict_hooks(layer) == []
+        layer.register_state_dict_post_hook(hook)
+        assert _compat.state_dict_hooks(layer) == [hook]
 
 
 def test_all_names_of_parameters_are_listed() -> None:
@@ -309,11 +393,11 @@ def test_conv1d_tells_its_outputs() -> None:
     transformers = pytest.importorskip("transformers")
     with private("transformers.pytorch_utils.Conv1D.nf", "to find GPT-2's transposed weights"):
         layer = transformers.pytorch_utils.Conv1D(6, 4)
-        assert _compat.conv1d_outputs(layer) == 6
+        assert _compat_hf.conv1d_outputs(layer) == 6
         assert layer.weight.shape == (4, 6)
         parametrize.register_parametrization(layer, "weight", nn.Identity())
-        assert _compat.conv1d_outputs(layer) == 6
-        assert _compat.conv1d_outputs(nn.Conv1d(4, 6, 1)) is None
+        assert _compat_hf.conv1d_outputs(layer) == 6
+        assert _compat_hf.conv1d_outputs(nn.Conv1d(4, 6, 1)) is None
 
 
 def test_layers_name_their_caches_as_before() -> None:
@@ -323,7 +407,7 @@ def test_layers_name_their_caches_as_before() -> None:
     from transformers.models.mamba.modeling_mamba import MambaBlock  # noqa: PLC0415
 
     layers = [LlamaDecoderLayer, FalconDecoderLayer, MambaBlock]
-    for beginning, layer in zip(_compat.CACHE_ARGUMENTS, layers, strict=True):
+    for beginning, layer in zip(_compat_hf.CACHE_ARGUMENTS, layers, strict=True):
         with private(f"transformers.{layer.__name__}.forward({beginning}=)", "to run a layer twice without filling its cache twice"):
             assert any(argument.startswith(beginning) for argument in inspect.signature(layer.forward).parameters)
 
@@ -347,17 +431,17 @@ def stacked_experts() -> tuple[nn.Module, nn.Module]:
 def test_stacked_experts_describe_their_layout() -> None:
     plain, alternating = stacked_experts()
     with private("transformers.integrations.moe.use_experts_implementation", "to turn stacked experts into Linears"):
-        assert all(hasattr(experts, name) for experts in (plain, alternating) for name in _compat.EXPERT_ATTRIBUTES)
-        assert [_compat.experts_are_gated(experts) for experts in (plain, alternating)] == [True, True]
-        assert [_compat.experts_are_transposed(experts) for experts in (plain, alternating)] == [False, True]
-        assert [_compat.experts_are_concatenated(experts) for experts in (plain, alternating)] == [True, False]
+        assert all(hasattr(experts, name) for experts in (plain, alternating) for name in _compat_hf.EXPERT_ATTRIBUTES)
+        assert [_compat_hf.experts_are_gated(experts) for experts in (plain, alternating)] == [True, True]
+        assert [_compat_hf.experts_are_transposed(experts) for experts in (plain, alternating)] == [False, True]
+        assert [_compat_hf.experts_are_concatenated(experts) for experts in (plain, alternating)] == [True, False]
 
 
 def test_the_gate_of_stacked_experts_is_that_of_their_class() -> None:
     plain, _ = stacked_experts()
     with private("transformers.integrations.moe._default_apply_gate", "to compute what stacked experts compute"):
         gate, up = torch.randn(5, 3), torch.randn(5, 3)
-        torch.testing.assert_close(_compat.apply_expert_gate(plain, type(plain), torch.cat([gate, up], -1)), F.silu(gate) * up)
+        torch.testing.assert_close(_compat_hf.apply_expert_gate(plain, type(plain), torch.cat([gate, up], -1)), F.silu(gate) * up)
 
 
 def test_stacked_experts_run_eagerly_when_asked_to() -> None:
@@ -367,8 +451,55 @@ def test_stacked_experts_run_eagerly_when_asked_to() -> None:
         arguments = torch.randn(5, 4), torch.zeros(5, 1, dtype=torch.long), torch.ones(5, 1)
         with pytest.raises(KeyError):
             plain(*arguments)
-        _compat.use_eager_experts(plain.config)
+        _compat_hf.use_eager_experts(plain.config)
         assert plain(*arguments).shape == (5, 4)
+
+
+def tiny_llama() -> Any:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+
+
+def test_unexpected_keys_are_ignored_by_pattern() -> None:
+    model = tiny_llama()
+    with private("transformers.PreTrainedModel._keys_to_ignore_on_load_unexpected", "to load a masked model without a warning"):
+        _compat_hf.ignore_unexpected_keys(model, "x")
+        assert isinstance(model._keys_to_ignore_on_load_unexpected, set)
+        assert list(model._keys_to_ignore_on_load_unexpected) == ["x"]
+
+
+def test_keys_of_a_checkpoint_get_the_names_of_a_model() -> None:
+    model = tiny_llama()
+    with private("transformers.core_model_loading.rename_source_key", "to find the layers of a checkpoint in another class of model"):
+        expected = ["model.layers.0.mlp.up_proj.layout", "lm_head.layout"]
+        keys = {"layers.0.mlp.up_proj.layout": expected[0], expected[0]: expected[0], "lm_head.layout": expected[1], "x": "x"}
+        assert _compat_hf.model_keys(model, keys, expected) == keys
+        assert _compat_hf.model_keys(model.model, [expected[0]], [expected[0].removeprefix("model.")]) == {
+            expected[0]: expected[0].removeprefix("model.")
+        }
+
+
+def test_a_new_layer_gets_the_hook_of_the_old_one() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    with private("accelerate.hooks: _hf_hook", "to replace layers of a model that is on several devices"):
+        old, new = nn.Linear(2, 2), nn.Linear(2, 2)
+        assert _compat_hf.keep_device_hook(old, new) is new
+        assert not hasattr(new, "_hf_hook")
+        hooks.add_hook_to_module(old, hooks.AlignDevicesHook("cpu"))
+        assert _compat_hf.keep_device_hook(old, new)._hf_hook is old._hf_hook
+
+
+def test_peft_takes_a_layer_of_ours() -> None:
+    peft = pytest.importorskip("peft")
+
+    class Adapter(peft.tuners.lora.Linear):  # type: ignore[misc]
+        pass
+
+    with private("peft.LoraConfig._register_custom_module", "to train adapters in the kept blocks alone"):
+        config = peft.LoraConfig(r=2, target_modules=["0"])
+        _compat_hf.register_lora_layer(config, nn.Linear, Adapter)
+        assert isinstance(peft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), config).base_model.model[0], Adapter)
 
 
 def test_offloaded_layers_are_recognised() -> None:
@@ -377,9 +508,9 @@ def test_offloaded_layers_are_recognised() -> None:
         model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         accelerate.cpu_offload(model[0], "cpu")
         assert model[0].weight.is_meta
-        assert [_compat.is_offloaded(layer) for layer in model] == [True, False]
+        assert [_compat_hf.is_offloaded(layer) for layer in model] == [True, False]
         accelerate.hooks.add_hook_to_module(model[1], accelerate.hooks.SequentialHook(accelerate.hooks.AlignDevicesHook(offload=True)))
-        assert _compat.is_offloaded(model[1])
+        assert _compat_hf.is_offloaded(model[1])
 
 
 class Flattened(nn.Module):
@@ -405,23 +536,23 @@ def dependency_graph() -> tuple[Flattened, Any]:
 def test_the_dependency_graph_has_the_attributes_that_are_read() -> None:
     model, graph = dependency_graph()
     with private("torch_pruning.DependencyGraph.module2node", "to follow what must be pruned with a unit"):
-        nodes = _compat.nodes_by_module(graph)
+        nodes = _compat_pruning.nodes_by_module(graph)
         node = nodes[model.conv]
         assert node.module is model.conv
         assert nodes[model.scale].pruning_dim == 0
         with private("torch_pruning.dependency.Node", "to follow what must be pruned with a unit"):
-            assert [name for name in inspect.get_annotations(_compat.PruningNode) if not hasattr(node, name)] == []
+            assert [name for name in inspect.get_annotations(_compat_pruning.PruningNode) if not hasattr(node, name)] == []
         with private("torch_pruning.dependency.Dependency", "to follow what must be pruned with a unit"):
             edge = node.dependencies[0]
-            assert [name for name in inspect.get_annotations(_compat.PruningEdge) if not hasattr(edge, name)] == []
+            assert [name for name in inspect.get_annotations(_compat_pruning.PruningEdge) if not hasattr(edge, name)] == []
             assert edge.source is node
 
 
 def test_the_dependency_graph_leads_from_a_unit_to_those_that_go_with_it() -> None:
     model, graph = dependency_graph()
     with private("torch_pruning._helpers._HybridIndex", "to follow a unit through flatten, split and concatenation"):
-        start = _compat.nodes_by_module(graph)[model.conv], _compat.module_pruner(graph, model.conv).prune_out_channels
-        reached, pending = {}, [(*start, [_compat.PrunedUnit(1, 1)])]
+        start = _compat_pruning.nodes_by_module(graph)[model.conv], _compat_pruning.module_pruner(graph, model.conv).prune_out_channels
+        reached, pending = {}, [(*start, [_compat_pruning.PrunedUnit(1, 1)])]
         while pending:
             node, prune, units = pending.pop()
             reached[node.module, prune] = {(unit.idx, unit.root_idx) for unit in units}
@@ -431,24 +562,24 @@ def test_the_dependency_graph_leads_from_a_unit_to_those_that_go_with_it() -> No
                     for mapping in edge.index_mapping:
                         mapped = mapped if mapping is None else mapping(mapped)
                     pending.append((edge.target, edge.handler, mapped))
-        assert reached[model.fc, _compat.module_pruner(graph, model.fc).prune_in_channels] == {(i, 1) for i in range(4, 8)}
+        assert reached[model.fc, _compat_pruning.module_pruner(graph, model.fc).prune_in_channels] == {(i, 1) for i in range(4, 8)}
 
 
 def test_the_dependency_graph_counts_channels_and_removes_them() -> None:
     model, graph = dependency_graph()
     with private("torch_pruning.DependencyGraph.get_out_channels", "to know how many units a layer has"):
-        node = _compat.nodes_by_module(graph)[model.fc]
-        assert [_compat.channel_count(graph, node, side) for side in ("outputs", "inputs")] == [3, 8]
+        node = _compat_pruning.nodes_by_module(graph)[model.fc]
+        assert [_compat_pruning.channel_count(graph, node, side) for side in ("outputs", "inputs")] == [3, 8]
     with private("torch_pruning.DependencyGraph.get_pruner_of_module", "to remove the units of a layer"):
-        _compat.module_pruner(graph, model.fc).prune_out_channels(model.fc, [1])
-        _compat.module_pruner(graph, model.fc).prune_in_channels(model.fc, [0, 5])
+        _compat_pruning.module_pruner(graph, model.fc).prune_out_channels(model.fc, [1])
+        _compat_pruning.module_pruner(graph, model.fc).prune_in_channels(model.fc, [0, 5])
         assert model.fc.weight.shape == (2, 6)
 
 
 def test_the_dependency_graph_tells_the_types_of_operations() -> None:
     model, graph = dependency_graph()
     with private("torch_pruning.ops.OPTYPE", "to tell layers that can lose units from those that cannot"):
-        types, nodes = _compat.operation_types(), _compat.nodes_by_module(graph)
+        types, nodes = _compat_pruning.operation_types(), _compat_pruning.nodes_by_module(graph)
         assert nodes[model.conv].type == types.CONV
         assert {node.type for node in nodes.values()} >= {types.OUTPUT, types.ELEMENTWISE}
         assert len({types.OUTPUT, types.ELEMENTWISE, types.LN, types.GN, types.MHA, types.LSTM}) == 6
@@ -457,24 +588,24 @@ def test_the_dependency_graph_tells_the_types_of_operations() -> None:
 def test_fused_attention_shows_its_heads() -> None:
     with private("torch.autograd.graph.Node._saved_query", "to find heads that share keys"):
         query, key = torch.randn(1, 4, 3, 8, requires_grad=True), torch.randn(1, 2, 3, 8)
-        saved = _compat.saved_query_and_key(F.scaled_dot_product_attention(query, key, key, enable_gqa=True).grad_fn)
+        saved = _compat_pruning.saved_query_and_key(F.scaled_dot_product_attention(query, key, key, enable_gqa=True).grad_fn)
         assert saved is not None
         assert [tuple(x.shape) for x in saved] == [(1, 4, 3, 8), (1, 2, 3, 8)]
-        assert _compat.saved_query_and_key((query + 1).grad_fn) is None
+        assert _compat_pruning.saved_query_and_key((query + 1).grad_fn) is None
 
 
 def test_expand_slice_and_view_show_the_sizes_of_their_inputs() -> None:
     with private("torch.autograd.graph.Node._saved_self_sym_sizes", "to find heads that are repeated or rotated"):
         x = torch.randn(1, 2, 1, 3, 8, requires_grad=True)
         results = x.expand(1, 2, 4, 3, 8), x[..., :4], x.reshape(2, 24)
-        assert [tuple(_compat.saved_sizes(result.grad_fn)) for result in results] == [(1, 2, 1, 3, 8)] * 3
-        assert tuple(_compat.saved_sizes((x + 1).grad_fn)) == ()
+        assert [tuple(_compat_pruning.saved_sizes(result.grad_fn)) for result in results] == [(1, 2, 1, 3, 8)] * 3
+        assert tuple(_compat_pruning.saved_sizes((x + 1).grad_fn)) == ()
 
 
 def test_concatenation_shows_its_axis() -> None:
     with private("torch.autograd.graph.Node._saved_dim", "to find rotary embeddings"):
         x = torch.randn(2, 3, requires_grad=True)
-        assert [_compat.saved_dim(torch.cat([x, x], axis).grad_fn) for axis in (1, -1)] == [1, 2**64 - 1]
+        assert [_compat_pruning.saved_dim(torch.cat([x, x], axis).grad_fn) for axis in (1, -1)] == [1, 2**64 - 1]
 
 
 class Overriding(nn.Linear):
@@ -491,6 +622,10 @@ class Overriding(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *args)
         args[-1].append("an error of this layer")
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}index"] = torch.arange(2)
+
 
 def test_torch_calls_the_private_methods_that_blockprune_overrides() -> None:
     model = nn.Sequential(Overriding(2, 2))
@@ -504,6 +639,8 @@ def test_torch_calls_the_private_methods_that_blockprune_overrides() -> None:
         with pytest.raises(RuntimeError, match="an error of this layer"):
             model.load_state_dict(model.state_dict())
         assert model[0].calls == [("0.", 5)]
+    with private("torch.nn.Module._save_to_state_dict", "to save the indices of block-sparse layers, which are no buffers"):
+        assert list(model.state_dict()) == ["0.weight", "0.bias", "0.index"]
 
 
 # What the tests above say when a version loses a name
@@ -538,7 +675,8 @@ def test_a_lost_import_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 OVERRIDES = {
     "_apply": {"model/parametrization.py", "export/sparse_layers.py", "export/semi_structured.py"},
-    "_load_from_state_dict": {"model/apply.py", "export/sparse_layers.py"},
+    "_load_from_state_dict": {"model/masked_class.py", "model/parametrization.py", "export/sparse_layers.py"},
+    "_save_to_state_dict": {"export/sparse_layers.py"},
 }
 NAMEDTUPLE = {"_fields", "_replace"}  # documented by Python
 UNDOCUMENTED = {  # without an underscore, or attributes of instances only
@@ -582,7 +720,8 @@ def used(tree: ast.AST) -> Iterator[tuple[str, int]]:
             yield node.value, node.lineno
 
 
-SOURCES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py")) if path != COMPAT}
+COMPAT_NAMES = {Path(module.__file__ or "").stem for module in ALL_COMPAT}
+SOURCES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py")) if path.stem not in COMPAT_NAMES}
 
 
 def foreign(tree: ast.AST, source: str = "") -> list[str]:
@@ -625,24 +764,26 @@ def test_the_overrides_are_those_that_the_docstring_lists() -> None:
         assert files == {source for source, tree in SOURCES.items() if name in defined(tree)}
 
 
-def test_compat_imports_nothing_of_blockprune() -> None:
-    assert not any("blockprune" in name for name, _ in used(ast.parse(COMPAT.read_text())))
-    assert not re.search(r"^(from|import) blockprune", COMPAT.read_text(), re.MULTILINE)
+@pytest.mark.parametrize("module", ALL_COMPAT)
+def test_compat_imports_nothing_of_blockprune(module: ModuleType) -> None:
+    text = Path(module.__file__ or "").read_text()
+    assert not any("blockprune" in name for name, _ in used(ast.parse(text)))
+    assert not re.search(r"^(from|import) blockprune", text, re.MULTILINE)
 
 
 def test_each_entry_says_since_when_it_is_there_and_has_a_test() -> None:
     tested = {name for name, _ in used(ast.parse(Path(__file__).read_text()))}
-    assert set(_compat.__all__) - tested == set()
-    entries = [getattr(_compat, name) for name in _compat.__all__]
-    own = [entry for entry in entries if getattr(entry, "__module__", "") == _compat.__name__]
+    entries = [(name, getattr(module, name)) for module in ALL_COMPAT for name in module.__all__]
+    assert {name for name, _ in entries} - tested == set()
+    own = [entry for _, entry in entries if getattr(entry, "__module__", "") in {module.__name__ for module in ALL_COMPAT}]
     assert len(own) > 30
-    assert [entry.__name__ for entry in own if not re.search(r"\((torch|transformers|accelerate|Torch-Pruning) \d", entry.__doc__)] == []
+    assert [entry.__name__ for entry in own if not re.search(r"\((torch|transformers|accelerate|peft|Torch-Pruning) \d", entry.__doc__)] == []
 
 
 def test_each_entry_is_used() -> None:
     taken = {name for tree in SOURCES.values() for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for name in imported(node)}
-    assert set(_compat.__all__) - taken <= {"PruningEdge"}  # the type of PruningNode.dependencies
+    assert {*_compat.__all__, *_compat_pruning.__all__} - taken <= {"PruningEdge"}  # the type of PruningNode.dependencies
 
 
 def imported(node: ast.ImportFrom) -> list[str]:
-    return [alias.name for alias in node.names] if node.module == "blockprune.core._compat" else []
+    return [alias.name for alias in node.names] if (node.module or "").removeprefix("blockprune.core.") in COMPAT_NAMES else []

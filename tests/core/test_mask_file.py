@@ -60,7 +60,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
         Path(file).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("blockprune.core.mask_file.save_file", cut)
+    monkeypatch.setattr("blockprune.core.tensor_file.save_file", cut)
     with pytest.raises(OSError, match="disk full"):
         bp.save_masks({"v": mask}, path)
     assert os.listdir(tmp_path) == ["m"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import dtypes, grids, inf, masks, normal, scores, seeds, shares_memory
 
 import blockprune as bp
-from blockprune.model.parametrization import mask_blocks
+from blockprune.model.masking import mask_blocks
 
 GRIDS = {"a": bp.BlockGrid((5, 4), (2, 3)), "b": bp.BlockGrid((3, 2, 2), (1,)), "c": bp.BlockGrid((7,), (3,))}
 some = masks(like=GRIDS)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockprune.core.patterns import matches, matching_key, resolve_by_name, suggest
+from blockprune.core.patterns import matches, matching_keys, resolve_by_name, suggest
 
 names_ = st.text("ab.", min_size=1, max_size=5)
 keys = st.one_of(names_, st.sampled_from(["*", "a*", "*.b", "?"]))
@@ -26,7 +26,7 @@ def test_the_name_itself_comes_first_then_the_first_pattern_that_matches_then_th
         chosen = [name] if name in values else [key for key in patterns if matches(key, name)]
         expected[name] = values[chosen[0]] if chosen else values.get("*", -1)
     assert resolve_by_name(values, names, what="budget", default=-1) == expected
-    assert {n: values[k] if (k := matching_key(values, n)) is not None else -1 for n in names} == expected
+    assert {name: -1 if key is None else values[key] for name, key in matching_keys(values, names).items()} == expected
 
 
 @pytest.mark.parametrize(

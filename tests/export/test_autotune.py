@@ -49,6 +49,13 @@ def test_a_model_that_is_not_faster_is_reported_and_from_which_sparsity_it_would
     assert comparison.verdict == f"{slower} The same blocks would be faster at 75% pruned: 2.00 times as fast."
 
 
+def test_a_benchmark_says_that_nothing_became_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed(monkeypatch, mine=0.5)
+    model = masked(mlp())
+    comparison = export.benchmark(model, bp.finalize(model), names=["mine"], inputs=torch.randn(8, 24))
+    assert comparison.verdict.endswith("0 of 2 masked layers of mine are block-sparse; choose(model) lists the reason of each.")
+
+
 def test_a_real_benchmark_leaves_the_models_alone() -> None:
     model = masked(mlp())
     sparse = export.block_sparse(model, backend="torch")

@@ -4,11 +4,12 @@ import copy
 import importlib.util
 import pickle
 import re
+from collections import UserDict
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -154,7 +155,7 @@ def test_units_that_masks_empty_are_removed_from_an_mlp_and_the_outputs_stay(
     shrunk = shrink(model, torch.randn(5, 4, dtype=torch.float64))
     assert same(shrunk, model, torch.randn(7, 4, dtype=torch.float64))
     left = [8 - len({*out["0"], *into["2"]}), 6 - len({*out["2"], *into["4"]})]
-    constant = not left[0] and 0 in into["2"]  # the one unit that stays, the first, is not read: neither is any after it needed
+    constant = not left[0]  # the one unit that stays, the first, is not read or constant: what is computed from it is constant, too
     assert shrunk.model[2].out_features == (1 if constant else max(1, left[1]))
     if min(left) > 0:
         assert shrunk.model[0].out_features == left[0]
@@ -471,6 +472,226 @@ def test_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
         shrink(masked(mlp(), out={"0": [1]}), x)
 
 
+# Inputs of every type, in every container.
+
+
+class Conditioned(nn.Module):
+    """A condition that an input of any type switches off, as in classifier-free guidance."""
+
+    def __init__(self, switch: Callable[[Tensor, Any], Tensor]) -> None:
+        super().__init__()
+        self.inp, self.ctx, self.out = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(16, 3)
+        self.switch = switch
+
+    def forward(self, x: Tensor, condition: Any) -> Tensor:
+        out: Tensor = self.out(torch.cat([self.inp(x).relu(), self.switch(self.ctx(x).relu(), condition)], -1))
+        return out
+
+
+@attrs.frozen
+class Condition:
+    value: Tensor
+
+
+SWITCHES: dict[str, tuple[Callable[[Tensor, Any], Tensor], Any, Any]] = {
+    "bool": (lambda h, c: h.masked_fill(c, 0), torch.ones(5, 1).bool(), torch.zeros(5, 1).bool()),
+    "bool in where": (lambda h, c: torch.where(c, h, 0.0), torch.zeros(5, 1).bool(), torch.ones(5, 1).bool()),
+    "integer": (lambda h, c: h * c, torch.zeros(5, 1).int(), torch.ones(5, 1).int()),
+    "one integer of many": (lambda h, c: h * (c == 977), torch.zeros(5, 1).long(), torch.full((5, 1), 977)),
+    "byte": (lambda h, c: h * c, torch.zeros(5, 1).byte(), torch.ones(5, 1).byte()),
+    "number beyond a threshold": (lambda h, c: h * (c > 1e6), torch.randn(5, 1), torch.full((5, 1), 1e7)),
+    "complex": (lambda h, c: h * c.real, torch.zeros(5, 1, dtype=torch.complex64), torch.ones(5, 1, dtype=torch.complex64)),
+    "object": (lambda h, c: h * c.value, Condition(torch.zeros(5, 1)), Condition(torch.ones(5, 1))),
+    "list of objects": (lambda h, c: h * c[0].value, [Condition(torch.zeros(5, 1).int())], [Condition(torch.ones(5, 1).int())]),
+    "item": (lambda h, c: h * c.max().item(), torch.zeros(5, 1), torch.ones(5, 1)),
+    "tolist": (lambda h, c: h * torch.tensor(c.tolist()), torch.zeros(5, 1), torch.ones(5, 1)),
+    "branch": (lambda h, c: h if c.any() else torch.zeros_like(h), torch.zeros(5, 1).bool(), torch.ones(5, 1).bool()),
+    "index of rows": (lambda h, c: torch.cat([h, torch.zeros_like(h)])[c], torch.arange(5, 10), torch.arange(5)),
+}
+
+
+@pytest.mark.parametrize("kind", SWITCHES)
+@pytest.mark.parametrize("keywords", [False, True])
+def test_a_unit_that_an_input_of_any_type_switches_off_in_the_example_stays(kind: str, keywords: bool) -> None:
+    torch.manual_seed(0)
+    switch, off, on = SWITCHES[kind]
+    model = masked(Conditioned(switch), out={"inp": [0, 1]})
+
+    def run(model: nn.Module, batch: Any) -> Tensor:
+        out: Tensor = model(**batch) if keywords else model(*batch)
+        return out
+
+    def batch(condition: Any) -> Any:
+        x = torch.randn(5, 6)
+        return UserDict(x=x, condition=condition) if keywords else (x, condition)
+
+    shrunk = shrink(model, batch(off), forward=run)
+    if kind == "branch":  # the example does not reach the layer
+        assert ("ctx", "outputs") not in removed(shrunk)
+    assert removed(shrunk)["inp", "outputs"] == (0, 1)
+    for condition in (off, on):
+        other = batch(condition)
+        torch.testing.assert_close(run(shrunk.model, other), run(model, other), atol=1e-5, rtol=1e-5)
+
+
+def test_a_unit_that_depends_on_one_token_id_stays() -> None:
+    class Marked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.up, self.down = nn.Embedding(100, 6), nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            hidden = self.up(self.embed(input_ids)).relu() + 3 * (input_ids == 99)[..., None] * (1 - attention_mask[..., None])
+            out: Tensor = self.down(hidden)
+            return out
+
+    model = masked(Marked(), out={"up": [1]})
+    example = UserDict(input_ids=torch.randint(99, (2, 7)), attention_mask=torch.ones(2, 7).long())
+    shrunk = shrink(model, example)
+    assert not shrunk.removed
+    assert kept(shrunk) == {("up", "outputs"): "down reads it"}
+
+
+# What the example does not use.
+
+
+class Unused(nn.Module):
+    """A hidden layer whose units something may read, or may be added to, that the example does not use."""
+
+    def __init__(self, unused: nn.Module, use: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down, self.unused, self.use = nn.Linear(6, 8), nn.Linear(8, 3), unused, use
+        self.body = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 3))
+        self.scale = nn.Parameter(torch.ones(1)) if not isinstance(unused, nn.Identity) else nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor, used: bool = False) -> Tensor:
+        hidden = self.up(x).relu()
+        if used:
+            return self.use(self, hidden)
+        out: Tensor = self.body(self.down(hidden))
+        return out
+
+
+UNUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor], Tensor]]] = {
+    "head": (lambda: nn.Linear(8, 2), lambda m, h: m.unused(h)),
+    "norm": (lambda: nn.LayerNorm(8), lambda m, h: m.down(m.unused(h))),
+    "batch norm without weights": (lambda: nn.BatchNorm1d(8, affine=False), lambda m, h: m.down(m.unused(h))),
+    "another summand": (lambda: nn.Linear(1, 8), lambda m, h: m.down(h + m.unused(h.new_ones(5, 1)))),
+    "reader of two": (lambda: nn.Linear(11, 2), lambda m, h: m.unused(torch.cat([h, h[:, :3]], 1))),
+    "reader of a half": (lambda: nn.Linear(4, 2), lambda m, h: m.unused(h.chunk(2, 1)[0])),
+    "bilinear": (lambda: nn.Bilinear(8, 8, 2), lambda m, h: m.unused(h, h)),
+    "recurrent": (lambda: nn.GRU(8, 4), lambda m, h: m.unused(h)[0]),
+    "nested": (lambda: nn.Sequential(nn.ReLU(), nn.Sequential(nn.Linear(8, 2))), lambda m, h: m.unused(h)),
+    "parameter": (nn.Identity, lambda m, h: m.down(h * m.scale)),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSED)
+def test_units_that_something_may_read_which_the_example_does_not_use_stay(kind: str) -> None:
+    build, use = UNUSED[kind]
+    model = masked(Unused(build(), use), out={"up": [0, 1]})
+    x = torch.randn(5, 6)
+    shrunk = shrink(model, x)
+    name = {"parameter": "scale", "nested": r"unused\.1\.0"}.get(kind, "unused")
+    assert re.fullmatch(f"the example does not use {name}, which may read it; use it in forward=", kept(shrunk)["up", "outputs"])
+    for used in (False, True):
+        torch.testing.assert_close(shrunk.model(x, used), model(x, used))
+
+
+def test_what_is_used_in_forward_can_be_read() -> None:
+    model = masked(Unused(nn.Linear(8, 2), lambda m, h: m.unused(h)), out={"up": [0, 1]})
+    x = torch.randn(5, 6)
+    shrunk = shrink(model, x, forward=lambda m, x: (m(x), m(x, True), m.scale * 1))
+    assert shrunk.model.unused.in_features == 6
+    torch.testing.assert_close(shrunk.model(x, True), model(x, True))
+
+
+def test_a_small_unused_layer_does_not_keep_wider_ones() -> None:
+    model = Unused(nn.Linear(5, 3), lambda m, h: m.unused(h[:, :5]))
+    assert removed(shrink(masked(model, out={"body.0": [1]}), torch.randn(5, 6)))["body.0", "outputs"] == (1,)
+
+
+# What Torch-Pruning's graph cannot follow.
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.r, self.f, self.o = nn.Linear(7, 32), nn.LSTM(32, 16, batch_first=True), nn.Linear(16, 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.o(self.f(self.r(self.i(x))[0][:, -1]).relu())
+        return out
+
+
+class Split(nn.Module):
+    """A tensor that is split and joined with its parts, as in YOLO's C2f."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.f, self.o = nn.Linear(7, 16), nn.Linear(8, 8), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(self.i(x).chunk(2, -1))
+        parts.append(self.f(parts[-1]).relu())
+        out: Tensor = self.o(torch.cat(parts, -1))
+        return out
+
+
+class Encoded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.layer = nn.Linear(7, 16), nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+        self.f, self.o = nn.Linear(16, 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.o(self.f(self.layer(self.i(x))).relu())
+        return out
+
+
+class Changing(nn.Module):
+    """A parameter that the forward changes, which a run with gradients cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.o, self.steps = nn.Linear(7, 24), nn.Linear(24, 5), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps.add_(1)
+        out: Tensor = self.o(self.f(x).relu())
+        return out
+
+
+@pytest.mark.parametrize("build", [Recurrent, Split, Encoded, Changing])
+@torch.no_grad()
+def test_units_that_the_graph_cannot_follow_stay_and_have_a_reason(build: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = masked(build(), out={"f": [0, 1]})
+    state = copy.deepcopy(model.state_dict())
+    shrunk = shrink(model, torch.randn(3, 5, 7))
+    assert ("f", "outputs") in removed(shrunk) | kept(shrunk)
+    assert same(shrunk, model, torch.randn(4, 6, 7))
+    if build is not Changing:
+        assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    else:
+        assert kept(shrunk)["f", "outputs"].startswith("Torch-Pruning's graph cannot follow the model (RuntimeError: ")
+
+
+@pytest.mark.parametrize("error", [IndexError, KeyError, ValueError, TypeError, RecursionError, AttributeError, AssertionError])
+@pytest.mark.parametrize("where", ["build_dependency", "get_pruner_of_module"])
+def test_any_error_of_the_graph_is_a_reason(error: type[Exception], where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch_pruning  # noqa: PLC0415 (an extra)
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise error("this operation")
+
+    model = masked(mlp(), out={"0": [1]})
+    monkeypatch.setattr(torch_pruning.DependencyGraph, where, fails)
+    shrunk = shrink(model, torch.randn(5, 4, dtype=torch.float64))
+    assert not shrunk.removed
+    assert re.match(rf"Torch-Pruning's graph cannot follow .*\({error.__name__}: .*this operation", kept(shrunk)["0", "outputs"])
+
+
 def logits(model: nn.Module, batch: Any) -> Tensor:
     out: Tensor = model(**batch, use_cache=False).logits
     return out
@@ -502,8 +723,7 @@ def test_a_llama_loses_mlp_units_and_whole_groups_of_heads(attention: str, padde
 
 
 def test_minilm_loses_mlp_units_and_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    import minilm  # noqa: PLC0415 (of the benchmarks)
+    from blockprune.examples import minilm  # noqa: PLC0415
 
     model, tokenizer = minilm.load()
     at = "encoder.layer.{}.{}"

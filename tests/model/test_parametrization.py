@@ -15,7 +15,8 @@ from torch.autograd.functional import jacobian
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import blockprune as bp
-from blockprune.model.parametrization import MaskBlocks, mask_blocks
+from blockprune.model.masking import mask_blocks
+from blockprune.model.parametrization import MaskBlocks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own forward AD uses it
 
@@ -184,7 +185,8 @@ def test_module_holds_a_copy_of_its_mask_as_a_bool_buffer() -> None:
     keep.fill_(False)
     assert module.keep.tolist() == [[True, False]]
     assert module.keep.dtype == torch.bool
-    assert list(module.state_dict()) == ["keep"]
+    assert list(module.state_dict()) == ["keep", "_extra_state"]
+    assert module.state_dict()["_extra_state"].tolist() == [2, 2]
     assert list(module.parameters()) == []
     assert module(torch.ones(2, 3)).tolist() == [[1, 1, 0]] * 2
     assert repr(module) == "MaskBlocks(shape=(2, 3), block=(2, 2))"

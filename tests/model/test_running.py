@@ -1,6 +1,7 @@
 """A model is run on calibration data as the user says, and is afterwards as it was before."""
 
 import pickle
+import re
 from collections import namedtuple
 from functools import partial
 from typing import Any
@@ -237,3 +238,40 @@ def test_the_loss_is_the_users_or_the_outputs_own() -> None:
 def test_what_is_no_loss_is_an_error_that_names_the_statistics(calibration: bp.Calibration, output: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         scalar_loss(calibration, output, None, ["gate_grad", "weight_grad"])
+
+
+# Batches and losses of other forms.
+
+
+class TwoInputs(nn.Module):
+    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        return x1 + x2
+
+
+@pytest.mark.parametrize("batch", [(torch.ones(2), torch.ones(2)), [torch.ones(2), torch.ones(2)], ({"x1": torch.ones(2)}, torch.ones(2))])
+def test_several_inputs_in_a_tuple_are_told_from_inputs_and_targets(batch: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"TwoInputs.forward\(x1: .*x2.*\(\(x1, x2\),\), or pass forward=lambda model, batch: model\(\*batch\)"
+    ):
+        default_forward(TwoInputs(), batch)
+    x = torch.ones(2)
+    assert torch.equal(default_forward(TwoInputs(), ((x, x),)), 2 * x)
+    assert torch.equal(default_forward(TwoInputs(), ((x, x), x)), 2 * x)
+    assert torch.equal(default_forward(TwoInputs(), {"x1": x, "x2": x}), 2 * x)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [nn.functional.cross_entropy, nn.CrossEntropyLoss(), partial(nn.functional.cross_entropy, label_smoothing=0.1), nn.functional.mse_loss],
+)
+@pytest.mark.parametrize("batch", [(torch.ones(2, 3), torch.zeros(2).long()), {"x": torch.ones(2, 3), "labels": torch.zeros(2).long()}])
+def test_a_loss_in_torchs_form_comes_with_the_loss_to_give(loss: Any, batch: Any) -> None:
+    output = torch.ones(2, 3, requires_grad=True)
+    target = "batch['labels']" if isinstance(batch, dict) else "batch[1]"
+    with pytest.raises(TypeError, match=re.escape(f"(output, {target})")):
+        scalar_loss(bp.Calibration([], loss=loss), output, batch, ["gate_grad"])
+
+
+def test_a_loss_in_torchs_form_may_compare_the_output_with_the_batch() -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    assert scalar_loss(bp.Calibration([], loss=nn.functional.mse_loss), x, torch.zeros(2, 3), ["gate_grad"]).item() == 1

@@ -4,6 +4,7 @@ import pickle
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -243,3 +244,75 @@ def test_excluding_takes_several_patterns() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     rule = bp.excluding(bp.linears((2, 2)), "0.*", re.compile(r"^2\."))
     assert list(bp.collect.weights(model, where=rule)) == ["1.weight"]
+
+
+# Models and rules of other kinds.
+
+
+@pytest.mark.parametrize("block", [(4, 4), [4, 4], "linears", None])
+def test_a_block_instead_of_a_rule_is_refused_with_the_rule(block: Any) -> None:
+    with pytest.raises(TypeError, match=r"where=.* must be a rule that selects parameters; .*where=bp.linears\("):
+        select(nn.Linear(4, 4), block)
+
+
+def test_a_lazy_layer_is_named_with_the_remedy() -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"0.weight: this weight of a lazy layer has no shape yet; run the model on one batch first"):
+        select(model, bp.linears((2, 2)))
+    assert list(select(model, bp.named("1.weight", (2, 2)))) == ["1.weight"]
+    with pytest.raises(ValueError, match=r"'0.weight' \(no shape yet\) of LazyLinear"):
+        select(model, bp.convs((2, 2)))
+    model(torch.ones(2, 3))
+    assert list(select(model, bp.linears((2, 2)))) == ["0.weight", "1.weight"]
+
+
+class Wrapper(torch.Tensor):
+    """A tensor subclass that shows other values than it stores, such as those of torchao."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> "Wrapper":
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=torch.float32)  # type: ignore[no-any-return,attr-defined]
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        raise NotImplementedError(f"{func}")
+
+
+def test_quantized_weights_are_refused_before_their_shape_is_used() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = nn.Parameter(torch.zeros(32, 1, dtype=torch.uint8), requires_grad=False)  # as bitsandbytes packs 4 bits
+    with pytest.raises(TypeError, match=r"1.weight: the weight \(32, 1\) is torch.uint8.*`excluding`"):
+        select(model, bp.linears((4, 4)))
+    model[1].weight = nn.Parameter(Wrapper(torch.zeros(8, 8, dtype=torch.int8)), requires_grad=False)
+    with pytest.raises(TypeError, match=r"1.weight: the weight \(8, 8\) is a Wrapper, a tensor subclass.*`excluding`"):
+        select(model, bp.linears((4, 4)))
+    assert list(select(model, bp.excluding(bp.linears((4, 4)), "1.*"))) == ["0.weight"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
+def test_layers_that_are_scripted_or_quantized_say_why_no_rule_matches() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"where=linears\(block=\(4, 4\)\) matches no parameter .*before torch.jit.script"):
+        select(torch.jit.script(model), bp.linears((4, 4)))
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    with pytest.raises(ValueError, match=r"matches no parameter .*are quantized: prune the model before it is quantized"):
+        select(quantized, bp.linears((4, 4)))
+
+
+def test_a_stem_that_blocks_do_not_fit_comes_with_the_call_that_leaves_it_out() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    with pytest.raises(ValueError, match=r"0.weight: block") as caught:
+        select(model, bp.convs((4, 4)))
+    call = str(caught.value).rpartition("where=")[2]
+    assert call == "bp.excluding(bp.convs(block=(4, 4)), '0.weight')"
+    assert list(select(model, eval(call))) == ["1.weight"]

@@ -1,5 +1,6 @@
-// Compares the block-sparse product on every instruction set with loops, over ragged shapes and exactly sized buffers. test_spmm.py builds
-// it with sanitizers; it can be built by hand with other compilers or for other processors, and says what it ran.
+// Compares the block-sparse product on every instruction set with loops, over ragged shapes and exactly sized buffers, also where
+// allocations or threads fail. test_sanitizers.py builds it; it can be built by hand with other compilers or for other processors, and says
+// what it ran.
 
 #include <cmath>
 #include <cstdint>
@@ -9,6 +10,8 @@
 #include <memory>
 #include <random>
 #include <vector>
+
+#include "failures.h"
 
 extern "C" int32_t has_isa(int32_t isa);
 extern "C" int32_t spmm(const void* values, const int32_t* col, const int64_t* crow, int64_t rows, int64_t cols, int64_t height,
@@ -70,9 +73,11 @@ static int run(int64_t rows, int64_t cols, int64_t height, int64_t width, int64_
     Numbers values(count, half), x(n * cols, half), bias(rows, half), y(n * rows, half);
     values.fill(), x.fill(), bias.fill(), y.fill();
     const void* at_bias = with_bias ? bias.memory.get() : nullptr;
-    if (spmm(values.memory.get(), col.get(), crow.get(), rows, cols, height, width, half, x.memory.get(), n, at_bias, y.memory.get(),
-             threads, isa))
-        return 1;
+    const int32_t failed = with_failures([&] {
+        return spmm(values.memory.get(), col.get(), crow.get(), rows, cols, height, width, half, x.memory.get(), n, at_bias,
+                    y.memory.get(), threads, isa);
+    });
+    if (failed) return failed == 2 && refused_allocations > 0 ? 0 : 1;
     int wrong = 0;
     int64_t start = 0;
     for (int64_t b = 0; b < bands; b++) {
@@ -107,12 +112,17 @@ int main(int argc, char** argv) {
             const int64_t rows = draw(1, 3 * (int)height + 5), cols = large ? draw(800, 1500) : draw(1, 90);
             const int64_t n = draw(0, 3) ? draw(0, 20) : draw(20, 70);
             const double densities[] = {0, 0.2, 0.6, 1};
+            fail_next(round % 3 ? -1 : draw(0, 8), round % 5 ? -1 : draw(0, 2));
             wrong += run(rows, cols, height, width, n, densities[draw(0, 3)], draw(0, 1), draw(0, 1), draw(0, 3) ? 1 : draw(2, 4), isa);
             ran++;
         }
+        for (int allocation = -1; allocation < 20; allocation++)  // one allocation fails after another, in several threads
+            fail_next(allocation, allocation % 4 - 1), wrong += run(96, 1024, 8, 4, 40, 0.9, false, true, 4, isa), ran++;
+        fail_next(-1, -1);
         for (int64_t n : {1, 7, 40, 129})  // enough work for several threads, all of it in one band or spread
             for (int64_t height : {8, 96}) wrong += run(96, 1024, height, n % 2 ? 1 : 4, n, 0.9, n > 7, true, 3, isa), ran++;
     }
-    std::printf("%d products, %d numbers wrong\n", ran, wrong);
+    std::printf("%d products, %d numbers wrong, %d allocations and %d threads refused\n", ran, wrong, (int)refused_allocations,
+                (int)refused_threads);
     return wrong != 0;
 }

@@ -2,13 +2,10 @@
 
 import contextlib
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -180,25 +177,3 @@ def test_the_environment_chooses_instructions_or_says_which_there_are() -> None:
         environment = os.environ | {"BLOCKPRUNE_INSTRUCTIONS": choice}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
         assert said in done.stdout + done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
-def test_sanitizers_find_nothing(tmp_path: Path) -> None:
-    native = Path(spmm.__file__).parent
-    flags = ["-std=c++17", "-O0", "-DSANITIZED", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
-    sources = [path for path in native.glob("*.cpp") if path.name != "module.cpp"] + [Path(__file__).parent / "spmm_check.cpp"]
-
-    def compiled(source: Path, name: str, *more: str) -> Path:
-        target = tmp_path / f"{name}.o"
-        subprocess.run(["g++", *flags, *more, "-c", str(source), "-o", str(target)], check=True, capture_output=True, text=True)
-        return target
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, sources, [path.stem for path in sources]))
-        loops = compiled(native / "plain.cpp", "loops", "-DWITHOUT_VECTORS")  # what other compilers get
-    for name, parts in (("all", objects), ("loops", [loops, *(o for o in objects if o.stem != "plain")])):
-        subprocess.run(["g++", *flags, *map(str, parts), "-o", str(tmp_path / name)], check=True, capture_output=True, text=True)
-        done = subprocess.run([str(tmp_path / name), "300"], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "instructions 0" in done.stdout

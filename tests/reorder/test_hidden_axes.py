@@ -690,3 +690,89 @@ def test_models_without_values_or_that_cannot_be_copied() -> None:
     model.last = model(torch.randn(5, 4))
     with pytest.raises(ValueError, match="cannot be copied"):
         bp.find_axes(model, torch.randn(5, 4))
+
+
+class Neutral(nn.Module):
+    """A hidden axis with an operation that the values of the example leave without effect."""
+
+    def __init__(self, operation: str) -> None:
+        super().__init__()
+        self.up, self.down, self.operation = nn.Linear(4, 8), nn.Linear(8, 3), operation
+        shapes = {"multiply": (8,), "add": (1, 8), "row of a table": (4, 8), "square": (8, 8)}
+        if operation in shapes:
+            self.own = nn.Parameter(torch.zeros(shapes[operation]) if operation == "add" else torch.ones(shapes[operation]))
+        if operation == "square":
+            nn.init.eye_(self.own)
+        if operation == "buffers":
+            self.register_buffer("mean", torch.zeros(8))
+            self.register_buffer("scale", torch.ones(8))
+        if operation == "gate":
+            self.gate = nn.Linear(4, 8)
+            nn.init.zeros_(self.gate.weight)
+            nn.init.zeros_(self.gate.bias)
+
+    def forward(self, x: Tensor, label: Tensor, units: Tensor) -> Tensor:
+        hidden = torch.relu(self.up(x))
+        operations: dict[str, Callable[[], Tensor]] = {
+            "none": lambda: hidden,
+            "multiply": lambda: hidden * self.own,
+            "add": lambda: hidden + self.own,
+            "row of a table": lambda: hidden * self.own[label],
+            "square": lambda: hidden @ self.own,
+            "buffers": lambda: (hidden - self.mean) * self.scale,
+            "gate": lambda: hidden * (1 + self.gate(x)),
+            "input": lambda: hidden * units,
+            "mask": lambda: hidden.masked_fill(units == 0, 0),
+        }
+        return self.down(operations[self.operation]())
+
+
+OPERATIONS = ["none", "multiply", "add", "row of a table", "square", "buffers", "gate", "input", "mask"]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_axes_hold_for_all_values_also_where_those_of_the_example_have_no_effect(operation: str, dtype: torch.dtype) -> None:
+    def run(model: nn.Module, batch: Any) -> Any:
+        return model(*batch)
+
+    model = Neutral(operation).eval()
+    axes = bp.find_axes(model, (torch.randn(5, 4), torch.zeros(5, dtype=torch.int64), torch.ones(5, 8).to(dtype)), forward=run)
+    assert len(axes) == (operation in ("none", "multiply", "add", "row of a table", "gate"))
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.copy_(torch.randn_like(tensor))
+    permuted = bp.permute(model, randomized(axes))
+    other = torch.randn(5, 4), torch.randint(4, (5,)), torch.randint(2, (5, 8)).to(dtype)
+    torch.testing.assert_close(run(permuted, other), run(model, other), atol=1e-5, rtol=1e-5)
+
+
+def test_an_axis_is_left_out_if_its_module_may_use_a_parameter_that_the_example_does_not() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.scale = nn.Linear(4, 8), nn.Linear(8, 3), nn.Parameter(torch.ones(8))
+
+        def forward(self, x: Tensor, scaled: bool = False) -> Tensor:
+            hidden = self.up(x).relu()
+            return self.down(hidden * self.scale if scaled else hidden)
+
+    with pytest.warns(UserWarning, match=r"does not use scale, which may share the axis of 8 units of up\.weight"):
+        assert bp.find_axes(Branch(), torch.randn(5, 4)) == []
+    (axis,) = bp.find_axes(Branch(), torch.randn(5, 4), forward=lambda model, x: (model(x), model(x, True)))
+    assert "scale" in axis.rows
+
+
+def test_a_model_that_runs_with_its_own_values_only_is_traced_with_them_and_says_so() -> None:
+    class Exact(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.version = nn.Linear(4, 8), nn.Linear(8, 3), nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.version != 1:
+                raise RuntimeError("another version")
+            return self.down(self.up(x).relu())
+
+    with pytest.warns(UserWarning, match="does not run with other values in its parameters"):
+        assert len(bp.find_axes(Exact(), torch.randn(5, 4))) == 1

@@ -379,6 +379,28 @@ def test_a_result_that_lacks_a_mask_of_a_finished_layer_or_has_one_of_another_sh
         go(resume=attrs.evolve(whole, masks=other))
 
 
+def test_a_result_without_a_weight_of_a_finished_layer_or_with_a_wrong_one_is_refused() -> None:
+    go = partial(bp.sequential, mlp(), pipeline(), reconstruct.least_squares, inputs(), 0.5)
+    whole = go()
+    for without in ({}, {name: weight for name, weight in whole.weights.items() if name != "0.weight"}):
+        with pytest.raises(ValueError, match=r"layer '0' is done, but it has no weight for 0.weight \(12, 8\); give the whole result"):
+            go(resume=attrs.evolve(whole, weights=without))
+    for weight, message in (
+        (whole.weights["0.weight"], r"2.weight \(6, 12\): resume has a weight of shape \(12, 8\); it is of another model"),
+        (whole.weights["2.weight"] * float("nan"), r"2.weight \(6, 12\): resume has a weight with NaN or inf"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            go(resume=attrs.evolve(whole, weights={**whole.weights, "2.weight": weight}))
+
+
+def test_a_repair_that_returns_no_weights_can_be_resumed() -> None:
+    go = partial(bp.sequential, mlp(), pipeline(), lambda data, masks: {}, inputs(), 0.5)
+    callbacks: list[bp.RepairResult] = []
+    whole = go(callback=callbacks.append)
+    assert same(go(resume=callbacks[1]), whole)
+    assert not whole.weights
+
+
 # Layers.
 
 

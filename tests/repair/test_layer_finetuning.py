@@ -254,3 +254,14 @@ def test_through_sequential_with_options_bound_and_in_half_precision(dtype: torc
     one, two = (bp.sequential(model, pipeline(), reconstruct.least_squares, inputs(8), 0.5, finetune=tune) for _ in range(2))
     assert same(one.weights, two.weights)
     assert all(w.dtype == dtype for w in one.weights.values())
+
+
+@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.parametrize("of", ["batches", "targets"])
+def test_a_batch_with_nan_is_named(number: int, of: str) -> None:
+    grid = bp.BlockGrid((4, 4), (2, 2))
+    mask = bp.BlockMask(torch.tensor([[True, False], [True, True]]), grid)
+    batches, targets = list(torch.ones(4, 8, 4)), list(torch.zeros(4, 8, 4))
+    (batches if of == "batches" else targets)[number] = torch.full((8, 4), torch.nan)
+    with pytest.raises(ValueError, match=f"finetune_layer: the error of the layer's output on batch {number} is nan"):
+        bp.finetune_layer(lambda p, x: x @ p["weight"].mT, {"weight": torch.eye(4)}, {"weight": mask}, batches, targets, held_out=0.25)

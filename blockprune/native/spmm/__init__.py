@@ -14,6 +14,8 @@ from blockprune.native.library import INSTRUCTIONS, available_instructions, chos
 __all__ = ["INSTRUCTIONS", "instructions", "linear", "status"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_MULTIPLICATIONS = 1 << 32  # of one call of the compiled loops, a part of a second; between calls Python answers signals such as Ctrl-C
+_ROWS_MULTIPLE = 128  # of inputs in one such call, so that they fill the kernels' panels
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
@@ -46,7 +48,7 @@ def linear(
     x: Tensor, values: Tensor, crow: Tensor, col: Tensor, *, shape: tuple[int, int], block: tuple[int, int], bias: Tensor | None = None
 ) -> Tensor | None:
     """``x W^T + bias`` for ``x [..., cols]`` and a block-sparse ``W [rows, cols]``, as `export.format.BlockSparse` holds it and
-    `export.format.validate` checked it; None where this cannot: another type or device, a gradient to record, no compiled library.
+    `export.format.validate` checked it; None where this cannot: other types or devices, a gradient to record, no library, no memory.
 
     Sums are float32 whatever the type. Inputs that meet no kept weight of a row do not reach it, be they NaN: the dense product with zeros
     makes NaN of them.
@@ -64,8 +66,12 @@ def linear(
     addresses = values.data_ptr(), col.data_ptr(), crow.data_ptr()
     n, at_bias = x.numel() // cols, None if bias is None else bias.data_ptr()
     layer = (*addresses, rows, cols, *block, _DTYPES[x.dtype])
-    failed = _library.spmm(*layer, x.data_ptr(), n, at_bias, out.data_ptr(), torch.get_num_threads(), _choice)
-    return None if failed else out
+    step = max(1, _MULTIPLICATIONS // (max(1, len(values)) * _ROWS_MULTIPLE)) * _ROWS_MULTIPLE
+    for first in range(0, n, step):
+        at_x, at_out = (t.data_ptr() + first * width * t.element_size() for t, width in ((x, cols), (out, rows)))
+        if _library.spmm(*layer, at_x, min(step, n - first), at_bias, at_out, torch.get_num_threads(), _choice):
+            return None
+    return out
 
 
 def _readable(x: Tensor, other: Tensor) -> bool:

@@ -23,8 +23,12 @@ class ScratchBuffer {
         release();
 #else
         if (!block.memory) return;
-        std::lock_guard<std::mutex> guard(pool().lock);
-        pool().blocks.push_back(block);
+        try {
+            std::lock_guard<std::mutex> guard(pool().lock);
+            pool().blocks.push_back(block);
+        } catch (const std::bad_alloc&) {
+            release();
+        }
 #endif
     }
     ScratchBuffer(const ScratchBuffer&) = delete;

@@ -62,15 +62,16 @@ struct Work {
     }
 };
 
-template <class Body> void for_each_task(int64_t threads, int64_t count, Body body) {
-    run_tasks(threads, count, [](void* data, int64_t i) { (*(Body*)data)(i); }, &body);
+template <class Body> void for_each_task(const Team& team, int64_t count, Body body) {
+    run_tasks(team, count, [](void* data, int64_t i) { (*(Body*)data)(i); }, &body);
 }
 
 struct Runner {
     const Product& p;
     const Kernels& kernels;
-    int64_t threads;
+    Team team;
     Work work{p};
+    const int64_t threads = team.useful;
 
     void multiply(const Slice& slice, const void* panel, int64_t begin, int64_t end) const {
         ScratchBuffer scratch((slice.panel ? gemm_scratch(p, slice.panel) : gemv_scratch(p)) * (int64_t)sizeof(float));
@@ -93,12 +94,12 @@ struct Runner {
         ScratchBuffer panels(offsets[count]);
         const int64_t parts = (p.cols + 511) / 512, shares = std::max<int64_t>(1, (4 * threads + count - 1) / count);
         if (offsets[count])
-            for_each_task(threads, count * parts, [&](int64_t i) {
+            for_each_task(team, count * parts, [&](int64_t i) {
                 const Slice& slice = slices[i / parts];
                 const int64_t begin = i % parts * 512, end = std::min(p.cols, begin + 512);
                 if (slice.panel) kernels.pack(p, slice, begin, end, (char*)panels.get() + offsets[i / parts]);
             });
-        for_each_task(threads, count * shares, [&](int64_t i) {
+        for_each_task(team, count * shares, [&](int64_t i) {
             const int64_t begin = work.share(i % shares, shares), end = work.share(i % shares + 1, shares);
             if (begin < end) multiply(slices[i / shares], (char*)panels.get() + offsets[i / shares], begin, end);
         });
@@ -112,7 +113,7 @@ struct Runner {
         const std::vector<Slice> slices = slices_of(p, kernels, max_panel);
         const int64_t count = (int64_t)slices.size(), together = 4 * threads;
         if (threads == 1 || count >= together) {
-            for_each_task(threads, count, [&](int64_t i) { run_slice(slices[i]); });
+            for_each_task(team, count, [&](int64_t i) { run_slice(slices[i]); });
         } else {
             run_together(slices.data(), count);
         }
@@ -151,7 +152,7 @@ EXPORT int32_t spmm(const void* values, const int32_t* col, const int64_t* crow,
             }
             p.starts = starts.data();
         }
-        Runner{p, is_bf16 ? *kernels->bf16 : *kernels->f32, useful_threads(p, threads, is_bf16)}.run();
+        Runner{p, is_bf16 ? *kernels->bf16 : *kernels->f32, {threads, useful_threads(p, threads, is_bf16)}}.run();
     } catch (const std::bad_alloc&) {
         return 2;
     }

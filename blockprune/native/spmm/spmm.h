@@ -68,5 +68,11 @@ const KernelSet* avx2_kernels();  // null where the compiler or the processor la
 const KernelSet* avx512_kernels();
 const KernelSet* avx512_bf16_kernels();
 
-// Runs body(data, task) for each task of [0, count) on some threads, the calling one included.
-void run_tasks(int64_t threads, int64_t count, void (*body)(void*, int64_t), void* data);
+// The threads that torch uses, and how many of them get at least some microseconds of work each.
+struct Team {
+    int64_t all, useful;
+};
+
+// Runs body(data, task) for each task of [0, count) on the threads of a team, the calling one included, or on fewer where the system refuses
+// them. Throws what a task has thrown.
+void run_tasks(const Team& team, int64_t count, void (*body)(void*, int64_t), void* data);

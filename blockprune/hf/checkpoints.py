@@ -1,0 +1,199 @@
+"""Masked and exported models through ``save_pretrained`` and ``from_pretrained``, registered with transformers as a quantization method."""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from blockprune.core._compat_hf import ignore_unexpected_keys, keep_device_hook, model_keys
+from blockprune.export.module_replacement import replace_modules
+from blockprune.export.sparse_layers import STATE_KEYS, BlockSparseLinear, read_state, sparse_layer_like
+from blockprune.model.apply import apply_masks
+from blockprune.model.checkpoint import masks_in_state
+from blockprune.model.hf_checkpoint import FORMAT, QUANT_METHOD, prepare_checkpoints
+from blockprune.model.parameters import ParameterRef, parameter_refs
+
+MASK_PARTS = ("original", "0.keep", "0._extra_state")  # of a masked weight in a state dict
+_DTYPES = {"I64": torch.int64, "I32": torch.int32}  # of indices, as safetensors names them
+
+
+@register_quantization_config(QUANT_METHOD)
+class BlockpruneConfig(QuantizationConfigMixin):
+    """The entry ``quantization_config`` in the config.json of a masked or exported model.
+
+    Args:
+        format: of the folder; this version of blockprune reads formats up to `FORMAT`.
+        options: other entries; a later version of blockprune may write some.
+    """
+
+    def __init__(self, format: int = FORMAT, **options: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.format = format
+
+
+@register_quantizer(QUANT_METHOD)
+class BlockpruneQuantizer(HfQuantizer):
+    """Loads the kept blocks and the masks of a folder. The model is then the one that was saved, and transformers treats it as a plain model.
+
+    Layers are replaced before transformers loads the tensors, so a layer's dense weight is never in memory.
+    """
+
+    requires_calibration = True  # so that transformers refuses to make such a model of a dense folder
+
+    def __init__(self, quantization_config: Any, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self.files: list[str] = []  # of the folder
+        self.tensors: dict[str, tuple[list[int], str]] = {}  # in the files: shapes and types
+
+    def validate_environment(self, *args: Any, **options: Any) -> None:
+        """Raise ValueError if a later version of blockprune has written the folder."""
+        version = self.quantization_config.format
+        if not isinstance(version, int) or version < 1:
+            raise ValueError(f"quantization_config in config.json has format={version!r}; blockprune writes a number from 1 to {FORMAT}")
+        if version > FORMAT:
+            raise ValueError(
+                f"the folder has format {version} of blockprune's checkpoints, and this blockprune reads formats up to {FORMAT}; "
+                "install a newer one: pip install -U blockprune"
+            )
+
+    def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
+        self.files = _files(model, options.get("checkpoint_files"))
+        self.tensors = _tensors(self.files)
+        replace_modules(model, _stored_weights(model, self.tensors).get)
+        ignore_unexpected_keys(model, r"(^|\.)parametrizations\.[^.]+\.(original|0\.keep|0\._extra_state)$")
+
+    def _process_model_after_weight_loading(self, model: Any, **options: Any) -> None:
+        names = {module: name for name, module in model.named_modules()}
+        replace_modules(model, lambda module: module.layer(names[module]) if isinstance(module, _StoredWeight) else None)
+        _load_masks(model, self.tensors, self.files)
+        for name in ("hf_quantizer", "quantization_method", "is_quantized"):  # transformers restricts what quantized models may do
+            vars(model).pop(name, None)
+        del model.config.quantization_config
+        prepare_checkpoints(model)
+
+    def is_serializable(self, *args: Any, **options: Any) -> bool:
+        """Whether the model can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the model can be trained; the kept blocks of exported layers do not train."""
+        return True
+
+
+class _StoredWeight(nn.Module):
+    """The tensors of a block-sparse layer while transformers loads them, and the layer whose place it takes."""
+
+    def __init__(self, template: Any, tensors: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.template = (template,)  # in a tuple, so that torch does not register it
+        for key in STATE_KEYS:
+            shape, dtype = tensors[key]
+            self.register_buffer(key, torch.empty(shape, dtype=_DTYPES.get(dtype, template.weight.dtype), device="meta"))
+        self.register_buffer("weight", torch.empty(1, dtype=template.weight.dtype, device="meta"))
+        self.register_parameter("bias", template.bias)
+
+    def layer(self, name: str) -> BlockSparseLinear:
+        """The block-sparse layer with the loaded tensors.
+
+        Raises:
+            ValueError: the tensors are not a weight of this layer.
+        """
+        (template,) = self.template
+        shape = (len(template.weight), template.weight[0].numel())
+        try:
+            weight = read_state(*(getattr(self, key) for key in STATE_KEYS))
+            if weight.shape != shape:
+                raise ValueError(f"a weight of shape {weight.shape} does not fit a layer of {shape}")
+        except ValueError as error:
+            raise ValueError(f"{name}: the folder does not hold what was exported: {error}") from None
+        template.bias = self.bias
+        layer = sparse_layer_like(template, weight)
+        layer.name = name
+        return keep_device_hook(self, layer)
+
+
+def _files(model: Any, files: Iterable[str] | None) -> list[str]:
+    """The safetensors files that are loaded; transformers 4 does not name them, but the folder."""
+    folder = Path(model.config.name_or_path)
+    if files is None and folder.is_dir():
+        files = sorted(map(str, folder.glob("*.safetensors")))
+    if not files or not all(str(file).endswith(".safetensors") for file in files):
+        raise ValueError(
+            f"blockprune reads the safetensors files of a folder, and there are none for {str(folder)!r}: save with "
+            "model.save_pretrained(folder) and load with from_pretrained(folder), or pass a state dict to "
+            "blockprune.export.load_state_dict or blockprune.load_masked"
+        )
+    return [str(file) for file in files]
+
+
+def _tensors(files: Iterable[str]) -> dict[str, tuple[list[int], str]]:
+    """The shape and the dtype of each tensor, which are all that is read."""
+    tensors = {}
+    for file in files:
+        with safe_open(file, framework="pt") as content:
+            for key in content.keys():  # noqa: SIM118 (it is no mapping)
+                part = content.get_slice(key)
+                tensors[key] = (part.get_shape(), part.get_dtype())
+    return tensors
+
+
+def _stored_weights(model: Any, tensors: Mapping[str, Any]) -> dict[nn.Module, _StoredWeight]:
+    """What takes the place of the layers for which the files have kept blocks."""
+    modules = dict(model.named_modules())
+    prefixes = Counter(key.removesuffix(part) for key in tensors for part in STATE_KEYS if key == part or key.endswith(f".{part}"))
+    keys = {f"{prefix}layout": prefix for prefix, parts in prefixes.items() if parts > 1}  # one alone may be a tensor of another module
+    names = model_keys(model, keys, [f"{name}.layout" if name else "layout" for name in modules])
+    stored = {}
+    for key, prefix in keys.items():
+        name = names[key].removesuffix("layout").removesuffix(".")
+        if missing := [part for part in STATE_KEYS if prefix + part not in tensors]:
+            raise ValueError(f"{name}: the folder lacks {', '.join(missing)} of this block-sparse layer; save the model again")
+        module = modules.get(name)
+        if not isinstance(module, (nn.Linear, nn.Conv2d)):
+            kind = f"a {type(module).__name__} there" if module else "no such layer"
+            raise ValueError(
+                f"{name}: the folder has a block-sparse layer of this name, and {type(model).__name__} has {kind}; load it with the class "
+                "that was exported, or pass its state dict to blockprune.export.load_state_dict"
+            )
+        stored[module] = _StoredWeight(module, {part: tensors[prefix + part] for part in STATE_KEYS})
+    return stored
+
+
+def _load_masks(model: Any, tensors: Iterable[str], files: Iterable[str]) -> None:
+    """Put the masks in the files on the model, and the dense weights behind their zeros."""
+    refs = {_prefix(ref): ref for refs in parameter_refs(model).values() for ref in refs}
+    expected = [prefix + part for prefix in refs for part in MASK_PARTS]
+    prefixes = Counter(key.removesuffix(part) for key in tensors for part in MASK_PARTS if key.endswith(f".{part}"))
+    keys = [prefix + part for prefix, parts in prefixes.items() if parts > 1 for part in MASK_PARTS]  # another parametrization has one part
+    if missing := [key for key in keys if key not in tensors]:
+        raise ValueError(f"{missing[0]}: the folder lacks this tensor of a masked weight; save the model again")
+    names = model_keys(model, keys, expected)
+    apply_masks(model, masks_in_state(model, {names[key]: tensor for key, tensor in _read(files, names) if not key.endswith("original")}))
+    with torch.no_grad():
+        for key, tensor in _read(files, [key for key in names if key.endswith("original")]):
+            ref = refs.get(names[key].removesuffix("original"))
+            if ref is None or ref.shape != tuple(tensor.shape):
+                problem = f"a parameter of shape {ref.shape}" if ref else "no such parameter"
+                raise ValueError(f"{key}: the folder has a masked weight of shape {tuple(tensor.shape)}, and the model has {problem}")
+            ref.stored.copy_(tensor)
+
+
+def _prefix(ref: ParameterRef) -> str:
+    """Of the names that a masked parameter has in a state dict."""
+    return f"{ref.name.removesuffix(ref.attr)}parametrizations.{ref.attr}."
+
+
+def _read(files: Iterable[str], keys: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors with these keys, one after the other, so that only one is in memory."""
+    for file in files:
+        with safe_open(file, framework="pt") as content:
+            for key in content.keys():  # noqa: SIM118
+                if key in keys:
+                    yield key, content.get_tensor(key)

@@ -1,0 +1,76 @@
+"""Pruning while a `transformers.Trainer` trains."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from blockprune.model.apply import apply_masks, parameter_masks
+
+
+class GradualPruning(TrainerCallback):
+    """A callback of `transformers.Trainer` that gives the model new masks every ``every`` optimizer steps.
+
+    With a rising schedule this is gradual pruning (AGP, Zhu & Gupta 1710.01878). With a constant one the masks are dynamic: a `Pipeline`
+    scores the stored dense weights, so a pruned block can come back, with the weights that it had when it was pruned.
+
+    Pass it to the constructor of the Trainer: the model then has masks before a checkpoint is loaded, so ``resume_from_checkpoint``
+    continues with the masks and the dense weights of the checkpoint. ``trainer.save_model`` writes both.
+
+    Args:
+        prune: (model, sparsity) -> masks, such as a `Pipeline`, or a result with ``masks`` and ``weights``, such as that of a recipe.
+        schedule: step -> sparsity; see `blockprune.schedule`. Steps count optimizer updates and go on after a resume.
+        every: steps from one update of the masks to the next.
+        end: the last step at which masks are updated; None for the whole training.
+
+    Raises:
+        ValueError: ``every`` or ``end`` is not positive; in training, a checkpoint with masks was loaded into a model without.
+
+    Example:
+        >>> from blockprune.hf import GradualPruning
+        >>> prune = bp.Pipeline(partial(bp.collect.weights, where=bp.linears((16, 16))), bp.metric.l1, bp.allocate.per_layer)
+        >>> callback = GradualPruning(prune, partial(bp.schedule.cubic, final=0.5, end=1000), every=100, end=1000)
+        >>> trainer = transformers.Trainer(model, args, train_dataset=data, callbacks=[callback])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, prune: Callable[[Any, float], Any], schedule: Callable[[int], float], *, every: int = 1, end: int | None = None
+    ) -> None:
+        if every < 1 or (end is not None and end < 1):
+            raise ValueError(f"every={every} and end={end} must be positive numbers of steps")
+        self.prune, self.schedule, self.every, self.end = prune, schedule, every, end
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Put masks on a plain model, so that a checkpoint's masks can be loaded."""
+        if not parameter_masks(options["model"]):
+            self._update(options["model"], 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Raise if a checkpoint was loaded into a model without masks."""
+        if state.global_step and not parameter_masks(options["model"]):
+            raise ValueError(
+                f"training resumes at step {state.global_step}, but the model has no masks, so those of the checkpoint are lost; "
+                "pass this callback to Trainer(callbacks=[...]) instead of trainer.add_callback, and a model instead of model_init"
+            )
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Update the masks before the optimizer step, if it is time to."""
+        if self._is_update(state.global_step):
+            self._update(options["model"], state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Reach the sparsity of the last step, if the schedule has risen since the last update."""
+        step = state.global_step
+        last_update = next((i for i in range(step - 1, -1, -1) if self._is_update(i)), None)
+        is_ended = self.end is not None and step > self.end
+        if last_update is not None and not is_ended and self.schedule(step) != self.schedule(last_update):
+            self._update(options["model"], step)
+
+    def _is_update(self, step: int) -> bool:
+        return step == self.end or (step % self.every == 0 and (self.end is None or step < self.end))
+
+    def _update(self, model: nn.Module, step: int) -> None:
+        result = self.prune(model, self.schedule(step))
+        masks, weights = (result, None) if isinstance(result, Mapping) else (result.masks, result.weights)
+        apply_masks(model, masks, weights)

@@ -1,0 +1,133 @@
+"""Masks from zeros in a model and from the state dict of a masked model."""
+
+import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from blockprune.core.grid import BlockGrid, pool
+from blockprune.core.types import BlockMask, Where, check_prunable
+from blockprune.model.apply import apply_masks, parameter_masks
+from blockprune.model.parameters import parameter_refs
+from blockprune.model.selection import select
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def masks_from_zeros(model: nn.Module, *, where: Where) -> dict[str, BlockMask]:
+    """The masks of a model whose pruned blocks are zero already: a block is kept if any of its elements is not zero.
+
+    Use it on a finalized model, on one that another tool pruned, or on a checkpoint that only has zeros.
+
+    Args:
+        model: masked or not; it is not changed.
+        where: which parameters, in which blocks.
+
+    Raises:
+        ValueError, TypeError: the rule matches no parameter, or a parameter has no values (meta device, integers).
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> _ = model.weight.data[:, 2:].zero_()
+        >>> bp.masks_from_zeros(model, where=bp.linears((2, 2)))["weight"].keep
+        tensor([[ True, False]])
+    """
+    masks = {}
+    for name, (ref, grid) in select(model, where).items():
+        weight = ref.masked.detach()
+        check_prunable(name, weight)
+        masks[name] = BlockMask(pool(weight != 0, grid) > 0, grid)
+    return masks
+
+
+def load_masked(model: M, state: Mapping[str, Tensor]) -> M:
+    """Load the state dict of a masked model into a model of the same class, in place, masks included; return it.
+
+    The model may be plain: it gets the masks of the state dict. Weights of the state dict that are not masked are loaded as usual, and a
+    parameter that is masked in the model only keeps its mask.
+
+    Args:
+        model: masked or not.
+        state: what ``masked_model.state_dict()`` returned, or the tensors of a checkpoint file of it.
+
+    Raises:
+        ValueError: the state has a mask of other blocks than the model, lacks a tensor of the model, has another tensor,
+            or one of another shape. The model is as it was before the call.
+
+    Example:
+        >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
+        >>> state = bp.apply_masks(nn.Linear(4, 2), {"weight": mask}).state_dict()
+        >>> bp.read_masks(bp.load_masked(nn.Linear(4, 2), state)) == {"weight": mask}
+        True
+    """
+    before = parameter_masks(model)
+    masks = masks_in_state(model, state)
+    for name in masks.keys() & before.keys():
+        if masks[name].grid != before[name].grid:
+            raise ValueError(
+                f"{name}: the state has a mask of blocks {masks[name].grid.block}, but the model has blocks {before[name].grid.block}; "
+                "remove the masks of the model first, with bp.apply_masks(model, {})"
+            )
+    apply_masks(model, before | masks)
+    try:
+        _check_state(model, state)
+    except ValueError:
+        apply_masks(model, before)
+        raise
+    model.load_state_dict(state, strict=False)  # _check_state has compared the names; an alias of a tied tensor may be missing
+    return model
+
+
+# names in a state dict: (module.)parametrizations.(attribute).original, and likewise those of its mask
+_ORIGINAL = re.compile(r"(|.*\.)parametrizations\.([^.]+)\.original")
+_KEEP = re.compile(r"(|.*\.)parametrizations\.([^.]+)\.\d+\.keep")
+_MASK = re.compile(r"(|.*\.)parametrizations\.([^.]+)\.\d+\.(keep|_extra_state)")
+
+
+def masks_in_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, BlockMask]:
+    """The masks that a state dict holds, by the names of the model's parameters.
+
+    Raises:
+        ValueError: a mask of a parameter that the model does not have, of another shape, or without the shape of its blocks.
+    """
+    canonical = {ref.name: (name, refs[0].shape) for name, refs in parameter_refs(model).items() for ref in refs}
+    masks = {}
+    for key in state:
+        if match := _KEEP.fullmatch(key):
+            name = match.expand(r"\1\2")
+            if name not in canonical:
+                raise ValueError(
+                    f"the state has a mask of {name!r}, which is not a parameter of the model; give the model of the same class"
+                )
+            name, shape = canonical[name]
+            masks[name] = _mask_in_state(name, shape, state[key], state.get(f"{key.removesuffix('keep')}_extra_state"))
+    return masks
+
+
+def _mask_in_state(name: str, shape: tuple[int, ...], keep: Tensor, block: Tensor | None) -> BlockMask:
+    if block is None:
+        raise ValueError(
+            f"{name}: the state has a mask, but not the shape of its blocks; apply the masks first, then model.load_state_dict"
+        )
+    try:
+        return BlockMask(keep.clone(), BlockGrid(shape, tuple(block.tolist())))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: the mask in the state does not fit this parameter {shape}: {error}") from None
+
+
+def _check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raise unless the state has exactly the tensors of the model, in their shapes."""
+    expected = model.state_dict()
+    aliases = {ref.stored_name: [ref.stored_name for ref in refs] for refs in parameter_refs(model).values() for ref in refs}
+    stored_names = {match.expand(r"\1\2"): name for name in expected if (match := _ORIGINAL.fullmatch(name))}
+    expected = {name: tensor for name, tensor in expected.items() if name not in stored_names}
+    names = {stored_names.get(name, name): name for name in state}  # a plain checkpoint has ``0.weight`` instead
+    loaded = {alias for name in names for alias in aliases.get(name, [name])}
+    missing = [name for name in expected if name not in loaded and not _MASK.fullmatch(name)]
+    if missing or (unexpected := [name for name in names if name not in expected]):
+        problem = f"lacks {missing[0]!r}, which the model has" if missing else f"has {unexpected[0]!r}, which the model does not have"
+        raise ValueError(f"the state {problem}; give the state dict of a masked model of the same class")
+    for name, key in names.items():
+        if tuple(state[key].shape) != tuple(expected[name].shape):
+            raise ValueError(f"{key}: the state has the shape {tuple(state[key].shape)}, but the model has {tuple(expected[name].shape)}")

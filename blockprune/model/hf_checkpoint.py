@@ -1,0 +1,72 @@
+"""Checkpoints of masked and exported Hugging Face models, which ``from_pretrained`` can read."""
+
+import re
+from typing import Any
+
+from torch import Tensor, nn
+
+from blockprune.core._compat import state_dict_hooks
+from blockprune.core.grid import BlockGrid
+from blockprune.model.masking import mask_blocks
+from blockprune.model.parameters import is_sharded
+from blockprune.model.parametrization import MaskBlocks
+
+QUANT_METHOD = "blockprune"  # under which transformers finds the loader of `blockprune.hf`
+FORMAT = 1  # of the folders that ``save_pretrained`` writes; a later blockprune may write another
+
+_ORIGINAL = re.compile(r"(|.*\.)parametrizations\.([^.]+)\.original")  # (module.)parametrizations.(attribute).original
+
+
+def add_plain_weights(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """A hook for the state dicts of Hugging Face models: add each masked weight, zeros included, under its plain name.
+
+    ``save_pretrained`` and checkpoints of a Trainer then load into a plain model with ``from_pretrained``, which knows no masks and would
+    leave the weights of a masked layer random. A tied weight is one tensor under its plain names, which transformers knows to be tied, and
+    has memory of its own under the names of torch's parametrizations, which transformers would refuse to save.
+
+    An exported layer has no plain weight. Without `blockprune.hf`, transformers would warn and leave the weight random, so the state dict
+    gets one number under its name: another shape is an error in ``from_pretrained``.
+    """
+    for name, module in model.named_modules():
+        if callable(getattr(module, "block_mask", None)) and f"{prefix}{name}.values" in state:
+            state[f"{prefix}{name}.weight"] = state[f"{prefix}{name}.values"].new_full((1,), float("nan"))
+    plain_weights: dict[int, Tensor] = {}  # by the address of the stored weight
+    for name in [name for name in state if name.startswith(prefix)]:
+        if match := _ORIGINAL.fullmatch(name):
+            stored, plain_name, mask = state[name], match.expand(r"\1\2"), f"{match[1]}parametrizations.{match[2]}.0."
+            if f"{mask}keep" not in state or is_sharded(stored):
+                continue
+            if stored.data_ptr() in plain_weights:
+                state[name] = stored.clone()
+            elif plain_name in state:  # the hook of a model inside this model has added it
+                plain_weights[stored.data_ptr()] = state[plain_name]
+            else:
+                grid = BlockGrid(stored.shape, tuple(state[f"{mask}_extra_state"].tolist()))
+                plain_weights[stored.data_ptr()] = mask_blocks(stored.detach(), state[f"{mask}keep"].to(stored.device), grid)
+            state[plain_name] = plain_weights[stored.data_ptr()]
+
+
+def prepare_checkpoints(model: nn.Module) -> None:
+    """Prepare the Hugging Face models in a model for ``save_pretrained``, in place.
+
+    Their state dicts get plain weights (`add_plain_weights`). The configuration of a model with masks or exported layers gets a
+    ``quantization_config`` that names blockprune, by which ``from_pretrained`` finds the loader of `blockprune.hf`. It is taken away from a
+    model without them. A ``quantization_config`` of another method is left as it is.
+    """
+    for module in model.modules():
+        if not hasattr(module, "save_pretrained"):
+            continue
+        has_blocks = any(isinstance(part, MaskBlocks) or callable(getattr(part, "block_mask", None)) for part in module.modules())
+        if has_blocks and add_plain_weights not in state_dict_hooks(module):
+            module.register_state_dict_post_hook(add_plain_weights)
+        config: Any = getattr(module, "config", None)
+        if hasattr(type(config), "model_type"):
+            _mark(config, has_blocks=has_blocks)
+
+
+def _mark(config: Any, has_blocks: bool) -> None:
+    method = getattr(config, "quantization_config", None)
+    if has_blocks and method is None:
+        config.quantization_config = {"quant_method": QUANT_METHOD, "format": FORMAT}
+    elif not has_blocks and isinstance(method, dict) and method.get("quant_method") == QUANT_METHOD:
+        del config.quantization_config

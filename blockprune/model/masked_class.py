@@ -1,0 +1,102 @@
+"""The methods that a module has while it is masked.
+
+Torch gives every parametrized module a class of its own, ``ParametrizedLinear``. While the module is masked, this class has the methods in
+`_METHODS`, and its attribute `_REPLACED` holds the methods of the same names that the class had before.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from blockprune.core._compat import RNN_CACHES, rebuild_rnn_caches
+from blockprune.model.parameters import ParameterRef, parameter_refs
+from blockprune.model.parametrization import MaskBlocks
+
+_REPLACED = "_blockprune_replaced"
+
+
+def has_mask_methods(owner: nn.Module) -> bool:
+    """Whether the class of a module has the methods of a masked module."""
+    return any(_REPLACED in vars(ancestor) for ancestor in type(owner).__mro__)
+
+
+def add_mask_methods(owner: nn.Module) -> None:
+    """Add the methods to the class of a parametrized module, which belongs to this module only."""
+    if not has_mask_methods(owner):
+        type.__setattr__(type(owner), _REPLACED, {name: vars(type(owner)).get(name) for name in _METHODS})
+        for name, method in _METHODS.items():
+            setattr(type(owner), name, method)
+
+
+def remove_mask_methods(owner: nn.Module) -> None:
+    """Restore the class of a module that is no longer masked, but is still parametrized."""
+    if has_mask_methods(owner):
+        for name, method in vars(type(owner))[_REPLACED].items():
+            delattr(type(owner), name) if method is None else setattr(type(owner), name, method)
+        delattr(type(owner), _REPLACED)
+
+
+def own_class(owner: nn.Module) -> type:
+    """A copy of the module's class."""
+    shared = type(owner)
+    return type(shared.__name__, shared.__bases__, {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")})
+
+
+def refs_of_module(owner: nn.Module) -> list[ParameterRef]:
+    """The parameters that belong to a module itself, not to its children."""
+    return [ref for refs in parameter_refs(owner).values() for ref in refs if ref.owner is owner]
+
+
+def mask_index(ref: ParameterRef) -> int:
+    """The position of the mask among the parametrizations of a masked parameter."""
+    return [isinstance(p, MaskBlocks) for p in ref.parametrizations or ()].index(True)
+
+
+def _super(self: nn.Module) -> Any:
+    """The methods that follow those of a masked module; FSDP may have put a class in front of it."""
+    return super(next(ancestor for ancestor in type(self).__mro__ if _REPLACED in vars(ancestor)), self)
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy with a class of its own. With torch's copy, which shares the class, removing the copy's mask would break the original."""
+    replica: Any = object.__new__(own_class(self))
+    memo[id(self)] = replica
+    replica.__dict__ = copy.deepcopy({key: value for key, value in vars(self).items() if key not in RNN_CACHES}, memo)
+    if isinstance(replica, nn.RNNBase):
+        rebuild_rnn_caches(replica)
+    return cast(nn.Module, replica)
+
+
+def _setattr(self: nn.Module, name: str, value: Any) -> None:
+    """Let ``layer.weight = nn.Parameter(w)`` replace the stored dense weight, as it replaces the weight of a plain layer."""
+    if isinstance(value, nn.Parameter) and parametrize.is_parametrized(self, name):
+        ref = ParameterRef(name, self, name)
+        if ref.mask and ref.is_plain:
+            if type(value) is not nn.Parameter or tuple(value.shape) != ref.shape or not value.is_floating_point():
+                raise TypeError(
+                    f"{name} {ref.shape} is masked and cannot be a {type(value).__name__} {tuple(value.shape)} of {value.dtype}; "
+                    "call bp.finalize(model) first, which writes the zeros into a plain model, and change that"
+                )
+            cast(Any, self.parametrizations)[name].original = value
+            return
+    _super(self).__setattr__(name, value)
+
+
+def _load_from_state_dict(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Accept a checkpoint of the plain model as well: its weight becomes the dense weight, and the mask stays."""
+    for ref in refs_of_module(self):
+        if ref.mask and ref.parametrizations:
+            stored = f"{prefix}parametrizations.{ref.attr}."
+            plain: Tensor | None = state_dict.pop(prefix + ref.attr, None) if ref.is_plain else None
+            if plain is not None:
+                state_dict.setdefault(stored + "original", plain)  # a checkpoint of a masked Hugging Face model has both
+            if any(key.startswith(stored + "original") for key in state_dict):
+                state_dict.setdefault(f"{stored}{mask_index(ref)}.keep", ref.mask.keep)
+                state_dict.setdefault(f"{stored}{mask_index(ref)}._extra_state", ref.mask.get_extra_state())
+    _super(self)._load_from_state_dict(state_dict, prefix, *args)
+
+
+_METHODS: Mapping[str, Any] = {"__deepcopy__": _deepcopy, "__setattr__": _setattr, "_load_from_state_dict": _load_from_state_dict}

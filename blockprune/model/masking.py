@@ -1,0 +1,78 @@
+"""`mask_blocks`, the arithmetic of a mask: zeros in the pruned blocks of a weight."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockprune.core._compat import is_legacy_batched
+from blockprune.core.grid import BlockGrid, expand
+
+_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def mask_blocks(weight: Tensor, keep: Tensor, grid: BlockGrid) -> Tensor:
+    """The weight with zeros in its pruned blocks: ``[*grid.shape]``, same dtype, differentiable. Pruned values may be NaN or inf.
+
+    Example:
+        >>> mask_blocks(torch.tensor([[1.0, float("nan")]]), torch.tensor([[True, False]]), bp.BlockGrid((1, 2), (1, 1)))
+        tensor([[1., 0.]])
+    """
+    is_plain_cpu_tensor = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu"
+    if not is_plain_cpu_tensor or torch.compiler.is_compiling():
+        shape, mask = _broadcastable(keep, grid)
+        return torch.where(mask, weight.reshape(shape), 0).reshape(weight.shape)
+    # torch.where is not vectorized on a CPU; a bitwise AND with all ones or all zeros gives the same bits in half the time
+    shape, bits = _broadcastable(keep.to(_INTEGER_OF_SIZE[weight.dtype.itemsize]).neg_(), grid)
+    masked: Tensor = _AndBits.apply(weight.reshape(shape), bits)  # type: ignore[no-untyped-call]
+    return masked.reshape(weight.shape)
+
+
+def _broadcastable(keep: Tensor, grid: BlockGrid) -> tuple[list[int], Tensor]:
+    """A shape to view the weight in and a mask that broadcasts to it; the mask repeats its values only along short contiguous runs."""
+    if grid.ragged:
+        return list(grid.shape), expand(keep, grid)
+    axes = list(zip(grid.size, grid.block, strict=True))
+    last = [0, *[axis for axis, n in enumerate(grid.size) if n > 1]][-1]  # the last axis that is divided into blocks
+    run = math.prod(grid.block[last:])  # elements of a block that are contiguous in memory
+    shape = [*(length for n, b in axes[:last] for length in (n, b)), grid.size[last], run]  # [n0, b0, n1, b1, ..., n, run]
+    keep = keep.reshape([*(length for n, _ in axes[:last] for length in (n, 1)), grid.size[last], 1])
+    if run < 64:
+        keep = keep.expand(*keep.shape[:-1], run).flatten(-2)
+        shape = [*shape[:-2], shape[-2] * run]
+    return shape, keep
+
+
+class _AndBits(torch.autograd.Function):
+    """``weight & bits`` with broadcasting: a linear map, so backward and jvp apply the same map."""
+
+    @staticmethod
+    def forward(weight: Tensor, bits: Tensor) -> Tensor:
+        return (weight.view(bits.dtype) & bits).view(weight.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _and(grad, ctx.saved_tensors[0]), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return _and(tangent, ctx.saved_tensors[0])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, int | None], weight: Tensor, bits: Tensor) -> tuple[Tensor, int]:
+        batched = zip((weight, bits), in_dims, strict=True)
+        weight, bits = (x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in batched)
+        return _AndBits.apply(weight, bits), 0  # type: ignore[no-untyped-call]
+
+
+def _and(x: Tensor, bits: Tensor) -> Tensor:
+    if is_legacy_batched(x):  # torch.autograd.grad(is_grads_batched=True) has no rule for `view`
+        return torch.where(bits != 0, x, 0)
+    masked: Tensor = _AndBits.apply(x, bits)  # type: ignore[no-untyped-call]
+    return masked

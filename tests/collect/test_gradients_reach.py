@@ -1,0 +1,162 @@
+"""Layers that no gradient reaches are named; checkpointing and operations of torch.autograd alone change nothing."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from strategies import normal
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import blockprune as bp
+from blockprune import collect, statistics
+
+GRADIENTS = [
+    statistics.gate_grad,
+    statistics.gate_fisher,
+    statistics.gate_hg,
+    statistics.gate_hvp(),
+    statistics.gate_flow,
+    statistics.weight_grad,
+    statistics.weight_grad_sq,
+    statistics.output_grad_sq,
+    statistics.output_grad_gram,
+]
+
+
+class Double(torch.autograd.Function):
+    """Without ``setup_context``, which torch.func needs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return 2 * grad
+
+
+class Model(nn.Module):
+    def __init__(self, body: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.body = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4), body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.body(self, x))  # type: ignore[no-any-return]
+
+
+def without_gradient(model: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = model.a(x)
+    return model.b(x + y)  # type: ignore[no-any-return]
+
+
+def unused(model: Any, x: Tensor) -> Tensor:
+    model.a(x)
+    return model.b(x)  # type: ignore[no-any-return]
+
+
+def saved_on_cpu(model: Any, x: Tensor) -> Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        return model.b(model.a(x).tanh())  # type: ignore[no-any-return]
+
+
+UNREACHED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "detach": lambda m, x: m.b(x + m.a(x).detach()),
+    "no_grad": without_gradient,
+    "argmax": lambda m, x: m.b(x * m.a(x).argmax(-1, keepdim=True)),
+    "unused": unused,
+}
+REACHED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "dead ReLU": lambda m, x: m.b(x) + (m.a(x) - 1e6).relu(),
+    "checkpoint": lambda m, x: checkpoint(lambda x: m.b(m.a(x).tanh()), x, use_reentrant=False),
+    "reentrant checkpoint": lambda m, x: checkpoint(lambda x: m.b(m.a(x).tanh()), x, use_reentrant=True),
+    "saved on the CPU": saved_on_cpu,
+    "own function": lambda m, x: m.b(Double.apply(m.a(x).tanh())),
+}
+PLAIN: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "dead ReLU": lambda m, x: m.b(x) + 0 * m.a(x),
+    "own function": lambda m, x: m.b(2 * m.a(x).tanh()),
+    **dict.fromkeys(["checkpoint", "reentrant checkpoint", "saved on the CPU"], lambda m, x: m.b(m.a(x).tanh())),
+}
+
+
+def run(model: nn.Module, statistic: statistics.Statistic, per_sample: str = "loop") -> bp.Data:
+    return collect.with_statistics(
+        model,
+        where=bp.linears((4, 4)),
+        statistics=[statistic],
+        batches=[(normal((6, 8), 0), torch.arange(6) % 4)],
+        loss=lambda output, batch: F.cross_entropy(output, batch[1]),
+        per_sample=per_sample,
+    )
+
+
+@pytest.mark.parametrize("kind", UNREACHED)
+@pytest.mark.parametrize("statistic", GRADIENTS, ids=lambda s: s.name)
+@pytest.mark.parametrize("per_sample", ["vmap", "loop"])
+def test_a_layer_that_no_gradient_reaches_is_named(kind: str, statistic: statistics.Statistic, per_sample: str) -> None:
+    model = Model(UNREACHED[kind]).double()
+    with pytest.raises(ValueError) as caught:
+        run(model, statistic, per_sample)
+    message = str(caught.value)
+    assert message.startswith("a.weight (8, 8): no gradient of the loss reaches it, although the forward calls its Linear.")
+    assert repr(statistic.name) in message
+    assert "never calls" not in message
+
+
+@pytest.mark.parametrize("kind", REACHED)
+@pytest.mark.parametrize("statistic", GRADIENTS, ids=lambda s: s.name)
+def test_a_gradient_of_zero_and_a_checkpointed_one_are_data(kind: str, statistic: statistics.Statistic) -> None:
+    torch.manual_seed(0)
+    model = Model(REACHED[kind]).double()
+    plain = Model(PLAIN[kind]).double()
+    plain.load_state_dict(model.state_dict())
+    data = run(model, statistic)
+    if not (kind == "dead ReLU" and statistic.name == "gate_flow"):  # of |weights| and ones, so that the ReLU is not dead
+        for name, param in run(plain, statistic).items():
+            torch.testing.assert_close(data[name].stats[statistic.name], param.stats[statistic.name])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_is_no_obstacle_for_vmap(use_reentrant: bool) -> None:
+    model = Model(REACHED["reentrant checkpoint" if use_reentrant else "checkpoint"]).double()
+    vmapped, looped = (run(model, statistics.gate_fisher, how)["a.weight"].stats["gate_fisher"] for how in ("vmap", "loop"))
+    torch.testing.assert_close(vmapped, looped)
+
+
+def test_a_frozen_model_has_gradients() -> None:
+    model = Model(lambda m, x: m.b(m.a(x))).double()
+    want = {s.name: run(model, s)["a.weight"].stats[s.name] for s in GRADIENTS}
+    model.requires_grad_(False)
+    for s in GRADIENTS:
+        torch.testing.assert_close(run(model, s)["a.weight"].stats[s.name], want[s.name])
+
+
+def test_folds_know_the_calls_and_gradients_of_all_parts() -> None:
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) if x.shape[1] > 1 else self.b(x)  # type: ignore[no-any-return]
+
+    options: dict[str, Any] = {"where": bp.linears((2, 2)), "statistics": [statistics.gate_grad], "loss": lambda y, _: y.square().sum()}
+    first, second = (collect.fold(Sometimes(), batches=[torch.ones(2, n, 4)], **options) for n in (1, 2))
+    for fold, name in ((first, "a.weight"), (second, "b.weight")):
+        with pytest.raises(ValueError, match=f"{name} .*: the forward never calls its Linear"):
+            collect.compute(fold)
+    assert collect.merge(first, second).counts == {"a.weight": (2, 1, 1), "b.weight": (2, 1, 1)}
+    collect.compute(collect.merge(first, second))
+
+
+def test_a_forward_may_use_the_model_itself() -> None:
+    model = Model(lambda m, x: m.b(m.a(x)))
+    options: dict[str, Any] = {"where": bp.linears((4, 4)), "statistics": [statistics.gate_grad], "batches": [torch.ones(2, 8)]}
+    losses = {"loss": lambda y, _: y.square().sum()}
+    want = collect.with_statistics(model, **options, **losses)["a.weight"].stats["gate_grad"]
+    forward = lambda m, batch: m.c(m.body(m, batch))  # noqa: E731
+    torch.testing.assert_close(collect.with_statistics(model, **options, **losses, forward=forward)["a.weight"].stats["gate_grad"], want)

@@ -1,0 +1,317 @@
+"""Masked and exported models through ``save_pretrained`` and ``from_pretrained``."""
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import blockprune as bp
+from blockprune import export
+
+transformers = pytest.importorskip("transformers")
+import blockprune.hf  # noqa: E402 (needs transformers)
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+IDS = torch.arange(16).view(2, 8)
+IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def llama(**options: Any) -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **SIZES, **options))
+
+
+def qwen3(**options: Any) -> Any:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(vocab_size=64, head_dim=16, num_key_value_heads=2, **SIZES, **options))
+
+
+def bert() -> Any:
+    return transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=64, **SIZES))
+
+
+def vit() -> Any:
+    return transformers.ViTForImageClassification(transformers.ViTConfig(image_size=8, patch_size=4, **SIZES))
+
+
+MAKE: dict[str, Callable[[], Any]] = {
+    "llama": llama,
+    "tied llama": lambda: llama(tie_word_embeddings=True, attention_bias=True),
+    "qwen3": qwen3,
+    "bert": bert,
+    "vit": vit,
+}
+LAYERS = bp.including(bp.linears((16, 16)), "*layer*.[01].*")
+
+
+def masked(make: Callable[[], Any], where: bp.Where = LAYERS) -> Any:
+    torch.manual_seed(0)
+    model = make().eval()
+    return bp.apply_masks(model, bp.recipes.magnitude(where)(model, 0.5).masks)
+
+
+def exported(make: Callable[[], Any] = llama, where: bp.Where = LAYERS) -> Any:
+    return export.block_sparse(masked(make, where), backend="native")
+
+
+def output(model: Any) -> Tensor:
+    with torch.no_grad():
+        result = model(IMAGES if model.config.model_type == "vit" else IDS)
+    return result.logits if "logits" in result else result.last_hidden_state
+
+
+def sparse_layers(model: Any) -> dict[str, export.BlockSparseLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, export.BlockSparseLinear)}
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Write tensors of a folder's file again, or leave them out if they are None."""
+    file = folder / "model.safetensors"
+    tensors = {**load_file(file), **changes}
+    save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("shards", [None, "50KB"], ids=["one", "several"])
+@pytest.mark.parametrize("family", MAKE)
+def test_an_exported_model_comes_back(family: str, shards: str | None, tmp_path: Path) -> None:
+    model = exported(MAKE[family])
+    model.save_pretrained(tmp_path, **({"max_shard_size": shards} if shards else {}))
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards is not None)
+    loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert torch.equal(output(loaded), output(model))
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert bp.read_masks(loaded) == bp.read_masks(model)
+    assert str(loaded) == str(model)
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(output(type(model).from_pretrained(tmp_path / "again")), output(model))
+
+
+@pytest.mark.parametrize("family", MAKE)
+def test_a_masked_model_comes_back_with_its_masks(family: str, tmp_path: Path) -> None:
+    model = masked(MAKE[family])
+    model.save_pretrained(tmp_path)
+    loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert bp.read_masks(loaded) == bp.read_masks(model)
+    assert torch.equal(output(loaded), output(model))
+    for name, parameter in model.named_parameters():  # the dense values behind the zeros, too
+        assert torch.equal(loaded.get_parameter(name), parameter), name
+    loaded.load_state_dict(model.state_dict())
+    export.block_sparse(loaded, backend="torch").save_pretrained(tmp_path / "exported")
+    torch.testing.assert_close(output(type(model).from_pretrained(tmp_path / "exported")), output(model))
+
+
+def test_masks_on_tied_embeddings_come_back(tmp_path: Path) -> None:
+    where = bp.first_of(bp.named("model.embed_tokens.weight", (16, 16)), LAYERS)
+    model = masked(MAKE["tied llama"], where)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert bp.read_masks(loaded) == bp.read_masks(model)
+    assert loaded.lm_head.parametrizations.weight.original is loaded.model.embed_tokens.parametrizations.weight.original
+    assert torch.equal(output(loaded), output(model))
+
+
+@pytest.mark.parametrize("make", [masked, exported])
+def test_a_fresh_process_loads_the_folder(make: Callable[..., Any], tmp_path: Path) -> None:
+    model = make(llama)
+    model.save_pretrained(tmp_path / "model")
+    program = (
+        "import sys, torch, transformers, blockprune as bp, blockprune.hf\n"
+        "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "torch.save((model(torch.arange(16).view(2, 8)).logits, len(bp.read_masks(model))), sys.argv[2])"
+    )
+    subprocess.run([sys.executable, "-c", program, tmp_path / "model", tmp_path / "out"], check=True)
+    logits, count = torch.load(tmp_path / "out")
+    assert torch.equal(logits, output(model))
+    assert count == len(bp.read_masks(model)) == 14
+
+
+def test_the_file_is_as_large_as_the_kept_share(tmp_path: Path) -> None:
+    sizes = {**SIZES, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 1}
+    model = masked(lambda: transformers.LlamaModel(transformers.LlamaConfig(vocab_size=8, **sizes)), bp.linears((16, 16)))
+    export.block_sparse(model, backend="native").save_pretrained(tmp_path / "sparse")
+    bp.finalize(model).save_pretrained(tmp_path / "dense")
+    sparse, dense = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("sparse", "dense"))
+    elements = sum(p.numel() for p in bp.finalize(model).parameters())
+    kept = 1 - sum((~bp.expand(mask.keep, mask.grid)).sum().item() for mask in bp.read_masks(model).values()) / elements
+    assert sparse < (kept + 0.02) * dense
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": torch.bfloat16}, {"torch_dtype": torch.float16}, {"dtype": "auto"}, {"dtype": "float64"}],
+    ids=["bfloat16", "torch_dtype", "auto", "float64"],
+)
+def test_a_model_loads_in_any_type(options: dict[str, Any], tmp_path: Path) -> None:
+    model = exported().bfloat16()
+    model.save_pretrained(tmp_path)
+    dtype = torch.bfloat16 if "auto" in options.values() else getattr(torch, str(next(iter(options.values()))).removeprefix("torch."))
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path, **options)
+    assert {p.dtype for p in [*loaded.parameters(), *(layer.values for layer in sparse_layers(loaded).values())]} == {dtype}
+    expected = copy.deepcopy(model).to(dtype)
+    assert torch.equal(output(loaded), output(expected))
+    assert loaded.half().float().dtype == torch.float32  # transformers refuses this for quantized models
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}])
+@pytest.mark.parametrize("make", [masked, exported])
+def test_a_model_loads_with_a_device_map(make: Callable[..., Any], device_map: Any, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model = make(llama)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(transformers.LlamaForCausalLM.from_pretrained(tmp_path, device_map=device_map)), output(model))
+
+
+def test_the_base_model_of_a_folder_and_a_head_for_it(tmp_path: Path) -> None:
+    model = exported()
+    model.save_pretrained(tmp_path)
+    base = transformers.AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(output(base), output(model.model))
+    base.save_pretrained(tmp_path / "base")
+    headed = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    assert torch.equal(output(headed.model), output(base))
+
+
+def test_a_loaded_model_is_treated_as_a_plain_one(tmp_path: Path) -> None:
+    exported().save_pretrained(tmp_path)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert not getattr(loaded, "is_quantized", False)
+    assert getattr(loaded, "hf_quantizer", None) is None
+    assert loaded.config.quantization_config == {"quant_method": "blockprune", "format": 1}
+    loaded(IDS, labels=IDS).loss.backward()
+    assert loaded.lm_head.weight.grad is not None
+
+
+def test_the_configuration_names_blockprune_only_while_there_are_blocks(tmp_path: Path) -> None:
+    model = masked(llama)
+    sparse = export.block_sparse(model, backend="native")
+    plain = llama()
+    for marked in (model, sparse, copy.deepcopy(sparse), export.load_state_dict(plain, sparse.state_dict())):
+        assert marked.config.quantization_config == {"quant_method": "blockprune", "format": 1}
+    for unmarked in (plain, bp.finalize(model), export.dense(sparse), export.dense(model), bp.apply_masks(copy.deepcopy(model), {})):
+        assert not hasattr(unmarked.config, "quantization_config")
+        unmarked.save_pretrained(tmp_path)
+        assert "blockprune" not in (tmp_path / "config.json").read_text()
+    other = llama()
+    other.config.quantization_config = {"quant_method": "another"}
+    bp.apply_masks(other, bp.recipes.magnitude(LAYERS)(other, 0.5).masks)
+    assert bp.finalize(other).config.quantization_config == other.config.quantization_config == {"quant_method": "another"}
+
+
+def test_a_plain_model_with_the_configuration_of_a_masked_one_comes_back(tmp_path: Path) -> None:
+    model = masked(llama)
+    plain = transformers.LlamaForCausalLM(model.config).eval()
+    plain.save_pretrained(tmp_path)
+    assert torch.equal(output(transformers.LlamaForCausalLM.from_pretrained(tmp_path)), output(plain))
+
+
+@pytest.mark.usefixtures("without_blockprune_hf")
+def test_without_blockprune_transformers_refuses_an_exported_model_and_loads_zeros_of_a_masked_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = masked(llama)
+    export.block_sparse(model, backend="native").save_pretrained(tmp_path / "exported")
+    with pytest.raises(RuntimeError, match="mismatch"):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path / "exported")
+    model.save_pretrained(tmp_path / "masked")
+    assert torch.equal(output(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "masked")), output(model))
+
+
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [(2, "has format 2 of blockprune's checkpoints, and this .* up to 1.*pip install -U blockprune"), ("x", "format='x'"), (0, "format=0")],
+)
+@pytest.mark.parametrize("make", [masked, exported])
+def test_another_format_is_refused(make: Callable[..., Any], format: Any, message: str, tmp_path: Path) -> None:
+    make(llama).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] |= {"format": format, "new_option": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+NAME = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("col", lambda x: x + 1000, f"{NAME}: the folder does not hold what was exported: .*col must be from 0"),
+        ("col", lambda x: x.long(), f"{NAME}: .*col is torch.int64"),
+        ("crow", lambda x: x[:-1].clone(), f"{NAME}: .*crow has"),
+        ("values", lambda x: x[:-4].clone(), f"{NAME}: .*values has"),
+        ("layout", lambda x: x * 2, f"{NAME}: .*layout is"),
+        ("layout", lambda x: x.float(), f"{NAME}: .*layout is torch.float32"),
+        ("layout", lambda x: torch.stack((x[1], x[0], *x[2:])), f"{NAME}: "),
+        ("layout", lambda x: None, f"{NAME}: the folder lacks layout"),
+        ("values", lambda x: None, f"{NAME}: the folder lacks values"),
+        ("crow", lambda x: None, f"{NAME}: the folder lacks crow"),
+    ],
+)
+def test_corrupt_blocks_are_refused(part: str, change: Callable[[Tensor], Any], message: str, tmp_path: Path) -> None:
+    exported().save_pretrained(tmp_path)
+    key = f"{NAME}.{part}"
+    edit(tmp_path, **{key: change(load_file(tmp_path / "model.safetensors")[key])})
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+MASK = f"{NAME}.parametrizations.weight"
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("0.keep", lambda x: x[:-1].clone(), f"{NAME}.weight: the mask in the state does not fit"),
+        ("0._extra_state", lambda x: None, f"{NAME}.weight: the state has a mask, but not the shape of its blocks"),
+        ("original", lambda x: x[:-1].clone(), rf"{MASK}.original: the folder has a masked weight of shape \(127, 64\)"),
+        ("original", lambda x: None, f"{MASK}.original"),
+        ("0.keep", lambda x: None, f"{MASK}.0.keep"),
+    ],
+)
+def test_corrupt_masks_are_refused(part: str, change: Callable[[Tensor], Any], message: str, tmp_path: Path) -> None:
+    masked(llama).save_pretrained(tmp_path)
+    key = f"{MASK}.{part}"
+    edit(tmp_path, **{key: change(load_file(tmp_path / "model.safetensors")[key])})
+    with pytest.raises(ValueError, match=message):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_model_of_other_sizes_or_of_another_class_is_refused(tmp_path: Path) -> None:
+    exported().save_pretrained(tmp_path)
+    config = transformers.LlamaConfig.from_pretrained(tmp_path, intermediate_size=64)
+    with pytest.raises((ValueError, RuntimeError), match=r"shape|mismatch"):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path, config=config)
+    config = transformers.LlamaConfig.from_pretrained(tmp_path, num_hidden_layers=1)
+    with pytest.raises(ValueError, match=r"model.layers.1.* LlamaForCausalLM has no such layer"):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path, config=config)
+
+
+def test_a_state_dict_instead_of_a_folder_is_refused() -> None:
+    model = exported()
+    with pytest.raises(ValueError, match=r"safetensors.*export.load_state_dict"):
+        transformers.LlamaForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+
+
+def test_a_dense_folder_cannot_be_loaded_as_pruned(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="pre-quantized|pre_quantized"):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=blockprune.hf.BlockpruneConfig())
+
+
+def test_missing_transformers_names_the_extra() -> None:
+    program = "import sys; sys.modules['transformers'] = None; import blockprune.hf"
+    result = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert 'pip install "blockprune[lm]"' in result.stderr
+
+

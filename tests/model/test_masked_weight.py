@@ -1,0 +1,249 @@
+"""Changes in place of a masked weight reach the stored weight, or raise."""
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import blockprune as bp
+from blockprune.model.masked_weight import MaskedWeight
+
+GRID = bp.BlockGrid((6, 4), (3, 2))
+masks = st.lists(st.booleans(), min_size=4, max_size=4).map(lambda keep: bp.BlockMask(torch.tensor(keep).view(2, 2), GRID))
+
+
+def pair(mask: bp.BlockMask) -> tuple[nn.Linear, nn.Linear]:
+    """A plain layer with zeros in the pruned blocks, and a masked layer that reads the same and has other values behind the zeros."""
+    torch.manual_seed(0)
+    plain = nn.Linear(4, 6)
+    masked = bp.apply_masks(copy.deepcopy(plain), {"weight": mask})
+    with torch.no_grad():
+        plain.weight.copy_(masked.weight)
+    return plain, masked
+
+
+def keep(mask: bp.BlockMask) -> Tensor:
+    return bp.expand(mask.keep, mask.grid)
+
+
+def stored(layer: nn.Module) -> Tensor:
+    return dict(layer.named_parameters())["parametrizations.weight.original"].detach().clone()
+
+
+def add_data(layer: nn.Linear) -> None:
+    layer.weight.data += 1
+
+
+def assign_data(layer: nn.Linear) -> None:
+    layer.weight.data = layer.weight.data * 3
+
+
+def fill_item(layer: nn.Linear) -> None:
+    layer.weight.data[1] = 5.0
+
+
+def write_through_view(layer: nn.Linear) -> None:
+    layer.weight.view(-1)[2:7].mul_(-2)
+
+
+def write_through_transpose(layer: nn.Linear) -> None:
+    layer.weight.t().add_(1)
+
+
+def write_through_kept_view(layer: nn.Linear) -> None:
+    view = layer.weight[2]
+    view.fill_(3)
+    layer(torch.ones(1, 4))
+
+
+def keep_reference(layer: nn.Linear) -> None:
+    weight = layer.weight
+    weight.mul_(2)
+    weight.data.mul_(3)
+    weight.detach().div_(4)
+    weight *= 1.5
+    weight.data[1] *= 2
+    weight.add_(1)
+
+
+def orthogonal(layer: nn.Linear) -> None:
+    torch.manual_seed(1)
+    nn.init.orthogonal_(layer.weight)
+
+
+def kaiming(layer: nn.Linear) -> None:
+    torch.manual_seed(1)
+    layer.reset_parameters()
+
+
+def trunc_normal(layer: nn.Linear) -> None:
+    nn.init.trunc_normal_(layer.weight, generator=torch.Generator().manual_seed(1))
+
+
+def sparse(layer: nn.Linear) -> None:
+    torch.manual_seed(1)
+    nn.init.sparse_(layer.weight, 0.5)
+
+
+CHANGES: list[Callable[[nn.Linear], object]] = [
+    lambda layer: layer.weight.mul_(2),
+    lambda layer: layer.weight.data.mul_(2),
+    lambda layer: layer.weight.data.detach().clamp_(-0.1, 0.1),
+    lambda layer: layer.weight.copy_(torch.arange(24.0).view(6, 4)),
+    lambda layer: torch.add(layer.weight, 1, out=layer.weight.data),
+    lambda layer: torch._foreach_mul_([layer.weight], 2),
+    lambda layer: nn.init.eye_(layer.weight),
+    lambda layer: nn.init.zeros_(layer.weight),
+    lambda layer: layer.weight.masked_fill_(layer.weight > 0, 7),
+    lambda layer: layer.weight.index_copy_(0, torch.tensor([1]), torch.ones(1, 4)),
+    lambda layer: setattr(layer, "weight", nn.Parameter(torch.ones(6, 4))),
+    *(add_data, assign_data, fill_item, write_through_view, write_through_transpose, write_through_kept_view, keep_reference, orthogonal),
+    *(kaiming, sparse, trunc_normal),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=range(len(CHANGES)))
+@given(mask=masks)
+def test_a_masked_weight_changes_as_a_plain_weight_does(change: Callable[[nn.Linear], object], mask: bp.BlockMask) -> None:
+    plain, masked = pair(mask)
+    before = stored(masked)
+    with torch.no_grad():
+        change(plain)
+        change(masked)
+    expected = plain.weight.detach()
+    assert torch.equal(masked.weight, torch.where(keep(mask), expected, 0))
+    if change is not sparse:  # which writes zeros over other new values
+        # behind the mask: what was written, unless that is the zero that was read
+        assert torch.equal(stored(masked), torch.where(keep(mask) | (expected != 0), expected, before))
+
+
+MASK = bp.BlockMask(torch.tensor([[True, False], [False, True]]), GRID)
+
+
+def test_reads_differ_from_plain_tensors_in_writing_only() -> None:
+    _, layer = pair(MASK)
+    weight = layer.weight
+    assert type(weight) is MaskedWeight
+    assert {type(x) for x in (weight * 2, weight[0], weight.clone(), weight.t(), nn.functional.linear(torch.ones(1, 4), weight))} == {
+        Tensor
+    }
+    assert weight.data_ptr() == weight.data.data_ptr() == weight.detach().data_ptr()
+    weight.sum().backward()
+    assert torch.equal(layer.parametrizations.weight.original.grad, keep(MASK).float())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_a_copy_is_a_plain_tensor(copied: Callable[[Tensor], Tensor]) -> None:
+    _, layer = pair(MASK)
+    weight = copied(layer.weight.detach())
+    assert type(weight) is Tensor
+    before = stored(layer)
+    weight.mul_(2)
+    assert torch.equal(stored(layer), before)
+
+
+@pytest.mark.parametrize(
+    "values", [lambda layer: layer.weight, lambda layer: layer.weight.data, lambda layer: layer.weight.detach().clone()]
+)
+def test_a_parameter_made_of_a_masked_weight_is_a_plain_parameter(values: Callable[[nn.Linear], Tensor]) -> None:
+    _, layer = pair(MASK)
+    before, parameter = stored(layer), nn.Parameter(values(layer))
+    assert type(parameter) is nn.Parameter
+    assert parameter.is_leaf
+    with torch.no_grad():
+        parameter.mul_(2)
+    del parameter
+    assert torch.equal(stored(layer), before)
+
+
+def test_changing_it_where_gradients_are_recorded_raises_as_for_a_parameter() -> None:
+    _, layer = pair(MASK)
+    before = stored(layer)
+    with pytest.raises(RuntimeError, match=r"masked weight \(6, 4\) that requires gradients .* mul_.*no_grad"):
+        layer.weight.mul_(2)
+    assert torch.equal(stored(layer), before)
+    layer.requires_grad_(False)
+    layer.weight.mul_(2)
+    assert torch.equal(stored(layer)[0, :2], 2 * before[0, :2])
+
+
+def test_a_stale_weight_cannot_be_changed() -> None:
+    _, layer = pair(MASK)
+    with torch.no_grad():
+        weight, view = layer.weight, layer.weight.data[0]
+        layer.weight.mul_(2)
+        before = stored(layer)
+        with pytest.raises(RuntimeError, match=r"stored values or its mask have changed since it was read; read it again"):
+            weight.mul_(2)
+        view.mul_(2)
+        with pytest.warns(RuntimeWarning, match="would be lost"):
+            del view
+        assert torch.equal(stored(layer), before)
+
+
+def test_a_weight_that_another_parametrization_computes_cannot_be_changed() -> None:
+    layer = bp.apply_masks(parametrizations.weight_norm(nn.Linear(4, 6)), {"weight": MASK})
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"change .* would be lost, because other operations compute the weight"):
+        nn.init.zeros_(layer.weight)
+
+
+def test_arrays_of_it_are_read_only() -> None:
+    _, layer = pair(MASK)
+    with pytest.raises(ValueError, match="read-only"):
+        layer.weight.detach().numpy()[0] = 1
+    assert layer.weight.detach().clone().numpy().flags.writeable
+
+
+def test_changes_in_inference_mode() -> None:
+    _, layer = pair(MASK)
+    with torch.inference_mode():
+        layer.weight.mul_(2)
+        before = layer.weight.clone()
+        layer.weight.data.mul_(2)
+    assert torch.equal(layer.weight, 2 * before)
+
+
+@pytest.mark.parametrize("value", [torch.ones(2, 4), torch.ones(6, 4).char()])
+def test_a_parameter_of_another_shape_or_kind_cannot_replace_it(value: Tensor) -> None:
+    _, layer = pair(MASK)
+    before = stored(layer)
+    with pytest.raises(TypeError, match=r"weight \(6, 4\) is masked and cannot be .*finalize"):
+        layer.weight = nn.Parameter(value, requires_grad=False)
+    assert torch.equal(stored(layer), before)
+
+
+def test_assigned_data_has_the_whole_shape_and_may_have_another_type() -> None:
+    _, layer = pair(MASK)
+    with pytest.raises(ValueError, match=r"weight.data \(6, 4\) cannot be a tensor of shape \(4,\)"):
+        layer.weight.data = torch.ones(4)
+    layer.weight.data = layer.weight.data.bfloat16()
+    assert layer.weight.dtype == stored(layer).dtype == torch.bfloat16
+
+
+def test_an_optimizer_step_between_reading_and_deleting_is_no_change() -> None:
+    _, layer = pair(MASK)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            optimizer.zero_grad()
+            weight = layer.weight
+            weight.square().sum().backward()
+            optimizer.step()
+            del weight
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace.*:DeprecationWarning")
+def test_tracing_a_masked_model_names_finalize() -> None:
+    model = nn.Sequential(pair(MASK)[1])
+    with pytest.raises(RuntimeError, match=r"torch.jit.trace .* \(6, 4\).*bp.finalize\(model\)"):
+        torch.jit.trace(model, torch.ones(1, 4))
+    traced = torch.jit.trace(bp.finalize(model), torch.ones(1, 4))
+    assert torch.equal(traced(torch.ones(1, 4)), model(torch.ones(1, 4)))
