@@ -9,6 +9,7 @@ import argparse
 import ast
 import datetime
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from timing import machine
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
+# which instructions the libraries may use, to measure on a machine what others would show
+VARIABLES = ("BLOCKPRUNE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
 INTRODUCTION = """# Results
 
 What the benchmarks printed: the question, the answer in a sentence, the command, the machine, the commit (with a plus sign where files of
@@ -31,7 +34,7 @@ the package had changed) and the output. `python benchmarks/report.py run NAME S
 def run(name: str, script: str, arguments: list[str]) -> None:
     """Run a script, show what it prints, and keep it."""
     start, lines = time.monotonic(), []
-    command = [sys.executable, str(FOLDER / script), *arguments]
+    command, called = [sys.executable, str(FOLDER / script), *arguments], ["python", f"benchmarks/{script}", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -42,7 +45,7 @@ def run(name: str, script: str, arguments: list[str]) -> None:
     recorded = {
         "script": script,
         "question": (ast.get_docstring(ast.parse((FOLDER / script).read_text())) or script).splitlines()[0],
-        "command": shlex.join(["python", f"benchmarks/{script}", *arguments]),
+        "command": shlex.join([*(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ), *called]),
         "machine": machine(),
         "commit": commit(),
         "date": datetime.date.today().isoformat(),

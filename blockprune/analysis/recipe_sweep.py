@@ -142,7 +142,7 @@ def sweep(
 
     It is the loop ``for recipe: for sparsity: evaluate(pruned copy)``, with a table, a progress bar, and a way to go on after an
     interruption: save the table so far with ``callback=lambda table: table.save("sweep.json")``, and go on with
-    ``resume=bp.Sweep.load("sweep.json")``.
+    ``resume=bp.Sweep.load("sweep.json")``. An error of a recipe or an evaluation is raised with a note of which row it is.
 
     Args:
         model: any module, masked or not; copies of it are pruned and evaluated in the mode, training or evaluation, that it is in.
@@ -156,7 +156,6 @@ def sweep(
     Raises:
         ValueError: no recipes or sparsities, a sparsity outside [0, 1] or twice, an evaluation that returns other scores than before.
         TypeError: a recipe returns neither masks nor a result, an evaluation no number.
-        An error of a recipe or an evaluation is raised with a note of which row it is; what ``callback`` was called with stays valid.
 
     Example:
         >>> model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(32, 8)

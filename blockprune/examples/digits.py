@@ -88,4 +88,4 @@ def accuracy(model: nn.Module, parameters: Mapping[str, Tensor] | None = None) -
         True
     """
     _, images, _, labels = split()
-    return (functional_call(model, dict(parameters or {}), images).argmax(1) == labels).double().mean().item()
+    return float((functional_call(model, dict(parameters or {}), images).argmax(1) == labels).double().mean())

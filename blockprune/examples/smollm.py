@@ -54,7 +54,6 @@ def save(model: Any, tokenizer: Any, folder: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-@cache
 def articles() -> list[str]:
     """The plain text of about 95 articles, 2.5 million characters; most of the wiki markup is removed.
 
@@ -65,6 +64,11 @@ def articles() -> list[str]:
         >>> bp.examples.smollm.articles()[0][:37]
         'Anarchism is a political philosophy t'
     """
+    return list(_articles())
+
+
+@cache
+def _articles() -> tuple[str, ...]:
     xml = bz2.decompress((folder_of("gensim") / "test" / "test_data" / ARTICLES).read_bytes()).decode()
     texts = []
     for text in re.findall(r"<text[^>]*>(.*?)</text>", xml, re.DOTALL):
@@ -76,7 +80,7 @@ def articles() -> list[str]:
         plain = re.sub(r"\[\[(?:[^|\]]*\|)?([^\]]*)\]\]", r"\1", plain)
         plain = re.sub(r"\[https?://\S+ ?([^\]]*)\]|'{2,}|^[=*#:;|].*$", r"\1", plain, flags=re.MULTILINE)
         texts.append(re.sub(r"\s*\n\s*", "\n", plain.replace("&quot;", '"').replace("&amp;", "&").replace("&nbsp;", " ")).strip())
-    return [text for text in texts if len(text) > 500]
+    return tuple(text for text in texts if len(text) > 500)
 
 
 def windows(tokenizer: Any, texts: list[str], count: int) -> Tensor:

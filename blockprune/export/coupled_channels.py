@@ -31,9 +31,9 @@ InputReasons = Mapping[str, list[str | None]]  # by layer: why each of its input
 OUTPUT = "it is an output of the model"
 INPUT = "no layer computes it: it is an input of the model"
 UNKNOWN = "Torch-Pruning does not see the layer: the example does not reach it, or it is part of a larger one"
-_HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "dim_head", "d_head")  # attributes in which modules keep the size of a head,
-_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")  # the number of heads,
-_KEY_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")  # and the number of key and value heads
+HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "dim_head", "d_head")  # attributes in which modules keep the size of a head,
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")  # the number of heads,
+KEY_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")  # and the number of key and value heads
 
 Handler = Callable[..., Any]  # Torch-Pruning's method that prunes one side of a layer; it identifies the side
 Reached = dict[tuple[PruningNode, Handler], set[PrunedUnit]]  # the coupled channels of each side of each node of the graph
@@ -232,9 +232,9 @@ class CouplingGraph:
         widths = [self._width(n, "outputs") for n, handler in reached if mixes_channels(n.module) and self._side(n, handler) == "outputs"]
         owner = vars(self._modules[self._names[node.module].rpartition(".")[0]])
         numbers = {name: value for name, value in owner.items() if type(value) is int and value > 0}
-        sizes = [numbers[name] for name in _HEAD_SIZES if name in numbers]
+        sizes = [numbers[name] for name in HEAD_SIZES if name in numbers]
         sizes += [saved[0].shape[-1] for n in products if (saved := saved_query_and_key(n.grad_fn))]
-        sizes += [max(widths) // numbers[name] for name in _HEAD_COUNTS if name in numbers]
+        sizes += [max(widths) // numbers[name] for name in HEAD_COUNTS if name in numbers]
         size = next((size for size in sizes if size and width % size == 0), 0)
         return (size, size * max(1, width // min(widths))) if size else (0, 1)
 
@@ -256,7 +256,7 @@ def update_head_counts(smaller: nn.Module, model: nn.Module, group: ChannelGroup
     for name in [name for name, side in group.channels if side == "outputs"]:
         before, after = model.get_submodule(name), smaller.get_submodule(name)
         if isinstance(before, nn.Linear) and isinstance(after, nn.Linear):
-            for attr in (*_HEAD_COUNTS, *_KEY_HEAD_COUNTS):
+            for attr in (*HEAD_COUNTS, *KEY_HEAD_COUNTS):
                 if vars(owner).get(attr) == before.out_features // group.head_size:
                     setattr(smaller_owner, attr, after.out_features // group.head_size)
 

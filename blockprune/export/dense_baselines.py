@@ -1,6 +1,7 @@
 """The fastest dense layers and models, which a block-sparse one must beat."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -44,6 +45,40 @@ def onednn_packed(model: M) -> M:
     return replace_modules(
         copy.deepcopy(model), lambda module: PackedLinear(module) if type(module) is nn.Linear and can_pack(module.weight) else None
     )
+
+
+def dynamic_int8(model: nn.Module) -> nn.Module:
+    """A copy whose Linears multiply in int8: weights with one scale a layer, activations quantized in each call; for a CPU.
+
+    This is ``torch.ao.quantization.quantize_dynamic``, which people have without installing anything else. The model changes its outputs a
+    little, unlike the other dense forms.
+
+    Example:
+        >>> from blockprune.export.dense_baselines import dynamic_int8
+        >>> model, x = nn.Sequential(nn.Linear(64, 32)), torch.randn(8, 64)
+        >>> (dynamic_int8(model)(x) - model(x)).abs().max().item() < 0.1
+        True
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces that torchao, a package of its own, will take this over
+        quantized: nn.Module = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+    return quantized
+
+
+def int8_bytes(model: nn.Module) -> int:
+    """The bytes of the int8 weights of a model, which are no parameters."""
+    layers = (module for module in model.modules() if isinstance(module, torch.ao.nn.quantized.dynamic.Linear))
+    return sum(layer.weight().numel() for layer in layers)
+
+
+def has_dynamic_int8() -> bool:
+    """Whether this torch still has dynamic quantization, and kernels for this machine."""
+    return hasattr(torch.ao, "quantization") and torch.backends.quantized.engine != "none"
+
+
+def is_int8(model: nn.Module) -> bool:
+    """Whether a model has Linears that multiply in int8."""
+    return any(isinstance(module, torch.ao.nn.quantized.dynamic.Linear) for module in model.modules())
 
 
 def can_pack(weight: Tensor) -> bool:

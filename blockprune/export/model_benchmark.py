@@ -9,12 +9,12 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from blockprune.core._compat import tree_leaves, tree_map_only
+from blockprune.core._compat import packs_bfloat16, tree_leaves, tree_map_only
 from blockprune.core.table import Rows, Table
 from blockprune.core.types import BlockMask
 from blockprune.export.autotune import backends, fixed_backend
 from blockprune.export.conversion import convert, dense
-from blockprune.export.dense_baselines import PackedLinear, onednn_packed
+from blockprune.export.dense_baselines import PackedLinear, dynamic_int8, has_dynamic_int8, int8_bytes, is_int8, onednn_packed
 from blockprune.export.semi_structured import SemiStructuredLinear
 from blockprune.export.sparse_layers import BlockSparseLinear
 from blockprune.export.timing import cuda_graphed, median_seconds, synchronized
@@ -76,11 +76,12 @@ def benchmark(
     inputs: Any,
     names: Sequence[str] = (),
     forward: Forward = default_forward,
+    dtypes: Sequence[str] | None = None,
     compiled: bool = False,
     graph: bool = False,
     rounds: int = 9,
 ) -> SpeedComparison:
-    """Median times of models against the fastest dense form of ``model``: as it is, packed by oneDNN, in bfloat16, or compiled.
+    """Median times of models against the fastest dense form of ``model``: as it is, packed by oneDNN, in bfloat16, in int8, or compiled.
 
     Where a model is not faster, and ``model`` has masks, random masks of the same blocks are timed to say from which sparsity it would be.
 
@@ -90,12 +91,14 @@ def benchmark(
         inputs: one batch for ``forward``; its floating-point tensors are converted to the type of each model.
         names: of the others; by default the names of their classes.
         forward: (model, batch) -> output, as in `Calibration`.
+        dtypes: of the dense forms, of "float32", "bfloat16" and "int8" (dynamic quantization of all Linears, which changes the outputs a
+            little, on a CPU); by default the type of the model, bfloat16 where the machine has instructions for it, and int8 on a CPU.
         compiled: also time dense models that `torch.compile` compiles with frozen weights; this takes minutes.
         graph: on a GPU, time each model as a CUDA graph replays it.
         rounds: of measurement, of which the median counts.
 
     Raises:
-        ValueError: another number of names than of others.
+        ValueError: another number of names than of others, or a type that a dense form cannot have.
 
     Example:
         >>> from blockprune import export
@@ -107,44 +110,69 @@ def benchmark(
     """
     if names and len(names) != len(others):
         raise ValueError(f"names has {len(names)} entries for {len(others)} models; give one name for each, or none")
-    baselines = _dense_baselines(model, compiled)
+    baselines = _dense_baselines(model, dtypes, compiled)
+    if dtypes is None and "dense int8" in baselines and not _runs(baselines["dense int8"], forward, inputs):
+        del baselines["dense int8"]  # the model reads the weights of its Linears
     named = _named(others, names, baselines)
     timer = partial(_milliseconds, inputs=inputs, forward=forward, graph=graph, rounds=rounds)
     models = {**baselines, **named}
     ms, batch_size = timer(models), _batch_size(inputs)
     fastest = min(baselines, key=ms.__getitem__)
-    dtypes = {_dtype(baseline) for baseline in baselines.values()}
+    labels = {name: _label(compared) for name, compared in models.items()}
     fastest_of_dtype = {
-        dtype: min((name for name in baselines if _dtype(baselines[name]) == dtype), key=ms.__getitem__) for dtype in dtypes
+        label: min((name for name in baselines if labels[name] == label), key=ms.__getitem__) for label in set(map(labels.get, baselines))
     }
     rows, sentences = [], []
     for name, compared in models.items():
-        dtype = _dtype(compared)
-        rival = fastest_of_dtype.get(dtype, fastest)
+        rival = fastest_of_dtype.get(labels[name], fastest)
         speedups = ms[rival] / ms[name], ms[fastest] / ms[name]
-        rows.append(ModelSpeed(name, _dtype_name(dtype), ms[name], 1e3 * batch_size / ms[name], _mebibytes(compared), *speedups))
+        rows.append(ModelSpeed(name, labels[name], ms[name], 1e3 * batch_size / ms[name], _mebibytes(compared), *speedups))
         if name in named:
-            sentences += [_sentence(rows[-1], rival), _dense_sentence(name, compared, baselines["dense"], model)]
+            sentences += [_sentence(rows[-1], rival, fastest), _dense_sentence(name, compared, baselines["dense"], model)]
             if rows[-1].speedup_same_dtype <= 1:
-                sentences.append(_sparsity_sentence(model, dtype, ms[rival], timer))
+                sentences.append(_sparsity_sentence(model, _dtype(compared), ms[rival], timer))
     return SpeedComparison(tuple(rows), " ".join(filter(None, sentences)) or f"The fastest model is {fastest}.")
 
 
-def _dense_baselines(model: nn.Module, compiled: bool) -> dict[str, nn.Module]:
+def _dense_baselines(model: nn.Module, dtypes: Sequence[str] | None, compiled: bool) -> dict[str, nn.Module]:
     plain = dense(model)
-    eager = {"dense": plain}
-    if _dtype(plain) == torch.float32:
-        eager["dense bfloat16"] = copy.deepcopy(plain).to(torch.bfloat16)
+    on_cpu = all(p.device.type == "cpu" for p in plain.parameters())
+    own = _dtype_name(_dtype(plain))
+    wanted = _default_dtypes(own, on_cpu) if dtypes is None else tuple(dtypes)
+    if unknown := [dtype for dtype in wanted if dtype not in {own, "float32", "bfloat16", "int8"}]:
+        raise ValueError(f"dtypes has {unknown[0]!r}; a dense form of this model is {own!r}, 'float32', 'bfloat16' or 'int8'")
+    eager = {"dense": plain} if own in wanted else {}
+    eager |= {f"dense {name}": copy.deepcopy(plain).to(getattr(torch, name)) for name in wanted if name not in {own, "int8"}}
     baselines: dict[str, nn.Module] = {}
     for name, baseline in eager.items():
         baselines[name] = baseline
-        if all(p.device.type == "cpu" for p in baseline.parameters()):
+        if on_cpu:
             baselines[f"{name}, oneDNN packed"] = onednn_packed(baseline)
+    if "int8" in wanted:
+        baselines["dense int8"] = dynamic_int8(plain.float() if own == "float32" else copy.deepcopy(plain).float())
     if compiled:
         freezing: Any = {"freezing": True}
         for name, baseline in eager.items():
             baselines[f"{name}, compiled"] = cast(nn.Module, torch.compile(copy.deepcopy(baseline), options=freezing))
     return baselines
+
+
+def _default_dtypes(own: str, on_cpu: bool) -> tuple[str, ...]:
+    bfloat16 = ("bfloat16",) if own == "float32" and (packs_bfloat16() or not on_cpu) else ()
+    return own, *bfloat16, *(("int8",) if on_cpu and has_dynamic_int8() else ())
+
+
+def _runs(model: nn.Module, forward: Forward, inputs: Any) -> bool:
+    try:
+        with torch.no_grad():
+            forward(model, _to_dtype(inputs, torch.float32))
+    except Exception:
+        return False
+    return True
+
+
+def _label(model: nn.Module) -> str:
+    return "int8" if is_int8(model) else _dtype_name(_dtype(model))
 
 
 def _named(models: Sequence[nn.Module], names: Sequence[str], taken: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -166,9 +194,10 @@ def _milliseconds(models: Mapping[str, nn.Module], *, inputs: Any, forward: Forw
         return {name: 1e3 * seconds for name, seconds in median_seconds(calls, rounds=rounds).items()}
 
 
-def _sentence(speed: ModelSpeed, rival: str) -> str:
+def _sentence(speed: ModelSpeed, rival: str, fastest: str) -> str:
     if speed.speedup_same_dtype > 1:
-        return f"{speed.name} is {speed.speedup_same_dtype:.2f} times as fast as the fastest {speed.dtype} dense model ({rival})."
+        faster = f"{speed.name} is {speed.speedup_same_dtype:.2f} times as fast as the fastest {speed.dtype} dense model ({rival})."
+        return faster if speed.speedup > 1 else f"{faster} {fastest} is faster: it takes {speed.speedup:.2f} times as long."
     return f"{speed.name} is not faster than dense: it is {speed.speedup_same_dtype:.2f} times as fast as {rival}."
 
 
@@ -216,7 +245,7 @@ def _mebibytes(model: nn.Module) -> float:
     packed = [module.plain for module in model.modules() if isinstance(module, PackedLinear)]
     indices = [x for module in model.modules() if isinstance(module, BlockSparseLinear) for x in (module.crow, module.col, module.layout)]
     nbytes = {x.data_ptr(): x.nbytes for x in [*model.parameters(), *model.buffers(), *packed, *indices]}
-    return sum(nbytes.values()) / 2**20
+    return (sum(nbytes.values()) + int8_bytes(model)) / 2**20
 
 
 def _batch_size(inputs: Any) -> int:

@@ -23,6 +23,7 @@ from blockprune.export.coupled_channels import (
     mixes_channels,
     update_head_counts,
 )
+from blockprune.export.uniform_widths import UniformWidths, uniform_widths
 from blockprune.model.apply import finalize, read_masks
 from blockprune.model.running import (
     Forward,
@@ -70,14 +71,20 @@ class ShrinkResult(Table):
     model: nn.Module
     removed: tuple[Units, ...]
     kept: tuple[Units, ...]
+    widths: UniformWidths | None = None  # of a Hugging Face model, and what it costs that all layers have the same
 
     def table(self) -> Rows:
         all_units = [*((units, "removed") for units in self.removed), *((units, f"kept: {units.reason}") for units in self.kept)]
         cells = [(units.layer, units.side, str(len(units.indices)), str(units.total), what) for units, what in all_units]
+        if self.widths:
+            free, uniform = self.widths.parameters
+            sizes = ", ".join(f"{name} {change}" for name, change in self.widths.sizes.items()) or "no change"
+            cost = f"{uniform / free - 1:+.1%} parameters for uniform widths ({sizes})"
+            cells.append(("config", "all", str(uniform - free), str(free), cost))
         return [("layer", "side", "units", "of", "what"), *cells]
 
 
-def shrink(model: nn.Module, example: Any, *, forward: Forward = default_forward) -> ShrinkResult:
+def shrink(model: nn.Module, example: Any, *, forward: Forward = default_forward, uniform: bool = True) -> ShrinkResult:
     """A new, smaller model without the units, filters, channels and attention heads that masks have emptied, with the same outputs.
 
     A unit is removed if every layer that reads it has zero weights for it, or if its value is computed from parameters, buffers and
@@ -89,9 +96,12 @@ def shrink(model: nn.Module, example: Any, *, forward: Forward = default_forward
     the graph cannot follow and units that a layer may read which the example does not use.
 
     Args:
-        model: with masks; it is not changed. Sizes that a model keeps elsewhere, such as a Hugging Face ``config``, are not updated.
+        model: with masks; it is not changed. Sizes that a model keeps elsewhere are not updated, but for a Hugging Face ``config``.
         example: a batch of several items that the model can run, and that uses all of its layers; the smaller model runs any batch.
         forward: (model, example) -> output, as in `Calibration`.
+        uniform: give all layers of a Hugging Face model the widths that its configuration can express, and write them there, so that
+            ``save_pretrained`` and ``from_pretrained`` work; the result says what this costs. If False, each layer has its own widths, and
+            the configuration stays as it was. Other models always have widths of their own.
 
     Raises:
         ImportError: Torch-Pruning is not installed.
@@ -129,7 +139,11 @@ def shrink(model: nn.Module, example: Any, *, forward: Forward = default_forward
         kept = tuple(state.empty_units(plain, graph, input_reasons))
     sides = [(name, side) for name, _ in prunable_layers(plain) for side in ("outputs", "inputs")]
     removed = tuple(_units(plain, side, state.removed[side]) for side in sides if side in state.removed)
-    return ShrinkResult(_restore_dtypes(state.model, plain), removed, kept)
+    widths = uniform_widths(state.model, plain) if uniform else None
+    if widths is None or check(widths.model):
+        return ShrinkResult(_restore_dtypes(state.model, plain), removed, kept)
+    removed, filled = _split_filled(removed, widths.model)
+    return ShrinkResult(_restore_dtypes(widths.model, plain), removed, (*kept, *filled), widths)
 
 
 @attrs.define(eq=False)
@@ -268,6 +282,20 @@ def _output_change(run: Run, expected: list[Tensor], model: nn.Module) -> str:
 def _units(plain: nn.Module, layer_side: LayerSide, indices: Iterable[int], reason: str = "") -> Units:
     name, side = layer_side
     return Units(name, side, tuple(sorted(indices)), len(is_empty(plain.get_submodule(name), side)), reason)
+
+
+def _split_filled(removed: Iterable[Units], model: nn.Module) -> tuple[tuple[Units, ...], tuple[Units, ...]]:
+    """The units that a model with uniform widths lacks, and those that it has again, as zeros."""
+    lacking, filled = [], []
+    for units in removed:
+        width = len(is_empty(model.get_submodule(units.layer), units.side))
+        count = units.total - width
+        if count:
+            lacking.append(attrs.evolve(units, indices=units.indices[:count]))
+        if len(units.indices) > count:
+            reason = "the configuration cannot express a smaller width of this layer; it is zero"
+            filled.append(attrs.evolve(units, indices=units.indices[count:], reason=reason))
+    return tuple(lacking), tuple(filled)
 
 
 def _restore_dtypes(smaller: nn.Module, plain: nn.Module) -> nn.Module:

@@ -2,7 +2,7 @@
 
 import copy
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -48,16 +48,16 @@ def _masked_lora() -> type:
         """LoRA whose update is zero in the pruned blocks."""
 
         def get_delta_weight(self, adapter: str) -> Tensor:
-            update = super().get_delta_weight(adapter)
+            update: Tensor = super().get_delta_weight(adapter)
             weights: Any = dict(self.get_base_layer().named_children()).get("parametrizations", {})
             masks = [part for part in weights["weight"] if isinstance(part, MaskBlocks)] if "weight" in weights else []
-            return masks[0](update) if masks else update
+            return cast(Tensor, masks[0](update)) if masks else update
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             layer: nn.Module = self.get_base_layer()
             if kwargs.get("adapter_names") is not None:
                 raise ValueError("adapter_names, several adapters in one batch, is not supported by masked_lora_config")
-            out = layer(x)
+            out: Tensor = layer(x)
             if self.disable_adapters or self.merged:
                 return out
             for name in self.active_adapters:

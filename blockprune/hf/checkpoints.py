@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from blockprune.core._compat_hf import ignore_unexpected_keys, keep_device_hook, model_keys
@@ -33,13 +34,13 @@ class BlockpruneConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, format: int = FORMAT, **options: Any) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method: Any = QUANT_METHOD
         self.format = format
 
 
 @register_quantizer(QUANT_METHOD)
 class BlockpruneQuantizer(HfQuantizer):
-    """Loads the kept blocks and the masks of a folder. The model is then the one that was saved, and transformers treats it as a plain model.
+    """Loads the kept blocks and the masks of a folder. The model is then what was saved, and transformers treats it as a plain model.
 
     Layers are replaced before transformers loads the tensors, so a layer's dense weight is never in memory.
     """
@@ -53,7 +54,8 @@ class BlockpruneQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, **options: Any) -> None:
         """Raise ValueError if a later version of blockprune has written the folder."""
-        version = self.quantization_config.format
+        config: Any = self.quantization_config
+        version = config.format
         if not isinstance(version, int) or version < 1:
             raise ValueError(f"quantization_config in config.json has format={version!r}; blockprune writes a number from 1 to {FORMAT}")
         if version > FORMAT:
@@ -150,7 +152,7 @@ def _stored_weights(model: Any, tensors: Mapping[str, Any]) -> dict[nn.Module, _
     prefixes = Counter(key.removesuffix(part) for key in tensors for part in STATE_KEYS if key == part or key.endswith(f".{part}"))
     keys = {f"{prefix}layout": prefix for prefix, parts in prefixes.items() if parts > 1}  # one alone may be a tensor of another module
     names = model_keys(model, keys, [f"{name}.layout" if name else "layout" for name in modules])
-    stored = {}
+    stored: dict[nn.Module, _StoredWeight] = {}
     for key, prefix in keys.items():
         name = names[key].removesuffix("layout").removesuffix(".")
         if missing := [part for part in STATE_KEYS if prefix + part not in tensors]:

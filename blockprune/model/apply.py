@@ -38,7 +38,7 @@ def apply_masks(model: M, masks: Masks, weights: Weights | None = None) -> M:
         ValueError: a mask or a weight does not have its parameter's shape, a weight has NaN or inf, accelerate has offloaded a parameter,
             or masks would be added to or removed from a model in DistributedDataParallel.
         TypeError: ``masks`` is not a mapping of `BlockMask`, or a parameter cannot be masked (integer, complex, sparse).
-        After an error the model is as it was before the call.
+            After any error the model is as it was before the call.
 
     Example:
         >>> model = nn.Linear(4, 2)

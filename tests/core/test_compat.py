@@ -777,7 +777,9 @@ def test_each_entry_says_since_when_it_is_there_and_has_a_test() -> None:
     assert {name for name, _ in entries} - tested == set()
     own = [entry for _, entry in entries if getattr(entry, "__module__", "") in {module.__name__ for module in ALL_COMPAT}]
     assert len(own) > 30
-    assert [entry.__name__ for entry in own if not re.search(r"\((torch|transformers|accelerate|peft|Torch-Pruning) \d", entry.__doc__)] == []
+    assert [
+        entry.__name__ for entry in own if not re.search(r"\((torch|transformers|accelerate|peft|Torch-Pruning) \d", entry.__doc__)
+    ] == []
 
 
 def test_each_entry_is_used() -> None:

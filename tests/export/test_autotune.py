@@ -16,7 +16,8 @@ from blockprune import export
 from blockprune.export import model_benchmark, timing
 from blockprune.export.timing import cold_copies, median_seconds, time_interleaved
 
-FAKE = {"dense": 4.0, "dense, oneDNN packed": 2.0, "dense bfloat16": 8.0, "dense bfloat16, oneDNN packed": 1.0}
+FAKE = {"dense": 4.0, "dense, oneDNN packed": 2.0, "dense bfloat16": 8.0, "dense bfloat16, oneDNN packed": 1.0, "dense int8": 1.5}
+DTYPES = ("float32", "bfloat16", "int8")  # whatever instructions the machine has
 
 
 def timed(monkeypatch: pytest.MonkeyPatch, **more: float) -> None:
@@ -26,12 +27,14 @@ def timed(monkeypatch: pytest.MonkeyPatch, **more: float) -> None:
 def test_a_model_is_compared_with_the_best_dense_one_of_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
     timed(monkeypatch, mine=0.5)
     model = masked(mlp())
-    comparison = export.benchmark(model, export.block_sparse(model, backend="torch"), names=["mine"], inputs=torch.randn(8, 24))
+    comparison = export.benchmark(
+        model, export.block_sparse(model, backend="torch"), names=["mine"], inputs=torch.randn(8, 24), dtypes=DTYPES
+    )
     row = comparison.rows[-1]
     assert (row.name, row.dtype, row.milliseconds, row.inputs_per_second) == ("mine", "float32", 0.5, 16_000)
     assert (row.speedup_same_dtype, row.speedup) == (4.0, 2.0)
     assert comparison.verdict == "mine is 4.00 times as fast as the fastest float32 dense model (dense, oneDNN packed)."
-    assert [r.name for r in comparison.rows[:4]] == list(FAKE)
+    assert [r.name for r in comparison.rows[:5]] == list(FAKE)
     assert "ms per call" in repr(comparison)
     assert "<table>" in comparison._repr_html_()
 
@@ -44,15 +47,46 @@ def test_a_model_that_is_not_faster_is_reported_and_from_which_sparsity_it_would
         return {name: {**FAKE, "Sequential": 2.5}[name] for name in models} if "sparser" not in models else {"sparser": next(times)}
 
     monkeypatch.setattr(model_benchmark, "_milliseconds", fake)
-    comparison = export.benchmark(model, export.block_sparse(model, backend="torch"), inputs=torch.randn(8, 24))
+    comparison = export.benchmark(model, export.block_sparse(model, backend="torch"), inputs=torch.randn(8, 24), dtypes=DTYPES)
     slower = "Sequential is not faster than dense: it is 0.80 times as fast as dense, oneDNN packed."
     assert comparison.verdict == f"{slower} The same blocks would be faster at 75% pruned: 2.00 times as fast."
+
+
+def test_a_dense_model_of_another_type_that_is_faster_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed(monkeypatch, mine=1.25)
+    model = masked(mlp())
+    sparse = export.block_sparse(model, backend="torch")
+    comparison = export.benchmark(model, sparse, names=["mine"], inputs=torch.randn(8, 24), dtypes=["float32", "int8", "bfloat16"])
+    faster = "mine is 1.60 times as fast as the fastest float32 dense model (dense, oneDNN packed)."
+    assert comparison.verdict == f"{faster} dense bfloat16, oneDNN packed is faster: it takes 0.80 times as long."
+    assert [row.dtype for row in comparison.rows if "int8" in row.name] == ["int8"]
+
+
+def test_the_types_of_the_dense_models_are_chosen() -> None:
+    model, x = mlp(), torch.randn(8, 24)
+    assert {row.dtype for row in export.benchmark(model, inputs=x, rounds=1, dtypes=["int8"]).rows} == {"int8"}
+    assert {row.dtype for row in export.benchmark(model, inputs=x, rounds=1, dtypes=["bfloat16"]).rows} == {"bfloat16"}
+    with pytest.raises(ValueError, match=r"dtypes has 'int4'; a dense form of this model is 'float32', .*'int8'"):
+        export.benchmark(model, inputs=x, dtypes=["int4"])
+
+
+class ReadsWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(24, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.to(self.layer.weight.dtype))
+
+
+def test_a_model_that_cannot_run_in_int8_is_timed_without() -> None:
+    assert "int8" not in {row.dtype for row in export.benchmark(ReadsWeight(), inputs=torch.randn(8, 24), rounds=1).rows}
 
 
 def test_a_benchmark_says_that_nothing_became_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
     timed(monkeypatch, mine=0.5)
     model = masked(mlp())
-    comparison = export.benchmark(model, bp.finalize(model), names=["mine"], inputs=torch.randn(8, 24))
+    comparison = export.benchmark(model, bp.finalize(model), names=["mine"], inputs=torch.randn(8, 24), dtypes=DTYPES)
     assert comparison.verdict.endswith("0 of 2 masked layers of mine are block-sparse; choose(model) lists the reason of each.")
 
 

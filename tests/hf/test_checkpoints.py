@@ -158,7 +158,7 @@ def test_a_model_loads_in_any_type(options: dict[str, Any], tmp_path: Path) -> N
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path, **options)
     assert {p.dtype for p in [*loaded.parameters(), *(layer.values for layer in sparse_layers(loaded).values())]} == {dtype}
     expected = copy.deepcopy(model).to(dtype)
-    assert torch.equal(output(loaded), output(expected))
+    torch.testing.assert_close(output(loaded), output(expected), atol=1e-2, rtol=1e-2)  # the rotary frequencies stay in float32
     assert loaded.half().float().dtype == torch.float32  # transformers refuses this for quantized models
 
 
@@ -273,7 +273,7 @@ MASK = f"{NAME}.parametrizations.weight"
     ("part", "change", "message"),
     [
         ("0.keep", lambda x: x[:-1].clone(), f"{NAME}.weight: the mask in the state does not fit"),
-        ("0._extra_state", lambda x: None, f"{NAME}.weight: the state has a mask, but not the shape of its blocks"),
+        ("0._extra_state", lambda x: None, rf"{MASK}.0._extra_state: the folder lacks this tensor"),
         ("original", lambda x: x[:-1].clone(), rf"{MASK}.original: the folder has a masked weight of shape \(127, 64\)"),
         ("original", lambda x: None, f"{MASK}.original"),
         ("0.keep", lambda x: None, f"{MASK}.0.keep"),
@@ -305,7 +305,7 @@ def test_a_state_dict_instead_of_a_folder_is_refused() -> None:
 
 def test_a_dense_folder_cannot_be_loaded_as_pruned(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="pre-quantized|pre_quantized"):
+    with pytest.raises(ValueError, match=r"pre-quantized|pre_quantized"):
         transformers.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=blockprune.hf.BlockpruneConfig())
 
 
@@ -313,5 +313,3 @@ def test_missing_transformers_names_the_extra() -> None:
     program = "import sys; sys.modules['transformers'] = None; import blockprune.hf"
     result = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
     assert 'pip install "blockprune[lm]"' in result.stderr
-
-

@@ -15,8 +15,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, 
 
 LOOPS = Path(native.__file__).parent
 CHECKS = {"spmm_check": LOOPS / "spmm", "loops_check": LOOPS}  # a program of this folder, and the loops that it runs
-# What other compilers get is loops without vectors. Threads are the same there, and compiled in a few seconds.
-SANITIZERS = {"address,undefined": ([], ["-DWITHOUT_VECTORS"]), "thread": (["-DWITHOUT_VECTORS"],)}
+PLAIN = ["-DWITHOUT_VECTORS"]  # what other compilers get; it is compiled in a few seconds and has the same threads
+RUNS = [  # sanitizer, program, flags, rounds
+    ("address,undefined", "spmm_check", [], 300),
+    ("address,undefined", "spmm_check", PLAIN, 300),
+    ("address,undefined", "loops_check", [], 30),
+    ("thread", "spmm_check", PLAIN, 30),
+    ("thread", "loops_check", PLAIN, 30),
+]
 
 
 def build(folder: Path, check: str, *flags: str) -> Path:
@@ -36,15 +42,12 @@ def build(folder: Path, check: str, *flags: str) -> Path:
     return program
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_sanitizers_find_nothing(sanitizer: str, check: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sanitizer", "check", "more", "rounds"), RUNS)
+def test_sanitizers_find_nothing(sanitizer: str, check: str, more: list[str], rounds: int, tmp_path: Path) -> None:
     flags = ["-std=c++17", "-O0", "-DSANITIZED", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-pthread"]
-    for i, more in enumerate(SANITIZERS[sanitizer]):
-        program = build(tmp_path / str(i), check, *flags, *more)
-        rounds = "60" if sanitizer == "thread" else "300"
-        done = subprocess.run([str(program), rounds], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "instructions 0" in done.stdout
-        ((allocations, threads),) = re.findall(r"(\d+) allocations and (\d+) threads refused", done.stdout)
-        assert min(int(allocations), int(threads)) > 0
+    program = build(tmp_path / "build", check, *flags, *more)
+    done = subprocess.run([str(program), str(rounds)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "instructions 0" in done.stdout
+    ((allocations, threads),) = re.findall(r"(\d+) allocations and (\d+) threads refused", done.stdout)
+    assert min(int(allocations), int(threads)) > 0

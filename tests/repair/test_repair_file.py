@@ -1,5 +1,6 @@
 """A file of masks and weights is written whole or not at all, gives back what was saved, and damage is an error."""
 
+import contextlib
 import errno
 import json
 import os
@@ -152,9 +153,9 @@ def test_of_several_writers_at_once_one_wins_and_a_reader_always_finds_a_whole_f
     assert os.listdir(tmp_path) == ["r"]
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond a kilobyte."""
+    """No file may grow beyond a kilobyte; nothing else may write meanwhile, such as pytest its report."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
     try:
@@ -163,15 +164,14 @@ def full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_an_os_error_and_leaves_the_old_files(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_full_disk_is_an_os_error_and_leaves_the_old_files(tmp_path: Path) -> None:
     path, large = tmp_path / "r", bp.BlockMask(torch.ones(128, 128).bool(), bp.BlockGrid((128, 128), (1, 1)))
     bp.save_repair(result(1.0), path)
     bp.save_masks({}, tmp_path / "m")
-    request.getfixturevalue("full_disk")
-    with pytest.raises(OSError, match=r"r'$") as caught:
+    with pytest.raises(OSError, match=r"r'$") as caught, full_disk():
         bp.save_repair(result(2.0, 64), path)
     assert caught.value.errno == errno.EFBIG
-    with pytest.raises(OSError, match=r"m'$"):
+    with pytest.raises(OSError, match=r"m'$"), full_disk():
         bp.save_masks({"w": large}, tmp_path / "m")
     assert sorted(os.listdir(tmp_path)) == ["m", "r"]
     assert same(bp.load_repair(path), result(1.0))

@@ -1,0 +1,107 @@
+"""What does a user gain: quality against milliseconds of a pruned MiniLM, beside dense float32, bfloat16 and int8?
+
+python benchmarks/front_page.py                      # about ten minutes; saves notebooks/front_page.png
+python benchmarks/front_page.py --tiny               # seconds, one layer and one sparsity, for the test command
+"""
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+from timing import machine
+
+import blockprune as bp
+from blockprune import export
+from blockprune.analysis.pictures import quality_against_latency
+from blockprune.examples import minilm
+from blockprune.export.dense_baselines import dynamic_int8
+
+PICTURE = Path(__file__).parents[1] / "notebooks" / "front_page.png"
+WHERE = bp.including(bp.linears((16, 16)), "encoder.*")
+
+
+def main(sparsities: list[float], layers: int | None, texts: int, rounds: int, picture: Path) -> None:
+    print(machine())
+    torch.set_num_threads(1)
+    dense, tokenizer = minilm.load(layers)
+    judged = [minilm.tokens(tokenizer, minilm.documents()[i : i + 10]) for i in range(0, 50, 10)]
+    with torch.no_grad():
+        embeddings = torch.cat([minilm.embed(dense, batch) for batch in judged])
+    inputs = minilm.tokens(tokenizer, minilm.background()[:8], longest=128)
+    repair = bp.recipes.obs(WHERE, minilm.calibration(dense, tokenizer, texts))
+
+    quality = {"dense": 1.0, "dense int8": minilm.likeness(dynamic_int8(dense), judged, embeddings)}
+    quality["dense bfloat16"] = minilm.likeness(copy.deepcopy(dense).bfloat16(), judged, embeddings)
+    models = {}
+    for sparsity in sparsities:
+        result = repair(dense, sparsity)
+        masked = bp.apply_masks(copy.deepcopy(dense), result.masks, result.weights)
+        for dtype in (torch.float32, torch.bfloat16):
+            name = f"{sparsity:.0%} pruned, {str(dtype)[6:]}"
+            cast = copy.deepcopy(masked).to(dtype)
+            models[name] = export.block_sparse(cast, inputs=inputs, forward=minilm.embed)
+            quality[name] = minilm.likeness(models[name], judged, embeddings)
+            packed = {module for module in models[name].modules() if isinstance(module, torch.nn.Linear)}
+            print(f"{name}: {len(packed)} of {sum(isinstance(m, torch.nn.Linear) for m in dense.modules())} Linears stay dense", flush=True)
+    speeds = export.benchmark(
+        dense,
+        *models.values(),
+        names=list(models),
+        inputs=inputs,
+        forward=minilm.embed,
+        dtypes=("float32", "bfloat16", "int8"),
+        rounds=rounds,
+    )
+    print(f"\nOne thread, {'x'.join(map(str, inputs['input_ids'].shape))} tokens a call; 16x16 blocks, recipe obs\n{speeds}\n")
+    print("cosine of the embeddings with those of the dense model (50 news texts that were not calibrated on):")
+    for name, value in quality.items():
+        print(f"  {name:26}{value:.3f}")
+    draw(speeds, quality, sparsities, picture)
+    best = max(speeds.rows, key=lambda row: row.speedup)
+    print(f"In short: {verdict(speeds, quality, sparsities)} The fastest model of all is {best.name}, {best.milliseconds:.0f} ms.")
+
+
+def milliseconds(speeds: export.SpeedComparison, start: str) -> float:
+    """Of the fastest form of a model: as it is or packed by oneDNN."""
+    return min(row.milliseconds for row in speeds.rows if row.name.removesuffix(", oneDNN packed") == start)
+
+
+def draw(speeds: export.SpeedComparison, quality: dict[str, float], sparsities: list[float], picture: Path) -> None:
+    labels = {"dense": "float32", "dense bfloat16": "bfloat16", "dense int8": "int8"}
+    points = {label: (milliseconds(speeds, name), quality[name]) for name, label in labels.items()}
+    pruned = {
+        f"pruned, {dtype}": {
+            f"{sparsity:.0%}": (milliseconds(speeds, name := f"{sparsity:.0%} pruned, {dtype}"), quality[name]) for sparsity in sparsities
+        }
+        for dtype in ("float32", "bfloat16")
+    }
+    axes = quality_against_latency(
+        points,
+        pruned,
+        latency="milliseconds a call (8 texts of 128 tokens, one thread)",
+        quality="cosine with the dense embeddings",
+        title="MiniLM in 16x16 blocks, repaired without training",
+    )
+    axes.figure.savefig(picture, dpi=150)
+
+
+def verdict(speeds: export.SpeedComparison, quality: dict[str, float], sparsities: list[float]) -> str:
+    """What pruning gains in float32, with figures from this run."""
+    sentences = []
+    for sparsity in sparsities:
+        name = f"{sparsity:.0%} pruned, float32"
+        gain = milliseconds(speeds, "dense") / milliseconds(speeds, name)
+        sentences.append(f"{sparsity:.0%} pruned: {gain:.2f} times as fast as the fastest dense float32, cosine {quality[name]:.2f}.")
+    return " ".join(sentences)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    options = parser.parse_args()
+    if options.tiny:
+        main([0.5], layers=1, texts=8, rounds=1, picture=options.picture)
+    else:
+        main([0.25, 0.5, 0.75], layers=None, texts=128, rounds=9, picture=options.picture)

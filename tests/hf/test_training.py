@@ -1,0 +1,112 @@
+"""A Trainer that prunes: masks follow the schedule, and training resumes as if it had not stopped."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import blockprune as bp
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+from blockprune.hf import GradualPruning  # noqa: E402 (needs transformers)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
+]
+
+WHERE = bp.including(bp.linears((4, 4)), "bert.encoder.*")
+MAGNITUDE = bp.Pipeline(partial(bp.collect.weights, where=WHERE), bp.metric.l1, bp.allocate.per_layer)
+CUBIC = partial(bp.schedule.cubic, final=0.75, end=6)
+
+
+def tiny_bert() -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes)).eval()
+
+
+class Record(transformers.TrainerCallback):  # type: ignore[misc]
+    """The sparsity at each step."""
+
+    def __init__(self) -> None:
+        self.sparsities: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        self.sparsities.append(bp.sparsity(bp.read_masks(options["model"])))
+
+
+def trainer(model: Any, folder: Path, *callbacks: Any, steps: int = 8) -> Any:
+    rows = [{"input_ids": torch.arange(i, i + 6), "labels": torch.tensor(i % 2)} for i in range(8)]
+    options = {"max_steps": steps, "save_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    arguments = transformers.TrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, **options)
+    return transformers.Trainer(model=model, args=arguments, train_dataset=rows, callbacks=list(callbacks))
+
+
+def random_masks(model: nn.Module, sparsity: float) -> bp.Masks:
+    """Masks that depend on the weights, and differ in every update."""
+    seed = int(sum(p.double().abs().sum() for p in model.parameters()).item() * 1e4) % 1000
+    metric = partial(bp.metric.random, generator=torch.Generator().manual_seed(seed))
+    return bp.Pipeline(partial(bp.collect.weights, where=WHERE), metric, bp.allocate.per_layer)(model, sparsity)
+
+
+def test_the_masks_follow_the_schedule(tmp_path: Path) -> None:
+    model, record = tiny_bert(), Record()
+    trainer(model, tmp_path, GradualPruning(MAGNITUDE, CUBIC, every=2), record).train()
+    assert record.sparsities == pytest.approx([CUBIC(step // 2 * 2) for step in range(8)], abs=0.03)  # a block is 1/16 of a layer
+    assert record.sparsities == sorted(record.sparsities)
+    assert bp.sparsity(bp.read_masks(model)) == 0.75
+
+
+def test_the_last_sparsity_is_reached_between_two_updates(tmp_path: Path) -> None:
+    for every, end in ((5, None), (5, 6), (100, 6)):
+        model, record = tiny_bert(), Record()
+        trainer(model, tmp_path, GradualPruning(MAGNITUDE, CUBIC, every=every, end=end), record).train()
+        assert bp.sparsity(bp.read_masks(model)) == pytest.approx(0.75)
+        assert record.sparsities[6 if end else 5] == pytest.approx(0.75 if end else CUBIC(5), abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("prune", "schedule"),
+    [(MAGNITUDE, CUBIC), (bp.recipes.magnitude(WHERE), CUBIC), (random_masks, partial(bp.schedule.constant, value=0.5))],
+    ids=["gradual", "recipe", "dynamic"],
+)
+def test_training_resumes_as_if_it_had_not_stopped(prune: Any, schedule: Any, tmp_path: Path) -> None:
+    model, resumed = tiny_bert(), tiny_bert()
+    trainer(model, tmp_path / "a", GradualPruning(prune, schedule, every=2)).train()
+    with torch.no_grad():
+        resumed.classifier.weight.add_(1)  # what the checkpoint replaces
+    second = trainer(resumed, tmp_path / "b", GradualPruning(prune, schedule, every=2))
+    second.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    assert bp.read_masks(resumed) == bp.read_masks(model)
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in resumed.state_dict().items())
+
+
+def test_dynamic_masks_bring_blocks_back(tmp_path: Path) -> None:
+    model = tiny_bert()
+    callback = GradualPruning(random_masks, partial(bp.schedule.constant, value=0.5), every=4)
+    work = trainer(model, tmp_path, callback)
+    first = bp.read_masks(model)
+    work.train()
+    second = bp.read_masks(model)
+    assert bp.sparsity(first) == bp.sparsity(second) == 0.5
+    assert any((second[name].keep & ~first[name].keep).any() for name in first)
+
+
+def test_a_callback_that_is_added_late_cannot_resume(tmp_path: Path) -> None:
+    trainer(tiny_bert(), tmp_path / "a", GradualPruning(MAGNITUDE, CUBIC), steps=4).train()
+    late = trainer(tiny_bert(), tmp_path / "b")
+    late.add_callback(GradualPruning(MAGNITUDE, CUBIC))
+    with pytest.raises(ValueError, match=r"resumes at step 3, but the model has no masks.*Trainer\(callbacks="):
+        late.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+
+
+@pytest.mark.parametrize("options", [{"every": 0}, {"end": 0}, {"every": -1}])
+def test_steps_must_be_positive(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        GradualPruning(MAGNITUDE, CUBIC, **options)
