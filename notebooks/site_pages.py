@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import griffe
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 import blockprune as bp
+import blockprune.hf
 
 ROOT = Path(__file__).parents[1]
 PAGES = {  # page -> file
@@ -38,7 +40,7 @@ def reference() -> dict[str, dict[str, str]]:
             pages |= module_pages(f"bp.{name}", value)
         elif inspect.isfunction(value) or inspect.isclass(value):
             pages[FLAT][f"bp.{name}"] = f"{value.__module__}.{value.__qualname__}"
-    return pages
+    return pages | module_pages("blockprune.hf", blockprune.hf)  # not a part of bp, because it imports transformers
 
 
 def module_pages(name: str, module: types.ModuleType) -> dict[str, dict[str, str]]:
@@ -57,8 +59,12 @@ def module_pages(name: str, module: types.ModuleType) -> dict[str, dict[str, str
     return pages
 
 
+def title_of(module: str) -> str:
+    return module if module.startswith(FLAT) else f"bp.{module}"
+
+
 def page_of(module: str, entries: dict[str, str]) -> str:
-    title = "blockprune" if module == FLAT else f"bp.{module}"
+    title = title_of(module)
     directives = [
         f'::: {path}\n    options:\n      heading: "{name}"\n      toc_label: "{name}"\n' for name, path in sorted(entries.items())
     ]
@@ -70,7 +76,7 @@ def contents(pages: dict[str, dict[str, str]]) -> str:
     lines = ["# API reference\n", "Everything that `import blockprune as bp` offers.\n"]
     for module, entries in pages.items():
         if entries:
-            title = "blockprune" if module == FLAT else f"bp.{module}"
+            title = title_of(module)
             rows = [f"| [`{name}`]({module}.md#{path}) | {summary(path)} |" for name, path in sorted(entries.items())]
             lines += [f"## {title}\n", "| name | |\n|---|---|", *rows, ""]
     return "\n".join(lines)
@@ -89,14 +95,17 @@ def on_config(config: Any) -> Any:
         if "Notebooks" in section:
             section["Notebooks"] = [path.name for path in NOTEBOOKS]
         if "API reference" in section:
-            listed = [{"blockprune" if m == FLAT else f"bp.{m}": f"reference/{m}.md"} for m, entries in pages.items() if entries]
+            listed = [{title_of(m): f"reference/{m}.md"} for m, entries in pages.items() if entries]
             section["API reference"] = [{"All names": "reference/index.md"}, *listed]
     return config
 
 
+@event_priority(100)  # before the plugins that render the pages
 def on_files(files: Files, config: Any) -> Files:
-    for name, path in {**PAGES, **{path.name: path for path in NOTEBOOKS}}.items():
+    for name, path in PAGES.items():
         files.append(File.generated(config, name, abs_src_path=str(path)))
+    for path in NOTEBOOKS:
+        files.append(File(path.name, str(path.parent), config.site_dir, config.use_directory_urls))
     pages = reference()
     files.append(File.generated(config, "reference/index.md", content=contents(pages)))
     for module, entries in pages.items():

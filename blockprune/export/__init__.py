@@ -10,6 +10,7 @@
 | `dense_baselines`, `timing`               | the fastest dense layers and models; interleaved median times                     |
 | `model_benchmark`, `recommendation`       | whole models against dense ones; which blocks make a layer faster, and their cost |
 | `shrinking`, `coupled_channels`           | smaller dense models without the units that masks have emptied                    |
+| `uniform_widths`                          | widths that the configuration of a Hugging Face model can express                 |
 | `constant_units`, `input_dependence`      | which units do not depend on the inputs of a model                                |
 | `module_replacement`                      | `replace_modules`                                                                 |
 """
