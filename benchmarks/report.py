@@ -78,6 +78,12 @@ def report(runs: list[dict[str, Any]]) -> str:
     return "\n".join(sections)
 
 
+def earlier() -> str:
+    """What was measured before runs were recorded, with the code of that time."""
+    text = (RESULTS / "earlier.md").read_text().replace("\n## ", "\n### ")
+    return f"\n## Measured before runs were recorded\n\nWith earlier code; these are to be measured again.\n\n#{text}"
+
+
 def section(recorded: dict[str, Any]) -> str:
     """The answer, the source and the output of a run."""
     source = (
@@ -89,7 +95,7 @@ def section(recorded: dict[str, Any]) -> str:
 
 
 def main(check: bool) -> None:
-    text = report([json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))])
+    text = report([json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]) + earlier()
     path = FOLDER / "RESULTS.md"
     if not check:
         path.write_text(text)

@@ -1,6 +1,9 @@
 """The README's code runs as printed, block after block, on a small model."""
 
+import json
 import re
+import subprocess
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -40,3 +43,20 @@ def test_the_readmes_code_runs_as_printed() -> None:
     assert set(names["result"].masks) == {"model.layers.0.weight", "model.layers.2.weight"}
     assert names["masks"].keys() == {0.25, 0.5, 0.75}
     assert set(names["wanda"](small(), 0.5)) == set(names["fisher"](small(), 0.5)) == {"a.weight", "b.weight"}
+
+
+def test_the_first_table_says_what_was_recorded() -> None:
+    results = Path(__file__).parent.parent / "benchmarks" / "results"
+    recorded = ["\n".join(json.loads((results / f"front_page{name}.json").read_text())["output"]) for name in ("", "_avx2")]
+    rows = re.findall(r"^\| (dense \w+|\d+% pruned)[^|]*\| ([\d.]+) \| (\d+) \| (\d+) \|$", README, re.MULTILINE)
+    assert len(rows) == 6
+    for name, cosine, *milliseconds in rows:
+        start = name.replace("dense float32", "dense") + ", float32" * ("pruned" in name)
+        assert re.search(rf"^ +{start} +{cosine}$", recorded[0], re.MULTILINE), name
+        for output, number in zip(recorded, milliseconds, strict=True):
+            times = re.findall(rf"^{start}(?:, oneDNN packed)?  +\w+ +([\d.]+) ", output, re.MULTILINE)
+            assert f"{min(map(float, times)):.0f}" == number, name
+
+
+def test_the_results_are_those_that_were_recorded() -> None:
+    subprocess.run([sys.executable, "benchmarks/report.py", "--check"], check=True, cwd=Path(__file__).parent.parent)
