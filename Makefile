@@ -53,6 +53,7 @@ notebooks: $(VENV)/.dev
 # The documentation site, in site/: guides, API reference, notebooks, results, design.
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet -f notebooks/mkdocs.yml
+	@echo "To read it with its search: $(BIN)/python -m http.server --directory site"
 
 # Other libraries (NNI, torchao, llm-compressor, inference engines), each in an environment of its own in .peers, for `make bench`.
 peers: $(VENV)/.dev

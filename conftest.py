@@ -1,19 +1,19 @@
 """Examples in docstrings assume these imports; pictures are drawn without a screen, and closed after each test."""
 
 import importlib.util
-import os
 import sys
 from collections.abc import Iterator
 from functools import partial
 
 import attrs
+import matplotlib as mpl
 import pytest
 import torch
 from torch import nn
 
 import blockprune as bp
 
-os.environ["MPLBACKEND"] = "Agg"
+mpl.use("Agg")  # not by the environment, which the kernels of notebooks inherit
 collect_ignore = [] if importlib.util.find_spec("triton") else ["blockprune/export/triton_kernels.py"]
 
 

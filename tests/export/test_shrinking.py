@@ -710,7 +710,7 @@ def test_a_llama_loses_mlp_units_and_whole_groups_of_heads(attention: str, padde
     into = {f"{mlp.format(1)}.down_proj": [5, 6], f"{heads.format(2)}.o_proj": list(range(16))}
     model = masked(model, out=out, into=into)
     example = {"input_ids": torch.randint(64, (2, 9))} | ({"attention_mask": torch.ones(2, 9).tril(6).long()} if padded else {})
-    shrunk = shrink(model, example, forward=logits)
+    shrunk = shrink(model, example, forward=logits, uniform=False)
     assert not shrunk.kept
     layers = shrunk.model.model.layers
     assert [layer.mlp.up_proj.out_features for layer in layers] == [45, 46, 48]
@@ -731,7 +731,7 @@ def test_minilm_loses_mlp_units_and_heads() -> None:
     out |= {at.format(2, "attention.self.value"): list(range(32)), at.format(3, "attention.self.value"): list(range(5, 32))}
     model = masked(model, out=out, into={at.format(1, "attention.output.dense"): list(range(32, 96))})
     seen, unseen = (minilm.tokens(tokenizer, minilm.documents()[i : i + 2], longest=32) for i in (0, 2))
-    shrunk = shrink(model, seen)
+    shrunk = shrink(model, seen, uniform=False)
     assert {layer.intermediate.dense.out_features for layer in shrunk.model.encoder.layer} == {1024}
     assert [layer.attention.self.query.out_features for layer in shrunk.model.encoder.layer] == [384, 320, 352, 384, 384, 384]
     assert kept(shrunk) == {(at.format(3, "attention.self.value"), "outputs"): "a head is removed as a whole or not at all"}
