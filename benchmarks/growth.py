@@ -120,7 +120,6 @@ OPERATIONS: dict[str, Callable[[Prepared], Callable[[], object]]] = {  # what is
 
 def cpu_seconds(call: Callable[[], object]) -> float:
     """The time of this process alone, without garbage collection, which depends on what else is in memory (as `timeit` does)."""
-    gc.collect()
     gc.disable()
     try:
         start = time.process_time()
