@@ -20,7 +20,8 @@ static bool removes_each_once(const Numbers& rows, const Numbers& inverse, int64
     const int64_t blocks = k / n, group[] = {0, 0};
     std::vector<T> errors(2 * blocks);
     std::vector<int64_t> order(2 * blocks), count(2 * blocks);
-    if (obs_sweep(given.data(), h.data(), group, sizeof(T) == 8, 2, k, m, n, stop, errors.data(), order.data(), 2, isa)) return false;
+    const std::atomic<int32_t> interrupted{0};
+    if (obs_sweep(given.data(), h.data(), group, sizeof(T) == 8, 2, k, m, n, stop, errors.data(), order.data(), 2, isa, &interrupted)) return false;
     for (int64_t i = 0; i < 2 * blocks; i++) count[i / blocks * blocks + order[i]]++;
     return std::all_of(count.begin(), count.end(), [](int64_t c) { return c == 1; });
 }
