@@ -39,6 +39,7 @@ lint: $(VENV)/.dev
 
 # The tables of benchmarks/RESULTS.md, except those of obs.py (half an hour) and quality.py (hours).
 bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/front_page.py
 	$(BIN)/python benchmarks/prune.py
 	$(BIN)/python benchmarks/masked_forward.py
 	$(BIN)/python benchmarks/calibration.py

@@ -23,6 +23,7 @@ WHERE = bp.including(bp.linears((16, 16)), "encoder.*")
 
 def main(sparsities: list[float], layers: int | None, texts: int, rounds: int, picture: Path) -> None:
     print(machine())
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     dense, tokenizer = minilm.load(layers)
     judged = [minilm.tokens(tokenizer, minilm.documents()[i : i + 10]) for i in range(0, 50, 10)]
@@ -42,8 +43,8 @@ def main(sparsities: list[float], layers: int | None, texts: int, rounds: int, p
             cast = copy.deepcopy(masked).to(dtype)
             models[name] = export.block_sparse(cast, inputs=inputs, forward=minilm.embed)
             quality[name] = minilm.likeness(models[name], judged, embeddings)
-            packed = {module for module in models[name].modules() if isinstance(module, torch.nn.Linear)}
-            print(f"{name}: {len(packed)} of {sum(isinstance(m, torch.nn.Linear) for m in dense.modules())} Linears stay dense", flush=True)
+            linears, dense_linears = (sum(isinstance(m, torch.nn.Linear) for m in model.modules()) for model in (dense, models[name]))
+            print(f"{name}: {dense_linears} of {linears} Linears stay dense", flush=True)
     speeds = export.benchmark(
         dense,
         *models.values(),
@@ -58,6 +59,7 @@ def main(sparsities: list[float], layers: int | None, texts: int, rounds: int, p
     for name, value in quality.items():
         print(f"  {name:26}{value:.3f}")
     draw(speeds, quality, sparsities, picture)
+    torch.set_num_threads(threads)
     best = max(speeds.rows, key=lambda row: row.speedup)
     print(f"In short: {verdict(speeds, quality, sparsities)} The fastest model of all is {best.name}, {best.milliseconds:.0f} ms.")
 

@@ -63,3 +63,10 @@ def test_the_quality_table_and_the_speed_of_its_masks(tmp_path: Path) -> None:
     (masks,) = tmp_path.glob("*OBS*")
     output = run("speed.py", "models", "--tiny", "--models", "encoder", "--masks", str(masks))
     assert "tiny, 32x32, 0.5, OBS + budget + cluster, " in output
+
+
+def test_the_front_page_draws_its_picture(tmp_path: Path) -> None:
+    output = run("front_page.py", "--tiny", "--picture", str(tmp_path / "picture.png"))
+    assert re.findall(r"^(dense int8|50% pruned, float32)  +\w+ +[\d.]+ ", output, re.MULTILINE) == ["dense int8", "50% pruned, float32"]
+    assert re.search(r"^  50% pruned, float32 +0\.\d{3}$", output, re.MULTILINE)
+    assert (tmp_path / "picture.png").stat().st_size > 10_000

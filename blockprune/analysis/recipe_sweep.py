@@ -15,7 +15,7 @@ from blockprune.analysis.drawing import COLOURS, MARKERS, legend_beside, new_axe
 from blockprune.core.masks import sparsity as sparsity_of
 from blockprune.core.progress import progress_bar
 from blockprune.core.table import Rows, Table
-from blockprune.core.types import Masks, Weights
+from blockprune.core.types import masks_and_weights
 from blockprune.model.apply import apply_masks
 
 Recipe = Callable[[nn.Module, float], Any]  # a recipe, a pipeline, or a function that returns masks or a result with .masks and .weights
@@ -190,22 +190,12 @@ def sweep(
 def _row(model: nn.Module, name: str, recipe: Recipe, sparsity: float, *, evaluate: Evaluate, dense: Mapping[str, float]) -> SweepRow:
     pruned = copy.deepcopy(model)  # a new one for each row: a recipe or an evaluation may change what it is called with
     start = time.perf_counter()
-    masks, weights = _masks_and_weights(recipe(pruned, sparsity), name)
+    masks, weights = masks_and_weights(recipe(pruned, sparsity), f"recipe {name!r}")
     seconds = time.perf_counter() - start
     scores = _as_scores(evaluate(apply_masks(pruned, masks, weights)))
     if scores.keys() != dense.keys():
         raise ValueError(f"evaluate returned the scores {list(scores)}, and {list(dense)} for the dense model; it must return the same")
     return SweepRow(name, sparsity, sparsity_of(masks), seconds, scores)
-
-
-def _masks_and_weights(result: Any, name: str) -> tuple[Masks, Weights]:
-    if isinstance(result, Mapping):
-        return result, {}
-    try:
-        return result.masks, result.weights
-    except AttributeError:
-        kind = type(result).__name__
-        raise TypeError(f"recipe {name!r} returned a {kind}; it must return masks, or a result with .masks and .weights") from None
 
 
 def _as_scores(value: float | Tensor | Mapping[str, float | Tensor]) -> dict[str, float]:

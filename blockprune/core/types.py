@@ -127,3 +127,23 @@ def check_finite(name: str, weight: Tensor) -> None:
             f"{name}: the weight {tuple(weight.shape)} has {count} NaN or inf values, which cannot be scored; "
             "repair it or leave it out with `excluding`"
         )
+
+
+def masks_and_weights(result: Any, what: str) -> tuple[Masks, Weights]:
+    """The masks and the new weights in what a pipeline or a recipe returned; ``what`` returned it, in an error message.
+
+    Raises:
+        TypeError: it is neither masks nor a result with ``masks`` and ``weights``.
+
+    Example:
+        >>> from blockprune.core.types import masks_and_weights
+        >>> masks_and_weights({}, "the pipeline")
+        ({}, {})
+    """
+    if isinstance(result, Mapping):
+        return result, {}
+    try:
+        return result.masks, result.weights
+    except AttributeError:
+        kind = type(result).__name__
+        raise TypeError(f"{what} returned a {kind}; it must return masks, or a result with .masks and .weights") from None

@@ -48,7 +48,7 @@ def onednn_packed(model: M) -> M:
 
 
 def dynamic_int8(model: nn.Module) -> nn.Module:
-    """A copy whose Linears multiply in int8: weights with one scale a layer, activations quantized in each call; for a CPU.
+    """A float32 copy whose Linears multiply in int8, with one scale a layer for weights and one a call for activations; for a CPU.
 
     This is ``torch.ao.quantization.quantize_dynamic``, which people have without installing anything else. The model changes its outputs a
     little, unlike the other dense forms.
@@ -61,7 +61,9 @@ def dynamic_int8(model: nn.Module) -> nn.Module:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces that torchao, a package of its own, will take this over
-        quantized: nn.Module = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+        quantized: nn.Module = torch.ao.quantization.quantize_dynamic(
+            copy.deepcopy(model).float(), {nn.Linear}, dtype=torch.qint8, inplace=True
+        )
     return quantized
 
 

@@ -110,7 +110,8 @@ def benchmark(
     """
     if names and len(names) != len(others):
         raise ValueError(f"names has {len(names)} entries for {len(others)} models; give one name for each, or none")
-    baselines = _dense_baselines(model, dtypes, compiled)
+    plain = dense(model)
+    baselines = _dense_baselines(plain, dtypes, compiled)
     if dtypes is None and "dense int8" in baselines and not _runs(baselines["dense int8"], forward, inputs):
         del baselines["dense int8"]  # the model reads the weights of its Linears
     named = _named(others, names, baselines)
@@ -128,17 +129,18 @@ def benchmark(
         speedups = ms[rival] / ms[name], ms[fastest] / ms[name]
         rows.append(ModelSpeed(name, labels[name], ms[name], 1e3 * batch_size / ms[name], _mebibytes(compared), *speedups))
         if name in named:
-            sentences += [_sentence(rows[-1], rival, fastest), _dense_sentence(name, compared, baselines["dense"], model)]
+            sentences += [_sentence(rows[-1], rival, fastest), _dense_sentence(name, compared, plain, model)]
             if rows[-1].speedup_same_dtype <= 1:
                 sentences.append(_sparsity_sentence(model, _dtype(compared), ms[rival], timer))
     return SpeedComparison(tuple(rows), " ".join(filter(None, sentences)) or f"The fastest model is {fastest}.")
 
 
-def _dense_baselines(model: nn.Module, dtypes: Sequence[str] | None, compiled: bool) -> dict[str, nn.Module]:
-    plain = dense(model)
+def _dense_baselines(plain: nn.Module, dtypes: Sequence[str] | None, compiled: bool) -> dict[str, nn.Module]:
     on_cpu = all(p.device.type == "cpu" for p in plain.parameters())
     own = _dtype_name(_dtype(plain))
     wanted = _default_dtypes(own, on_cpu) if dtypes is None else tuple(dtypes)
+    if not wanted:
+        raise ValueError(f"dtypes is empty; give at least one type of a dense form, such as {own!r}")
     if unknown := [dtype for dtype in wanted if dtype not in {own, "float32", "bfloat16", "int8"}]:
         raise ValueError(f"dtypes has {unknown[0]!r}; a dense form of this model is {own!r}, 'float32', 'bfloat16' or 'int8'")
     eager = {"dense": plain} if own in wanted else {}
@@ -149,7 +151,7 @@ def _dense_baselines(model: nn.Module, dtypes: Sequence[str] | None, compiled: b
         if on_cpu:
             baselines[f"{name}, oneDNN packed"] = onednn_packed(baseline)
     if "int8" in wanted:
-        baselines["dense int8"] = dynamic_int8(plain.float() if own == "float32" else copy.deepcopy(plain).float())
+        baselines["dense int8"] = dynamic_int8(plain)
     if compiled:
         freezing: Any = {"freezing": True}
         for name, baseline in eager.items():

@@ -18,7 +18,7 @@ from blockprune.export.sparse_layers import STATE_KEYS, BlockSparseLinear, read_
 from blockprune.model.apply import apply_masks
 from blockprune.model.checkpoint import masks_in_state
 from blockprune.model.hf_checkpoint import FORMAT, QUANT_METHOD, prepare_checkpoints
-from blockprune.model.parameters import ParameterRef, parameter_refs
+from blockprune.model.parameters import parameter_refs
 
 MASK_PARTS = ("original", "0.keep", "0._extra_state")  # of a masked weight in a state dict
 _DTYPES = {"I64": torch.int64, "I32": torch.int32}  # of indices, as safetensors names them
@@ -170,7 +170,7 @@ def _stored_weights(model: Any, tensors: Mapping[str, Any]) -> dict[nn.Module, _
 
 def _load_masks(model: Any, tensors: Iterable[str], files: Iterable[str]) -> None:
     """Put the masks in the files on the model, and the dense weights behind their zeros."""
-    refs = {_prefix(ref): ref for refs in parameter_refs(model).values() for ref in refs}
+    refs = {ref.parametrized_name: ref for refs in parameter_refs(model).values() for ref in refs}
     expected = [prefix + part for prefix in refs for part in MASK_PARTS]
     prefixes = Counter(key.removesuffix(part) for key in tensors for part in MASK_PARTS if key.endswith(f".{part}"))
     keys = [prefix + part for prefix, parts in prefixes.items() if parts > 1 for part in MASK_PARTS]  # another parametrization has one part
@@ -185,11 +185,6 @@ def _load_masks(model: Any, tensors: Iterable[str], files: Iterable[str]) -> Non
                 problem = f"a parameter of shape {ref.shape}" if ref else "no such parameter"
                 raise ValueError(f"{key}: the folder has a masked weight of shape {tuple(tensor.shape)}, and the model has {problem}")
             ref.stored.copy_(tensor)
-
-
-def _prefix(ref: ParameterRef) -> str:
-    """Of the names that a masked parameter has in a state dict."""
-    return f"{ref.name.removesuffix(ref.attr)}parametrizations.{ref.attr}."
 
 
 def _read(files: Iterable[str], keys: Collection[str]) -> Iterator[tuple[str, Tensor]]:

@@ -1,11 +1,12 @@
 """Pruning while a `transformers.Trainer` trains."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
 
+from blockprune.core.types import masks_and_weights
 from blockprune.model.apply import apply_masks, parameter_masks
 
 
@@ -71,6 +72,4 @@ class GradualPruning(TrainerCallback):
         return step == self.end or (step % self.every == 0 and (self.end is None or step < self.end))
 
     def _update(self, model: nn.Module, step: int) -> None:
-        result = self.prune(model, self.schedule(step))
-        masks, weights = (result, None) if isinstance(result, Mapping) else (result.masks, result.weights)
-        apply_masks(model, masks, weights)
+        apply_masks(model, *masks_and_weights(self.prune(model, self.schedule(step)), "prune"))

@@ -15,7 +15,15 @@ from blockprune.core.types import BlockMask, Masks, Weights
 from blockprune.model.hf_checkpoint import prepare_checkpoints
 from blockprune.model.masked_class import add_mask_methods, has_mask_methods, mask_index, own_class, refs_of_module, remove_mask_methods
 from blockprune.model.masking import mask_blocks
-from blockprune.model.parameters import ParameterRef, computed_attributes, distinct, find_parameters, is_sharded, parameter_refs
+from blockprune.model.parameters import (
+    ParameterRef,
+    computed_attributes,
+    distinct,
+    find_parameters,
+    is_exported,
+    is_sharded,
+    parameter_refs,
+)
 from blockprune.model.parametrization import MaskBlocks
 
 M = TypeVar("M", bound=nn.Module)
@@ -129,9 +137,8 @@ def parameter_masks(model: nn.Module) -> dict[str, BlockMask]:
 
 
 def _masks_of_exported_layers(model: nn.Module) -> dict[str, BlockMask]:
-    """The masks of layers that compute with their kept blocks only, and tell which those are by a method ``block_mask()``."""
-    layers = {name: module.block_mask for name, module in model.named_modules() if callable(getattr(module, "block_mask", None))}
-    masks = {f"{name}.weight" if name else "weight": block_mask() for name, block_mask in layers.items()}
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if is_exported(module)}
+    masks = {f"{name}.weight" if name else "weight": layer.block_mask() for name, layer in layers.items()}
     return {name: mask for name, mask in masks.items() if isinstance(mask, BlockMask)}
 
 
@@ -195,14 +202,13 @@ def masked_parameters(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
 def _functional_tensors(name: str, ref: ParameterRef, grid: BlockGrid, keep: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
     """The tensors to replace, by state dict name, so that a parameter reads as the masked weight; ``weight`` is None if it is computed."""
     old, parametrizations = ref.mask, ref.parametrizations
-    prefix = f"{ref.name.removesuffix(ref.attr)}parametrizations.{ref.attr}."
     if old is not None and old.grid == grid:
-        return {f"{prefix}{mask_index(ref)}.keep": keep}
+        return {f"{ref.parametrized_name}{mask_index(ref)}.keep": keep}
     if weight is None:
         raise ValueError(f"{name}: another parametrization computes this weight {ref.shape}; use apply_masks on a copy of the model")
     if old is None or parametrizations is None:
         return {ref.name: weight}
-    return {f"{prefix}original": weight, f"{prefix}0.keep": torch.ones_like(old.keep)}
+    return {ref.stored_name: weight, f"{ref.parametrized_name}0.keep": torch.ones_like(old.keep)}
 
 
 def _checked_masks(model: nn.Module, masks: Masks) -> list[tuple[str, BlockMask, list[ParameterRef]]]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from blockprune.core.grid import BlockGrid, pool
 from blockprune.core.types import BlockMask, Where, check_prunable
 from blockprune.model.apply import apply_masks, parameter_masks
-from blockprune.model.parameters import parameter_refs
+from blockprune.model.parameters import STORED_NAME, parameter_refs
 from blockprune.model.selection import select
 
 M = TypeVar("M", bound=nn.Module)
@@ -79,9 +79,7 @@ def load_masked(model: M, state: Mapping[str, Tensor]) -> M:
     return model
 
 
-# names in a state dict: (module.)parametrizations.(attribute).original, and likewise those of its mask
-_ORIGINAL = re.compile(r"(|.*\.)parametrizations\.([^.]+)\.original")
-_KEEP = re.compile(r"(|.*\.)parametrizations\.([^.]+)\.\d+\.keep")
+# the names of a mask in a state dict, likewise
 _MASK = re.compile(r"(|.*\.)parametrizations\.([^.]+)\.\d+\.(keep|_extra_state)")
 
 
@@ -94,7 +92,7 @@ def masks_in_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, B
     canonical = {ref.name: (name, refs[0].shape) for name, refs in parameter_refs(model).items() for ref in refs}
     masks = {}
     for key in state:
-        if match := _KEEP.fullmatch(key):
+        if (match := _MASK.fullmatch(key)) and match[3] == "keep":
             name = match.expand(r"\1\2")
             if name not in canonical:
                 raise ValueError(
@@ -120,7 +118,7 @@ def _check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Raise unless the state has exactly the tensors of the model, in their shapes."""
     expected = model.state_dict()
     aliases = {ref.stored_name: [ref.stored_name for ref in refs] for refs in parameter_refs(model).values() for ref in refs}
-    stored_names = {match.expand(r"\1\2"): name for name in expected if (match := _ORIGINAL.fullmatch(name))}
+    stored_names = {match.expand(r"\1\2"): name for name in expected if (match := STORED_NAME.fullmatch(name))}
     expected = {name: tensor for name, tensor in expected.items() if name not in stored_names}
     names = {stored_names.get(name, name): name for name in state}  # a plain checkpoint has ``0.weight`` instead
     loaded = {alias for name in names for alias in aliases.get(name, [name])}

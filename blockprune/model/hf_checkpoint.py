@@ -1,6 +1,5 @@
 """Checkpoints of masked and exported Hugging Face models, which ``from_pretrained`` can read."""
 
-import re
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,13 +7,11 @@ from torch import Tensor, nn
 from blockprune.core._compat import state_dict_hooks
 from blockprune.core.grid import BlockGrid
 from blockprune.model.masking import mask_blocks
-from blockprune.model.parameters import is_sharded
+from blockprune.model.parameters import STORED_NAME, is_exported, is_sharded
 from blockprune.model.parametrization import MaskBlocks
 
 QUANT_METHOD = "blockprune"  # under which transformers finds the loader of `blockprune.hf`
 FORMAT = 1  # of the folders that ``save_pretrained`` writes; a later blockprune may write another
-
-_ORIGINAL = re.compile(r"(|.*\.)parametrizations\.([^.]+)\.original")  # (module.)parametrizations.(attribute).original
 
 
 def add_plain_weights(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
@@ -28,11 +25,11 @@ def add_plain_weights(model: nn.Module, state: dict[str, Any], prefix: str, _: A
     gets one number under its name: another shape is an error in ``from_pretrained``.
     """
     for name, module in model.named_modules():
-        if callable(getattr(module, "block_mask", None)) and f"{prefix}{name}.values" in state:
+        if is_exported(module) and f"{prefix}{name}.values" in state:
             state[f"{prefix}{name}.weight"] = state[f"{prefix}{name}.values"].new_full((1,), float("nan"))
     plain_weights: dict[int, Tensor] = {}  # by the address of the stored weight
     for name in [name for name in state if name.startswith(prefix)]:
-        if match := _ORIGINAL.fullmatch(name):
+        if match := STORED_NAME.fullmatch(name):
             stored, plain_name, mask = state[name], match.expand(r"\1\2"), f"{match[1]}parametrizations.{match[2]}.0."
             if f"{mask}keep" not in state or is_sharded(stored):
                 continue
@@ -56,7 +53,7 @@ def prepare_checkpoints(model: nn.Module) -> None:
     for module in model.modules():
         if not hasattr(module, "save_pretrained"):
             continue
-        has_blocks = any(isinstance(part, MaskBlocks) or callable(getattr(part, "block_mask", None)) for part in module.modules())
+        has_blocks = any(isinstance(part, MaskBlocks) or is_exported(part) for part in module.modules())
         if has_blocks and add_plain_weights not in state_dict_hooks(module):
             module.register_state_dict_post_hook(add_plain_weights)
         config: Any = getattr(module, "config", None)

@@ -181,6 +181,6 @@ def _passed_on(method: Callable[..., Any]) -> Callable[..., Any]:
 
 _IN_PLACE = [name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__")]
 _IN_PLACE += [f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")]
-for _name in {*_IN_PLACE, "__setitem__"} - {"requires_grad_", "detach_", "share_memory_", "rename_", "retain_grad_"}:
+for _name in {*_IN_PLACE, "__setitem__"} - {"requires_grad_", "detach_", "share_memory_"}:
     if hasattr(Tensor, _name):
         setattr(MaskedWeight, _name, _passed_on(getattr(Tensor, _name)))

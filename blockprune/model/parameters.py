@@ -5,6 +5,7 @@ modules share (tied weights) has the first of its names; references to all modul
 """
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
@@ -61,13 +62,18 @@ class ParameterRef:
         return [getattr(self.owner, self.attr)] if parametrizations is None else originals(parametrizations)
 
     @property
+    def parametrized_name(self) -> str:
+        """What the names of the parameter's stored tensors and its mask begin with in a state dict, if it is parametrized."""
+        return f"{self.name.removesuffix(self.attr)}parametrizations.{self.attr}."
+
+    @property
     def stored_name(self) -> str:
         """The name of the (first) stored tensor in the model's state dict."""
         parametrizations = self.parametrizations
         if parametrizations is None:
             return self.name
         original = "original" if has_one_original(parametrizations) else "original0"
-        return f"{self.name.removesuffix(self.attr)}parametrizations.{self.attr}.{original}"
+        return f"{self.parametrized_name}{original}"
 
     @property
     def dense(self) -> Tensor:
@@ -118,6 +124,15 @@ def distinct(refs: Iterable[ParameterRef]) -> list[ParameterRef]:
     for ref in refs:
         first.setdefault((id(ref.owner), ref.attr), ref)
     return list(first.values())
+
+
+# the name of a masked weight in a state dict: (module.)parametrizations.(attribute).original
+STORED_NAME = re.compile(r"(|.*\.)parametrizations\.([^.]+)\.original")
+
+
+def is_exported(module: nn.Module) -> bool:
+    """Whether a layer computes with its kept blocks only; it then tells which those are, by a method ``block_mask()``."""
+    return callable(getattr(module, "block_mask", None))
 
 
 def is_sharded(x: Tensor) -> bool:

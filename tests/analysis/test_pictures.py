@@ -74,20 +74,11 @@ PICTURES: dict[str, Callable[[], Any]] = {
 def texts_of(figure: Any) -> list[Text]:
     """All texts that are visible: titles, labels, ticks within their axis, legends, annotations."""
     shown = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
-    ticks = {
-        label
-        for ax in figure.axes
-        for axis in (ax.xaxis, ax.yaxis)
-        for tick in axis.get_major_ticks()
-        for label in (tick.label1, tick.label2)
-    }
-    minor = {
-        label
-        for ax in figure.axes
-        for axis in (ax.xaxis, ax.yaxis)
-        for tick in axis.get_minor_ticks()
-        for label in (tick.label1, tick.label2)
-    }
+    axes = [axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)]
+    ticks, minor = (
+        {label for axis in axes for tick in getattr(axis, which)() for label in (tick.label1, tick.label2)}
+        for which in ("get_major_ticks", "get_minor_ticks")
+    )
     drawn = {label for ax in figure.axes for label in (*ax.get_xticklabels(), *ax.get_yticklabels())}
     return [text for text in shown if text not in minor and (text not in ticks or (text in drawn and _in_view(text, figure)))]
 

@@ -66,6 +66,13 @@ def test_the_types_of_the_dense_models_are_chosen() -> None:
     model, x = mlp(), torch.randn(8, 24)
     assert {row.dtype for row in export.benchmark(model, inputs=x, rounds=1, dtypes=["int8"]).rows} == {"int8"}
     assert {row.dtype for row in export.benchmark(model, inputs=x, rounds=1, dtypes=["bfloat16"]).rows} == {"bfloat16"}
+    sparse = export.block_sparse(masked(mlp()), backend="torch")
+    assert [row.name for row in export.benchmark(masked(mlp()), sparse, inputs=x, rounds=1, dtypes=["int8"]).rows] == [
+        "dense int8",
+        "Sequential",
+    ]
+    with pytest.raises(ValueError, match="dtypes is empty"):
+        export.benchmark(model, inputs=x, dtypes=[])
     with pytest.raises(ValueError, match=r"dtypes has 'int4'; a dense form of this model is 'float32', .*'int8'"):
         export.benchmark(model, inputs=x, dtypes=["int4"])
 

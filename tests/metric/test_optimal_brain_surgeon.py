@@ -2,11 +2,8 @@
 
 import itertools
 import math
-import shutil
-import subprocess
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -114,19 +111,6 @@ def test_the_compiled_loop_equals_torch_where_many_removals_wait_and_gaps_close(
         with loops(compiled):
             found.append(metric.obs({"w": p}, damping=0.1, stop_at=most)["w"].value)
     close(*found, rtol=1e-8, atol=0)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
-@pytest.mark.parametrize("vectors", [True, False])
-def test_sanitizers_find_nothing(tmp_path: Path, vectors: bool) -> None:
-    flags = ["-std=c++17", "-O1", "-DSANITIZED", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread", "-Wno-psabi"]
-    flags += [f"-I{Path(native.__file__).parent}", *([] if vectors else ["-DWITHOUT_VECTORS"])]  # what other compilers get
-    command = ["g++", *flags, str(Path(__file__).parent / "obs_check.cpp"), "-o", str(tmp_path / "check")]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    done = subprocess.run([str(tmp_path / "check"), "60"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "each block once" in done.stdout
 
 
 @SCORES

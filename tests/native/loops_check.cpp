@@ -1,10 +1,12 @@
 // Runs block sums and Optimal Brain Surgeon on every instruction set, over ragged shapes and exactly sized buffers, in several threads; then
 // again while allocations or threads fail, one after another, and while another thread interrupts them. test_sanitizers.py builds it.
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <thread>
@@ -27,12 +29,19 @@ static void check(bool right, const char* what) {
 }
 
 // Sums of whole numbers, which are exact.
-static void run_pool(int64_t rows, int64_t cols, int64_t r, int64_t c, int64_t threads, int isa) {
+static void run_pool(bool is_bf16, int64_t rows, int64_t cols, int64_t r, int64_t c, int64_t threads, int isa) {
     std::unique_ptr<float[]> x(new float[rows * cols]);
-    for (int64_t i = 0; i < rows * cols; i++) x[i] = (float)draw(-3, 3);
+    std::unique_ptr<uint16_t[]> halves(new uint16_t[rows * cols]);
+    for (int64_t i = 0; i < rows * cols; i++) {
+        x[i] = (float)draw(-3, 3);
+        uint32_t bits;
+        std::memcpy(&bits, &x[i], 4);
+        halves[i] = (uint16_t)(bits >> 16);
+    }
+    const void* numbers = is_bf16 ? (const void*)halves.get() : x.get();
     const int64_t high = (rows + r - 1) / r, wide = (cols + c - 1) / c;
     std::unique_ptr<float[]> out(new float[high * wide]);
-    const int32_t failed = with_failures([&] { return pool_sum(x.get(), 0, 2, rows, cols, r, c, out.get(), threads, isa); });
+    const int32_t failed = with_failures([&] { return pool_sum(numbers, is_bf16, 2, rows, cols, r, c, out.get(), threads, isa); });
     check(failed == 0 || failed == 2, "what pool_sum returns");
     for (int64_t i = 0; !failed && i < high; i++)
         for (int64_t j = 0; j < wide; j++) {
@@ -76,6 +85,29 @@ template <class T> static void run_obs(int64_t bands, int64_t blocks, int64_t m,
     }
 }
 
+// An inverse with correlations and columns that the block width may not fill evenly: each block is removed once.
+template <class T> static void run_correlated(int64_t blocks, int64_t m, int64_t n, int64_t threads, int isa) {
+    const int64_t bands = 2, k = blocks * n, stop = draw(0, (int)blocks);
+    std::normal_distribution<double> normal;
+    std::vector<double> x(2 * k);
+    for (double& v : x) v = normal(rng);
+    std::unique_ptr<T[]> weights(new T[bands * k * m]), inverse(new T[k * k]), errors(new T[bands * blocks]);
+    std::unique_ptr<int64_t[]> group(new int64_t[bands]()), order(new int64_t[bands * blocks]);
+    for (int64_t i = 0; i < bands * k * m; i++) weights[i] = (T)normal(rng);
+    for (int64_t r = 0; r < k; r++)
+        for (int64_t c = 0; c < k; c++) inverse[r * k + c] = (T)((x[r] * x[c] + x[k + r] * x[k + c]) / k + (r == c));
+    const std::atomic<int32_t> interrupted(0);
+    const int64_t failed = with_failures([&] {
+        return obs_sweep(weights.get(), inverse.get(), group.get(), sizeof(T) == 8, bands, k, m, n, stop, errors.get(), order.get(), threads,
+                         isa, &interrupted);
+    });
+    check(failed == 0 || failed == -2, "what obs_sweep returns");
+    if (failed) return;
+    std::vector<int64_t> count(bands * blocks);
+    for (int64_t i = 0; i < bands * blocks; i++) count[i / blocks * blocks + order[i]]++;
+    check(std::all_of(count.begin(), count.end(), [](int64_t c) { return c == 1; }), "an order with correlated inputs");
+}
+
 int main(int argc, char** argv) {
     const int rounds = argc > 1 ? std::atoi(argv[1]) : 100;
     for (int isa = 0; isa < 4; isa++) {
@@ -85,10 +117,14 @@ int main(int argc, char** argv) {
             const int sizes[] = {1, 2, 3, 4, 5, 8, 16, 33};
             const int64_t n = sizes[draw(0, 7)], m = sizes[draw(0, 7)], threads = draw(1, 4);
             fail_next(round % 2 ? draw(0, 12) : -1, round % 4 == 3 ? draw(0, 3) : -1);
-            run_pool(draw(1, 90), draw(1, 90), sizes[draw(0, 7)], sizes[draw(0, 7)], threads, isa);
+            run_pool(round % 2 == 0, draw(1, 80), draw(1, 150), sizes[draw(0, 7)], sizes[draw(0, 7)], threads, isa);
             fail_next(round % 2 ? draw(0, 60) : -1, round % 4 == 3 ? draw(0, 3) : -1);
             if (round % 3) run_obs<float>(draw(1, 6), draw(1, 20), m, n, threads, isa, round % 5 == 0);
             else run_obs<double>(draw(1, 6), draw(1, 20), m, n, threads, isa, round % 5 == 0);
+            fail_next(round % 2 ? draw(0, 60) : -1, round % 4 == 3 ? draw(0, 3) : -1);
+            const int width = draw(1, round % 3 ? 8 : 40), blocks = draw(1, width > 10 ? 6 : 60);
+            run_correlated<float>(blocks, draw(1, 20), width, threads, isa);
+            run_correlated<double>(blocks, draw(1, 20), width, threads, isa);
         }
     }
     std::printf("%d numbers wrong, %d allocations and %d threads refused\n", wrong, (int)refused_allocations, (int)refused_threads);

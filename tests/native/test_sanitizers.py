@@ -19,7 +19,8 @@ PLAIN = ["-DWITHOUT_VECTORS"]  # what other compilers get; it is compiled in a f
 RUNS = [  # sanitizer, program, flags, rounds
     ("address,undefined", "spmm_check", [], 300),
     ("address,undefined", "spmm_check", PLAIN, 300),
-    ("address,undefined", "loops_check", [], 30),
+    ("address,undefined", "loops_check", [], 60),
+    ("address,undefined", "loops_check", PLAIN, 60),
     ("thread", "spmm_check", PLAIN, 30),
     ("thread", "loops_check", PLAIN, 30),
 ]
