@@ -15,9 +15,13 @@ template <int L, int NV, int MR> INLINE void multiply_add(F<L> (&acc)[MR][NV], c
 // How a type of number is packed and multiplied: `pair` multiplies two packed columns, at a and b, with pairs of weights, `single` one
 // column; `load_columns` and `store_packed` move numbers of x into a panel; offset<P>(c) is where column c starts in a panel of P rows.
 struct F32 {
-    typedef float Weight;
+    typedef float Number;  // of x, of the stored weights and of y
+    typedef float Weight;  // as the micro-kernel reads it
     typedef float Packed;
+    template <int L> using Sums = F<L>;
+    static const bool IS_SCALED = false;   // whether sums are integers, which scales make floats
     static const int64_t COLUMNS = LANES;  // are packed at a time
+    INLINE const float* weights(const float* stored, int64_t, void*) { return stored; }
     template <int P> static constexpr int64_t offset(int64_t column) { return column * P; }
     template <int L, int NV, int MR> INLINE void pair(F<L> (&acc)[MR][NV], const float* a, const float* b, const float* w) {
         multiply_add<L>(acc, a, w, 2);
@@ -33,9 +37,13 @@ struct F32 {
 };
 
 struct Bf16AsF32 {  // bfloat16, where only floats can be multiplied
+    typedef uint16_t Number;
     typedef uint16_t Weight;
     typedef float Packed;
+    template <int L> using Sums = F<L>;
+    static const bool IS_SCALED = false;
     static const int64_t COLUMNS = LANES;
+    INLINE const uint16_t* weights(const uint16_t* stored, int64_t, void*) { return stored; }
     template <int P> static constexpr int64_t offset(int64_t column) { return column * P; }
     template <int L, int NV, int MR> INLINE void pair(F<L> (&acc)[MR][NV], const float* a, const float* b, const uint16_t* w) {
         F<L> x[NV], y[NV];
@@ -72,9 +80,13 @@ template <int L, int NV, int MR> INLINE void dot_single(F<L> (&acc)[MR][NV], con
 }
 
 struct Bf16Pairs {  // bfloat16 whose kept columns come in neighbouring pairs: two columns are packed into one word
+    typedef uint16_t Number;
     typedef uint16_t Weight;
     typedef uint32_t Packed;
+    template <int L> using Sums = F<L>;
+    static const bool IS_SCALED = false;
     static const int64_t COLUMNS = 2 * LANES;
+    INLINE const uint16_t* weights(const uint16_t* stored, int64_t, void*) { return stored; }
     template <int P> static constexpr int64_t offset(int64_t column) { return column / 2 * P; }
     template <int L, int NV> INLINE void load_words(U<L> (&x)[NV], const uint32_t* a) {
         UNROLL for (int v = 0; v < NV; v++) {
@@ -97,9 +109,13 @@ struct Bf16Pairs {  // bfloat16 whose kept columns come in neighbouring pairs: t
 };
 
 struct Bf16Columns {  // bfloat16 of which any two kept columns may be a pair: columns are packed one by one
+    typedef uint16_t Number;
     typedef uint16_t Weight;
     typedef uint16_t Packed;
+    template <int L> using Sums = F<L>;
+    static const bool IS_SCALED = false;
     static const int64_t COLUMNS = 2 * LANES;
+    INLINE const uint16_t* weights(const uint16_t* stored, int64_t, void*) { return stored; }
     template <int P> static constexpr int64_t offset(int64_t column) { return column * P; }
     template <int L, int NV, int MR> INLINE void pair(F<L> (&acc)[MR][NV], const uint16_t* a, const uint16_t* b, const uint16_t* w) {
         U<L> x[NV];
@@ -133,16 +149,18 @@ template <class K> struct TileInput {
     int64_t height;          // of the band: the weights of two pairs are 2 * height apart
     const typename K::Weight* last;  // the weights of an odd last column, or null
     int64_t last_col;
-    bool first;              // `out` holds nothing yet
-    float* out;              // [MR][P]
+    int64_t origin;          // the column of the panel that columns are counted from
+    bool first;              // `sums` hold nothing yet
+    float* sums;             // [MR][P], or integers
 };
 
 // SINGLE says that blocks are one column wide.
 template <class K, int L, int NV, int MR, bool SINGLE> static void micro_kernel(const TileInput<K>& input) {
     constexpr int P = L * NV, SETS = MR * NV < 4 ? 4 : MR * NV < 8 ? 2 : 1;  // sets of accumulators, to hide the latency of additions
-    F<L> acc[SETS][MR][NV] = {};
+    typedef typename K::template Sums<L> Sums;
+    Sums acc[SETS][MR][NV] = {};
     UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < NV; v++)
-        if (!input.first) acc[0][m][v] = load<F<L>>(input.out + m * P + v * L);
+        if (!input.first) acc[0][m][v] = load<Sums>(input.sums + m * P + v * L);
     const auto* w = input.w;
     const auto pair = [&](int set, const typename K::Packed* a, const typename K::Packed* b) __attribute__((always_inline)) {
         K::template pair<L>(acc[set], a, b, w);
@@ -170,12 +188,12 @@ template <class K, int L, int NV, int MR, bool SINGLE> static void micro_kernel(
     if (input.last) K::template single<L>(acc[0], input.panel + K::template offset<P>(input.last_col), input.last);
     UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < NV; v++) {
         UNROLL for (int s = 1; s < SETS; s++) acc[0][m][v] += acc[s][m][v];
-        store(input.out + m * P + v * L, acc[0][m][v]);
+        store(input.sums + m * P + v * L, acc[0][m][v]);
     }
 }
 
 template <class K, int P> static void pack(const Product& p, const Slice& slice, int64_t begin, int64_t end, void* to) {
-    typedef typename K::Weight T;
+    typedef typename K::Number T;
     const T zeros[K::COLUMNS] = {};
     auto* panel = (typename K::Packed*)to;
     for (int64_t c = begin; c < end; c += K::COLUMNS)
@@ -201,30 +219,34 @@ template <class K, int P> static void pack(const Product& p, const Slice& slice,
         }
 }
 
-// Transposes out [rows][P] and stores it, with the bias, in the columns of y from `top` on.
-template <class T, int P> static void store_output(const Product& p, const Slice& slice, const float* out, int64_t top, int64_t rows) {
+// Transposes the sums [rows][P] of a panel and stores them, scaled and with the bias, in the columns of y from `top` on.
+template <class K, class T, int P> static void store_panel(const Product& p, const Panel& panel, int64_t top, int64_t rows) {
+    const Slice& slice = panel.slice;
     for (int64_t i = 0; i < slice.count; i += LANES) {
         for (int64_t r = 0; r < rows; r += LANES) {
-            const int64_t count = std::min<int64_t>(LANES, rows - r);
+            const int64_t count = std::min<int64_t>(LANES, rows - r), inputs = std::min<int64_t>(LANES, slice.count - i);
             const F<LANES> bias = p.bias ? load_floats<LANES>(Padded<LANES, T>((const T*)p.bias + top + r, count).all) : F<LANES>{};
             F<LANES> x[LANES];
-            UNROLL for (int k = 0; k < LANES; k++) x[k] = load<F<LANES>>(out + (r + k) * P + i);
+            UNROLL for (int k = 0; k < LANES; k++) x[k] = load<F<LANES>>(panel.sums + (r + k) * P + i);
             transpose(x);
+            if constexpr (K::IS_SCALED) {
+                const F<LANES> scale = load<F<LANES>>(Padded<LANES, float>(p.weight_scale + top + r, count).all);
+                for (int k = 0; k < inputs; k++) x[k] = scaled<LANES>((I<LANES>)x[k], scale * p.input_scale[slice.first + i + k]);
+            }
             T* y = (T*)p.y + (slice.first + i) * p.rows + top + r;
-            if (count == LANES && i + LANES <= slice.count) {
+            if (count == LANES && inputs == LANES) {
                 UNROLL for (int k = 0; k < LANES; k++) store_floats<LANES>(y + k * p.rows, x[k] + bias);
             } else {
-                for (int k = 0; k < std::min<int64_t>(LANES, slice.count - i); k++) store_floats<LANES>(y + k * p.rows, x[k] + bias, count);
+                for (int k = 0; k < inputs; k++) store_floats<LANES>(y + k * p.rows, x[k] + bias, count);
             }
         }
     }
 }
 
-// The product of bands with a panel of NV vectors of L rows of x.
+// The product of kept blocks of a band with a panel of NV vectors of L rows of x.
 template <class K, int L, int NV, bool SINGLE> struct PanelProduct {
     // rows of a tile; bands that are taller than TILE_ROWS rarely meet the narrowest panel, since a gemv takes so few rows of x
     static const int P = L * NV, MAX_ROWS = NV == 1 && (L > 4 || LANES == 4) ? ACCUMULATORS : TILE_ROWS;
-    typedef typename K::Weight T;
     typedef void (*MicroKernel)(const TileInput<K>&);
 
     template <int... MR> static MicroKernel kernel_for(int64_t rows, std::integer_sequence<int, MR...>) {
@@ -232,55 +254,109 @@ template <class K, int L, int NV, bool SINGLE> struct PanelProduct {
         return rows <= TILE_ROWS ? kernels[rows - 1] : micro_kernel<K, L, NV, MAX_ROWS, SINGLE>;
     }
 
-    static void multiply_tiles(TileInput<K> input) {  // all rows of a band, in tiles of about the same number of rows
+    static void multiply(TileInput<K> input) {  // all rows of a band, in tiles of about the same number of rows
         const int64_t height = input.height, tiles = height % MAX_ROWS ? (height + TILE_ROWS - 1) / TILE_ROWS : height / MAX_ROWS;
         const auto *w = input.w, *last = input.last;
-        float* out = input.out;
+        float* sums = input.sums;
+        input.panel += K::template offset<P>(input.origin);
         for (int64_t t = 0; t < tiles; t++) {
             const int64_t top = height * t / tiles, bottom = height * (t + 1) / tiles;
-            input.w = w + 2 * top, input.last = last ? last + top : nullptr, input.out = out + top * P;
+            input.w = w + 2 * top, input.last = last ? last + top : nullptr, input.sums = sums + top * P;
             kernel_for(bottom - top, std::make_integer_sequence<int, TILE_ROWS>())(input);
         }
     }
 
-    static void multiply_band(const Product& p, const void* panel, int64_t band, float* out) {
-        const int64_t height = p.height_of(band), blocks = p.crow[band + 1] - p.crow[band];
-        if (!blocks) {
-            for (int64_t i = 0; i < height * P; i++) out[i] = 0;
-            return;
-        }
-        const int32_t* col = p.col + p.crow[band];
-        const T* w = (const T*)p.values + p.start(band);
-        const int64_t last_block = col[blocks - 1] * p.width;
-        // columns outside of whole pairs or blocks
-        const int64_t tail = SINGLE ? blocks & 1 : last_block + p.width > p.cols ? p.cols - last_block : 0;
-        const int64_t count = SINGLE ? blocks / 2 : blocks - (tail > 0), weights = height * (SINGLE ? 2 : p.width);
-        // weights that several tiles read are read in parts, which stay in the cache
-        const int64_t step = std::max<int64_t>(1, height <= MAX_ROWS ? count : CACHED_BYTES / (weights * (int64_t)sizeof(T)));
-        TileInput<K> input = {w, (const typename K::Packed*)panel, col, 0, p.width, height, nullptr, 0, true, out};
-        for (int64_t j = 0; j < count || (SINGLE && j == 0); j += step) {
-            input.w = w + j * weights, input.col = col + (SINGLE ? 2 * j : j);
-            input.count = std::min(step, count - j), input.first = j == 0;
-            if (SINGLE && tail && j + step >= count) input.last = w + count * weights, input.last_col = col[blocks - 1];
-            multiply_tiles(input);
-        }
-        if (!SINGLE && tail) {  // the ragged block at the end of the columns
-            static const int32_t zero = 0;
-            input.panel += K::template offset<P>(last_block);
-            input.w = w + count * weights, input.col = &zero, input.count = 1, input.width = tail & ~1, input.first = count == 0;
-            if (tail & 1) input.last = input.w + (tail - 1) * height, input.last_col = tail - 1;
-            multiply_tiles(input);
-        }
-    }
-
-    static void multiply_bands(const Product& p, const Slice& slice, const void* panel, float* out, int64_t begin, int64_t end) {
-        int64_t rows = 0;
-        for (int64_t band = begin; band < end; band++) {
-            multiply_band(p, panel, band, out + rows * P);
-            rows += p.height_of(band);
-            if (band + 1 < end && rows < OUTPUT_ROWS) continue;
-            store_output<T, P>(p, slice, out, band * p.height + p.height_of(band) - rows, rows);
-            rows = 0;
-        }
+    static void store_output(const Product& p, const Panel& panel, int64_t top, int64_t rows) {
+        if constexpr (!K::IS_SCALED) store_panel<K, typename K::Number, P>(p, panel, top, rows);
+        else if (p.is_bf16) store_panel<K, uint16_t, P>(p, panel, top, rows);
+        else store_panel<K, float, P>(p, panel, top, rows);
     }
 };
+
+// Calls action(product) with the PanelProduct of panels of some rows.
+template <class K, bool SINGLE, class Action> INLINE void with_panel_product(int64_t panel_rows, Action action) {
+    switch (panel_rows) {
+        case LANES * PANEL_VECTORS: return action(PanelProduct<K, LANES, PANEL_VECTORS, SINGLE>());
+#if PANEL_VECTORS > 2
+        case LANES * 2: return action(PanelProduct<K, LANES, 2, SINGLE>());
+#endif
+        case LANES: return action(PanelProduct<K, LANES, 1, SINGLE>());
+#if LANES > 8
+        case LANES / 2: return action(PanelProduct<K, LANES / 2, 1, SINGLE>());
+#endif
+#if LANES > 4
+        default: return action(PanelProduct<K, 4, 1, SINGLE>());
+#endif
+    }
+}
+
+// A band times all panels: its kept blocks that start in some columns. The sums of the band start at row `top` of the sums of each panel.
+template <class K, bool SINGLE> struct BandProduct {
+    typedef typename K::Number T;
+    const Product& p;
+    const Panel* panels;
+    int64_t panel_count, band, top;
+    typename K::Weight* scratch;
+
+    const int64_t height = p.height_of(band), blocks = p.crow[band + 1] - p.crow[band];
+    const int32_t* col = p.col + p.crow[band];
+    const T* values = (const T*)p.values + p.start(band);
+    const int64_t last_block = blocks ? col[blocks - 1] * p.width : 0;
+    // kept columns outside of whole blocks, or of whole pairs of columns
+    const int64_t tail = SINGLE ? blocks & 1 : blocks && last_block + p.width > p.cols ? p.cols - last_block : 0;
+    const int64_t per_item = SINGLE ? 2 : 1, count = SINGLE ? blocks / 2 : blocks - (tail > 0), weights = height * per_item * p.width;
+
+    // The first block, or pair of columns, that starts at a column or after it.
+    int64_t first_after(int64_t column) const {
+        int64_t low = 0, high = count;
+        while (low < high) {
+            const int64_t middle = (low + high) / 2;
+            if (col[per_item * middle] * p.width < column) low = middle + 1;
+            else high = middle;
+        }
+        return low;
+    }
+    void multiply_panels(TileInput<K>& input) const {
+        for (int64_t i = 0; i < panel_count; i++) {
+            const Panel& panel = panels[i];
+            input.panel = (const typename K::Packed*)panel.packed, input.sums = panel.sums + top * panel.slice.panel;
+            with_panel_product<K, SINGLE>(panel.slice.panel, [&](auto product) { product.multiply(input); });
+        }
+    }
+    void multiply(const Range& columns) const {
+        const bool is_last = columns.end >= p.cols;
+        const int64_t begin = columns.begin ? first_after(columns.begin) : 0, end = is_last ? count : first_after(columns.end);
+        // several tiles and all panels read the weights: they are read in parts, which stay in the cache
+        const int64_t step = std::max<int64_t>(1, CACHED_BYTES / (weights * (int64_t)sizeof(typename K::Weight)));
+        TileInput<K> input = {nullptr, nullptr, nullptr, 0, p.width, height, nullptr, 0, 0, false, nullptr};
+        for (int64_t j = begin; j < end; j += step) {
+            input.count = std::min(step, end - j), input.first = j == 0, input.col = col + per_item * j;
+            input.w = K::weights(values + j * weights, input.count * weights, scratch);
+            multiply_panels(input);
+        }
+        if (is_last && tail) multiply_tail(input);
+        if (is_last && !blocks)
+            for (int64_t i = 0; i < panel_count; i++)
+                std::memset(panels[i].sums + top * panels[i].slice.panel, 0, height * panels[i].slice.panel * sizeof(float));
+    }
+    void multiply_tail(TileInput<K>& input) const {
+        static const int32_t zero = 0;
+        const int64_t columns = SINGLE ? 1 : tail, pairs = columns / 2;
+        input.first = count == 0, input.col = &zero, input.count = pairs > 0, input.width = 2 * pairs;
+        input.origin = SINGLE ? 0 : last_block;
+        input.w = K::weights(values + count * weights, columns * height, scratch);
+        if (columns & 1) input.last = input.w + 2 * pairs * height, input.last_col = SINGLE ? col[blocks - 1] : columns - 1;
+        multiply_panels(input);
+    }
+};
+
+template <class K, bool SINGLE>
+static void gemm(const Product& p, const Panel* panels, int64_t count, const Range& bands, const Range& columns, void* scratch) {
+    int64_t rows = 0;
+    for (int64_t band = bands.begin; band < bands.end; rows += p.height_of(band++))
+        BandProduct<K, SINGLE>{p, panels, count, band, rows, (typename K::Weight*)scratch}.multiply(columns);
+    if (columns.end < p.cols) return;
+    for (int64_t i = 0; i < count; i++)
+        with_panel_product<K, SINGLE>(panels[i].slice.panel,
+                                      [&](auto product) { product.store_output(p, panels[i], bands.begin * p.height, rows); });
+}

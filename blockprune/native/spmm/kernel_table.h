@@ -1,23 +1,5 @@
 // The table of the kernels for one instruction set. Included last, in its namespace.
 
-template <class K, bool SINGLE>
-static void multiply_panel(const Product& p, const Slice& slice, const void* panel, float* scratch, int64_t begin, int64_t end) {
-    constexpr int NV = PANEL_VECTORS;
-    switch (slice.panel) {
-        case LANES * NV: return PanelProduct<K, LANES, NV, SINGLE>::multiply_bands(p, slice, panel, scratch, begin, end);
-#if PANEL_VECTORS > 2
-        case LANES * 2: return PanelProduct<K, LANES, 2, SINGLE>::multiply_bands(p, slice, panel, scratch, begin, end);
-#endif
-        case LANES: return PanelProduct<K, LANES, 1, SINGLE>::multiply_bands(p, slice, panel, scratch, begin, end);
-#if LANES > 8
-        case LANES / 2: return PanelProduct<K, LANES / 2, 1, SINGLE>::multiply_bands(p, slice, panel, scratch, begin, end);
-#endif
-#if LANES > 4
-        default: return PanelProduct<K, 4, 1, SINGLE>::multiply_bands(p, slice, panel, scratch, begin, end);
-#endif
-    }
-}
-
 template <class K> static void pack_panel(const Product& p, const Slice& slice, int64_t begin, int64_t end, void* to) {
     switch (slice.panel) {
         case 4: return pack<K, 4>(p, slice, begin, end, to);
@@ -36,8 +18,8 @@ template <class BlockType, class ColumnType, class Words> static Kernels kernels
             [](const Product& p, const Slice& slice, int64_t begin, int64_t end, void* to) {
                 (p.width == 1 ? pack_panel<ColumnType> : pack_panel<BlockType>)(p, slice, begin, end, to);
             },
-            [](const Product& p, const Slice& slice, const void* panel, float* scratch, int64_t begin, int64_t end) {
-                (p.width == 1 ? multiply_panel<ColumnType, true> : multiply_panel<BlockType, false>)(p, slice, panel, scratch, begin, end);
+            [](const Product& p, const Panel* panels, int64_t count, const Range& bands, const Range& columns, void* scratch) {
+                (p.width == 1 ? gemm<ColumnType, true> : gemm<BlockType, false>)(p, panels, count, bands, columns, scratch);
             },
             gemv<Words>};
 }

@@ -62,6 +62,12 @@ struct Work {
     }
 };
 
+const int64_t SUMS_BYTES = 131072;    // of the sums of a group of bands
+const int64_t PANELS_BYTES = 262144;  // of the columns of all panels that a group of bands meets before the next columns
+const int64_t MIN_COLUMNS = 128;      // at a time
+const int64_t MAX_INPUTS = 256;       // rows of x whose panels are multiplied at a time
+const int64_t PACKED_BYTES = 4194304; // of panels that are packed before they are multiplied
+
 template <class Body> void for_each_task(const Team& team, int64_t count, Body body) {
     run_tasks(team, count, [](void* data, int64_t i) { (*(Body*)data)(i); }, &body);
 }
@@ -73,35 +79,49 @@ struct Runner {
     Work work{p};
     const int64_t threads = team.useful;
 
-    void multiply(const Slice& slice, const void* panel, int64_t begin, int64_t end) const {
-        ScratchBuffer scratch((slice.panel ? gemm_scratch(p, slice.panel) : gemv_scratch(p)) * (int64_t)sizeof(float));
-        if (slice.panel) kernels.gemm(p, slice, panel, (float*)scratch.get(), begin, end);
-        else kernels.gemv(p, slice, (float*)scratch.get(), begin, end);
-    }
     int64_t panel_bytes(const Slice& slice) const { return round_up(p.cols, 32) * slice.panel * kernels.packed_bytes; }
 
-    // one slice, all of it on the thread that calls
-    void run_slice(const Slice& slice) const {
-        ScratchBuffer panel(panel_bytes(slice));
-        if (slice.panel) kernels.pack(p, slice, 0, p.cols, panel.get());
-        multiply(slice, panel.get(), 0, p.bands());
+    // Multiplies panels with some bands. The sums of a group of bands are added up, some columns at a time: so these columns of all panels
+    // stay in the cache for the whole group, and the weights are read once for all panels.
+    void multiply_panels(Panel* panels, int64_t count, int64_t begin, int64_t end) const {
+        int64_t width = 0;  // of all panels together
+        for (int64_t i = 0; i < count; i++) width += panels[i].slice.panel;
+        const int64_t bands = std::max<int64_t>(1, SUMS_BYTES / (4 * width * p.height)), rows = std::min(bands, end - begin) * p.height;
+        const int64_t columns = std::max<int64_t>(MIN_COLUMNS, PANELS_BYTES / (kernels.packed_bytes * width) / 64 * 64);
+        ScratchBuffer sums((rows + 24) * width * 4), scratch(gemm_scratch(p));
+        float* next = (float*)sums.get();
+        for (int64_t i = 0; i < count; i++) panels[i].sums = next, next += (rows + 24) * panels[i].slice.panel;
+        for (int64_t band = begin; band < end; band += bands)
+            for (int64_t column = 0; column < p.cols; column += columns)
+                kernels.gemm(p, panels, count, {band, std::min(end, band + bands)}, {column, column + columns}, scratch.get());
+    }
+    void multiply_rows(const Slice& slice, int64_t begin, int64_t end) const {
+        ScratchBuffer scratch(gemv_scratch(p) * (int64_t)sizeof(float));
+        kernels.gemv(p, slice, (float*)scratch.get(), begin, end);
     }
 
-    // some slices on all threads: their panels are packed, then their bands are shared out
-    void run_together(const Slice* slices, int64_t count) const {
+    // Some slices on all threads: their panels are packed, then bands are shared out, and panels too where there are few bands.
+    void run_together(const Slice* slices, int64_t count, int64_t at_once) const {
         std::vector<int64_t> offsets(count + 1, 0);
         for (int64_t i = 0; i < count; i++) offsets[i + 1] = offsets[i] + panel_bytes(slices[i]);
-        ScratchBuffer panels(offsets[count]);
-        const int64_t parts = (p.cols + 511) / 512, shares = std::max<int64_t>(1, (4 * threads + count - 1) / count);
+        ScratchBuffer packed(offsets[count]);
+        const auto address = [&](int64_t i) { return (char*)packed.get() + offsets[i]; };
+        const int64_t parts = (p.cols + 511) / 512, groups = (count + at_once - 1) / at_once;
+        const int64_t shares = threads == 1 ? 1 : (4 * threads + groups - 1) / groups;
         if (offsets[count])
             for_each_task(team, count * parts, [&](int64_t i) {
-                const Slice& slice = slices[i / parts];
                 const int64_t begin = i % parts * 512, end = std::min(p.cols, begin + 512);
-                if (slice.panel) kernels.pack(p, slice, begin, end, (char*)panels.get() + offsets[i / parts]);
+                if (slices[i / parts].panel) kernels.pack(p, slices[i / parts], begin, end, address(i / parts));
             });
-        for_each_task(team, count * shares, [&](int64_t i) {
+        for_each_task(team, groups * shares, [&](int64_t i) {
             const int64_t begin = work.share(i % shares, shares), end = work.share(i % shares + 1, shares);
-            if (begin < end) multiply(slices[i / shares], (char*)panels.get() + offsets[i / shares], begin, end);
+            if (begin == end) return;
+            std::vector<Panel> panels;
+            for (int64_t k = i / shares * at_once; k < std::min(count, (i / shares + 1) * at_once); k++) {
+                if (slices[k].panel) panels.push_back({slices[k], address(k), nullptr});
+                else multiply_rows(slices[k], begin, end);
+            }
+            if (!panels.empty()) multiply_panels(panels.data(), (int64_t)panels.size(), begin, end);
         });
     }
 
@@ -111,12 +131,10 @@ struct Runner {
         const int64_t spread = threads > 1 ? work.total() / work.largest() : 0;
         while (threads > 1 && max_panel > kernels.min_panel && (p.n + max_panel - 1) / max_panel * spread < 2 * threads) max_panel /= 2;
         const std::vector<Slice> slices = slices_of(p, kernels, max_panel);
-        const int64_t count = (int64_t)slices.size(), together = 4 * threads;
-        if (threads == 1 || count >= together) {
-            for_each_task(team, count, [&](int64_t i) { run_slice(slices[i]); });
-        } else {
-            run_together(slices.data(), count);
-        }
+        const int64_t count = (int64_t)slices.size(), most = std::max<int64_t>(1, MAX_INPUTS / std::max<int64_t>(1, max_panel));
+        const int64_t at_once = threads == 1 ? most : std::max<int64_t>(1, std::min(most, count * spread / (2 * threads)));
+        const int64_t together = std::max(at_once, PACKED_BYTES / std::max<int64_t>(1, panel_bytes(slices[0])) / at_once * at_once);
+        for (int64_t i = 0; i < count; i += together) run_together(slices.data() + i, std::min(together, count - i), at_once);
     }
 };
 

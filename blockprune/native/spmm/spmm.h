@@ -27,7 +27,9 @@ struct Product : Layer {
     int64_t n;
     const void* bias;  // or null
     void* y;
-    const int64_t* starts;  // [bands] where the values of each band start, or null where crow says it
+    const int64_t* starts;      // [bands] where the values of each band start, or null where crow says it
+    const float *input_scale = nullptr, *weight_scale = nullptr;  // [n], [rows] of int8: what makes sums floats
+    bool is_bf16 = false;       // the type of bias and y, where weights are int8
 
     int64_t bands() const { return (rows + height - 1) / height; }
     int64_t height_of(int64_t band) const { return std::min(height, rows - band * height); }
@@ -38,6 +40,14 @@ struct Product : Layer {
 struct Slice {
     int64_t first, count, panel;
 };
+struct Panel {
+    Slice slice;
+    void* packed;
+    float* sums;  // [rows of some bands and LANES more][panel]: floats, or int32 where numbers are int8
+};
+struct Range {
+    int64_t begin, end;
+};
 
 // The kernels for one type of number on one instruction set.
 struct Kernels {
@@ -46,17 +56,20 @@ struct Kernels {
     int64_t gemv_rows;             // rows of W in the smallest vector of `gemv`
     // Packs columns [begin, end) of a slice of x into its panel; begin is a multiple of 32.
     void (*pack)(const Product&, const Slice&, int64_t begin, int64_t end, void* panel);
-    // Multiplies a panel with bands [begin, end); `scratch` holds gemm_scratch(...) floats.
-    void (*gemm)(const Product&, const Slice&, const void* panel, float* scratch, int64_t begin, int64_t end);
+    // Adds the product of some bands, their kept blocks that start in some columns, to the sums of panels, and stores them in y after the
+    // last columns. `scratch` holds gemm_scratch(...) bytes.
+    void (*gemm)(const Product&, const Panel*, int64_t count, const Range& bands, const Range& columns, void* scratch);
     // Multiplies a slice of 1 to 4 rows of x with bands [begin, end); `scratch` holds gemv_scratch(...) floats.
     void (*gemv)(const Product&, const Slice&, float* scratch, int64_t begin, int64_t end);
 };
 
-static const int64_t OUTPUT_ROWS = 64;          // rows of the result that are gathered before they are transposed and stored
-static const int64_t CACHED_BYTES = 49152;      // of weights that stay in the cache while several tiles read them
+static const int64_t CACHED_BYTES = 49152;      // of weights that stay in the cache while several tiles and panels read them
 static const int64_t PREFETCH_DISTANCE = 8192;  // bytes
 
-static inline int64_t gemm_scratch(const Product& p, int64_t panel) { return (OUTPUT_ROWS + p.height + 24) * panel; }
+// Bytes for weights that are widened before they are multiplied: of int8, two bytes each.
+static inline int64_t gemm_scratch(const Product& p) {
+    return p.weight_scale ? std::max(CACHED_BYTES, 2 * p.height * std::max<int64_t>(2, p.width)) : 0;
+}
 static inline int64_t gemv_scratch(const Product& p) { return 4 * (p.height + p.cols + 32); }
 
 struct KernelSet {

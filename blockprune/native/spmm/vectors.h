@@ -4,11 +4,13 @@
 template <int L> struct Vec {
     typedef float F __attribute__((vector_size(4 * L)));
     typedef uint32_t U __attribute__((vector_size(4 * L)));
+    typedef int32_t I __attribute__((vector_size(4 * L)));
     typedef uint64_t Q __attribute__((vector_size(4 * L)));
     typedef uint16_t H __attribute__((vector_size(2 * L)));
 };
 template <int L> using F = typename Vec<L>::F;
 template <int L> using U = typename Vec<L>::U;
+template <int L> using I = typename Vec<L>::I;
 template <int L> using Q = typename Vec<L>::Q;
 template <int L> using H = typename Vec<L>::H;
 
@@ -40,6 +42,7 @@ INLINE void store_float(uint16_t* p, float x) {
     const uint32_t bits = load<uint32_t>(&x);
     *p = (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40 : round_to_bf16(bits));
 }
+template <int L> INLINE F<L> scaled(I<L> sums, F<L> scale) { return __builtin_convertvector(sums, F<L>) * scale; }
 template <int L> INLINE void store_floats(float* p, F<L> x) { store(p, x); }
 template <int L> INLINE void store_floats(uint16_t* p, F<L> x) {
 #if defined(DOT_PAIRS)
