@@ -11,10 +11,11 @@ from torch import Tensor
 from blockprune.core._compat import gomp_parallel
 from blockprune.native.library import INSTRUCTIONS, available_instructions, chosen_instructions, is_plain_memory, load
 
-__all__ = ["INSTRUCTIONS", "instructions", "linear", "status"]
+__all__ = ["INSTRUCTIONS", "instructions", "linear", "linear_int8", "status"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _MULTIPLICATIONS = 1 << 32  # of one call of the compiled loops, a part of a second; between calls Python answers signals such as Ctrl-C
+_MAX_INT8_COLUMNS = (1 << 31) // 127**2  # whose products an int32 holds
 _ROWS_MULTIPLE = 128  # of inputs in one such call, so that they fill the kernels' panels
 
 
@@ -23,7 +24,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if library is not None:
         count, pointer, choice = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
         library.spmm.argtypes = [*[pointer] * 3, *[count] * 4, choice, pointer, count, pointer, pointer, count, choice]
-        library.spmm.restype = choice
+        library.spmm_int8.argtypes = [*[pointer] * 3, *[count] * 4, choice, pointer, count, *[pointer] * 3, count, choice]
+        library.spmm.restype = library.spmm_int8.restype = choice
         library.use_openmp.argtypes = [pointer]
         library.use_openmp(gomp_parallel())
     return library, status
@@ -53,30 +55,68 @@ def linear(
     Sums are float32 whatever the type. Inputs that meet no kept weight of a row do not reach it, be they NaN: the dense product with zeros
     makes NaN of them.
     """
+    return _multiply("spmm", x, values, x.dtype, crow, col, (), shape, block, bias)
+
+
+def _multiply(
+    function: str,
+    x: Tensor,
+    values: Tensor,
+    dtype: torch.dtype,
+    crow: Tensor,
+    col: Tensor,
+    more: tuple[int, ...],
+    shape: tuple[int, int],
+    block: tuple[int, int],
+    bias: Tensor | None,
+) -> Tensor | None:
+    """What a function of the library returns for inputs that it supports, else None."""
     if _library is None or x.dtype not in _DTYPES or not is_plain_memory(x := x.contiguous()):
         return None
-    if not (_readable(x, values) and _indices(crow, torch.int64) and _indices(col, torch.int32)):
+    if not (_readable(values, dtype) and _indices(crow, torch.int64) and _indices(col, torch.int32)):
         return None
     rows, cols = shape
     if x.shape[-1] != cols:
         raise ValueError(f"an input of shape {tuple(x.shape)} does not fit a weight of shape {shape}: its last axis must be {cols}")
-    if bias is not None and (not _readable(x, bias) or bias.shape != (rows,)):
+    if bias is not None and (not _readable(bias, x.dtype) or bias.shape != (rows,)):
         return None
     out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
     addresses = values.data_ptr(), col.data_ptr(), crow.data_ptr()
     n, at_bias = x.numel() // cols, None if bias is None else bias.data_ptr()
-    layer = (*addresses, rows, cols, *block, _DTYPES[x.dtype])
+    layer, multiply = (*addresses, rows, cols, *block, _DTYPES[x.dtype]), getattr(_library, function)
     step = max(1, _MULTIPLICATIONS // (max(1, len(values)) * _ROWS_MULTIPLE)) * _ROWS_MULTIPLE
     for first in range(0, n, step):
         at_x, at_out = (t.data_ptr() + first * width * t.element_size() for t, width in ((x, cols), (out, rows)))
-        if _library.spmm(*layer, at_x, min(step, n - first), at_bias, at_out, torch.get_num_threads(), _choice):
+        if multiply(*layer, at_x, min(step, n - first), at_bias, at_out, *more, torch.get_num_threads(), _choice):
             return None
     return out
 
 
-def _readable(x: Tensor, other: Tensor) -> bool:
-    """Whether a tensor is numbers in CPU memory of the type of ``x``, and needs no gradient."""
-    return other.dtype == x.dtype and is_plain_memory(other)
+def linear_int8(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    scale: Tensor,
+    *,
+    shape: tuple[int, int],
+    block: tuple[int, int],
+    bias: Tensor | None = None,
+) -> Tensor | None:
+    """`linear` with a weight in int8 of which each row has a scale, ``scale [rows]``; each row of x is quantized too.
+
+    The largest magnitude of a row of x becomes 127, the others are rounded to the nearest integer, ties to even. Sums are exact. A row of x
+    that is not finite makes its row of the result NaN.
+    """
+    cols = shape[1]
+    if x.dtype not in _DTYPES or cols > _MAX_INT8_COLUMNS or scale.dtype != torch.float32 or not is_plain_memory(scale):
+        return None
+    return _multiply("spmm_int8", x, values, torch.int8, crow, col, (scale.data_ptr(),), shape, block, bias)
+
+
+def _readable(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor is numbers of a type in CPU memory, and needs no gradient."""
+    return x.dtype == dtype and is_plain_memory(x)
 
 
 def _indices(x: Tensor, dtype: torch.dtype) -> bool:

@@ -1,4 +1,4 @@
-// The kernels for AVX-512 with instructions that multiply pairs of bfloat16, subnormal ones as zero, and add to floats.
+// The kernels for AVX-512 with instructions that multiply pairs of bfloat16, subnormal ones as zero, and add to floats; or pairs of int16.
 
 #include "intrinsics.h"
 #include "spmm.h"
@@ -15,14 +15,16 @@ namespace {
 #include "vectors.h"
 #include "gemm.h"
 #include "gemv.h"
+#include "int8.h"
 #include "kernel_table.h"
-const Kernels bf16 = kernels<Bf16Pairs, Bf16Columns, Bf16Words<DotPairs>>();
+const Kernels bf16 = float_kernels<Bf16Pairs, Bf16Columns, Bf16Words<DotPairs>>();
+const Kernels int8 = kernels<Int8Pairs, Int8Columns>(4, gemv_int8);
 }  // namespace
 END_TARGET
 
 const KernelSet* avx512_bf16_kernels() {
     static const KernelSet* avx512 = avx512_kernels();
-    static const KernelSet set = {avx512 ? avx512->f32 : nullptr, &bf16};
+    static const KernelSet set = {avx512 ? avx512->f32 : nullptr, &bf16, &int8, quantize};
     return avx512 && processor_has(AVX512_BF16) ? &set : nullptr;
 }
 #else

@@ -6,6 +6,13 @@ INLINE U<8> extend(H<8> x) { return (U<8>)_mm256_cvtepu16_epi32((__m128i)x); }
 INLINE F<4> permute(F<4> x, U<4> order) { return (F<4>)_mm_permutevar_ps((__m128)x, (__m128i)order); }
 INLINE F<8> permute(F<8> x, U<8> order) { return (F<8>)_mm256_permutevar8x32_ps((__m256)x, (__m256i)order); }
 
+INLINE U<4> widen(Vec<4>, const int8_t* p) { return (U<4>)_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p)); }
+INLINE U<8> widen(Vec<8>, const int8_t* p) { return (U<8>)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+
+// sums + a * b of both int16 in each word
+INLINE I<4> dot_pairs(I<4> sums, U<4> a, U<4> b) { return sums + (I<4>)_mm_madd_epi16((__m128i)a, (__m128i)b); }
+INLINE I<8> dot_pairs(I<8> sums, U<8> a, U<8> b) { return sums + (I<8>)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+
 #if LANES == 8
 INLINE void transpose(F<8> (&x)[8]) {
     __m256 t[8], u[8];

@@ -25,6 +25,13 @@ INLINE void transpose(F<16> (&x)[16]) {
     }
 }
 
+INLINE U<16> widen(Vec<16>, const int8_t* p) { return (U<16>)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+#if defined(DOT_PAIRS)
+INLINE I<16> dot_pairs(I<16> sums, U<16> a, U<16> b) { return (I<16>)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b); }
+#else
+INLINE I<16> dot_pairs(I<16> sums, U<16> a, U<16> b) { return sums + (I<16>)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+#endif
+
 INLINE F<16> permute(F<16> x, U<16> order) { return (F<16>)_mm512_permutexvar_ps((__m512i)order, (__m512)x); }
 
 #if defined(DOT_PAIRS)

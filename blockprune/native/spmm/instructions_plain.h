@@ -2,6 +2,11 @@
 
 #if defined(__aarch64__)
 INLINE U<4> extend(H<4> x) { return (U<4>)vmovl_u16((uint16x4_t)x); }
+INLINE U<4> widen(Vec<4>, const int8_t* p) { return (U<4>)vmovl_s8(vld1_s8(p)); }
+INLINE I<4> dot_pairs(I<4> sums, U<4> a, U<4> b) {
+    const int16x8_t x = (int16x8_t)a, y = (int16x8_t)b;
+    return sums + (I<4>)vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));
+}
 INLINE F<4> permute(F<4> x, U<4> order) {
     return (F<4>)vqtbl1q_u8((uint8x16_t)x, (uint8x16_t)(order * 0x04040404u + 0x03020100u));
 }
@@ -16,6 +21,11 @@ INLINE void transpose(F<4> (&x)[4]) {
 INLINE U<4> extend(H<4> x) {
     return (U<4>)_mm_unpacklo_epi16(_mm_cvtsi64_si128(load<int64_t>(&x)), _mm_setzero_si128());
 }
+INLINE U<4> widen(Vec<4>, const int8_t* p) {
+    const __m128i x = _mm_loadl_epi64((const __m128i*)p);
+    return (U<4>)_mm_srai_epi16(_mm_unpacklo_epi8(x, x), 8);
+}
+INLINE I<4> dot_pairs(I<4> sums, U<4> a, U<4> b) { return sums + (I<4>)_mm_madd_epi16((__m128i)a, (__m128i)b); }
 INLINE F<4> permute(F<4> x, U<4> order) { return F<4>{x[order[0]], x[order[1]], x[order[2]], x[order[3]]}; }
 INLINE void transpose(F<4> (&x)[4]) {
     __m128 a = (__m128)x[0], b = (__m128)x[1], c = (__m128)x[2], d = (__m128)x[3];

@@ -11,15 +11,20 @@ template <class K> static void pack_panel(const Product& p, const Slice& slice, 
     }
 }
 
+template <class K> static constexpr int64_t packed_bytes() { return K::template offset<64>(2) * sizeof(typename K::Packed) / 128; }
+
 // BlockType packs whole blocks, ColumnType single columns.
-template <class BlockType, class ColumnType, class Words> static Kernels kernels() {
-    const int64_t packed_bytes = sizeof(typename BlockType::Packed) * LANES / BlockType::COLUMNS;
-    return {LANES * PANEL_VECTORS, 4, packed_bytes, Words::template VECTOR_ROWS<4>,
+template <class BlockType, class ColumnType>
+static Kernels kernels(int64_t gemv_rows, void (*gemv)(const Product&, const Slice&, float*, int64_t, int64_t)) {
+    return {LANES * PANEL_VECTORS, 4, {packed_bytes<BlockType>(), packed_bytes<ColumnType>()}, gemv_rows,
             [](const Product& p, const Slice& slice, int64_t begin, int64_t end, void* to) {
                 (p.width == 1 ? pack_panel<ColumnType> : pack_panel<BlockType>)(p, slice, begin, end, to);
             },
             [](const Product& p, const Panel* panels, int64_t count, const Range& bands, const Range& columns, void* scratch) {
                 (p.width == 1 ? gemm<ColumnType, true> : gemm<BlockType, false>)(p, panels, count, bands, columns, scratch);
             },
-            gemv<Words>};
+            gemv};
+}
+template <class BlockType, class ColumnType, class Words> static Kernels float_kernels() {
+    return kernels<BlockType, ColumnType>(Words::template VECTOR_ROWS<4>, gemv<Words>);
 }

@@ -18,9 +18,11 @@ namespace {
 #include "vectors.h"
 #include "gemm.h"
 #include "gemv.h"
+#include "int8.h"
 #include "kernel_table.h"
-const Kernels f32 = kernels<F32, F32, F32Words>(), bf16 = kernels<Bf16AsF32, Bf16AsF32, Bf16Words<DotAsF32>>();
-const KernelSet set = {&f32, &bf16};
+const Kernels f32 = float_kernels<F32, F32, F32Words>(), bf16 = float_kernels<Bf16AsF32, Bf16AsF32, Bf16Words<DotAsF32>>();
+const Kernels int8 = kernels<Int8Pairs, Int8Columns>(4, gemv_int8);
+const KernelSet set = {&f32, &bf16, &int8, quantize};
 }  // namespace
 #else
 #include "loops.h"

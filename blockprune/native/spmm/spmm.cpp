@@ -18,6 +18,7 @@ const KernelSet* kernels_of(int32_t isa) {
 
 // Up to how many rows of x a gemv is faster than packing them.
 int64_t max_gemv_inputs(const Product& p, const Kernels& kernels) {
+    if (p.weight_scale) return p.height % kernels.gemv_rows == 0 || p.height >= 8 ? 4 : 0;
     if (p.height >= 8) return p.width == 1 && p.height < 16 ? 2 : 4;
     return p.height == 6 || (p.height > 1 && p.height % kernels.gemv_rows) ? 0 : p.width == 1 ? 1 : p.height == 1 ? 4 : 2;
 }
@@ -79,7 +80,9 @@ struct Runner {
     Work work{p};
     const int64_t threads = team.useful;
 
-    int64_t panel_bytes(const Slice& slice) const { return round_up(p.cols, 32) * slice.panel * kernels.packed_bytes; }
+    const int64_t packed_bytes = kernels.packed_bytes[p.width == 1];
+
+    int64_t panel_bytes(const Slice& slice) const { return round_up(p.cols, 32) * slice.panel * packed_bytes; }
 
     // Multiplies panels with some bands. The sums of a group of bands are added up, some columns at a time: so these columns of all panels
     // stay in the cache for the whole group, and the weights are read once for all panels.
@@ -87,7 +90,7 @@ struct Runner {
         int64_t width = 0;  // of all panels together
         for (int64_t i = 0; i < count; i++) width += panels[i].slice.panel;
         const int64_t bands = std::max<int64_t>(1, SUMS_BYTES / (4 * width * p.height)), rows = std::min(bands, end - begin) * p.height;
-        const int64_t columns = std::max<int64_t>(MIN_COLUMNS, PANELS_BYTES / (kernels.packed_bytes * width) / 64 * 64);
+        const int64_t columns = std::max<int64_t>(MIN_COLUMNS, PANELS_BYTES / (packed_bytes * width) / 64 * 64);
         ScratchBuffer sums((rows + 24) * width * 4), scratch(gemm_scratch(p));
         float* next = (float*)sums.get();
         for (int64_t i = 0; i < count; i++) panels[i].sums = next, next += (rows + 24) * panels[i].slice.panel;
@@ -150,29 +153,62 @@ int64_t useful_threads(const Product& p, int64_t threads, bool is_bf16) {
 // Whether this processor has an instruction set of isa.h.
 EXPORT int32_t has_isa(int32_t isa) { return kernels_of(isa) != nullptr; }
 
+// Runs body(p), p with the places at which the values of each band start.
+template <class Body> static int32_t with_starts(Product p, Body body) {
+    if (p.height < 1 || p.width < 1 || (p.width > 1 && p.width % 2)) return 1;
+    if (!p.n || !p.rows) return 0;
+    try {
+        std::vector<int64_t> starts;
+        if (p.cols % p.width) {  // a band that keeps a block of the ragged last column of blocks has fewer weights
+            const int64_t last = p.cols / p.width;
+            int64_t start = 0;
+            for (int64_t band = 0; band < p.bands(); band++) {
+                starts.push_back(start);
+                const int64_t blocks = p.crow[band + 1] - p.crow[band], ragged = blocks && p.col[p.crow[band + 1] - 1] == last;
+                start += p.height_of(band) * (blocks * p.width - ragged * (p.width - p.cols % p.width));
+            }
+            p.starts = starts.data();
+        }
+        body(p);
+    } catch (const std::bad_alloc&) {
+        return 2;
+    }
+    return 0;
+}
+
 // y [n, rows] = x [n, cols] W^T + bias, all of one type and contiguous. The caller has checked the stored weight. Returns 0, 1 for an
 // instruction set that is not there, or 2 if memory ran out.
 EXPORT int32_t spmm(const void* values, const int32_t* col, const int64_t* crow, int64_t rows, int64_t cols, int64_t height, int64_t width,
                     int32_t is_bf16, const void* x, int64_t n, const void* bias, void* y, int64_t threads, int32_t isa) {
     const KernelSet* kernels = kernels_of(isa);
-    if (!kernels || height < 1 || width < 1 || (width > 1 && width % 2)) return 1;
-    if (!n || !rows) return 0;
-    try {
-        Product p{{values, col, crow, rows, cols, height, width}, x, n, bias, y, nullptr};
-        std::vector<int64_t> starts;
-        if (cols % width) {  // a band that keeps a block of the ragged last column of blocks has fewer weights
-            const int64_t last = cols / width;
-            int64_t start = 0;
-            for (int64_t band = 0; band < p.bands(); band++) {
-                starts.push_back(start);
-                const int64_t blocks = crow[band + 1] - crow[band], ragged = blocks && col[crow[band + 1] - 1] == last;
-                start += p.height_of(band) * (blocks * width - ragged * (width - cols % width));
-            }
-            p.starts = starts.data();
-        }
+    if (!kernels) return 1;
+    return with_starts({{values, col, crow, rows, cols, height, width}, x, n, bias, y, nullptr}, [&](const Product& p) {
         Runner{p, is_bf16 ? *kernels->bf16 : *kernels->f32, {threads, useful_threads(p, threads, is_bf16)}}.run();
-    } catch (const std::bad_alloc&) {
-        return 2;
-    }
-    return 0;
+    });
+}
+
+// The same with W in int8, of which each row has a scale, and x in int8 too, after each row has got a scale from its largest magnitude.
+// x, bias and y are float32 or bfloat16. Sums are int32, which hold 2^31 / 127^2 products; the caller has checked that `cols` is not more.
+EXPORT int32_t spmm_int8(const int8_t* values, const int32_t* col, const int64_t* crow, int64_t rows, int64_t cols, int64_t height,
+                         int64_t width, int32_t is_bf16, const void* x, int64_t n, const void* bias, void* y, const float* scale,
+                         int64_t threads, int32_t isa) {
+    const KernelSet* kernels = kernels_of(isa);
+    if (!kernels) return 1;
+    Product whole{{values, col, crow, rows, cols, height, width}, x, n, bias, y, nullptr};
+    whole.weight_scale = scale, whole.is_bf16 = is_bf16;
+    return with_starts(whole, [&](Product p) {
+        const int64_t bytes = is_bf16 ? 2 : 4, most = std::min(n, std::max<int64_t>(MAX_INPUTS, PACKED_BYTES / cols));
+        ScratchBuffer quantized(most * cols), scales(most * (int64_t)sizeof(float));
+        for (int64_t first = 0; first < n; first += most) {
+            p.n = std::min(most, n - first);
+            p.x = quantized.get(), p.y = (char*)y + first * rows * bytes, p.input_scale = (const float*)scales.get();
+            const Team team = {threads, useful_threads(p, threads, true)};
+            for_each_task(team, (p.n + 7) / 8, [&](int64_t i) {
+                for (int64_t row = 8 * i; row < std::min(p.n, 8 * i + 8); row++)
+                    kernels->quantize((const char*)x + (first + row) * cols * bytes, is_bf16, cols, (int8_t*)quantized.get() + row * cols,
+                                      (float*)scales.get() + row);
+            });
+            Runner{p, *kernels->int8, team}.run();
+        }
+    });
 }

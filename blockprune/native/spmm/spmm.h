@@ -52,7 +52,7 @@ struct Range {
 // The kernels for one type of number on one instruction set.
 struct Kernels {
     int64_t max_panel, min_panel;  // rows of a panel, powers of two; 0 where `gemv` does everything
-    int64_t packed_bytes;          // of one number of x in a panel
+    int64_t packed_bytes[2];       // of one number of x in a panel, for blocks and for single columns
     int64_t gemv_rows;             // rows of W in the smallest vector of `gemv`
     // Packs columns [begin, end) of a slice of x into its panel; begin is a multiple of 32.
     void (*pack)(const Product&, const Slice&, int64_t begin, int64_t end, void* panel);
@@ -63,8 +63,9 @@ struct Kernels {
     void (*gemv)(const Product&, const Slice&, float* scratch, int64_t begin, int64_t end);
 };
 
-static const int64_t CACHED_BYTES = 49152;      // of weights that stay in the cache while several tiles and panels read them
+static const int64_t CACHED_BYTES = 16384;      // of weights that stay in the cache while several tiles and panels read them
 static const int64_t PREFETCH_DISTANCE = 8192;  // bytes
+static const float SMALLEST_INPUT = 1e-36f;     // rows of x without larger numbers are zero in int8: 127 / x must be finite
 
 // Bytes for weights that are widened before they are multiplied: of int8, two bytes each.
 static inline int64_t gemm_scratch(const Product& p) {
@@ -73,7 +74,9 @@ static inline int64_t gemm_scratch(const Product& p) {
 static inline int64_t gemv_scratch(const Product& p) { return 4 * (p.height + p.cols + 32); }
 
 struct KernelSet {
-    const Kernels *f32, *bf16;
+    const Kernels *f32, *bf16, *int8;
+    // A row of x, of float32 or bfloat16, in int8, and its scale: NaN where it is not finite.
+    void (*quantize)(const void* x, bool is_bf16, int64_t cols, int8_t* out, float* scale);
 };
 
 const KernelSet* plain_kernels();
