@@ -94,22 +94,21 @@ template <class T> static void quantize_row(const T* x, int64_t cols, int8_t* ou
 template <int L, int NV, int N, bool SINGLE>
 static void multiply_int8_rows(const Product& p, const int16_t* x, int64_t stride, const Band<int8_t>& band, int64_t top, int32_t* sums) {
     I<L> acc[N][NV] = {};
-    const auto add = [&](const int8_t* w, int64_t a, int64_t b) __attribute__((always_inline)) {
-        U<L> weights[NV];
-        UNROLL for (int v = 0; v < NV; v++) {
-            weights[v] = widen<L>(w + 2 * (top + v * L));
-            IN_REGISTER(weights[v]);
-        }
-        prefetch_after(w + 2 * top);
-        UNROLL for (int i = 0; i < N; i++) {
-            const int16_t* row = x + i * stride;
-            const U<L> word = U<L>{} + (SINGLE ? (uint16_t)row[a] | (uint32_t)(uint16_t)row[b] << 16 : load<uint32_t>(row + a));
-            UNROLL for (int v = 0; v < NV; v++) acc[i][v] = dot_pairs(acc[i][v], weights[v], word);
-        }
-    };
     int32_t last[N][NV * L] = {};
     for_each_pair<1, SINGLE>(
-        p, band, [&](int, const int8_t* w, int64_t a, int64_t b) __attribute__((always_inline)) { add(w, a, b); },
+        p, band,
+        [&](int, const int8_t* w, int64_t a, int64_t b) __attribute__((always_inline)) {
+            UNROLL for (int v = 0; v < NV; v++) {
+                U<L> weights = widen<L>(w + 2 * (top + v * L));
+                IN_REGISTER(weights);
+                UNROLL for (int i = 0; i < N; i++) {
+                    const int16_t* row = x + i * stride;
+                    const uint32_t word = SINGLE ? (uint16_t)row[a] | (uint32_t)(uint16_t)row[b] << 16 : load<uint32_t>(row + a);
+                    acc[i][v] = dot_pairs(acc[i][v], weights, U<L>{} + word);
+                }
+            }
+            prefetch_after(w + 2 * top);
+        },
         [&](const int8_t* w, int64_t a) {
             for (int i = 0; i < N; i++)
                 for (int r = 0; r < NV * L; r++) last[i][r] = w[top + r] * x[i * stride + a];
@@ -155,8 +154,7 @@ static void gemv_int8_bands(const Product& p, const Slice& slice, float* scratch
     int32_t* sums = (int32_t*)scratch;
     int16_t* x = (int16_t*)(scratch + 4 * p.height);
     const int64_t stride = p.cols + 2;
-    for (int64_t i = 0; i < N; i++)
-        for (int64_t c = 0; c < p.cols; c++) x[i * stride + c] = ((const int8_t*)p.x)[(slice.first + i) * p.cols + c];
+    for (int64_t i = 0; i < N; i++) Int8::weights((const int8_t*)p.x + (slice.first + i) * p.cols, p.cols, x + i * stride);
     for (int64_t b = begin; b < end; b++) {
         const Band<int8_t> band(p, b);
         multiply_int8_band<LANES, N, SINGLE>(p, x, stride, band, 0, sums);

@@ -64,7 +64,7 @@ struct Work {
 };
 
 const int64_t SUMS_BYTES = 131072;    // of the sums of a group of bands
-const int64_t PANELS_BYTES = 262144;  // of the columns of all panels that a group of bands meets before the next columns
+const int64_t PANELS_BYTES = 131072;  // of the columns of all panels that a group of bands meets before the next columns
 const int64_t MIN_COLUMNS = 128;      // at a time
 const int64_t MAX_INPUTS = 256;       // rows of x whose panels are multiplied at a time
 const int64_t PACKED_BYTES = 4194304; // of panels that are packed before they are multiplied

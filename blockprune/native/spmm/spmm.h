@@ -63,7 +63,7 @@ struct Kernels {
     void (*gemv)(const Product&, const Slice&, float* scratch, int64_t begin, int64_t end);
 };
 
-static const int64_t CACHED_BYTES = 16384;      // of weights that stay in the cache while several tiles and panels read them
+static const int64_t CACHED_BYTES = 8192;       // of weights that stay in the cache while several tiles and panels read them
 static const int64_t PREFETCH_DISTANCE = 8192;  // bytes
 static const float SMALLEST_INPUT = 1e-36f;     // rows of x without larger numbers are zero in int8: 127 / x must be finite
 
