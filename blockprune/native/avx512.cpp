@@ -5,7 +5,7 @@
 #include <cmath>
 #include <limits>
 
-#if defined(BEGIN_TARGET)
+#if defined(BEGIN_TARGET) && !defined(WITHOUT_AVX512)
 #define VECTOR_BYTES 64
 #define TILE_VECTORS 3   // as in avx2.cpp; 32 registers hold 8 x 3 accumulators
 #define DOWNDATE_ROWS 8

@@ -2,6 +2,7 @@
 // allocations or threads fail. test_sanitizers.py builds it; it can be built by hand with other compilers or for other processors, and says
 // what it ran.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -16,6 +17,9 @@
 extern "C" int32_t has_isa(int32_t isa);
 extern "C" int32_t spmm(const void* values, const int32_t* col, const int64_t* crow, int64_t rows, int64_t cols, int64_t height,
                         int64_t width, int32_t is_bf16, const void* x, int64_t n, const void* bias, void* y, int64_t threads, int32_t isa);
+extern "C" int32_t spmm_int8(const int8_t* values, const int32_t* col, const int64_t* crow, int64_t rows, int64_t cols, int64_t height,
+                             int64_t width, int32_t is_bf16, const void* x, int64_t n, const void* bias, void* y, const float* scale,
+                             int64_t threads, int32_t isa);
 
 static std::mt19937 rng(0);
 static int draw(int low, int high) { return low + (int)(rng() % (unsigned)(high - low + 1)); }
@@ -50,9 +54,19 @@ struct Numbers {
     }
 };
 
-// Returns how many numbers of a product are wrong.
+// Rows of x in int8, as they are multiplied, and the scale of each.
+static void quantize(Numbers& x, int64_t cols, std::vector<float>& scales) {
+    for (int64_t i = 0; i < (int64_t)scales.size(); i++) {
+        float top = 0;
+        for (int64_t c = 0; c < cols; c++) top = std::max(top, std::fabs(x.get(i * cols + c)));
+        for (int64_t c = 0; c < cols; c++) x.set(i * cols + c, top ? std::nearbyint(x.get(i * cols + c) * (127 / top)) : 0);
+        scales[i] = top / 127;
+    }
+}
+
+// Returns how many numbers of a product are wrong. Weights are of the type of x and y, or int8.
 static int run(int64_t rows, int64_t cols, int64_t height, int64_t width, int64_t n, double density, bool half, bool with_bias,
-               int64_t threads, int isa) {
+               int64_t threads, int isa, bool is_int8 = false) {
     const int64_t bands = (rows + height - 1) / height, across = (cols + width - 1) / width;
     std::vector<std::vector<int64_t>> columns(bands);  // kept, of each band
     std::vector<int32_t> kept;
@@ -73,29 +87,40 @@ static int run(int64_t rows, int64_t cols, int64_t height, int64_t width, int64_
     Numbers values(count, half), x(n * cols, half), bias(rows, half), y(n * rows, half);
     values.fill(), x.fill(), bias.fill(), y.fill();
     const void* at_bias = with_bias ? bias.memory.get() : nullptr;
+    std::unique_ptr<int8_t[]> whole(new int8_t[count]);
+    std::unique_ptr<float[]> scale(new float[rows]);
+    for (int64_t i = 0; is_int8 && i < count; i++) whole[i] = (int8_t)draw(-127, 127), values.set(i, whole[i]);
+    for (int64_t r = 0; r < rows; r++) scale[r] = is_int8 ? (float)draw(1, 9) / 64 : 1;
     const int32_t failed = with_failures([&] {
+        if (is_int8)
+            return spmm_int8(whole.get(), col.get(), crow.get(), rows, cols, height, width, half, x.memory.get(), n, at_bias,
+                             y.memory.get(), scale.get(), threads, isa);
         return spmm(values.memory.get(), col.get(), crow.get(), rows, cols, height, width, half, x.memory.get(), n, at_bias,
                     y.memory.get(), threads, isa);
     });
     if (failed) return failed == 2 && refused_allocations > 0 ? 0 : 1;
     int wrong = 0;
     int64_t start = 0;
+    std::vector<float> scales(n, 1.0f);
+    if (is_int8) quantize(x, cols, scales);
     for (int64_t b = 0; b < bands; b++) {
         const int64_t high = std::min(height, rows - b * height), many = (int64_t)columns[b].size();
         for (int64_t r = 0; r < high; r++)
             for (int64_t i = 0; i < n; i++) {
-                float sum = with_bias ? bias.get(b * height + r) : 0;
+                float sum = 0;
                 for (int64_t k = 0; k < many; k++) {
                     const int64_t at = k == many - 1 && many % 2 ? k * high + r : k / 2 * 2 * high + 2 * r + k % 2;
                     sum += values.get(start + at) * x.get(i * cols + columns[b][k]);
                 }
-                wrong += std::fabs(sum - y.get(i * rows + b * height + r)) > (half ? std::fabs(sum) / 256 : 0);
+                sum = sum * (scale[b * height + r] * scales[i]) + (with_bias ? bias.get(b * height + r) : 0);
+                const float tolerance = half ? std::fabs(sum) / 256 : is_int8 ? 1e-5f * (1 + std::fabs(sum)) : 0;
+                wrong += std::fabs(sum - y.get(i * rows + b * height + r)) > tolerance;
             }
         start += many * high;
     }
     if (wrong)
         std::printf("%d wrong: [%d, %d] in %d x %d, n %d, density %g, %s, bias %d, %d threads, instructions %d\n", wrong, (int)rows,
-                    (int)cols, (int)height, (int)width, (int)n, density, half ? "bfloat16" : "float32", with_bias, (int)threads, isa);
+                    (int)cols, (int)height, (int)width, (int)n, density, is_int8 ? "int8" : half ? "bfloat16" : "float32", with_bias, (int)threads, isa);
     return wrong;
 }
 
@@ -113,11 +138,11 @@ int main(int argc, char** argv) {
             const int64_t n = draw(0, 3) ? draw(0, 20) : draw(20, 70);
             const double densities[] = {0, 0.2, 0.6, 1};
             fail_next(round % 3 ? -1 : draw(0, 8), round % 5 ? -1 : draw(0, 2));
-            wrong += run(rows, cols, height, width, n, densities[draw(0, 3)], draw(0, 1), draw(0, 1), draw(0, 3) ? 1 : draw(2, 4), isa);
+            wrong += run(rows, cols, height, width, n, densities[draw(0, 3)], draw(0, 1), draw(0, 1), draw(0, 3) ? 1 : draw(2, 4), isa, !draw(0, 2));
             ran++;
         }
         for (int allocation = -1; allocation < 20; allocation++)  // one allocation fails after another, in several threads
-            fail_next(allocation, allocation % 4 - 1), wrong += run(96, 1024, 8, 4, 40, 0.9, false, true, 4, isa), ran++;
+            fail_next(allocation, allocation % 4 - 1), wrong += run(96, 1024, 8, 4, 40, 0.9, false, true, 4, isa, allocation % 2), ran++;
         fail_next(-1, -1);
         for (int64_t n : {1, 7, 40, 129})  // enough work for several threads, all of it in one band or spread
             for (int64_t height : {8, 96}) wrong += run(96, 1024, height, n % 2 ? 1 : 4, n, 0.9, n > 7, true, 3, isa), ran++;

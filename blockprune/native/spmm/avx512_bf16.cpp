@@ -3,7 +3,7 @@
 #include "intrinsics.h"
 #include "spmm.h"
 
-#if defined(BEGIN_TARGET)
+#if defined(BEGIN_TARGET) && !defined(WITHOUT_AVX512)
 #define INSTRUCTIONS "instructions_avx512.h"
 #define DOT_PAIRS
 #define LANES 16

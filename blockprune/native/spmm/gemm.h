@@ -20,6 +20,7 @@ struct F32 {
     typedef float Packed;
     template <int L> using Sums = F<L>;
     static const bool IS_SCALED = false;   // whether sums are integers, which scales make floats
+    static const int64_t MIN_PANEL = 4;    // rows of the smallest panel
     static const int64_t COLUMNS = LANES;  // are packed at a time
     INLINE const float* weights(const float* stored, int64_t, void*) { return stored; }
     template <int P> static constexpr int64_t offset(int64_t column) { return column * P; }
@@ -42,6 +43,7 @@ struct Bf16AsF32 {  // bfloat16, where only floats can be multiplied
     typedef float Packed;
     template <int L> using Sums = F<L>;
     static const bool IS_SCALED = false;
+    static const int64_t MIN_PANEL = 4;
     static const int64_t COLUMNS = LANES;
     INLINE const uint16_t* weights(const uint16_t* stored, int64_t, void*) { return stored; }
     template <int P> static constexpr int64_t offset(int64_t column) { return column * P; }
@@ -85,6 +87,7 @@ struct Bf16Pairs {  // bfloat16 whose kept columns come in neighbouring pairs: t
     typedef uint32_t Packed;
     template <int L> using Sums = F<L>;
     static const bool IS_SCALED = false;
+    static const int64_t MIN_PANEL = 4;
     static const int64_t COLUMNS = 2 * LANES;
     INLINE const uint16_t* weights(const uint16_t* stored, int64_t, void*) { return stored; }
     template <int P> static constexpr int64_t offset(int64_t column) { return column / 2 * P; }
@@ -114,6 +117,7 @@ struct Bf16Columns {  // bfloat16 of which any two kept columns may be a pair: c
     typedef uint16_t Packed;
     template <int L> using Sums = F<L>;
     static const bool IS_SCALED = false;
+    static const int64_t MIN_PANEL = 4;
     static const int64_t COLUMNS = 2 * LANES;
     INLINE const uint16_t* weights(const uint16_t* stored, int64_t, void*) { return stored; }
     template <int P> static constexpr int64_t offset(int64_t column) { return column * P; }
@@ -275,19 +279,14 @@ template <class K, int L, int NV, bool SINGLE> struct PanelProduct {
 
 // Calls action(product) with the PanelProduct of panels of some rows.
 template <class K, bool SINGLE, class Action> INLINE void with_panel_product(int64_t panel_rows, Action action) {
-    switch (panel_rows) {
-        case LANES * PANEL_VECTORS: return action(PanelProduct<K, LANES, PANEL_VECTORS, SINGLE>());
-#if PANEL_VECTORS > 2
-        case LANES * 2: return action(PanelProduct<K, LANES, 2, SINGLE>());
-#endif
-        case LANES: return action(PanelProduct<K, LANES, 1, SINGLE>());
-#if LANES > 8
-        case LANES / 2: return action(PanelProduct<K, LANES / 2, 1, SINGLE>());
-#endif
-#if LANES > 4
-        default: return action(PanelProduct<K, 4, 1, SINGLE>());
-#endif
-    }
+    if (panel_rows == LANES * PANEL_VECTORS) return action(PanelProduct<K, LANES, PANEL_VECTORS, SINGLE>());
+    if constexpr (PANEL_VECTORS > 2)
+        if (panel_rows == LANES * 2) return action(PanelProduct<K, LANES, 2, SINGLE>());
+    if constexpr (LANES > 8 && K::MIN_PANEL < LANES)
+        if (panel_rows == LANES / 2) return action(PanelProduct<K, LANES / 2, 1, SINGLE>());
+    if constexpr (LANES > 4 && K::MIN_PANEL < LANES)
+        if (panel_rows == 4) return action(PanelProduct<K, 4, 1, SINGLE>());
+    action(PanelProduct<K, LANES, 1, SINGLE>());
 }
 
 // A band times all panels: its kept blocks that start in some columns. The sums of the band start at row `top` of the sums of each panel.

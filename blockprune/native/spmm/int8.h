@@ -7,6 +7,7 @@ struct Int8 {
     typedef uint32_t Packed;
     template <int L> using Sums = I<L>;
     static const bool IS_SCALED = true;
+    static const int64_t MIN_PANEL = LANES;  // fewer sizes than of floats, because each takes seconds to compile
     static const int64_t COLUMNS = 2 * LANES;
     INLINE const int16_t* weights(const int8_t* stored, int64_t count, int16_t* scratch) {
         int64_t i = 0;

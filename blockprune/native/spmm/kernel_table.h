@@ -16,7 +16,7 @@ template <class K> static constexpr int64_t packed_bytes() { return K::template 
 // BlockType packs whole blocks, ColumnType single columns.
 template <class BlockType, class ColumnType>
 static Kernels kernels(int64_t gemv_rows, void (*gemv)(const Product&, const Slice&, float*, int64_t, int64_t)) {
-    return {LANES * PANEL_VECTORS, 4, {packed_bytes<BlockType>(), packed_bytes<ColumnType>()}, gemv_rows,
+    return {LANES * PANEL_VECTORS, BlockType::MIN_PANEL, {packed_bytes<BlockType>(), packed_bytes<ColumnType>()}, gemv_rows,
             [](const Product& p, const Slice& slice, int64_t begin, int64_t end, void* to) {
                 (p.width == 1 ? pack_panel<ColumnType> : pack_panel<BlockType>)(p, slice, begin, end, to);
             },
