@@ -9,6 +9,7 @@
 | `triton_launch`, `triton_kernels`         | the product on a GPU                                                              |
 | `dense_baselines`, `timing`               | the fastest dense layers and models; interleaved median times                     |
 | `model_benchmark`, `recommendation`       | whole models against dense ones; which blocks make a layer faster, and their cost |
+| `model_size`                              | parameters and multiply-adds of a whole model, dense and kept                     |
 | `shrinking`, `coupled_channels`           | smaller dense models without the units that masks have emptied                    |
 | `uniform_widths`                          | widths that the configuration of a Hugging Face model can express                 |
 | `constant_units`, `input_dependence`      | which units do not depend on the inputs of a model                                |
@@ -18,6 +19,7 @@
 from blockprune.export.autotune import Backend, Backends, Choice, Choices, backends, choose
 from blockprune.export.conversion import block_sparse, dense, load_state_dict, onnx
 from blockprune.export.model_benchmark import ModelSpeed, SpeedComparison, benchmark
+from blockprune.export.model_size import ModelSize, count_model
 from blockprune.export.recommendation import BlockCost, BlockCosts, BlockRecommendation, BlockSpeedup, cost_table, recommend_blocks
 from blockprune.export.shrinking import ShrinkResult, Units, shrink
 from blockprune.export.sparse_layers import BlockSparseConv2d, BlockSparseLinear, pack_weight
@@ -33,6 +35,7 @@ __all__ = [
     "BlockSpeedup",
     "Choice",
     "Choices",
+    "ModelSize",
     "ModelSpeed",
     "ShrinkResult",
     "SpeedComparison",
@@ -42,6 +45,7 @@ __all__ = [
     "block_sparse",
     "choose",
     "cost_table",
+    "count_model",
     "dense",
     "load_state_dict",
     "onnx",
