@@ -18,9 +18,10 @@
 from blockprune.export.autotune import Backend, Backends, Choice, Choices, backends, choose
 from blockprune.export.conversion import block_sparse, dense, load_state_dict, onnx
 from blockprune.export.model_benchmark import ModelSpeed, SpeedComparison, benchmark
+from blockprune.export.packing import pack_weight
 from blockprune.export.recommendation import BlockCost, BlockCosts, BlockRecommendation, BlockSpeedup, cost_table, recommend_blocks
 from blockprune.export.shrinking import ShrinkResult, Units, shrink
-from blockprune.export.sparse_layers import BlockSparseConv2d, BlockSparseLinear, pack_weight
+from blockprune.export.sparse_layers import BlockSparseConv2d, BlockSparseLinear, Int8BlockSparseLinear
 
 __all__ = [
     "Backend",
@@ -33,6 +34,7 @@ __all__ = [
     "BlockSpeedup",
     "Choice",
     "Choices",
+    "Int8BlockSparseLinear",
     "ModelSpeed",
     "ShrinkResult",
     "SpeedComparison",

@@ -17,7 +17,8 @@ from blockprune.export import semi_structured, triton_launch
 from blockprune.export.candidates import Candidate, find_candidates
 from blockprune.export.dense_baselines import dense_kernels
 from blockprune.export.ops import BACKENDS
-from blockprune.export.sparse_layers import pack_weight, sparse_layer_like
+from blockprune.export.packing import pack_weight
+from blockprune.export.sparse_layers import sparse_layer_like
 from blockprune.export.timing import cold_copies, time_interleaved
 from blockprune.model.apply import finalize
 from blockprune.model.running import Forward, default_forward, preserve_state

@@ -15,7 +15,8 @@ from blockprune.export import semi_structured
 from blockprune.export.autotune import DEFAULT_ROWS, Choices, choose, fixed_backend, warn_if_all_dense
 from blockprune.export.candidates import Candidate, find_candidates
 from blockprune.export.module_replacement import replace_modules
-from blockprune.export.sparse_layers import STATE_KEYS, BlockSparseConv2d, BlockSparseLinear, pack_weight, read_state, sparse_layer_like
+from blockprune.export.packing import pack_weight, read_state
+from blockprune.export.sparse_layers import STATE_KEYS, BlockSparseConv2d, BlockSparseLinear, sparse_layer_like
 from blockprune.model.apply import finalize
 from blockprune.model.hf_checkpoint import prepare_checkpoints
 from blockprune.model.parameters import parameter_refs
@@ -150,7 +151,8 @@ def load_state_dict(model: M, state: Mapping[str, Tensor], *, strict: bool = Tru
         if name not in modules:
             raise KeyError(f"the state dict has a block-sparse layer {name!r} that the model does not have{suggest(name, modules)}")
         prefix = f"{name}." if name else ""
-        new[modules[name]] = _loaded_layer(name, modules[name], [state[prefix + key] for key in STATE_KEYS])
+        tensors = {key: state[prefix + key] for key in (*STATE_KEYS, "scale") if prefix + key in state}
+        new[modules[name]] = _loaded_layer(name, modules[name], tensors)
     plain = replace_modules(plain, new.get)
     tied = [refs for refs in parameter_refs(plain).values() if len(refs) > 1]
     plain.load_state_dict(state, strict=strict, assign=any(p.is_meta for p in plain.parameters()))
@@ -175,15 +177,17 @@ def _block_sparse_layers(state: Mapping[str, Tensor]) -> Iterable[str]:
             yield layer
 
 
-def _loaded_layer(name: str, template: nn.Module, tensors: list[Tensor]) -> BlockSparseLinear:
+def _loaded_layer(name: str, template: nn.Module, tensors: Mapping[str, Tensor]) -> BlockSparseLinear:
     """A layer with a weight of a state dict, and with the bias, device and type of the model's layer."""
     if not isinstance(template, (nn.Linear, nn.Conv2d, BlockSparseLinear)):
         kind = type(template).__name__
         raise ValueError(f"{name}: the state dict has a block-sparse weight for a {kind}; only Linear and Conv2d can have one")
     try:
-        weight = read_state(*(tensor.detach().clone() for tensor in tensors))
+        weight = read_state(**{key: tensor.detach().clone() for key, tensor in tensors.items()})
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    if weight.scale is not None and isinstance(template, (nn.Conv2d, BlockSparseConv2d)):
+        raise ValueError(f"{name}: the state dict has a weight of int8 for a {type(template).__name__}; only a Linear can have one")
     plain: Any = template.weight
     shape = (len(plain), plain[0].numel())
     if weight.shape != shape:
@@ -192,7 +196,8 @@ def _loaded_layer(name: str, template: nn.Module, tensors: list[Tensor]) -> Bloc
         )
     if not plain.is_meta:
         values, crow, col = (x.to(plain.device) for x in (weight.values, weight.crow, weight.col))
-        weight = attrs.evolve(weight, values=values.to(plain.dtype), crow=crow, col=col)
+        scale = None if weight.scale is None else weight.scale.to(plain.device)
+        weight = attrs.evolve(weight, values=values.to(plain.dtype) if scale is None else values, crow=crow, col=col, scale=scale)
     layer = sparse_layer_like(template, weight)
     layer.name = name
     return layer

@@ -17,7 +17,8 @@ from blockprune.core.table import Rows, Table
 from blockprune.core.types import BlockMask, Masks, Scores
 from blockprune.export.autotune import DEFAULT_ROWS, backends
 from blockprune.export.dense_baselines import dense_kernels
-from blockprune.export.sparse_layers import BlockSparseLinear, pack_weight
+from blockprune.export.packing import pack_weight
+from blockprune.export.sparse_layers import BlockSparseLinear
 from blockprune.export.timing import cold_copies, time_interleaved
 
 BLOCKS: tuple[BlockShape, ...] = ((16, 1), (8, 1), (4, 4), (16, 16), (32, 32), (64, 64))

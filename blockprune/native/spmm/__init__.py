@@ -11,7 +11,7 @@ from torch import Tensor
 from blockprune.core._compat import gomp_parallel
 from blockprune.native.library import INSTRUCTIONS, available_instructions, chosen_instructions, is_plain_memory, load
 
-__all__ = ["INSTRUCTIONS", "instructions", "linear", "status"]
+__all__ = ["INSTRUCTIONS", "instructions", "linear", "linear_int8", "status"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _MULTIPLICATIONS = 1 << 32  # of one call of the compiled loops, a part of a second; between calls Python answers signals such as Ctrl-C
@@ -81,3 +81,28 @@ def _readable(x: Tensor, other: Tensor) -> bool:
 
 def _indices(x: Tensor, dtype: torch.dtype) -> bool:
     return x.is_cpu and x.dtype == dtype and x.is_contiguous()
+
+
+def linear_int8(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    scale: Tensor,
+    *,
+    shape: tuple[int, int],
+    block: tuple[int, int],
+    bias: Tensor | None = None,
+) -> Tensor | None:
+    """``x W^T + bias`` for ``x [..., cols]`` and an int8 weight, as `export.format.BlockSparse` holds it; None where this cannot.
+
+    Each row of x is rounded to int8 numbers q with ``s = max|x| / 127`` (`export.quantization.quantize_inputs`); the sums of products are
+    exact, and ``y = sum * (s * scale) + bias`` is computed in float32. A row of x that is not finite gives NaN in the whole row of y.
+
+    Args:
+        x: of float32 or bfloat16, the type of the result.
+        values, crow, col, shape, block: the weight, in the CPU layout; values from -127 to 127.
+        scale: of each row of the weight, float32 ``[rows]``.
+        bias: ``[rows]``, of float32 or of the type of x.
+    """
+    return None
