@@ -3,9 +3,10 @@
 | file                                      | what it holds                                                                     |
 |-------------------------------------------|-----------------------------------------------------------------------------------|
 | `conversion`                              | `block_sparse`, and back: `load_state_dict`, `dense`, `onnx`                      |
-| `candidates`, `autotune`                  | which masked layers can run block-sparse, and which backend runs each (`choose`)  |
+| `candidates`, `autotune`, `choices`       | which masked layers can run block-sparse, and which backend runs each (`choose`)  |
 | `sparse_layers`, `semi_structured`        | layers that hold only the kept blocks, or 2:4 weights                             |
 | `format`, `ops`                           | how kept blocks are stored; the product with them as an operator of torch         |
+| `packing`, `quantization`                 | from a weight and its mask to stored blocks, in the weight's type or in int8      |
 | `triton_launch`, `triton_kernels`         | the product on a GPU                                                              |
 | `dense_baselines`, `timing`               | the fastest dense layers and models; interleaved median times                     |
 | `model_benchmark`, `recommendation`       | whole models against dense ones; which blocks make a layer faster, and their cost |
@@ -15,7 +16,8 @@
 | `module_replacement`                      | `replace_modules`                                                                 |
 """
 
-from blockprune.export.autotune import Backend, Backends, Choice, Choices, backends, choose
+from blockprune.export.autotune import choose
+from blockprune.export.choices import Backend, Backends, Choice, Choices, backends
 from blockprune.export.conversion import block_sparse, dense, load_state_dict, onnx
 from blockprune.export.model_benchmark import ModelSpeed, SpeedComparison, benchmark
 from blockprune.export.packing import pack_weight

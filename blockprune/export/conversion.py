@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from blockprune.core.patterns import suggest
 from blockprune.export import semi_structured
-from blockprune.export.autotune import DEFAULT_ROWS, Choices, choose, fixed_backend, warn_if_all_dense
+from blockprune.export.autotune import DEFAULT_ROWS, MAX_ERROR, choose, fixed_backend
 from blockprune.export.candidates import Candidate, find_candidates
+from blockprune.export.choices import Choice, Choices, warn_if_all_dense
 from blockprune.export.module_replacement import replace_modules
-from blockprune.export.packing import pack_weight, read_state
+from blockprune.export.packing import pack_int8, pack_weight, read_state
+from blockprune.export.quantization import wants_int8
 from blockprune.export.sparse_layers import STATE_KEYS, BlockSparseConv2d, BlockSparseLinear, sparse_layer_like
 from blockprune.model.apply import finalize
 from blockprune.model.hf_checkpoint import prepare_checkpoints
@@ -29,12 +31,17 @@ def block_sparse(
     model: M,
     *,
     backend: str | Choices = "auto",
+    dtype: str | torch.dtype | None = None,
+    max_error: float = MAX_ERROR,
     inputs: Any = None,
     rows: int = DEFAULT_ROWS,
     forward: Forward = default_forward,
     progress: bool | None = None,
 ) -> M:
     """A new model whose masked Linears and convolutions hold and multiply only their kept blocks; its outputs are the masked model's.
+
+    With ``dtype="int8"``, kept weights of Linears are int8 and inputs are rounded to int8 row by row, so that outputs differ a little; a
+    layer whose error is too large or that is not faster so stays in its type, or becomes dense int8.
 
     The kept weights are frozen. Gradients reach the inputs, the biases and all other parameters. A layer that has no block-sparse form, or
     that is faster dense, becomes a plain layer with zeros; ``choose(model)`` says which, and why. A warning names the layers that have no
@@ -44,10 +51,12 @@ def block_sparse(
         model: with masks; it is not changed.
         backend: "auto" measures every layer (`choose`); "native", "triton", "2:4", "torch" or "dense" is used for all layers; or the result
             of `choose`. A 2:4 layer cannot be moved to another device or type, and `load_state_dict` does not load it.
-        inputs, rows, forward, progress: as in `choose`, for "auto".
+        dtype, max_error: as in `choose`. With a backend by name, times do not count, and "dense" is dense int8.
+        inputs, rows, forward, progress: as in `choose`, for "auto"; inputs and forward also for the errors of int8.
 
     Raises:
-        ValueError: a model without masks, an unknown backend, or a choice of "2:4" for a weight that is not 2:4.
+        ValueError: a model without masks, an unknown backend or dtype, a backend that has no int8, a choice of "2:4" for a weight that is
+            not 2:4 or of int8 for a convolution, or a dtype beside choices, which name it.
         RuntimeError: a backend that this machine does not have; the message says why.
         KeyError: choices that were made for another model.
 
@@ -63,12 +72,15 @@ def block_sparse(
         >>> torch.allclose(sparse(x), model(x), atol=1e-6), list(sparse.state_dict())
         (True, ['0.bias', '0.values', '0.crow', '0.col', '0.layout'])
     """
+    options: dict[str, Any] = {"dtype": dtype, "max_error": max_error, "inputs": inputs, "rows": rows, "forward": forward}
     if isinstance(backend, Choices):
+        if dtype is not None:
+            raise ValueError(f"dtype={dtype!r} and backend are given, and the choices have types already: choose(model, dtype={dtype!r})")
         choices = backend
     elif backend == "auto":
-        choices = choose(model, inputs=inputs, rows=rows, forward=forward, progress=progress)
+        choices = choose(model, progress=progress, **options)
     else:
-        choices = fixed_backend(model, backend)
+        choices = fixed_backend(model, backend, **options)
     if backend not in ("auto", "dense"):  # `choose` has warned already
         warn_if_all_dense(choices)
     result, unsupported = convert(model, choices)
@@ -92,27 +104,33 @@ def convert(model: M, choices: Choices) -> tuple[M, dict[str, str]]:
         >>> convert(model, fixed_backend(model, "torch"))
         (BlockSparseLinear(4, 2, bias=True, 50.0% pruned, torch), {})
     """
-    backends = {choice.name: choice.backend for choice in choices.rows}
+    chosen = {choice.name: choice for choice in choices.rows}
     plain = finalize(model)
     new: dict[nn.Module, nn.Module] = {}
     unsupported: dict[str, str] = {}
     for candidate in find_candidates(model):
         if candidate.unsupported_reason:
             unsupported[candidate.name] = candidate.unsupported_reason
-        if candidate.name not in backends:
-            similar = suggest(candidate.name, backends)
+        if candidate.name not in chosen:
+            similar = suggest(candidate.name, chosen)
             raise KeyError(f"backend has no choice for {candidate.name!r}{similar}; make the choices from this model: choose(model)")
-        if backends[candidate.name] != "dense" and not candidate.unsupported_reason:
+        choice = chosen[candidate.name]
+        if (choice.backend != "dense" or choice.dtype) and not candidate.unsupported_reason:
             layer = plain.get_submodule(candidate.layer)
-            new[layer] = _sparse_layer(layer, candidate, backends[candidate.name])
+            new[layer] = _sparse_layer(layer, candidate, choice)
     result = replace_modules(plain, new.get)
     prepare_checkpoints(result)
     return result, unsupported
 
 
-def _sparse_layer(layer: nn.Module, candidate: Candidate, backend: str) -> nn.Module:
-    if backend != "2:4":
-        sparse = sparse_layer_like(layer, pack_weight(candidate.weight, candidate.mask), backend)
+def _sparse_layer(layer: nn.Module, candidate: Candidate, choice: Choice) -> nn.Module:
+    if wants_int8(choice.dtype or None) and not isinstance(layer, nn.Linear):
+        problem = f"{candidate.name} is no weight of a Linear, and backend chooses int8 for it"
+        raise ValueError(f"{problem}; make the choices from this model: choose(model, dtype='int8')")
+    if choice.backend != "2:4":
+        mask = None if choice.backend == "dense" else candidate.mask
+        packed = pack_int8(candidate.weight, mask) if choice.dtype else pack_weight(candidate.weight, candidate.mask)
+        sparse = sparse_layer_like(layer, packed, "native" if choice.backend == "dense" else choice.backend)
         sparse.name = candidate.layer
         return sparse
     if not semi_structured.is_supported(cast(Tensor, layer.weight)):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from blockprune.core._compat import forward_ad_is_active, functorch_is_active
+from blockprune.core.precision import double
 from blockprune.export import triton_launch
 from blockprune.export.format import BlockSparse, block_rows, ensure_valid
 from blockprune.export.quantization import quantize_inputs
@@ -227,6 +228,19 @@ def compiled_product(x: Tensor, sparse: BlockSparse, bias: Tensor | None, backen
     return product(x, *weight, shape=sparse.shape, block=sparse.block, bias=bias)
 
 
+def int8_backend(x: Tensor) -> str:
+    """The backend that multiplies inputs of this type and device with int8 weights: "native" where the compiled loops can, else "torch".
+
+    Example:
+        >>> from blockprune.export.ops import int8_backend
+        >>> int8_backend(torch.ones(1, 2).to(torch.float64))
+        'torch'
+    """
+    values, crow, col = (torch.tensor(numbers, device=x.device) for numbers in ([1, 1], [0, 1], [0]))
+    weight = BlockSparse(values.to(torch.int8), crow, col.int(), (1, 2), (1, 2), scale=values[:1].float())
+    return "torch" if compiled_product(x.new_ones(1, 2), weight, None, "native") is None else "native"
+
+
 def torch_product(x: Tensor, sparse: BlockSparse, bias: Tensor | None = None, *, rounded: bool = True) -> Tensor:
     """``x W^T + bias`` by operators of torch, on any device: each block row multiplies the columns of x that it keeps.
 
@@ -250,7 +264,7 @@ def torch_product(x: Tensor, sparse: BlockSparse, bias: Tensor | None = None, *,
         out = _sums(flat, sparse)
     elif rounded:
         numbers, scale = quantize_inputs(flat)
-        out = _sums(numbers.double(), sparse).float() * (scale[:, None] * sparse.scale)
+        out = _sums(double(numbers), sparse).float() * (scale[:, None] * sparse.scale)
     else:
         out = _sums(flat, sparse) * sparse.scale
     return (out if bias is None else out + bias).to(x.dtype).view(*x.shape[:-1], row_count)

@@ -57,8 +57,8 @@ def pack_weight(weight: Tensor, mask: BlockMask) -> BlockSparse:
     return pack(matrix, keep_columns, BlockGrid((rows, matrix.shape[1]), (height, 1)), paired=paired)
 
 
-def pack_int8(weight: Tensor, mask: BlockMask) -> BlockSparse:
-    """The kept blocks of a Linear's weight ``[rows, columns]`` in int8, with a scale for each row.
+def pack_int8(weight: Tensor, mask: BlockMask | None = None) -> BlockSparse:
+    """The kept blocks of a Linear's weight ``[rows, columns]`` in int8, with a scale for each row; without a mask, the whole weight.
 
     Raises:
         ValueError: a kept weight that is not finite.
@@ -70,5 +70,7 @@ def pack_int8(weight: Tensor, mask: BlockMask) -> BlockSparse:
         >>> sparse.values, sparse.scale * 127
         (tensor([  64, -127], dtype=torch.int8), tensor([2.]))
     """
+    if mask is None:
+        mask = BlockMask(torch.ones(1, 1, dtype=torch.bool), BlockGrid(weight.shape, weight.shape))
     numbers, scale = quantize_weight(torch.where(expand(mask.keep, mask.grid).to(weight.device), weight, 0))
     return attrs.evolve(pack_weight(numbers, mask), scale=scale)

@@ -7,6 +7,8 @@ block made outputs hardly more precise: most of the error comes from the inputs,
 import torch
 from torch import Tensor
 
+from blockprune.core.precision import no_autocast
+
 TOP = 127  # the largest int8 number that is used, so that the numbers are symmetric
 _SMALLEST = 1e-36  # inputs below are zeros, so that 127 / m stays finite
 
@@ -75,9 +77,10 @@ def output_error(x: Tensor, weight: Tensor) -> float:
         >>> output_error(torch.tensor([[127.0, 50.0]]), torch.tensor([[127.0, 3.0]]))
         0.0
     """
-    x, weight = x.float(), weight.float()
+    x, weight = x[x.isfinite().all(1)].float(), weight.float()
     numbers, scale = quantize_weight(weight)
-    inputs, input_scale = quantize_inputs(x[x.isfinite().all(1)])
-    exact = x[x.isfinite().all(1)] @ weight.mT
-    error = (inputs * input_scale[:, None]) @ (numbers * scale[:, None]).mT - exact
+    inputs, input_scale = quantize_inputs(x)
+    with no_autocast():
+        exact = x @ weight.mT
+        error = (inputs * input_scale[:, None]) @ (numbers * scale[:, None]).mT - exact
     return float(error.norm() / exact.norm()) if bool(exact.any()) else 0.0
