@@ -148,7 +148,7 @@ def fixed_backend(
             reason = f"not {semi_structured.REQUIREMENT}"
         choice = Choice(candidate.name, candidate.sparsity, "dense" if reason else backend, reason or "as requested")
         if int8 and not reason:
-            error = errors.get(candidate.layer, _int8_error(candidate, _random_inputs(candidate, rows)))
+            error = errors[candidate.layer] if candidate.layer in errors else _int8_error(candidate, _random_inputs(candidate, rows))
             obstacle = _int8_obstacle(error, max_error)
             choice = attrs.evolve(choice, error=error, dtype="" if obstacle else "int8", reason=obstacle or choice.reason)
         choices.append(choice)

@@ -265,6 +265,7 @@ def torch_product(x: Tensor, sparse: BlockSparse, bias: Tensor | None = None, *,
     elif rounded:
         numbers, scale = quantize_inputs(flat)
         out = _sums(double(numbers), sparse).float() * (scale[:, None] * sparse.scale)
+        bias = None if bias is None else bias.float()
     else:
         out = _sums(flat, sparse) * sparse.scale
     return (out if bias is None else out + bias).to(x.dtype).view(*x.shape[:-1], row_count)
