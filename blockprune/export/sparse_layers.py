@@ -65,7 +65,7 @@ class BlockSparseLinear(nn.Module):
         validate(weight)
         if (weight.scale is None) == ("scale" in self.constants):
             other = "a Linear of int8 is an Int8BlockSparseLinear, and every other layer holds floating-point numbers"
-            raise ValueError(f"a {type(self).__name__} cannot hold a weight of {weight.values.dtype}: {other}")
+            raise ValueError(f"{type(self).__name__} cannot hold a weight of {weight.values.dtype}: {other}")
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(
                 f"a bias of shape {tuple(bias.shape)} does not fit a weight of shape {weight.shape}: it must be ({weight.shape[0]},)"

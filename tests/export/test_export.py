@@ -377,6 +377,79 @@ def test_a_corrupt_state_dict_is_caught_before_anything_reads_it(change: dict[st
     assert torch.equal(sparse(x), before)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"0.col": lambda x: x + 100}, "col must be from 0"),
+        ({"0.values": lambda x: x.float()}, "values are torch.float32 with a scale"),
+        ({"0.values": lambda x: x.clone().fill_(-128)}, "values of int8 must be from -127 to 127"),
+        ({"0.values": lambda x: x[:-1]}, "values has"),
+        (
+            {"0.scale": lambda x: x[:-1]},
+            "scale is torch.float32 of shape (31,) on cpu, and must be contiguous",
+        ),
+        ({"0.scale": lambda x: x.double()}, "scale is torch.float64"),
+        ({"0.scale": lambda x: x / 0}, "scale must be finite and not negative"),
+        ({"0.scale": lambda x: x * float("nan")}, "scale must be finite and not negative"),
+        ({"0.scale": lambda x: -x}, "scale must be finite and not negative"),
+        ({"0.scale": None}, "no scale|is all of values, crow, col, layout, scale"),
+    ],
+)
+def test_a_corrupt_state_dict_of_int8_is_caught_before_anything_reads_it(change: dict[str, Any], said: str) -> None:
+    sparse, x = exported(masked(mlp()), "int8"), torch.randn(3, 24)
+    bad = {key: change[key](value) if change.get(key) else value for key, value in sparse.state_dict().items()}
+    bad = {key: value for key, value in bad.items() if key not in change or change[key]}
+    before = sparse(x)
+    with pytest.raises(ValueError, match=r"^0: ") as caught:
+        export.load_state_dict(mlp(), bad)
+    assert any(part in str(caught.value) for part in said.split("|"))
+    with pytest.raises(RuntimeError, match=r"0: ") as raised:
+        sparse.load_state_dict(bad)
+    assert any(part in str(raised.value) for part in said.split("|"))
+    assert torch.equal(sparse(x), before)
+
+
+def test_a_weight_of_another_type_does_not_load() -> None:
+    in_int8, in_float = (exported(masked(mlp()), backend) for backend in ("int8", "torch"))
+    with pytest.raises(RuntimeError, match=r"the state dict has values, crow, col, layout of it; .* is all of .*scale"):
+        in_int8.load_state_dict(in_float.state_dict())
+    with pytest.raises(RuntimeError, match=r"values are torch.int8 with no scale"):
+        in_float.load_state_dict(in_int8.state_dict())
+    x = torch.randn(3, 24)
+    assert torch.equal(export.load_state_dict(in_float, in_int8.state_dict())(x), in_int8(x))
+    close(export.load_state_dict(in_int8, in_float.state_dict())(x), in_float(x))
+    conv = nn.Sequential(nn.Conv2d(24, 32, 1), nn.GELU(), nn.Linear(32, 10, bias=False))
+    with pytest.raises(ValueError, match=r"0: the state dict has a weight of int8 for a Conv2d; only a Linear can have one"):
+        export.load_state_dict(conv, in_int8.state_dict())
+    with pytest.raises(ValueError, match=r"^BlockSparseLinear cannot hold a weight of torch.int8: .* is an Int8BlockSparseLinear"):
+        export.BlockSparseLinear(in_int8[0].packed_weight, None)
+    with pytest.raises(ValueError, match=r"Int8BlockSparseLinear cannot hold a weight of torch.float32"):
+        export.Int8BlockSparseLinear(in_float[0].packed_weight, None)
+
+
+def test_int8_indices_and_scales_that_were_written_are_validated() -> None:
+    layer, x = exported(masked(nn.Linear(8, 8)), "int8"), torch.randn(3, 8)
+    layer(x)
+    layer.scale[2] = float("nan")
+    with pytest.raises(ValueError, match="scale must be finite"):
+        layer(x)
+    layer.scale = torch.ones(5)
+    with pytest.raises(ValueError, match=r"scale is torch.float32 of shape \(5,\)"):
+        layer(x)
+    with pytest.raises(TypeError, match=r"an input of torch.int64 does not fit a weight of int8 with scales"):
+        layer(x.long())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_int8_model_becomes_dense_in_its_own_type(dtype: torch.dtype) -> None:
+    model, x = masked(mlp()).to(dtype), torch.randn(3, 24).to(dtype)
+    sparse = exported(model, "int8")
+    dense = export.dense(sparse)
+    assert {type(layer) for layer in dense} == {nn.Linear, nn.GELU}
+    assert {p.dtype for p in dense.parameters()} == {dtype}
+    assert (dense(x) - sparse(x)).abs().max() <= 0.02 * (1 + sparse(x).abs().max())
+
+
 def test_a_state_dict_on_the_meta_device_is_refused_and_indices_keep_their_type() -> None:
     sparse, x = export.block_sparse(masked(mlp()), backend="torch"), torch.randn(3, 24)
     with pytest.raises(RuntimeError, match=r"the layer: layout is torch.int64 of shape \(5,\) on meta"):
