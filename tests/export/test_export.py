@@ -203,15 +203,16 @@ def test_it_saves_loads_copies_and_moves(backend: str, tmp_path: Path) -> None:
         assert (half[0].values.dtype, half[0].scale.dtype) == (torch.int8, torch.float32)
 
 
+@pytest.mark.parametrize("backend", ["torch", "int8"])
 @pytest.mark.parametrize("block", [(8, 8), (8, 1), (5, 3)])
-def test_a_weight_is_stored_in_the_layout_of_its_device(monkeypatch: pytest.MonkeyPatch, block: tuple[int, int]) -> None:
+def test_a_weight_is_stored_in_the_layout_of_its_device(monkeypatch: pytest.MonkeyPatch, block: tuple[int, int], backend: str) -> None:
     model, x = masked(mlp(), block), torch.randn(3, 24)
-    on_cpu = export.block_sparse(model, backend="torch")
+    on_cpu = exported(model, backend)
     cpu_state, y = {key: value.clone() for key, value in on_cpu.state_dict().items()}, on_cpu(x)
     converted = copy.deepcopy(on_cpu)
     with monkeypatch.context() as patch:
         patch.setattr(triton_launch, "uses_gpu_layout", lambda device: True)
-        on_gpu = export.block_sparse(model, backend="torch")
+        on_gpu = exported(model, backend)
         state = {key: value.clone() for key, value in on_gpu.state_dict().items()}
         converted.to("cpu")  # as if to another device
         assert {key: value.tolist() for key, value in converted.state_dict().items()} == {
@@ -249,8 +250,9 @@ def test_a_weight_from_another_kind_of_device_is_converted_however_it_arrives(mo
     assert torch.equal(on_cpu(x), y)
 
 
-def test_another_mask_loads_into_the_same_layer() -> None:
-    first, second = (export.block_sparse(masked(mlp(), sparsity=s), backend="torch") for s in (0.3, 0.8))
+@pytest.mark.parametrize("backend", ["torch", "int8"])
+def test_another_mask_loads_into_the_same_layer(backend: str) -> None:
+    first, second = (exported(masked(mlp(), sparsity=s), backend) for s in (0.3, 0.8))
     x = torch.randn(3, 24)
     first.load_state_dict(second.state_dict())
     close(first(x), second(x))
@@ -283,7 +285,10 @@ def test_autocast_multiplies_in_its_type(backend: str) -> None:
     model, x = masked(mlp()), torch.randn(3, 24)
     sparse, expected = exported(model, backend), expected_model(model, backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        close(sparse(x), expected(x))
+        y = sparse(x)
+        close(y, expected(x))
+    y.float().sum().backward()
+    assert sparse[0].bias.grad.dtype == torch.float32
 
 
 class Unsupported(nn.Module):
