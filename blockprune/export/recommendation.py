@@ -265,12 +265,15 @@ class _LayerTiming:
         if inputs is None:
             first: Any = next(iter(layers.values()))
             device = first.keep.device if isinstance(first, BlockMask) else first.value.device
-            return cls(rows, float_dtype, device, graph, rounds, int8)
-        in_features = {name: math.prod(layer.grid.shape[1:]) for name, layer in layers.items()}
-        if wrong := [name for name, features in in_features.items() if features != inputs.shape[-1]]:
-            misfit = f"inputs {tuple(inputs.shape)} do not fit {wrong[0]}, which has {in_features[wrong[0]]} input features"
-            raise ValueError(f"{misfit}; give the number of input rows instead: rows={rows}")
-        return cls(rows, inputs.dtype, inputs.device, graph, rounds, int8)
+        else:
+            device, float_dtype = inputs.device, inputs.dtype
+            in_features = {name: math.prod(layer.grid.shape[1:]) for name, layer in layers.items()}
+            if wrong := [name for name, features in in_features.items() if features != inputs.shape[-1]]:
+                misfit = f"inputs {tuple(inputs.shape)} do not fit {wrong[0]}, which has {in_features[wrong[0]]} input features"
+                raise ValueError(f"{misfit}; give the number of input rows instead: rows={rows}")
+        if int8 and device.type != "cpu":
+            raise ValueError(f"dtype={dtype!r} has kernels for a CPU alone, and the layers or inputs are on {device}")
+        return cls(rows, float_dtype, device, graph, rounds, int8)
 
     def milliseconds(self, grids: Sequence[BlockGrid], sparsities: Sequence[float]) -> tuple[float, dict[tuple[BlockGrid, float], float]]:
         """The time of the fastest dense kernel, and the times of random masks by grid and sparsity; the grids have one shape."""

@@ -262,7 +262,7 @@ def test_what_int8_does_not_fit_stays_in_its_type_and_says_why() -> None:
     ):
         conv, *others, last = choices.rows
         assert "a convolution has no int8 form" in conv.reason
-        assert "a weight that is not finite has no int8 form" in last.reason
+        assert "its weight or its outputs are not finite" in last.reason
         assert [choice.dtype for choice in choices.rows] == [""] * 4
         for choice in others:
             assert choice.error is not None
@@ -365,3 +365,9 @@ def test_a_benchmark_of_int8_runs_in_the_type_of_the_model() -> None:
     kept = sum(layer.values.numel() for layer in sparse if isinstance(layer, export.BlockSparseLinear))
     assert kept < comparison.rows[-1].mebibytes * 2**20 < 4 * kept
     assert "The same blocks would" in comparison.verdict
+
+
+def test_int8_is_recommended_for_a_cpu_alone() -> None:
+    layers = {"w": bp.BlockScore(torch.rand(2, 2, device="meta"), bp.BlockGrid((8, 8), (4, 4)))}
+    with pytest.raises(ValueError, match=r"dtype='int8' has kernels for a CPU alone, and the layers or inputs are on meta"):
+        export.recommend_blocks(layers, dtype="int8")
