@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import reference
@@ -181,3 +182,23 @@ def test_a_weight_that_is_not_finite_is_refused(bad: float) -> None:
     with pytest.raises(ValueError, match=r"a weight of shape \(4, 4\) is not finite"):
         quantize_weight(weight)
     pack_int8(weight, BlockMask(torch.tensor([[True, False], [True, True]]), BlockGrid((4, 4), (2, 2))))  # it is not kept
+
+
+def test_what_is_not_compiled_is_left_to_others() -> None:
+    sparse = pack_int8(torch.ones(4, 4), BlockMask(torch.ones(2, 2).bool(), BlockGrid((4, 4), (2, 2))))
+    x, scale = torch.ones(3, 4), sparse.scale
+    assert scale is not None
+
+    def multiply(x: Tensor, values: Tensor = sparse.values, scale: Tensor = scale, bias: Tensor | None = None) -> Tensor | None:
+        return spmm.linear_int8(x, values, sparse.crow, sparse.col, scale, shape=sparse.shape, block=sparse.block, bias=bias)
+
+    for inputs in (x.double(), x.half(), x.to("meta"), x.clone().requires_grad_()):
+        assert multiply(inputs) is None
+    for values in (sparse.values.float(), sparse.values.to("meta")):
+        assert multiply(x, values) is None
+    for other in (scale[:3], scale.double(), torch.ones(8)[::2], scale.to("meta")):
+        assert multiply(x, scale=other) is None
+    for bias in (torch.ones(5), torch.ones(4).double(), torch.ones(8)[::2], torch.ones(4).requires_grad_()):
+        assert multiply(x, bias=bias) is None
+    with mock.patch.object(spmm, "_library", None):
+        assert multiply(x) is None
