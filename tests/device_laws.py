@@ -87,7 +87,8 @@ def reorder_units(model: nn.Module, x: Tensor) -> Result:
 
 def export_kept_blocks(model: nn.Module, x: Tensor) -> Result:
     masked = bp.apply_masks(model, allocate.per_row(metric.l2(collect.weights(model, where=WHERE)), 0.5))
-    return export.block_sparse(masked, backend="torch")(x[0]), export.dense(masked)(x[0])
+    in_int8 = export.block_sparse(masked, backend="torch", dtype="int8", inputs=x[0])
+    return export.block_sparse(masked, backend="torch")(x[0]), export.dense(masked)(x[0]), in_int8(x[0])
 
 
 def shrink(model: nn.Module, x: Tensor) -> Result:

@@ -1,13 +1,16 @@
 """Law 7: a slow, obvious twin of every fast path. Loops and definitions only; nothing here is clever."""
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from blockprune import BlockGrid, Masks, Param, Scores
 from blockprune.core.types import BlockMask
@@ -516,3 +519,61 @@ def sparse_linear(x: Tensor, weight: Tensor, keep: Tensor, bias: Tensor | None) 
     """Each output from the inputs that its row keeps, in float64: what is pruned is not read."""
     rows = [x.double()[..., keep[r]] @ weight[r, keep[r]].double() for r in range(len(weight))]
     return torch.stack(rows, dim=-1) + (0 if bias is None else bias.double())
+
+
+# int8.
+
+
+def int8_numbers(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Row by row: whole numbers of at most 127, and the scale that makes them the weight."""
+    numbers, scales = [], []
+    for row in weight.detach().float():
+        scale = row.abs().max() / 127
+        scales.append(scale if scale > 0 else torch.tensor(1.0))
+        numbers.append([max(-127, min(127, round(w))) for w in (row / scales[-1]).tolist()])
+    return torch.tensor(numbers), torch.stack(scales)
+
+
+def int8_linear(x: Tensor, numbers: Tensor, keep: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Each row of ``x [n, cols]`` as whole numbers, their exact sums with those that each row of ``numbers`` keeps, then the scales."""
+    kept, out = torch.where(keep, numbers.long(), 0), torch.empty(len(x), len(numbers))
+    for i, row in enumerate(x.float()):
+        largest = row.abs().max()
+        if not largest.isfinite():
+            out[i] = torch.nan
+            continue
+        inverse = torch.tensor(127.0) / largest if largest >= 1e-36 else torch.tensor(0.0)
+        whole = torch.tensor([round(number) for number in (row * inverse).tolist()])
+        out[i] = (kept * whole).sum(1).float() * (largest / 127 * scale)
+    return out if bias is None else out + bias.float()
+
+
+class Int8Linear(nn.Module):
+    """A Linear in int8. Its gradient is that of the product with the weight that the numbers stand for."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.numbers, self.scale = int8_numbers(layer.weight)
+        self.bias, self.dtype = copy.deepcopy(layer.bias), layer.weight.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        return (self.numbers * self.scale[:, None]).to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            x = x.to(torch.get_autocast_dtype("cpu"))
+        flat, everything = x.reshape(-1, x.shape[-1]), torch.ones_like(self.numbers).bool()
+        exact = flat.double() @ (self.numbers.double() * self.scale[:, None]).mT + (0 if self.bias is None else self.bias.double())
+        rounded = int8_linear(flat.detach(), self.numbers, everything, self.scale, self.bias)
+        return (exact + (rounded - exact).detach()).to(x.dtype).view(*x.shape[:-1], len(self.scale))
+
+
+def int8_model(model: nn.Module) -> nn.Module:
+    """A masked model whose masked Linears compute in int8."""
+    if parametrize.type_before_parametrizations(model) is nn.Linear:
+        return Int8Linear(model)
+    model = copy.deepcopy(model)
+    for name, child in model.named_children():
+        setattr(model, name, int8_model(child))
+    return model

@@ -102,3 +102,13 @@ def kept_matrices(draw: st.DrawFn, *, side: int = 48) -> Matrix:
     keep = random < draw(st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0]))
     keep[random[:, 0] < 0.1] = False
     return integers(shape, seed, top=4), keep, grid
+
+
+@st.composite
+def int8_inputs(draw: st.DrawFn, n: int, columns: int) -> Tensor:
+    """Rows ``[n, columns]`` of whole numbers from -127 to 127, of which each has 127 or -127 once, so that their scale is 1."""
+    seed = draw(seeds)
+    x = integers((n, columns), seed, top=draw(st.sampled_from([1, 20, 127])))
+    position = integers((n,), seed + 1, top=columns).long() % columns
+    x[torch.arange(n), position] = draw(st.sampled_from([127.0, -127.0]))
+    return x

@@ -3,9 +3,10 @@
 | file                                      | what it holds                                                                     |
 |-------------------------------------------|-----------------------------------------------------------------------------------|
 | `conversion`                              | `block_sparse`, and back: `load_state_dict`, `dense`, `onnx`                      |
-| `candidates`, `autotune`                  | which masked layers can run block-sparse, and which backend runs each (`choose`)  |
+| `candidates`, `autotune`, `choices`       | which masked layers can run block-sparse, and which backend runs each (`choose`)  |
 | `sparse_layers`, `semi_structured`        | layers that hold only the kept blocks, or 2:4 weights                             |
 | `format`, `ops`                           | how kept blocks are stored; the product with them as an operator of torch         |
+| `packing`, `quantization`                 | from a weight and its mask to stored blocks, in the weight's type or in int8      |
 | `triton_launch`, `triton_kernels`         | the product on a GPU                                                              |
 | `dense_baselines`, `timing`               | the fastest dense layers and models; interleaved median times                     |
 | `model_benchmark`, `recommendation`       | whole models against dense ones; which blocks make a layer faster, and their cost |
@@ -16,13 +17,15 @@
 | `module_replacement`                      | `replace_modules`                                                                 |
 """
 
-from blockprune.export.autotune import Backend, Backends, Choice, Choices, backends, choose
+from blockprune.export.autotune import choose
+from blockprune.export.choices import Backend, Backends, Choice, Choices, backends
 from blockprune.export.conversion import block_sparse, dense, load_state_dict, onnx
 from blockprune.export.model_benchmark import ModelSpeed, SpeedComparison, benchmark
 from blockprune.export.model_size import ModelSize, count_model
+from blockprune.export.packing import pack_weight
 from blockprune.export.recommendation import BlockCost, BlockCosts, BlockRecommendation, BlockSpeedup, cost_table, recommend_blocks
 from blockprune.export.shrinking import ShrinkResult, Units, shrink
-from blockprune.export.sparse_layers import BlockSparseConv2d, BlockSparseLinear, pack_weight
+from blockprune.export.sparse_layers import BlockSparseConv2d, BlockSparseLinear, Int8BlockSparseLinear
 
 __all__ = [
     "Backend",
@@ -35,6 +38,7 @@ __all__ = [
     "BlockSpeedup",
     "Choice",
     "Choices",
+    "Int8BlockSparseLinear",
     "ModelSize",
     "ModelSpeed",
     "ShrinkResult",

@@ -1,7 +1,7 @@
 """Which backend runs each masked layer: the one that was measured to be fastest, with the measurements as the reason."""
 
 import copy
-import warnings
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -12,116 +12,34 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.core.progress import progress_bar
-from blockprune.core.table import Rows, Table
 from blockprune.export import semi_structured, triton_launch
 from blockprune.export.candidates import Candidate, find_candidates
-from blockprune.export.dense_baselines import dense_kernels
-from blockprune.export.ops import BACKENDS
-from blockprune.export.sparse_layers import pack_weight, sparse_layer_like
+from blockprune.export.choices import Choice, Choices, backends, warn_if_all_dense
+from blockprune.export.dense_baselines import dense_int8_kernels, dense_kernels
+from blockprune.export.ops import BACKENDS, int8_backend
+from blockprune.export.packing import pack_int8, pack_weight
+from blockprune.export.quantization import output_error, wants_int8
+from blockprune.export.sparse_layers import sparse_layer_like
 from blockprune.export.timing import cold_copies, time_interleaved
 from blockprune.model.apply import finalize
 from blockprune.model.running import Forward, default_forward, preserve_state
-from blockprune.native import spmm
 
+MAX_ERROR = 0.03  # relative, of a layer's outputs in int8; dense SmolLM2 then has 0.8 % more perplexity, and 3.4 % without a limit
+INT8_BACKENDS = ("native", "torch", "dense")
 DEFAULT_ROWS = 128  # input rows of a layer in one call, where no inputs are given
 _DEVICES = {"native": "cpu", "triton": "cuda"}  # the only device on which a backend is measured; the others run on all
 
+_INT8_KERNELS = tuple(f"{backend} int8" for backend in INT8_BACKENDS)
+_ERROR_ROWS = 256  # at least, on which the error of int8 is measured
+
 Calls = dict[str, list[Callable[[], Any]]]  # by name of the kernel, one call for each copy of the weight
-
-
-@attrs.frozen
-class Backend:
-    """An implementation of the product with a masked weight, whether this machine has it, and why not.
-
-    Example:
-        >>> from blockprune import export
-        >>> export.backends().rows[-1].available
-        True
-    """
-
-    name: str
-    available: bool
-    reason: str
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        return self.name, "yes" if self.available else "no", self.reason
-
-
-@attrs.frozen(repr=False)
-class Backends(Table):
-    """A table of backends; it prints in a terminal and renders in a notebook.
-
-    Example:
-        >>> from blockprune import export
-        >>> export.Backends((export.Backend("torch", True, "always there"),))
-        backend  available       because
-        torch          yes  always there
-    """
-
-    rows: tuple[Backend, ...]
-
-    def table(self) -> Rows:
-        return [("backend", "available", "because"), *(row.cells for row in self.rows)]
-
-
-def backends() -> Backends:
-    """The backends for masked weights, which of them this machine has, and why it lacks the others.
-
-    Example:
-        >>> from blockprune import export
-        >>> [row.name for row in export.backends().rows]
-        ['native', 'triton', 'torch', '2:4', 'dense']
-    """
-    instruction_sets = ", ".join(spmm.instructions())
-    details = f"compiled product on the CPU, {spmm.status}" + (f": {instruction_sets}" if instruction_sets else "")
-    native = Backend("native", bool(instruction_sets), details)
-    pytorch = Backend("torch", True, f"torch {torch.__version__}: a dense product for each row of blocks; any device and type")
-    triton, two_of_four = Backend("triton", *triton_launch.status()), Backend("2:4", *semi_structured.status())
-    return Backends((native, triton, pytorch, two_of_four, Backend("dense", True, "the plain layer, with zeros in pruned blocks")))
-
-
-@attrs.frozen
-class Choice:
-    """Which backend runs one masked weight: "native", "triton", "2:4", "torch" or "dense".
-
-    Example:
-        >>> from blockprune import export
-        >>> export.Choice("fc.weight", 0.5, "torch", "as requested").cells
-        ('fc.weight', '50.0%', 'torch', 'as requested')
-    """
-
-    name: str  # of the parameter
-    sparsity: float
-    backend: str
-    reason: str
-    milliseconds: Mapping[str, float] = attrs.field(factory=dict)  # of each kernel that was measured
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        return self.name, f"{self.sparsity:.1%}", self.backend, self.reason
-
-
-@attrs.frozen(repr=False)
-class Choices(Table):
-    """Which backend runs each masked weight. It prints as a table, and `block_sparse` takes it as its ``backend``.
-
-    Example:
-        >>> from blockprune import export
-        >>> export.Choices((export.Choice("fc.weight", 0.5, "torch", "as requested"),))
-        parameter  pruned  backend       because
-        fc.weight   50.0%    torch  as requested
-    """
-
-    rows: tuple[Choice, ...]
-
-    def table(self) -> Rows:
-        return [("parameter", "pruned", "backend", "because"), *(row.cells for row in self.rows)]
 
 
 def choose(
     model: nn.Module,
     *,
+    dtype: str | torch.dtype | None = None,
+    max_error: float = MAX_ERROR,
     inputs: Any = None,
     rows: int = DEFAULT_ROWS,
     forward: Forward = default_forward,
@@ -135,8 +53,14 @@ def choose(
     layer is block-sparse if that is faster than F.linear, which it would run otherwise; the reason also compares with oneDNN's product of
     packed weights. If every layer stays dense, a warning says so.
 
+    With ``dtype="int8"`` a Linear on a CPU may also run in int8, block-sparse or with all blocks ("dense int8"), if that is the fastest and
+    its outputs are precise enough. Weights have a scale for each output, and inputs one for each row, found while the model runs.
+
     Args:
         model: with masks; it is not changed.
+        dtype: "int8", or None for the type of the weights.
+        max_error: for int8: a layer stays in the type of its weight if ``|y_int8 - y| / |y|`` is larger, with y its product with ``inputs``
+            (or with normal random numbers), without the bias. If it is called several times, its largest error counts.
         inputs: one batch for ``forward``; if it calls a layer several times, the last call counts. Without it, every Linear is timed on
             ``rows`` rows, and convolutions stay dense.
         rows: input rows of a layer in one call, such as batch x tokens.
@@ -147,7 +71,7 @@ def choose(
         progress: show a progress bar; by default in a terminal and in a notebook.
 
     Raises:
-        ValueError: a model without masks, or rows below 1.
+        ValueError: a model without masks, rows below 1, another dtype, or a max_error that is not above 0.
 
     Example:
         >>> import warnings
@@ -160,8 +84,8 @@ def choose(
     """
     if rows < 1:
         raise ValueError(f"rows={rows} must be 1 or more: the number of input rows of a layer in one call")
-    masked = list(find_candidates(model))
-    recorded, reads_weight = _record_inputs(model, masked, inputs, forward) if inputs is not None else ({}, set())
+    int8, masked = _int8_option(dtype, max_error), list(find_candidates(model))
+    recorded, reads_weight, errors = _record_inputs(model, masked, inputs, forward, int8) if inputs is not None else ({}, set(), {})
     choices, timed = [], {}
     for candidate in progress_bar(masked, "choose", progress):
         x = recorded.get(candidate.layer) if inputs is not None else _random_inputs(candidate, rows)
@@ -171,38 +95,35 @@ def choose(
         if reason or x is None:
             choices.append(Choice(candidate.name, candidate.sparsity, "dense", reason))
             continue
-        key = _timing_key(candidate, x)
+        if int8 and candidate.layer not in errors:
+            errors[candidate.layer] = _int8_error(candidate, x)
+        error = errors.get(candidate.layer)
+        obstacle = _int8_obstacle(error, max_error) if int8 else ""
+        if int8 and x.device.type != "cpu":
+            obstacle = f"int8 has no kernel for {x.device.type}"
+        with_int8 = int8 and not obstacle
+        key = _timing_key(candidate, x), with_int8
         if key not in timed:
-            timed[key] = _time_kernels(candidate, x, rounds, graph)
-        choices.append(_fastest_choice(candidate, timed[key], x))
+            timed[key] = _time_kernels(candidate, x, rounds, graph, with_int8)
+        choices.append(_fastest_choice(candidate, timed[key], x, error, obstacle))
     warn_if_all_dense(Choices(tuple(choices)))
     return Choices(tuple(choices))
 
 
-def warn_if_all_dense(choices: Choices) -> None:
-    """Warn if no layer runs block-sparse, with the reasons of the first ones.
-
-    Example:
-        >>> import warnings
-        >>> from blockprune.export import Choice, Choices
-        >>> from blockprune.export.autotune import warn_if_all_dense
-        >>> with warnings.catch_warnings(record=True, action="always") as caught:
-        ...     warn_if_all_dense(Choices((Choice("fc.weight", 0.5, "dense", "inputs do not reach it"),)))
-        >>> print(caught[0].message)
-        0 of 1 masked layers became block-sparse (fc.weight: inputs do not reach it); choose(model) lists the reason of each
-    """
-    if all(choice.backend == "dense" for choice in choices.rows):
-        reasons = "; ".join(f"{choice.name}: {choice.reason}" for choice in choices.rows[:3])
-        warnings.warn(
-            f"0 of {len(choices.rows)} masked layers became block-sparse ({reasons}); choose(model) lists the reason of each", stacklevel=3
-        )
-
-
-def fixed_backend(model: nn.Module, backend: str) -> Choices:
-    """The choice of one backend for every layer that has a block-sparse form.
+def fixed_backend(
+    model: nn.Module,
+    backend: str,
+    *,
+    dtype: str | torch.dtype | None = None,
+    max_error: float = MAX_ERROR,
+    inputs: Any = None,
+    rows: int = DEFAULT_ROWS,
+    forward: Forward = default_forward,
+) -> Choices:
+    """The choice of one backend for every layer that has a block-sparse form. The options are those of `choose`.
 
     Raises:
-        ValueError: a model without masks, or an unknown backend.
+        ValueError: a model without masks, an unknown backend, or one that has no int8; an option that `choose` refuses.
         RuntimeError: a backend that this machine does not have.
 
     Example:
@@ -217,27 +138,73 @@ def fixed_backend(model: nn.Module, backend: str) -> Choices:
         raise ValueError(f"backend={backend!r} must be 'auto', one of {', '.join(map(repr, by_name))}, or the result of choose(model)")
     if not by_name[backend].available:
         raise RuntimeError(f"backend={backend!r} is not available: {by_name[backend].reason}; backend='torch' always is")
-    rows = []
-    for candidate in find_candidates(model):
+    int8, masked = _int8_option(dtype, max_error), list(find_candidates(model))
+    if int8 and backend not in INT8_BACKENDS:
+        names = ", ".join(map(repr, INT8_BACKENDS))
+        raise ValueError(f"backend={backend!r} has no product with int8 weights; dtype='int8' goes with 'auto', {names}")
+    errors = _record_inputs(model, masked, inputs, forward, int8)[2] if int8 and inputs is not None else {}
+    choices = []
+    for candidate in masked:
         reason = candidate.unsupported_reason
         if not reason and backend == "2:4" and not semi_structured.is_supported(candidate.weight):
             reason = f"not {semi_structured.REQUIREMENT}"
-        rows.append(Choice(candidate.name, candidate.sparsity, "dense" if reason else backend, reason or "as requested"))
-    return Choices(tuple(rows))
+        choice = Choice(candidate.name, candidate.sparsity, "dense" if reason else backend, reason or "as requested")
+        if int8 and not reason:
+            error = errors[candidate.layer] if candidate.layer in errors else _int8_error(candidate, _random_inputs(candidate, rows))
+            obstacle = _int8_obstacle(error, max_error)
+            choice = attrs.evolve(choice, error=error, dtype="" if obstacle else "int8", reason=obstacle or choice.reason)
+        choices.append(choice)
+    return Choices(tuple(choices))
 
 
-def _record_inputs(model: nn.Module, masked: Iterable[Candidate], batch: Any, forward: Forward) -> tuple[dict[str, Tensor], set[str]]:
-    """Random inputs of the shape that each layer gets, by the layer's name; and the layers whose weight the model also reads itself.
+def _int8_option(dtype: str | torch.dtype | None, max_error: float) -> bool:
+    if not max_error > 0:
+        raise ValueError(f"max_error={max_error} must be above 0, the largest relative error of a layer's outputs in int8: {MAX_ERROR}")
+    return wants_int8(dtype)
 
-    Of several calls the last one counts: after a prompt, that is the call for the next token.
+
+def _int8_error(candidate: Candidate, x: Tensor | None) -> float | None:
+    """The relative error of a layer's outputs in int8 on some rows of ``x [..., columns]``; NaN if a weight is not finite.
+
+    None for a convolution.
+    """
+    weight = candidate.weight
+    if weight.ndim != 2 or x is None:
+        return None
+    sample = x.detach().reshape(-1, weight.shape[1])
+    return output_error(sample[:: max(1, len(sample) // _ERROR_ROWS)], weight) if bool(weight.isfinite().all()) else float("nan")
+
+
+def _int8_obstacle(error: float | None, max_error: float) -> str:
+    """Why a layer stays in the type of its weight; empty if it may run in int8."""
+    if error is None:
+        return "a convolution has no int8 form"
+    if math.isnan(error):
+        return "its weight or its outputs are not finite, so it has no int8 form"
+    return "" if error <= max_error else f"its error in int8, {error:.2%}, is above max_error={max_error:.2%}"
+
+
+def _record_inputs(
+    model: nn.Module, masked: Iterable[Candidate], batch: Any, forward: Forward, int8: bool
+) -> tuple[dict[str, Tensor], set[str], dict[str, float | None]]:
+    """Random inputs of the shape that each layer gets, by the layer's name; the layers whose weight the model also reads itself; and, if
+    asked for, the errors in int8.
+
+    Of several calls the last one counts: after a prompt, that is the call for the next token. Of errors the largest counts.
     """
     recorded: dict[str, Tensor] = {}
+    errors: dict[str, float | None] = {}
     calls: dict[str, int] = defaultdict(int)
     reads: dict[str, int] = defaultdict(int)
 
-    def record_call(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        recorded[name] = torch.empty_like(args[0] if args else kwargs["input"])
+    def record_call(candidate: Candidate, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        name, x = candidate.layer, args[0] if args else kwargs["input"]
+        recorded[name] = torch.empty_like(x)
         calls[name] += 1
+        if int8 and not candidate.unsupported_reason:
+            error, before = _int8_error(candidate, x), errors.get(name)
+            errors[name] = error if error is None or before is None else max(before, error)
+            reads[name] = max(0, reads[name] - 1)  # that was the read of `_int8_error`
 
     def record_read(name: str, *_: Any) -> None:
         reads[name] += 1
@@ -245,7 +212,7 @@ def _record_inputs(model: nn.Module, masked: Iterable[Candidate], batch: Any, fo
     handles = []
     try:
         for candidate in masked:
-            handles.append(candidate.module.register_forward_pre_hook(partial(record_call, candidate.layer), with_kwargs=True))
+            handles.append(candidate.module.register_forward_pre_hook(partial(record_call, candidate), with_kwargs=True))
             if candidate.ref.mask is not None:
                 handles.append(candidate.ref.mask.register_forward_hook(partial(record_read, candidate.layer)))
         with preserve_state(model), torch.no_grad():
@@ -253,7 +220,7 @@ def _record_inputs(model: nn.Module, masked: Iterable[Candidate], batch: Any, fo
     finally:
         for handle in handles:
             handle.remove()
-    return {name: x.normal_() for name, x in recorded.items()}, {name for name in reads if reads[name] > calls[name]}
+    return {name: x.normal_() for name, x in recorded.items()}, {name for name in reads if reads[name] > calls[name]}, errors
 
 
 def _random_inputs(candidate: Candidate, rows: int) -> Tensor | None:
@@ -269,9 +236,11 @@ def _timing_key(candidate: Candidate, x: Tensor) -> tuple[Any, ...]:
     return candidate.mask.grid, round(candidate.sparsity * 50), x.shape, x.dtype, x.device, options, two_of_four
 
 
-def _time_kernels(candidate: Candidate, x: Tensor, rounds: int, graph: bool) -> dict[str, float]:
+def _time_kernels(candidate: Candidate, x: Tensor, rounds: int, graph: bool, int8: bool) -> dict[str, float]:
     """Median milliseconds of each dense and sparse kernel, first the one that a plain layer runs."""
     calls = _dense_calls(candidate, x) | _sparse_calls(candidate, x, graph) | _two_of_four_calls(candidate, x)
+    if int8:
+        calls |= _int8_calls(candidate, x)
     with torch.no_grad():
         return {name: 1e3 * seconds for name, seconds in time_interleaved(calls, x.device, graph=graph, rounds=rounds).items()}
 
@@ -315,14 +284,32 @@ def _two_of_four_calls(candidate: Candidate, x: Tensor) -> Calls:
     return {"2:4": [partial(copy.deepcopy(layer), x) for _ in _copies(candidate, x, layer.values.nbytes)]}
 
 
-def _fastest_choice(candidate: Candidate, milliseconds: Mapping[str, float], x: Tensor) -> Choice:
-    """The fastest sparse kernel, if it is faster than the first dense one, which a plain layer runs."""
-    sparse = {name: ms for name, ms in milliseconds.items() if name in (*BACKENDS, "2:4")}
-    dense = {name: ms for name, ms in milliseconds.items() if name not in sparse}
-    choice = partial(Choice, candidate.name, candidate.sparsity, milliseconds=dict(milliseconds))
+def _int8_calls(candidate: Candidate, x: Tensor) -> Calls:
+    calls: Calls = defaultdict(list)
+    plain: Any = finalize(candidate.module)
+    packed, backend = pack_int8(candidate.weight, candidate.mask), int8_backend(x)
+    for _ in _copies(candidate, x, packed.values.nbytes):
+        weight = attrs.evolve(packed, values=packed.values.clone(), col=packed.col.clone())
+        calls[f"{backend} int8"].append(partial(sparse_layer_like(plain, weight, backend), x))
+        for name, call in dense_int8_kernels(x, plain.weight, plain.bias).items():
+            calls[name].append(call)
+    return calls
+
+
+def _fastest_choice(candidate: Candidate, milliseconds: Mapping[str, float], x: Tensor, error: float | None, obstacle: str) -> Choice:
+    """The fastest kernel that a layer can run; on a tie the first dense one, which a plain layer runs."""
+    plain, *others = milliseconds
+    layers = {plain: ("dense", "")}  # backend and type, by the name of the kernel
+    layers |= {name: (name, "") for name in others if name in (*BACKENDS, "2:4")}
+    layers |= {name: (name.removesuffix(" int8"), "int8") for name in others if name in _INT8_KERNELS}
+    sparse = [name for name, (backend, _) in layers.items() if backend != "dense"]
+    choice = partial(Choice, candidate.name, candidate.sparsity, milliseconds=dict(milliseconds), error=error)
     if not sparse:
         return choice("dense", f"there is no sparse kernel for {x.dtype} on {x.device.type} in a CUDA graph")
-    best_sparse, best_dense = min(sparse, key=sparse.__getitem__), min(dense, key=dense.__getitem__)
-    sparse_ms, dense_ms = sparse[best_sparse], dense[best_dense]
-    reason = f"{dense_ms / sparse_ms:.2f}x on {tuple(x.shape)}: {best_sparse} {sparse_ms:.3g} ms, {best_dense} {dense_ms:.3g} ms"
-    return choice(best_sparse if sparse_ms < next(iter(dense.values())) else "dense", reason)
+    fastest, best_sparse = min(layers, key=milliseconds.__getitem__), min(sparse, key=milliseconds.__getitem__)
+    best_dense = min((name for name in milliseconds if name not in sparse), key=milliseconds.__getitem__)
+    compared = dict.fromkeys((best_sparse, best_dense, *((plain,) if layers[fastest][1] else ())))
+    times = ", ".join(f"{name} {milliseconds[name]:.3g} ms" for name in compared)
+    reason = f"{milliseconds[best_dense] / milliseconds[best_sparse]:.2f}x on {tuple(x.shape)}: {times}"
+    backend, dtype = layers[fastest]
+    return choice(backend, f"{obstacle}; {reason}" if obstacle else reason, dtype=dtype)

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from blockprune.core.patterns import suggest
 from blockprune.export import semi_structured
-from blockprune.export.autotune import DEFAULT_ROWS, Choices, choose, fixed_backend, warn_if_all_dense
+from blockprune.export.autotune import DEFAULT_ROWS, MAX_ERROR, choose, fixed_backend
 from blockprune.export.candidates import Candidate, find_candidates
+from blockprune.export.choices import Choice, Choices, warn_if_all_dense
 from blockprune.export.module_replacement import replace_modules
-from blockprune.export.sparse_layers import STATE_KEYS, BlockSparseConv2d, BlockSparseLinear, pack_weight, read_state, sparse_layer_like
+from blockprune.export.packing import pack_int8, pack_weight, read_state
+from blockprune.export.quantization import wants_int8
+from blockprune.export.sparse_layers import STATE_KEYS, BlockSparseConv2d, BlockSparseLinear, sparse_layer_like
 from blockprune.model.apply import finalize
 from blockprune.model.hf_checkpoint import prepare_checkpoints
 from blockprune.model.parameters import parameter_refs
@@ -28,12 +31,17 @@ def block_sparse(
     model: M,
     *,
     backend: str | Choices = "auto",
+    dtype: str | torch.dtype | None = None,
+    max_error: float = MAX_ERROR,
     inputs: Any = None,
     rows: int = DEFAULT_ROWS,
     forward: Forward = default_forward,
     progress: bool | None = None,
 ) -> M:
     """A new model whose masked Linears and convolutions hold and multiply only their kept blocks; its outputs are the masked model's.
+
+    With ``dtype="int8"``, kept weights of Linears are int8 and inputs are rounded to int8 row by row, so that outputs differ a little; a
+    layer whose error is too large or that is not faster so stays in its type, or becomes dense int8.
 
     The kept weights are frozen. Gradients reach the inputs, the biases and all other parameters. A layer that has no block-sparse form, or
     that is faster dense, becomes a plain layer with zeros; ``choose(model)`` says which, and why. A warning names the layers that have no
@@ -43,10 +51,12 @@ def block_sparse(
         model: with masks; it is not changed.
         backend: "auto" measures every layer (`choose`); "native", "triton", "2:4", "torch" or "dense" is used for all layers; or the result
             of `choose`. A 2:4 layer cannot be moved to another device or type, and `load_state_dict` does not load it.
-        inputs, rows, forward, progress: as in `choose`, for "auto".
+        dtype, max_error: as in `choose`. With a backend by name, times do not count, and "dense" is dense int8.
+        inputs, rows, forward, progress: as in `choose`, for "auto"; inputs and forward also for the errors of int8.
 
     Raises:
-        ValueError: a model without masks, an unknown backend, or a choice of "2:4" for a weight that is not 2:4.
+        ValueError: a model without masks, an unknown backend or dtype, a backend that has no int8, a choice of "2:4" for a weight that is
+            not 2:4 or of int8 for a convolution, or a dtype beside choices, which name it.
         RuntimeError: a backend that this machine does not have; the message says why.
         KeyError: choices that were made for another model.
 
@@ -62,12 +72,15 @@ def block_sparse(
         >>> torch.allclose(sparse(x), model(x), atol=1e-6), list(sparse.state_dict())
         (True, ['0.bias', '0.values', '0.crow', '0.col', '0.layout'])
     """
+    options: dict[str, Any] = {"dtype": dtype, "max_error": max_error, "inputs": inputs, "rows": rows, "forward": forward}
     if isinstance(backend, Choices):
+        if dtype is not None:
+            raise ValueError(f"dtype={dtype!r} and backend are given, and the choices have types already: choose(model, dtype={dtype!r})")
         choices = backend
     elif backend == "auto":
-        choices = choose(model, inputs=inputs, rows=rows, forward=forward, progress=progress)
+        choices = choose(model, progress=progress, **options)
     else:
-        choices = fixed_backend(model, backend)
+        choices = fixed_backend(model, backend, **options)
     if backend not in ("auto", "dense"):  # `choose` has warned already
         warn_if_all_dense(choices)
     result, unsupported = convert(model, choices)
@@ -91,27 +104,33 @@ def convert(model: M, choices: Choices) -> tuple[M, dict[str, str]]:
         >>> convert(model, fixed_backend(model, "torch"))
         (BlockSparseLinear(4, 2, bias=True, 50.0% pruned, torch), {})
     """
-    backends = {choice.name: choice.backend for choice in choices.rows}
+    chosen = {choice.name: choice for choice in choices.rows}
     plain = finalize(model)
     new: dict[nn.Module, nn.Module] = {}
     unsupported: dict[str, str] = {}
     for candidate in find_candidates(model):
         if candidate.unsupported_reason:
             unsupported[candidate.name] = candidate.unsupported_reason
-        if candidate.name not in backends:
-            similar = suggest(candidate.name, backends)
+        if candidate.name not in chosen:
+            similar = suggest(candidate.name, chosen)
             raise KeyError(f"backend has no choice for {candidate.name!r}{similar}; make the choices from this model: choose(model)")
-        if backends[candidate.name] != "dense" and not candidate.unsupported_reason:
+        choice = chosen[candidate.name]
+        if (choice.backend != "dense" or choice.dtype) and not candidate.unsupported_reason:
             layer = plain.get_submodule(candidate.layer)
-            new[layer] = _sparse_layer(layer, candidate, backends[candidate.name])
+            new[layer] = _sparse_layer(layer, candidate, choice)
     result = replace_modules(plain, new.get)
     prepare_checkpoints(result)
     return result, unsupported
 
 
-def _sparse_layer(layer: nn.Module, candidate: Candidate, backend: str) -> nn.Module:
-    if backend != "2:4":
-        sparse = sparse_layer_like(layer, pack_weight(candidate.weight, candidate.mask), backend)
+def _sparse_layer(layer: nn.Module, candidate: Candidate, choice: Choice) -> nn.Module:
+    if wants_int8(choice.dtype or None) and not isinstance(layer, nn.Linear):
+        problem = f"{candidate.name} is no weight of a Linear, and backend chooses int8 for it"
+        raise ValueError(f"{problem}; make the choices from this model: choose(model, dtype='int8')")
+    if choice.backend != "2:4":
+        mask = None if choice.backend == "dense" else candidate.mask
+        packed = pack_int8(candidate.weight, mask) if choice.dtype else pack_weight(candidate.weight, candidate.mask)
+        sparse = sparse_layer_like(layer, packed, "native" if choice.backend == "dense" else choice.backend)
         sparse.name = candidate.layer
         return sparse
     if not semi_structured.is_supported(cast(Tensor, layer.weight)):
@@ -150,7 +169,8 @@ def load_state_dict(model: M, state: Mapping[str, Tensor], *, strict: bool = Tru
         if name not in modules:
             raise KeyError(f"the state dict has a block-sparse layer {name!r} that the model does not have{suggest(name, modules)}")
         prefix = f"{name}." if name else ""
-        new[modules[name]] = _loaded_layer(name, modules[name], [state[prefix + key] for key in STATE_KEYS])
+        tensors = {key: state[prefix + key] for key in (*STATE_KEYS, "scale") if prefix + key in state}
+        new[modules[name]] = _loaded_layer(name, modules[name], tensors)
     plain = replace_modules(plain, new.get)
     tied = [refs for refs in parameter_refs(plain).values() if len(refs) > 1]
     plain.load_state_dict(state, strict=strict, assign=any(p.is_meta for p in plain.parameters()))
@@ -175,15 +195,17 @@ def _block_sparse_layers(state: Mapping[str, Tensor]) -> Iterable[str]:
             yield layer
 
 
-def _loaded_layer(name: str, template: nn.Module, tensors: list[Tensor]) -> BlockSparseLinear:
+def _loaded_layer(name: str, template: nn.Module, tensors: Mapping[str, Tensor]) -> BlockSparseLinear:
     """A layer with a weight of a state dict, and with the bias, device and type of the model's layer."""
     if not isinstance(template, (nn.Linear, nn.Conv2d, BlockSparseLinear)):
         kind = type(template).__name__
         raise ValueError(f"{name}: the state dict has a block-sparse weight for a {kind}; only Linear and Conv2d can have one")
     try:
-        weight = read_state(*(tensor.detach().clone() for tensor in tensors))
+        weight = read_state(**{key: tensor.detach().clone() for key, tensor in tensors.items()})
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    if weight.scale is not None and isinstance(template, (nn.Conv2d, BlockSparseConv2d)):
+        raise ValueError(f"{name}: the state dict has a weight of int8 for a {type(template).__name__}; only a Linear can have one")
     plain: Any = template.weight
     shape = (len(plain), plain[0].numel())
     if weight.shape != shape:
@@ -192,7 +214,8 @@ def _loaded_layer(name: str, template: nn.Module, tensors: list[Tensor]) -> Bloc
         )
     if not plain.is_meta:
         values, crow, col = (x.to(plain.device) for x in (weight.values, weight.crow, weight.col))
-        weight = attrs.evolve(weight, values=values.to(plain.dtype), crow=crow, col=col)
+        scale = None if weight.scale is None else weight.scale.to(plain.device)
+        weight = attrs.evolve(weight, values=values.to(plain.dtype) if scale is None else values, crow=crow, col=col, scale=scale)
     layer = sparse_layer_like(template, weight)
     layer.name = name
     return layer

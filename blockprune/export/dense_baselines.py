@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch.nn import functional as F
 
 from blockprune.core._compat import has_packed_linear, pack_linear_weight, packed_linear, packs_bfloat16
 from blockprune.export.module_replacement import replace_modules
+from blockprune.export.ops import int8_backend
+from blockprune.export.packing import pack_int8
+from blockprune.export.sparse_layers import Int8BlockSparseLinear
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -28,6 +31,22 @@ def dense_kernels(x: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, C
     if can_pack(weight):
         packed = pack_linear_weight(weight, x.numel() // weight.shape[1])
         kernels["oneDNN packed"] = partial(packed_linear, x, packed, bias)
+    return kernels
+
+
+def dense_int8_kernels(x: Tensor, weight: Tensor, bias: nn.Parameter | None) -> dict[str, Callable[[], Tensor]]:
+    """The dense int8 implementations of one Linear, by name: an `Int8BlockSparseLinear` with all blocks, and torch's own on a CPU.
+
+    Example:
+        >>> from blockprune.export.dense_baselines import dense_int8_kernels
+        >>> list(dense_int8_kernels(torch.ones(2, 4), torch.ones(3, 4), None))[:1]
+        ['dense int8']
+    """
+    kernels: dict[str, Callable[[], Tensor]] = {"dense int8": partial(Int8BlockSparseLinear(pack_int8(weight), bias, int8_backend(x)), x)}
+    if has_dynamic_int8() and x.device.type == "cpu":
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        plain.weight, plain.bias = nn.Parameter(weight.detach(), requires_grad=False), cast(Any, bias)
+        kernels["torch dynamic int8"] = partial(dynamic_int8(nn.Sequential(plain)), x.float())
     return kernels
 
 
@@ -67,6 +86,26 @@ def dynamic_int8(model: nn.Module) -> nn.Module:
     return quantized
 
 
+def rowwise_int8(model: M) -> M:
+    """A copy whose Linears multiply in int8 as block-sparse layers do, with all blocks: a scale for each output and each row of inputs.
+
+    Linears whose weight is not finite stay as they are.
+
+    Example:
+        >>> from blockprune.export.dense_baselines import rowwise_int8
+        >>> model, x = nn.Sequential(nn.Linear(64, 32)), torch.randn(8, 64)
+        >>> (rowwise_int8(model)(x) - model(x)).abs().max().item() < 0.1
+        True
+    """
+
+    def replacement(module: nn.Module) -> nn.Module | None:
+        if type(module) is not nn.Linear or not bool(module.weight.isfinite().all()):
+            return None
+        return Int8BlockSparseLinear(pack_int8(module.weight), module.bias, "native", module.weight.dtype)
+
+    return replace_modules(copy.deepcopy(model), replacement)
+
+
 def int8_bytes(model: nn.Module) -> int:
     """The bytes of the int8 weights of a model, which are no parameters."""
     layers = (module for module in model.modules() if isinstance(module, torch.ao.nn.quantized.dynamic.Linear))
@@ -80,7 +119,7 @@ def has_dynamic_int8() -> bool:
 
 def is_int8(model: nn.Module) -> bool:
     """Whether a model has Linears that multiply in int8."""
-    return any(isinstance(module, torch.ao.nn.quantized.dynamic.Linear) for module in model.modules())
+    return any(isinstance(module, (torch.ao.nn.quantized.dynamic.Linear, Int8BlockSparseLinear)) for module in model.modules())
 
 
 def can_pack(weight: Tensor) -> bool:

@@ -28,12 +28,13 @@ class BlockSparse:
     ``[rows]``. The GPU layout stores it as ``[columns, rows]``.
 
     Args:
-        values: the kept weights, block row after block row, ``[kept elements]``.
+        values: the kept weights, block row after block row, ``[kept elements]``; of int8, they are multiples of ``scale``.
         crow: where the kept blocks of each block row start in ``col``, int64 ``[block rows + 1]``.
         col: the block column of each kept block, int32 ``[kept blocks]``, increasing within a block row.
         shape: rows and columns of the matrix.
         block: height and width of a stored block. `pack` chooses it; it need not be the pruned block.
         paired: whether the values are in the CPU layout.
+        scale: of each row of a matrix of int8, float32 ``[rows]``; None for other types.
 
     Example:
         >>> from blockprune.export.format import BlockSparse, unpack
@@ -49,6 +50,7 @@ class BlockSparse:
     shape: tuple[int, int]
     block: tuple[int, int]
     paired: bool = True
+    scale: Tensor | None = None
 
 
 def pack(weight: Tensor, keep: Tensor, grid: BlockGrid, *, paired: bool = True) -> BlockSparse:
@@ -105,7 +107,8 @@ def to_layout(sparse: BlockSparse, *, paired: bool) -> BlockSparse:
     max_merged = 1 if paired else max(1, min(rows, _MAX_HEIGHT[False]) // height)
     merged = next(count for count in range(max_merged, 0, -1) if _can_merge(keep, count))
     grid = BlockGrid(sparse.shape, (merged * height, min(width, columns)))
-    return pack(unpack(sparse), keep[::merged], grid, paired=paired)
+    stored = pack(unpack(attrs.evolve(sparse, scale=None)), keep[::merged], grid, paired=paired)
+    return attrs.evolve(stored, scale=sparse.scale)
 
 
 def kept_blocks(sparse: BlockSparse) -> Tensor:
@@ -122,7 +125,7 @@ def kept_blocks(sparse: BlockSparse) -> Tensor:
 
 
 def unpack(sparse: BlockSparse) -> Tensor:
-    """The dense matrix ``[rows, columns]``, zero where nothing is kept.
+    """The dense matrix ``[rows, columns]``, zero where nothing is kept; of int8 values times their scale, in float32.
 
     Example:
         >>> from blockprune.export.format import pack, unpack
@@ -142,11 +145,13 @@ def unpack(sparse: BlockSparse) -> Tensor:
             pairs = torch.cat((kept[first], kept[second]), dim=1).unflatten(1, (chunk.height, 2))
             kept[first], kept[second] = pairs.unbind(-1)
         dense[chunk.rows].unflatten(0, (-1, chunk.height))[chunk.block_row, :, chunk.column] = kept
-    return dense
+    return dense if sparse.scale is None else dense * sparse.scale[:, None]
 
 
 def block_rows(sparse: BlockSparse) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """The rows of each block row, its kept columns, and their weights ``[columns, rows]``: ``y[:, rows] = x[:, columns] @ weights``.
+
+    Weights of int8 are as they are stored, without their scale.
 
     Example:
         >>> from blockprune.export.format import block_rows, pack
@@ -186,16 +191,18 @@ def validate(sparse: BlockSparse) -> None:
     values, crow, col = sparse.values, sparse.crow, sparse.col
     if min(rows, columns, height, width) < 1 or (width > 1 and width % 2) or height > rows or width > columns + columns % 2:
         raise _invalid(sparse, "shape and block must be positive, the block no larger than the shape, its width 1 or even")
-    if not values.is_floating_point() or len({x.device for x in (values, crow, col)}) > 1 or values.is_meta:
+    is_number = values.is_floating_point() or values.dtype == torch.int8
+    if not is_number or len({x.device for x in (values, crow, col)}) > 1 or values.is_meta:
         devices = f"values are {values.dtype} on {values.device}, crow is on {crow.device} and col on {col.device}"
-        raise _invalid(sparse, f"{devices}; values must be floating-point numbers, and all three on one device that holds data")
+        raise _invalid(sparse, f"{devices}; values must be floating-point numbers or int8, and all three on one device that holds data")
     for name, x, dtype in (("crow", crow, torch.int64), ("col", col, torch.int32), ("values", values, values.dtype)):
         if x.dim() != 1 or x.dtype != dtype or not x.is_contiguous():
             raise _invalid(sparse, f"{name} is {x.dtype} of shape {tuple(x.shape)}, and must be contiguous, {dtype}, with one axis")
     _validate_indices(sparse)
     if len(values) != (expected := _kept_elements(sparse)):
         raise _invalid(sparse, f"values has {len(values)} numbers and must have {expected}")
-    if not (crow.is_inference() or col.is_inference()):  # torch does not count writes to inference tensors
+    _validate_scale(sparse)
+    if not any(x is not None and x.is_inference() for x in (crow, col, sparse.scale)):  # torch does not count writes to inference tensors
         key = id(col)
         _validated[key] = _Validated(weakref.ref(col, lambda _: _validated.pop(key, None)), crow, _index_state(sparse))
 
@@ -245,7 +252,9 @@ _validated: dict[int, _Validated] = {}  # by the id of col, as long as it lives
 
 def _index_state(sparse: BlockSparse) -> tuple[Any, ...]:
     """What changes when an index is written, or compared with another shape or other values."""
-    return version_counter(sparse.crow), version_counter(sparse.col), len(sparse.values), sparse.shape, sparse.block
+    crow, col, values, scale = sparse.crow, sparse.col, sparse.values, sparse.scale
+    scales = None if scale is None else (version_counter(scale), scale.dtype, scale.shape)
+    return version_counter(crow), version_counter(col), values.dtype, len(values), sparse.shape, sparse.block, scales
 
 
 def _validate_indices(sparse: BlockSparse) -> None:
@@ -262,6 +271,22 @@ def _validate_indices(sparse: BlockSparse) -> None:
     starts_row[crow] = True
     if len(col) and not bool((starts_row[1:-1] | (col.diff() > 0)).all()):
         raise _invalid(sparse, "col must rise within each block row")
+
+
+def _validate_scale(sparse: BlockSparse) -> None:
+    values, scale, rows = sparse.values, sparse.scale, sparse.shape[0]
+    if (scale is None) == (values.dtype == torch.int8):
+        with_scale = "no scale" if scale is None else "a scale"
+        raise _invalid(sparse, f"values are {values.dtype} with {with_scale}; int8 needs a scale of each row, and other types have none")
+    if scale is None:
+        return
+    if scale.shape != (rows,) or scale.dtype != torch.float32 or scale.device != values.device or not scale.is_contiguous():
+        problem = f"scale is {scale.dtype} of shape {tuple(scale.shape)} on {scale.device}"
+        raise _invalid(sparse, f"{problem}, and must be contiguous, torch.float32 of shape ({rows},) on {values.device}")
+    if not bool((scale.isfinite() & (scale >= 0)).all()):
+        raise _invalid(sparse, "scale must be finite and not negative")
+    if len(values) and int(values.min()) < -127:
+        raise _invalid(sparse, "values of int8 must be from -127 to 127")
 
 
 def _invalid(sparse: BlockSparse, problem: str) -> ValueError:

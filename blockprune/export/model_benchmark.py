@@ -1,6 +1,7 @@
 """Whole models timed against the fastest dense form of a model, all interleaved."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -12,15 +13,18 @@ from torch import Tensor, nn
 from blockprune.core._compat import packs_bfloat16, tree_leaves, tree_map_only
 from blockprune.core.table import Rows, Table
 from blockprune.core.types import BlockMask
-from blockprune.export.autotune import backends, fixed_backend
+from blockprune.export.autotune import fixed_backend
+from blockprune.export.choices import backends
 from blockprune.export.conversion import convert, dense
-from blockprune.export.dense_baselines import PackedLinear, dynamic_int8, has_dynamic_int8, int8_bytes, is_int8, onednn_packed
+from blockprune.export.dense_baselines import PackedLinear, dynamic_int8, has_dynamic_int8, int8_bytes, is_int8, onednn_packed, rowwise_int8
+from blockprune.export.ops import int8_backend
 from blockprune.export.semi_structured import SemiStructuredLinear
-from blockprune.export.sparse_layers import BlockSparseLinear
+from blockprune.export.sparse_layers import BlockSparseLinear, Int8BlockSparseLinear
 from blockprune.export.timing import cuda_graphed, median_seconds, synchronized
 from blockprune.model.apply import apply_masks, parameter_masks
 from blockprune.model.running import Forward, default_forward
 
+INT8_FORMS = ("dense int8", "dense int8, row by row")  # torch's, and that of block-sparse layers
 SPARSITIES = (0.5, 0.75, 0.9, 0.95)  # tried, with the same blocks, where a model is not faster than dense
 
 Timer = Callable[[Mapping[str, nn.Module]], dict[str, float]]  # models -> milliseconds of a call, by name
@@ -83,6 +87,8 @@ def benchmark(
 ) -> SpeedComparison:
     """Median times of models against the fastest dense form of ``model``: as it is, packed by oneDNN, in bfloat16, in int8, or compiled.
 
+    Dense int8 is torch's dynamic quantization and, where the compiled loops run, the form of `Int8BlockSparseLinear` with all blocks.
+
     Where a model is not faster, and ``model`` has masks, random masks of the same blocks are timed to say from which sparsity it would be.
 
     Args:
@@ -91,8 +97,8 @@ def benchmark(
         inputs: one batch for ``forward``; its floating-point tensors are converted to the type of each model.
         names: of the others; by default the names of their classes.
         forward: (model, batch) -> output, as in `Calibration`.
-        dtypes: of the dense forms, of "float32", "bfloat16" and "int8" (dynamic quantization of all Linears, which changes the outputs a
-            little, on a CPU); by default the type of the model, bfloat16 where the machine has instructions for it, and int8 on a CPU.
+        dtypes: of the dense forms, of "float32", "bfloat16" and "int8" (of all Linears, which changes the outputs a little, on a CPU); by
+            default the type of the model, bfloat16 where the machine has instructions for it, and int8 on a CPU.
         compiled: also time dense models that `torch.compile` compiles with frozen weights; this takes minutes.
         graph: on a GPU, time each model as a CUDA graph replays it.
         rounds: of measurement, of which the median counts.
@@ -112,8 +118,9 @@ def benchmark(
         raise ValueError(f"names has {len(names)} entries for {len(others)} models; give one name for each, or none")
     plain = dense(model)
     baselines = _dense_baselines(plain, dtypes, compiled)
-    if dtypes is None and "dense int8" in baselines and not _runs(baselines["dense int8"], forward, inputs):
-        del baselines["dense int8"]  # the model reads the weights of its Linears
+    if dtypes is None:
+        unfit = [name for name in baselines if name in INT8_FORMS and not _runs(baselines[name], forward, inputs)]
+        baselines = {name: baseline for name, baseline in baselines.items() if name not in unfit}  # the model reads weights of Linears
     named = _named(others, names, baselines)
     timer = partial(_milliseconds, inputs=inputs, forward=forward, graph=graph, rounds=rounds)
     models = {**baselines, **named}
@@ -131,7 +138,7 @@ def benchmark(
         if name in named:
             sentences += [_sentence(rows[-1], rival, fastest), _dense_sentence(name, compared, plain, model)]
             if rows[-1].speedup_same_dtype <= 1:
-                sentences.append(_sparsity_sentence(model, _dtype(compared), ms[rival], timer))
+                sentences.append(_sparsity_sentence(model, compared, ms[rival], timer))
     return SpeedComparison(tuple(rows), " ".join(filter(None, sentences)) or f"The fastest model is {fastest}.")
 
 
@@ -151,7 +158,10 @@ def _dense_baselines(plain: nn.Module, dtypes: Sequence[str] | None, compiled: b
         if on_cpu:
             baselines[f"{name}, oneDNN packed"] = onednn_packed(baseline)
     if "int8" in wanted:
-        baselines["dense int8"] = dynamic_int8(plain)
+        if has_dynamic_int8():
+            baselines[INT8_FORMS[0]] = dynamic_int8(plain)
+        if int8_backend(torch.empty(0, dtype=_dtype(plain))) == "native" or not has_dynamic_int8():
+            baselines[INT8_FORMS[1]] = rowwise_int8(plain)
     if compiled:
         freezing: Any = {"freezing": True}
         for name, baseline in eager.items():
@@ -167,7 +177,7 @@ def _default_dtypes(own: str, on_cpu: bool) -> tuple[str, ...]:
 def _runs(model: nn.Module, forward: Forward, inputs: Any) -> bool:
     try:
         with torch.no_grad():
-            forward(model, _to_dtype(inputs, torch.float32))
+            forward(model, _to_dtype(inputs, _dtype(model)))
     except Exception:
         return False
     return True
@@ -212,7 +222,7 @@ def _dense_sentence(name: str, compared: nn.Module, plain: nn.Module, model: nn.
     return f"0 of {len(masks)} masked layers of {name} are block-sparse; choose(model) lists the reason of each."
 
 
-def _sparsity_sentence(model: nn.Module, dtype: torch.dtype, dense_ms: float, timer: Timer) -> str:
+def _sparsity_sentence(model: nn.Module, compared: nn.Module, dense_ms: float, timer: Timer) -> str:
     """From which sparsity random masks in the same blocks are faster than dense; empty if the model has no masks."""
     masks, generator = parameter_masks(model), torch.Generator().manual_seed(0)
     if not masks:
@@ -222,7 +232,8 @@ def _sparsity_sentence(model: nn.Module, dtype: torch.dtype, dense_ms: float, ti
     for sparsity in SPARSITIES:
         random = {name: BlockMask(torch.rand(m.grid.size, generator=generator) >= sparsity, m.grid) for name, m in masks.items()}
         masked = apply_masks(copy.deepcopy(model), random)
-        sparser = convert(masked, fixed_backend(masked, backend))[0].to(dtype)
+        choices = fixed_backend(masked, backend, dtype="int8" if is_int8(compared) else None, max_error=math.inf)
+        sparser = convert(masked, choices)[0].to(_dtype(compared))
         speedup = dense_ms / timer({"sparser": sparser})["sparser"]
         if speedup > 1:
             return f"The same blocks would be faster at {sparsity:.0%} pruned: {speedup:.2f} times as fast."
@@ -230,8 +241,9 @@ def _sparsity_sentence(model: nn.Module, dtype: torch.dtype, dense_ms: float, ti
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
+    int8 = next((module.like.dtype for module in model.modules() if isinstance(module, Int8BlockSparseLinear)), None)
     sparse_layers = BlockSparseLinear, SemiStructuredLinear
-    sparse = next((module.values.dtype for module in model.modules() if isinstance(module, sparse_layers)), None)
+    sparse = int8 or next((module.values.dtype for module in model.modules() if isinstance(module, sparse_layers)), None)
     return sparse or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
@@ -245,8 +257,9 @@ def _to_dtype(inputs: Any, dtype: torch.dtype) -> Any:
 
 def _mebibytes(model: nn.Module) -> float:
     packed = [module.plain for module in model.modules() if isinstance(module, PackedLinear)]
-    indices = [x for module in model.modules() if isinstance(module, BlockSparseLinear) for x in (module.crow, module.col, module.layout)]
-    nbytes = {x.data_ptr(): x.nbytes for x in [*model.parameters(), *model.buffers(), *packed, *indices]}
+    layers = [module for module in model.modules() if isinstance(module, BlockSparseLinear)]
+    constants: list[Tensor] = [getattr(layer, name) for layer in layers for name in layer.constants]
+    nbytes = {x.data_ptr(): x.nbytes for x in [*model.parameters(), *model.buffers(), *packed, *constants]}
     return (sum(nbytes.values()) + int8_bytes(model)) / 2**20
 
 

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from blockprune.core._compat import forward_ad_is_active, functorch_is_active
+from blockprune.core.precision import double
 from blockprune.export import triton_launch
 from blockprune.export.format import BlockSparse, block_rows, ensure_valid
+from blockprune.export.quantization import quantize_inputs
 from blockprune.native import spmm
 
 BACKENDS = ("native", "triton", "torch")
+UNROUNDED = "unrounded"  # of an int8 weight, for derivatives: inputs are multiplied as they are, as if rounding them were the identity
 
 
 @torch.library.custom_op("blockprune::linear", mutates_args=())
@@ -26,8 +29,12 @@ def linear_op(
     block: Sequence[int],
     paired: bool,
     backend: str,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """``x W^T + bias`` of ``x [..., columns]`` with a block-sparse ``W [rows, columns]`` (`format.BlockSparse`): ``[..., rows]``.
+
+    A weight of int8 has a ``scale`` of each row; it multiplies inputs that are rounded to int8 (`quantization`), and its gradient for x is
+    that of the product with W, as if the rounding were the identity.
 
     With the backends "native" and "triton", the layout of the weight decides which kernel runs: the compiled one for CPUs (``paired``) or
     the Triton one for GPUs. Types and devices that the kernel does not support are computed by `torch_product`. Inside `torch.func` use
@@ -40,17 +47,25 @@ def linear_op(
         >>> linear_op(torch.ones(1, 4), None, w.values, w.crow, w.col, w.shape, w.block, w.paired, "native")
         tensor([[2., 2., 2., 2.]])
     """
-    weight = BlockSparse(values, crow, col, (shape[0], shape[1]), (block[0], block[1]), paired)
+    weight = BlockSparse(values, crow, col, (shape[0], shape[1]), (block[0], block[1]), paired, scale)
     ensure_valid(weight)
     out = compiled_product(x, weight, bias, backend)
-    return torch_product(x, weight, bias) if out is None else out
+    return torch_product(x, weight, bias, rounded=backend != UNROUNDED) if out is None else out
 
 
 @torch.library.custom_op("blockprune::linear_input_grad", mutates_args=())
 def linear_input_grad_op(
-    grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, shape: Sequence[int], block: Sequence[int], paired: bool, backend: str
+    grad: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    shape: Sequence[int],
+    block: Sequence[int],
+    paired: bool,
+    backend: str,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """``grad W`` of ``grad [..., rows]``: ``[..., columns]``.
+    """``grad W`` of ``grad [..., rows]``: ``[..., columns]``. A gradient is not rounded, also where the weight is of int8.
 
     Example:
         >>> from blockprune.export.format import pack
@@ -60,22 +75,24 @@ def linear_input_grad_op(
         tensor([[4., 4., 0., 0.]])
     """
     row_count, column_count = shape
-    weight = BlockSparse(values, crow, col, (row_count, column_count), (block[0], block[1]), paired)
+    weight = BlockSparse(values, crow, col, (row_count, column_count), (block[0], block[1]), paired, scale)
     ensure_valid(weight)
     flat = grad.reshape(-1, row_count).mT  # [rows, n]
+    if scale is not None:
+        flat = flat * scale[:, None]
     out = flat.new_zeros(column_count, flat.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))  # a sum over block rows
     for rows, columns, weights in block_rows(weight):
-        out.index_add_(0, columns, (weights @ flat[rows]).to(out.dtype))
+        out.index_add_(0, columns, (weights.to(flat.dtype) @ flat[rows]).to(out.dtype))
     return out.mT.to(grad.dtype).contiguous().view(*grad.shape[:-1], column_count)
 
 
 @linear_op.register_fake
-def _(x: Tensor, bias: Any, values: Any, crow: Any, col: Any, shape: Sequence[int], block: Any, paired: bool, backend: str) -> Tensor:
+def _(x: Tensor, bias: Any, values: Any, crow: Any, col: Any, shape: Sequence[int], *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
 @linear_input_grad_op.register_fake
-def _(grad: Tensor, values: Any, crow: Any, col: Any, shape: Sequence[int], block: Any, paired: bool, backend: str) -> Tensor:
+def _(grad: Tensor, values: Any, crow: Any, col: Any, shape: Sequence[int], *_: Any) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], shape[1]))
 
 
@@ -88,33 +105,31 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[2:5])
-        ctx.save_for_forward(*inputs[2:5])
-        ctx.options, ctx.shape = inputs[5:], output.shape  # options: shape, block, paired, backend
+        _save_weight(ctx, inputs[2:])
+        ctx.shape = output.shape
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input_grad = _input_grad(grad, *ctx.saved_tensors, *ctx.options) if ctx.needs_input_grad[0] else None
+        input_grad = _input_grad(grad, *_saved_weight(ctx)) if ctx.needs_input_grad[0] else None
         bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
-        return input_grad, bias_grad, None, None, None, None, None, None, None
+        return input_grad, bias_grad, None, None, None, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor | None, bias: Tensor | None, *_: None) -> Tensor:
-        weight = *ctx.saved_tensors, *ctx.options
         if x is None:
             assert bias is not None
             return bias.expand(ctx.shape)
-        return linear(x, bias, *weight)
+        return linear(x, bias, *_saved_weight(ctx, UNROUNDED))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, bias: Tensor | None, *weight: Any) -> tuple[Tensor, int]:
-        if any(dim is not None for dim in in_dims[2:5]):
+        if any(dim is not None for dim in (*in_dims[2:5], in_dims[-1])):
             raise NotImplementedError("a block-sparse weight is frozen: vmap over inputs and biases, not over weights")
         x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
         if bias is None or in_dims[1] is None:
             return linear(x, bias, *weight), 0
         out = linear(x, None, *weight)
-        return out + bias.movedim(in_dims[1], 0).view(info.batch_size, *[1] * (out.ndim - 2), -1), 0
+        return (out + bias.movedim(in_dims[1], 0).view(info.batch_size, *[1] * (out.ndim - 2), -1)).to(out.dtype), 0
 
 
 class _InputGrad(torch.autograd.Function):
@@ -126,28 +141,51 @@ class _InputGrad(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:4])
-        ctx.save_for_forward(*inputs[1:4])
-        ctx.options = inputs[4:]
+        _save_weight(ctx, inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return linear(grad, None, *ctx.saved_tensors, *ctx.options), None, None, None, None, None, None, None
+        return linear(grad, None, *_saved_weight(ctx, UNROUNDED)), None, None, None, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, grad: Tensor, *_: None) -> Tensor:
-        return _input_grad(grad, *ctx.saved_tensors, *ctx.options)
+        return _input_grad(grad, *_saved_weight(ctx))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], grad: Tensor, *weight: Any) -> tuple[Tensor, int]:
         return _input_grad(grad.movedim(cast(int, in_dims[0]), 0), *weight), 0
 
 
+def _save_weight(ctx: Any, weight: tuple[Any, ...]) -> None:
+    *tensors, scale = *weight[:3], weight[-1]
+    ctx.save_for_backward(*tensors, scale)
+    ctx.save_for_forward(*tensors, scale)
+    ctx.options = weight[3:-1]  # shape, block, paired, backend
+
+
+def _saved_weight(ctx: Any, backend: str = "") -> tuple[Any, ...]:
+    """The arguments of the operators, for derivatives of an int8 product with another backend."""
+    *tensors, scale = ctx.saved_tensors
+    *layout, own = ctx.options
+    return *tensors, *layout, backend if backend and scale is not None else own, scale
+
+
 linear_op.register_autograd(_Linear.backward, setup_context=_Linear.setup_context)
 linear_input_grad_op.register_autograd(_InputGrad.backward, setup_context=_InputGrad.setup_context)
 
 
-def linear(*arguments: Any) -> Tensor:
+def linear(
+    x: Tensor,
+    bias: Tensor | None,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    shape: Sequence[int],
+    block: Sequence[int],
+    paired: bool,
+    backend: str,
+    scale: Tensor | None = None,
+) -> Tensor:
     """`linear_op`, also inside `torch.func`: gradients for x and the bias, and vmap over both.
 
     Example:
@@ -158,7 +196,8 @@ def linear(*arguments: Any) -> Tensor:
         >>> torch.func.grad(lambda x: ops.linear(x, None, *weight).sum())(torch.ones(4))
         tensor([4., 4., 0., 0.])
     """
-    return cast(Tensor, _Linear.apply(*arguments) if _in_transform() else linear_op(*arguments))  # type: ignore[no-untyped-call]
+    product: Any = _Linear.apply if _in_transform() else linear_op
+    return cast(Tensor, product(x, bias, values, crow, col, shape, block, paired, backend, scale))
 
 
 def _input_grad(*arguments: Any) -> Tensor:
@@ -180,14 +219,37 @@ def compiled_product(x: Tensor, sparse: BlockSparse, bias: Tensor | None, backen
         >>> w = pack(torch.ones(4, 4), torch.tensor([[True, False]]), bp.BlockGrid((4, 4), (4, 2)))
         >>> compiled_product(torch.ones(1, 4), w, None, "torch")
     """
-    if backend == "torch":
+    if backend in ("torch", UNROUNDED) or (sparse.scale is not None and not sparse.paired):
         return None
+    weight = sparse.values, sparse.crow, sparse.col
+    if sparse.scale is not None:
+        return spmm.linear_int8(x, *weight, sparse.scale, shape=sparse.shape, block=sparse.block, bias=bias)
     product = spmm.linear if sparse.paired else triton_launch.linear
-    return product(x, sparse.values, sparse.crow, sparse.col, shape=sparse.shape, block=sparse.block, bias=bias)
+    return product(x, *weight, shape=sparse.shape, block=sparse.block, bias=bias)
 
 
-def torch_product(x: Tensor, sparse: BlockSparse, bias: Tensor | None = None) -> Tensor:
+def int8_backend(x: Tensor) -> str:
+    """The backend that multiplies inputs of this type and device with int8 weights: "native" where the compiled loops can, else "torch".
+
+    Example:
+        >>> from blockprune.export.ops import int8_backend
+        >>> int8_backend(torch.ones(1, 2).to(torch.float64))
+        'torch'
+    """
+    values, crow, col = (torch.tensor(numbers, device=x.device) for numbers in ([1, 1], [0, 1], [0]))
+    weight = BlockSparse(values.to(torch.int8), crow, col.int(), (1, 2), (1, 2), scale=values[:1].float())
+    return "torch" if compiled_product(x.new_ones(1, 2), weight, None, "native") is None else "native"
+
+
+def torch_product(x: Tensor, sparse: BlockSparse, bias: Tensor | None = None, *, rounded: bool = True) -> Tensor:
     """``x W^T + bias`` by operators of torch, on any device: each block row multiplies the columns of x that it keeps.
+
+    Args:
+        x: ``[..., columns]``.
+        sparse: the weight. With one of int8, each row of x is rounded to int8 numbers, whose products are added exactly; the sum is
+            multiplied with both scales in float32.
+        bias: ``[rows]``.
+        rounded: False multiplies the values of x as they are with an int8 weight.
 
     Example:
         >>> from blockprune.export.format import pack
@@ -197,14 +259,27 @@ def torch_product(x: Tensor, sparse: BlockSparse, bias: Tensor | None = None) ->
         tensor([[2., 2., 2., 2.]])
     """
     row_count, column_count = sparse.shape
-    transposed = x.reshape(-1, column_count).mT.contiguous()  # [columns, n], so that the gathered columns of x are contiguous
-    out = transposed.new_zeros(row_count, transposed.shape[1])
+    flat = x.reshape(-1, column_count)
+    if sparse.scale is None:
+        out = _sums(flat, sparse)
+    elif rounded:
+        numbers, scale = quantize_inputs(flat)
+        out = _sums(double(numbers), sparse).float() * (scale[:, None] * sparse.scale)
+        bias = None if bias is None else bias.float()
+    else:
+        out = _sums(flat, sparse) * sparse.scale
+    return (out if bias is None else out + bias).to(x.dtype).view(*x.shape[:-1], row_count)
+
+
+def _sums(x: Tensor, sparse: BlockSparse) -> Tensor:
+    """``x W^T`` of ``x [n, columns]`` with the stored values, in the type of x."""
+    transposed = x.mT.contiguous()  # [columns, n], so that the gathered columns of x are contiguous
+    out = transposed.new_zeros(sparse.shape[0], transposed.shape[1])
     last_columns, gathered = torch.empty(0), transposed
     for rows, columns, weights in block_rows(sparse):
         if len(columns):
             # A tall block is stored as several block rows with the same columns.
             if last_columns.shape != columns.shape or not torch.equal(last_columns, columns):
                 last_columns, gathered = columns, transposed.index_select(0, columns)
-            torch.mm(weights.mT, gathered, out=out[rows])
-    out = out.mT.contiguous().view(*x.shape[:-1], row_count)
-    return out if bias is None else out + bias
+            torch.mm(weights.mT.to(x.dtype), gathered, out=out[rows])
+    return out.mT.contiguous()

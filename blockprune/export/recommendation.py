@@ -15,9 +15,13 @@ from blockprune.core.grid import BlockGrid, BlockShape
 from blockprune.core.progress import progress_bar
 from blockprune.core.table import Rows, Table
 from blockprune.core.types import BlockMask, Masks, Scores
-from blockprune.export.autotune import DEFAULT_ROWS, backends
-from blockprune.export.dense_baselines import dense_kernels
-from blockprune.export.sparse_layers import BlockSparseLinear, pack_weight
+from blockprune.export.autotune import DEFAULT_ROWS
+from blockprune.export.choices import backends
+from blockprune.export.dense_baselines import dense_int8_kernels, dense_kernels
+from blockprune.export.ops import int8_backend
+from blockprune.export.packing import pack_int8, pack_weight
+from blockprune.export.quantization import wants_int8
+from blockprune.export.sparse_layers import BlockSparseLinear, Int8BlockSparseLinear
 from blockprune.export.timing import cold_copies, time_interleaved
 
 BLOCKS: tuple[BlockShape, ...] = ((16, 1), (8, 1), (4, 4), (16, 16), (32, 32), (64, 64))
@@ -146,7 +150,7 @@ def recommend_blocks(
     inputs: Tensor | None = None,
     blocks: Sequence[BlockShape] = BLOCKS,
     sparsities: Sequence[float] = SPARSITIES,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     graph: bool = False,
     rounds: int = 5,
     progress: bool | None = None,
@@ -159,7 +163,8 @@ def recommend_blocks(
         inputs: instead of ``rows`` and ``dtype``: a tensor ``[..., in_features]`` as all of these layers get it.
         blocks: block shapes to try besides those of the layers.
         sparsities: to try, each above 0 and below 1.
-        dtype: of weights and inputs.
+        dtype: of weights and inputs, or "int8" for weights of int8 and inputs of float32 (or of the type of ``inputs``), which are
+            compared with the fastest dense kernel of both types.
         graph: on a GPU, time layers as a CUDA graph replays them, as in `choose`.
         rounds: of measurement, of which the median counts.
         progress: show a progress bar; by default in a terminal and in a notebook.
@@ -196,7 +201,7 @@ def cost_table(
     *,
     rows: int = DEFAULT_ROWS,
     inputs: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     graph: bool = False,
     rounds: int = 9,
     progress: bool | None = None,
@@ -240,11 +245,14 @@ class _LayerTiming:
     device: torch.device
     graph: bool
     rounds: int
+    int8: bool
 
     @classmethod
     def of(
-        cls, layers: Scores | Masks, rows: int, inputs: Tensor | None, dtype: torch.dtype, *, graph: bool, rounds: int
+        cls, layers: Scores | Masks, rows: int, inputs: Tensor | None, dtype: torch.dtype | str, *, graph: bool, rounds: int
     ) -> "_LayerTiming":
+        int8 = not (isinstance(dtype, torch.dtype) and dtype.is_floating_point) and wants_int8(dtype)
+        float_dtype = dtype if isinstance(dtype, torch.dtype) and not int8 else torch.float32
         if inputs is not None:
             rows = inputs.numel() // inputs.shape[-1]
         if not layers or rows < 1:
@@ -257,12 +265,15 @@ class _LayerTiming:
         if inputs is None:
             first: Any = next(iter(layers.values()))
             device = first.keep.device if isinstance(first, BlockMask) else first.value.device
-            return cls(rows, dtype, device, graph, rounds)
-        in_features = {name: math.prod(layer.grid.shape[1:]) for name, layer in layers.items()}
-        if wrong := [name for name, features in in_features.items() if features != inputs.shape[-1]]:
-            misfit = f"inputs {tuple(inputs.shape)} do not fit {wrong[0]}, which has {in_features[wrong[0]]} input features"
-            raise ValueError(f"{misfit}; give the number of input rows instead: rows={rows}")
-        return cls(rows, inputs.dtype, inputs.device, graph, rounds)
+        else:
+            device, float_dtype = inputs.device, inputs.dtype
+            in_features = {name: math.prod(layer.grid.shape[1:]) for name, layer in layers.items()}
+            if wrong := [name for name, features in in_features.items() if features != inputs.shape[-1]]:
+                misfit = f"inputs {tuple(inputs.shape)} do not fit {wrong[0]}, which has {in_features[wrong[0]]} input features"
+                raise ValueError(f"{misfit}; give the number of input rows instead: rows={rows}")
+        if int8 and device.type != "cpu":
+            raise ValueError(f"dtype={dtype!r} has kernels for a CPU alone, and the layers or inputs are on {device}")
+        return cls(rows, float_dtype, device, graph, rounds, int8)
 
     def milliseconds(self, grids: Sequence[BlockGrid], sparsities: Sequence[float]) -> tuple[float, dict[tuple[BlockGrid, float], float]]:
         """The time of the fastest dense kernel, and the times of random masks by grid and sparsity; the grids have one shape."""
@@ -272,14 +283,19 @@ class _LayerTiming:
         x = torch.randn(self.input_rows, weight.shape[1], generator=generator).to(self.device, self.dtype)
         calls: dict[Any, list[Callable[[], Tensor]]] = defaultdict(list)
         for _ in self._copies(weight.nbytes):
-            for name, call in dense_kernels(x, weight.clone(), None).items():
+            kernels = dense_kernels(x, weight.clone(), None) | (dense_int8_kernels(x, weight, None) if self.int8 else {})
+            for name, call in kernels.items():
                 calls[name].append(call)
         dense_names = list(calls)
         for grid in grids:
             order = torch.randperm(grid.blocks, generator=generator)
             for sparsity in sparsities:
                 keep = (order >= round(sparsity * grid.blocks)).view(grid.size)
-                layer = BlockSparseLinear(pack_weight(weight, BlockMask(keep, grid)), None, backend)
+                mask = BlockMask(keep, grid)
+                if self.int8:
+                    layer: BlockSparseLinear = Int8BlockSparseLinear(pack_int8(weight, mask), None, int8_backend(x))
+                else:
+                    layer = BlockSparseLinear(pack_weight(weight, mask), None, backend)
                 calls[grid, sparsity] = [partial(copy.deepcopy(layer), x) for _ in self._copies(layer.values.nbytes)]
         with torch.no_grad():
             seconds = time_interleaved(calls, self.device, graph=self.graph, rounds=self.rounds)

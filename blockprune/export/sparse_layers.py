@@ -1,7 +1,7 @@
 """Layers that hold and multiply only the kept blocks of their weight."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,12 @@ from blockprune.core._compat import conv_padding, dispatch_mode_is_active, is_tr
 from blockprune.core.grid import BlockGrid, expand
 from blockprune.core.types import BlockMask
 from blockprune.export import triton_launch
-from blockprune.export.format import BlockSparse, ensure_valid, kept_blocks, pack, to_layout, unpack, validate
+from blockprune.export.format import BlockSparse, ensure_valid, kept_blocks, to_layout, unpack, validate
 from blockprune.export.ops import BACKENDS, compiled_product, linear
+from blockprune.export.packing import read_state
 
 INDICES = ("crow", "col", "layout")
-STATE_KEYS = ("values", *INDICES)  # of a block-sparse weight in a state dict
+STATE_KEYS = ("values", *INDICES)  # of a block-sparse weight in a state dict; one of int8 also has a "scale"
 
 
 class BlockSparseLinear(nn.Module):
@@ -49,10 +50,12 @@ class BlockSparseLinear(nn.Module):
                 [2., 2., 2., 2.]])
     """
 
+    constants: ClassVar[tuple[str, ...]] = INDICES  # tensors that nothing averages or converts, because they are no buffers
     values: Tensor
     crow: Tensor
     col: Tensor
     layout: Tensor
+    scale: Tensor | None = None
     bias: nn.Parameter | None
 
     def __init__(self, weight: BlockSparse, bias: nn.Parameter | None, backend: str = "native") -> None:
@@ -60,13 +63,17 @@ class BlockSparseLinear(nn.Module):
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r} must be one of {BACKENDS}")
         validate(weight)
+        if (weight.scale is None) == ("scale" in self.constants):
+            other = "a Linear of int8 is an Int8BlockSparseLinear, and every other layer holds floating-point numbers"
+            raise ValueError(f"{type(self).__name__} cannot hold a weight of {weight.values.dtype}: {other}")
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(
                 f"a bias of shape {tuple(bias.shape)} does not fit a weight of shape {weight.shape}: it must be ({weight.shape[0]},)"
             )
         self.backend = backend
         self.name = ""  # of the layer in the model that it was exported from; error messages begin with it
-        self.register_buffer("values", None)
+        if "values" not in self.constants:
+            self.register_buffer("values", None)
         self._store(weight)
         self.register_parameter("bias", bias)
 
@@ -87,7 +94,7 @@ class BlockSparseLinear(nn.Module):
         Raises:
             ValueError: its indices were changed and are no longer valid.
         """
-        weight = BlockSparse(self.values, self.crow, self.col, self.shape, self.block, self.paired)
+        weight = BlockSparse(self.values, self.crow, self.col, self.shape, self.block, self.paired, self.scale)
         ensure_valid(weight, self.name)
         return weight
 
@@ -116,24 +123,32 @@ class BlockSparseLinear(nn.Module):
             raise ValueError(
                 f"an input of shape {tuple(input.shape)} does not fit a weight of shape {self.shape}: its last axis must be {self.shape[1]}"
             )
-        values, bias = self.values, cast(Tensor | None, self.bias)
+        dtype = None
         if not input.is_meta and torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(input.device.type)
+        input, values, bias = self._operands(input, dtype)
+        # tools such as accelerate move parameters and buffers one by one, and leave other tensors on their device
+        crow, col = self.crow.to(values.device), self.col.to(values.device)
+        scale = None if self.scale is None else self.scale.to(values.device)
+        if not (values.is_meta or torch.compiler.is_compiling() or is_tracing() or dispatch_mode_is_active()):
+            weight = BlockSparse(values, crow, col, self.shape, self.block, self.paired, scale)
+            ensure_valid(weight, self.name)
+            out = compiled_product(input, weight, bias, self.backend)  # a direct call avoids the overhead of torch's dispatcher
+            if out is not None:
+                return out
+        return linear(input, bias, values, crow, col, self.shape, self.block, self.paired, self.backend, scale)
+
+    def _operands(self, input: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Input, values and bias as they are multiplied; with a type, that of autocast."""
+        values, bias = self.values, cast(Tensor | None, self.bias)
+        if dtype is not None:
             input, values, bias = input.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
         if input.dtype != values.dtype:
             raise TypeError(
                 f"an input of {input.dtype} does not fit a weight of {values.dtype}; "
                 f"convert one of them: model.to({input.dtype}) or input.to(...)"
             )
-        # tools such as accelerate move parameters and buffers one by one, and leave other tensors on their device
-        crow, col = self.crow.to(values.device), self.col.to(values.device)
-        if not (values.is_meta or torch.compiler.is_compiling() or is_tracing() or dispatch_mode_is_active()):
-            weight = BlockSparse(values, crow, col, self.shape, self.block, self.paired)
-            ensure_valid(weight, self.name)
-            out = compiled_product(input, weight, bias, self.backend)  # a direct call avoids the overhead of torch's dispatcher
-            if out is not None:
-                return out
-        return linear(input, bias, values, crow, col, self.shape, self.block, self.paired, self.backend)
+        return input, values, bias
 
     def _store(self, weight: BlockSparse) -> None:
         """Store a weight in the layout of its device."""
@@ -141,11 +156,13 @@ class BlockSparseLinear(nn.Module):
         self.shape, self.block, self.paired = weight.shape, weight.block, weight.paired
         self.values = weight.values
         layout = torch.tensor([*weight.shape, *weight.block, weight.paired], device=weight.values.device)
-        self._set_indices(weight.crow, weight.col, layout)
+        tensors = {"values": weight.values, "scale": weight.scale, "crow": weight.crow, "col": weight.col, "layout": layout}
+        self._set_constants(*(cast(Tensor, tensors[name]) for name in self.constants))
 
-    def _set_indices(self, *indices: Tensor) -> None:
+    def _set_constants(self, *tensors: Tensor) -> None:
         with torch.inference_mode(False):  # torch does not count writes to an inference tensor
-            self.crow, self.col, self.layout = (x.clone() if x.is_inference() else x for x in indices)
+            for name, x in zip(self.constants, tensors, strict=True):
+                setattr(self, name, x.clone() if x.is_inference() else x)
 
     def _convert_layout(self) -> None:
         """Convert a weight that came from another kind of device to the layout of this one."""
@@ -154,59 +171,104 @@ class BlockSparseLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination |= {prefix + name: getattr(self, name).clone() for name in INDICES}
+        destination |= {prefix + name: getattr(self, name).clone() for name in self.constants}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *args: Any
     ) -> None:
         """Load a weight with any number of blocks if its tensors fit each other; otherwise report why not and change nothing."""
-        if present := [name for name in STATE_KEYS if prefix + name in state_dict]:
+        keys = dict.fromkeys((*STATE_KEYS, *self.constants))
+        if present := [name for name in keys if prefix + name in state_dict]:
             try:
-                new = self._read_state(state_dict, prefix, present)
+                if len(present) < len(keys):
+                    raise ValueError(f"the state dict has {', '.join(present)} of it; a block-sparse weight is all of {', '.join(keys)}")
+                new = read_state(**{name: state_dict[prefix + name] for name in keys})
+                if new.shape != self.shape:
+                    raise ValueError(f"a weight of shape {new.shape} does not fit into a layer of {self.shape}")
             except ValueError as error:
                 cast(list[str], args[-1]).append(f"{prefix.removesuffix('.') or 'the layer'}: {error}")
                 return
             self.block, self.paired = new.block, new.paired
             assign, device = local_metadata.get("assign_to_params_buffers", False), self.values.device
-            indices = [state_dict[prefix + name] for name in INDICES]
-            self._set_indices(
-                *indices if assign else (x.detach().to("cpu" if device.type == "meta" else device, copy=True) for x in indices)
+            tensors = [state_dict[prefix + name] for name in self.constants]
+            self._set_constants(
+                *tensors if assign else (x.detach().to("cpu" if device.type == "meta" else device, copy=True) for x in tensors)
             )
-            self.values = self.values.new_empty(new.values.shape)
+            if "values" not in self.constants:
+                self.values = self.values.new_empty(new.values.shape)
         elif strict:
-            missing_keys += [prefix + name for name in INDICES]
-        ignored = {prefix + name for name in INDICES}
+            missing_keys += [prefix + name for name in self.constants]
+        ignored = {prefix + name for name in self.constants}
         if present and state_dict.get(f"{prefix}weight", self.values).shape == (1,):  # of a Hugging Face model: see model/hf_checkpoint.py
             ignored.add(f"{prefix}weight")
         others = {key: value for key, value in state_dict.items() if key not in ignored}
         super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, *args)
         self._convert_layout()
 
-    def _read_state(self, state_dict: dict[str, Any], prefix: str, present: list[str]) -> BlockSparse:
-        if len(present) < len(STATE_KEYS):
-            raise ValueError(f"the state dict has {', '.join(present)} of it; a block-sparse weight is all of {', '.join(STATE_KEYS)}")
-        weight = read_state(*(state_dict[prefix + name] for name in STATE_KEYS))
-        if weight.shape != self.shape:
-            raise ValueError(f"a weight of shape {weight.shape} does not fit into a layer of {self.shape}")
-        return weight
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BlockSparseLinear":
         """Convert the layer to another device or type. Indices keep their type and numbers, also where the layer is on the meta device."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        devices = [fn(getattr(self, name)).device for name in INDICES]  # `share_memory` changes them in place
-        indices = [getattr(self, name) for name in INDICES]
-        self._set_indices(*(x if device.type == "meta" else _moved(x, device) for x, device in zip(indices, devices, strict=True)))
+        devices = [fn(getattr(self, name)).device for name in self.constants]  # `share_memory` changes them in place
+        tensors = [getattr(self, name) for name in self.constants]
+        self._set_constants(*map(_moved, tensors, devices, (name in INDICES for name in self.constants)))
         self._convert_layout()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._set_indices(self.crow, self.col, self.layout)
+        self._set_constants(*(getattr(self, name) for name in self.constants))
         self._convert_layout()  # `torch.load` may load it to another device
 
     def extra_repr(self) -> str:
         kept = self.values.numel() / (self.shape[0] * self.shape[1])
         return f"{self.shape[1]}, {self.shape[0]}, bias={self.bias is not None}, {1 - kept:.1%} pruned, {self.backend}"
+
+
+class Int8BlockSparseLinear(BlockSparseLinear):
+    """A Linear whose kept weights are int8 numbers with a scale for each output, and whose inputs are rounded to int8 row by row.
+
+    ``y = sum(q_x * q_w) * (scale_x * scale_w) + bias``, in float32 and then in the type of the input; the sum is an exact integer. A row of
+    inputs that is not finite gives a row of NaN. The gradient of the input is that of a product with ``weight``: rounding counts as the
+    identity (straight-through, Bengio et al. 1308.3432). On a GPU the product runs by operators of torch, slowly.
+
+    ``values``, int8, and ``scale``, float32 ``[out_features]``, are no buffers either: they keep type and numbers in every conversion, and
+    the state dict holds copies of them. The buffer ``like`` is empty and has the type of ``weight``.
+
+    Args:
+        weight: of int8; `packing.pack_int8` makes one.
+        bias: ``[out_features]`` or None; shared, not copied.
+        backend: as in `BlockSparseLinear`.
+        dtype: of ``weight``, the type that the model has otherwise.
+
+    Raises:
+        ValueError: as in `BlockSparseLinear`; a weight of another type than int8.
+
+    Example:
+        >>> from blockprune import export
+        >>> from blockprune.export.packing import pack_int8
+        >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((4, 4), (4, 2)))
+        >>> export.Int8BlockSparseLinear(pack_int8(torch.ones(4, 4), mask), None)(torch.ones(2, 4))
+        tensor([[2., 2., 2., 2.],
+                [2., 2., 2., 2.]])
+    """
+
+    constants: ClassVar[tuple[str, ...]] = ("values", "scale", *INDICES)
+    like: Tensor
+
+    def __init__(self, weight: BlockSparse, bias: nn.Parameter | None, backend: str = "native", dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(weight, bias, backend)
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device=weight.values.device), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, numbers times scales, zero where pruned. Each read computes it anew."""
+        return unpack(self.packed_weight).to(self.like.dtype)
+
+    def _operands(self, input: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        if not input.is_floating_point():
+            raise TypeError(f"an input of {input.dtype} does not fit a weight of int8 with scales; give floating-point numbers")
+        input, bias = input if dtype is None else input.to(dtype), cast(Tensor | None, self.bias)
+        return input, self.values.to(self.like.device), bias if bias is None or bias.dtype == input.dtype else bias.float()
 
 
 class BlockSparseConv2d(BlockSparseLinear):
@@ -288,63 +350,29 @@ class BlockSparseConv2d(BlockSparseLinear):
 def sparse_layer_like(template: nn.Module, weight: BlockSparse, backend: str = "native") -> BlockSparseLinear:
     """A block-sparse layer with this weight that takes the bias and options of a Linear, a Conv2d or another block-sparse layer.
 
+    Raises:
+        ValueError: a weight of int8 for a convolution.
+
     Example:
-        >>> from blockprune.export.sparse_layers import pack_weight, sparse_layer_like
+        >>> from blockprune.export import pack_weight
+        >>> from blockprune.export.sparse_layers import sparse_layer_like
         >>> layer, mask = nn.Linear(4, 2), bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
         >>> sparse_layer_like(layer, pack_weight(layer.weight, mask), "torch")
         BlockSparseLinear(4, 2, bias=True, 50.0% pruned, torch)
     """
     if isinstance(template, (nn.Conv2d, BlockSparseConv2d)):
         return BlockSparseConv2d(weight, cast(Any, template), backend)  # both classes have the same options
+    if weight.scale is not None:
+        like = template.like if isinstance(template, Int8BlockSparseLinear) else cast(Tensor, template.weight)
+        return Int8BlockSparseLinear(weight, cast(Any, template.bias), backend, like.dtype)
     return BlockSparseLinear(weight, cast(Any, template.bias), backend)
 
 
-def _moved(index: Tensor, device: torch.device) -> Tensor:
-    """An index on another device. One that `torch.load` put on the meta device has no numbers: zeros until a state dict is loaded."""
-    return torch.zeros_like(index, device=device) if index.is_meta else index.to(device)
+def _moved(x: Tensor, device: torch.device, is_index: bool) -> Tensor:
+    """A constant on another device; indices do not lose their numbers on the meta device.
 
-
-def read_state(values: Tensor, crow: Tensor, col: Tensor, layout: Tensor) -> BlockSparse:
-    """The weight that four tensors of a state dict hold.
-
-    Raises:
-        ValueError: they do not hold a valid weight.
-
-    Example:
-        >>> from blockprune.export.sparse_layers import read_state
-        >>> read_state(torch.ones(2), torch.tensor([0, 1]), torch.tensor([0]).int(), torch.tensor([2, 4, 2, 1, 1])).shape
-        (2, 4)
+    One that `torch.load` put on the meta device has no numbers: zeros until a state dict is loaded.
     """
-    if layout.shape != (5,) or layout.dtype != torch.int64 or layout.is_meta:
-        raise ValueError(f"layout is {layout.dtype} of shape {tuple(layout.shape)} on {layout.device} and must be 5 numbers of int64")
-    rows, columns, height, width, paired = layout.tolist()
-    if paired not in (0, 1):
-        raise ValueError(f"layout is {layout.tolist()}: it must end in 1 (CPU layout) or 0 (GPU layout); it is not what was exported")
-    weight = BlockSparse(values, crow, col, (rows, columns), (height, width), bool(paired))
-    validate(weight)
-    return weight
-
-
-def pack_weight(weight: Tensor, mask: BlockMask) -> BlockSparse:
-    """The kept blocks of a weight with two or more axes, as a matrix whose columns are all axes but the first.
-
-    Blocks that are not a rectangle of that matrix, such as single taps of a kernel, are stored as blocks of one column.
-
-    Args:
-        weight: dense, ``[rows, ...]``; on its device the result is stored, in the layout of that device.
-        mask: which blocks are kept.
-
-    Example:
-        >>> from blockprune.export import pack_weight
-        >>> mask = bp.BlockMask(torch.tensor([True, False]).view(2, 1, 1, 1), bp.BlockGrid((4, 3, 2, 2), (2,)))
-        >>> pack_weight(torch.ones(4, 3, 2, 2), mask).shape
-        (4, 12)
-    """
-    (rows, *axes), (height, *sides), keep = mask.grid.shape, mask.grid.block, mask.keep.to(weight.device)
-    matrix, paired = weight.detach().flatten(1), not triton_launch.uses_gpu_layout(weight.device)
-    if sides[1:] == axes[1:]:  # a block takes whole kernels
-        taps = matrix.shape[1] // axes[0]
-        grid = BlockGrid((rows, matrix.shape[1]), (height, sides[0] * taps))
-        return pack(matrix, keep.reshape(grid.size), grid, paired=paired)
-    keep_columns = expand(keep, BlockGrid((len(keep), *axes), (1, *sides))).flatten(1)  # [block rows, columns]
-    return pack(matrix, keep_columns, BlockGrid((rows, matrix.shape[1]), (height, 1)), paired=paired)
+    if is_index and device.type == "meta":
+        return x
+    return torch.zeros_like(x, device=device) if x.is_meta and device.type != "meta" else x.to(device)

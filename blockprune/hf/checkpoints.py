@@ -14,14 +14,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from blockprune.core._compat_hf import ignore_unexpected_keys, keep_device_hook, model_keys
 from blockprune.export.module_replacement import replace_modules
-from blockprune.export.sparse_layers import STATE_KEYS, BlockSparseLinear, read_state, sparse_layer_like
+from blockprune.export.packing import read_state
+from blockprune.export.sparse_layers import STATE_KEYS, BlockSparseLinear, sparse_layer_like
 from blockprune.model.apply import apply_masks
 from blockprune.model.checkpoint import masks_in_state
 from blockprune.model.hf_checkpoint import FORMAT, QUANT_METHOD, prepare_checkpoints
 from blockprune.model.parameters import parameter_refs
 
 MASK_PARTS = ("original", "0.keep", "0._extra_state")  # of a masked weight in a state dict
-_DTYPES = {"I64": torch.int64, "I32": torch.int32}  # of indices, as safetensors names them
+_DTYPES = {"I64": torch.int64, "I32": torch.int32, "I8": torch.int8}  # of indices and weights of int8, as safetensors names them
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -95,9 +96,10 @@ class _StoredWeight(nn.Module):
     def __init__(self, template: Any, tensors: Mapping[str, Any]) -> None:
         super().__init__()
         self.template = (template,)  # in a tuple, so that torch does not register it
-        for key in STATE_KEYS:
-            shape, dtype = tensors[key]
-            self.register_buffer(key, torch.empty(shape, dtype=_DTYPES.get(dtype, template.weight.dtype), device="meta"))
+        self.keys = tuple(tensors)
+        for key, (shape, name) in tensors.items():
+            dtype = torch.float32 if key == "scale" else _DTYPES.get(name, template.weight.dtype)
+            self.register_buffer(key, torch.empty(shape, dtype=dtype, device="meta"))
         self.register_buffer("weight", torch.empty(1, dtype=template.weight.dtype, device="meta"))
         self.register_parameter("bias", template.bias)
 
@@ -110,7 +112,7 @@ class _StoredWeight(nn.Module):
         (template,) = self.template
         shape = (len(template.weight), template.weight[0].numel())
         try:
-            weight = read_state(*(getattr(self, key) for key in STATE_KEYS))
+            weight = read_state(**{key: getattr(self, key) for key in self.keys})
             if weight.shape != shape:
                 raise ValueError(f"a weight of shape {weight.shape} does not fit a layer of {shape}")
         except ValueError as error:
@@ -164,7 +166,8 @@ def _stored_weights(model: Any, tensors: Mapping[str, Any]) -> dict[nn.Module, _
                 f"{name}: the folder has a block-sparse layer of this name, and {type(model).__name__} has {kind}; load it with the class "
                 "that was exported, or pass its state dict to blockprune.export.load_state_dict"
             )
-        stored[module] = _StoredWeight(module, {part: tensors[prefix + part] for part in STATE_KEYS})
+        parts = [part for part in (*STATE_KEYS, "scale") if prefix + part in tensors]
+        stored[module] = _StoredWeight(module, {part: tensors[prefix + part] for part in parts})
     return stored
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from blockprune.core._compat import state_dict_hooks
@@ -26,7 +27,9 @@ def add_plain_weights(model: nn.Module, state: dict[str, Any], prefix: str, _: A
     """
     for name, module in model.named_modules():
         if is_exported(module) and f"{prefix}{name}.values" in state:
-            state[f"{prefix}{name}.weight"] = state[f"{prefix}{name}.values"].new_full((1,), float("nan"))
+            values = state[f"{prefix}{name}.values"]
+            dtype = values.dtype if values.is_floating_point() else None
+            state[f"{prefix}{name}.weight"] = torch.full((1,), float("nan"), dtype=dtype, device=values.device)
     plain_weights: dict[int, Tensor] = {}  # by the address of the stored weight
     for name in [name for name in state if name.startswith(prefix)]:
         if match := STORED_NAME.fullmatch(name):

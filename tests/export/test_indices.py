@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from strategies import Matrix, kept_matrices
 from test_export import BOTH_BACKENDS, close, masked, random_masks
+from test_export import exported as export_model
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
@@ -25,7 +26,7 @@ X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
 def exported(backend: str = "torch", sparsity: float = 0.5) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 12, 3), nn.ReLU(), nn.Conv2d(12, 8, 1), nn.Flatten(), nn.Linear(128, 16))
-    return export.block_sparse(masked(model, (4, 4), sparsity), backend=backend)
+    return export_model(masked(model, (4, 4), sparsity), backend)
 
 
 def sparse_layers(model: nn.Module) -> Iterator[export.BlockSparseLinear]:
@@ -101,25 +102,29 @@ def test_a_state_dict_whose_indices_were_averaged_is_refused() -> None:
         lambda m: pickle.loads(pickle.dumps(m)),
     ],
 )
-def test_conversions_leave_indices_as_they_are(convert: Callable[[nn.Module], nn.Module]) -> None:
-    model = exported()
+@pytest.mark.parametrize("backend", ["torch", "int8"])
+def test_conversions_leave_indices_as_they_are(convert: Callable[[nn.Module], nn.Module], backend: str) -> None:
+    model = exported(backend)
     before, y = model.state_dict(), model(X)
     converted = convert(copy.deepcopy(model))
     for layer, other in zip(sparse_layers(model), sparse_layers(converted), strict=True):
-        for name in ("crow", "col", "layout"):
+        for name in layer.constants:
             assert torch.equal(getattr(layer, name), getattr(other, name))
             assert getattr(layer, name).dtype == getattr(other, name).dtype
     assert list(converted.state_dict()) == list(before)
     close(converted(X), y, times=1e3)
 
 
-def test_indices_are_shared_with_other_processes_and_stay_through_the_meta_device() -> None:
-    model = exported()
+@pytest.mark.parametrize("backend", ["torch", "int8"])
+def test_indices_are_shared_with_other_processes_and_stay_through_the_meta_device(backend: str) -> None:
+    model = exported(backend)
     assert all(layer.col.is_shared() and layer.values.is_shared() for layer in sparse_layers(copy.deepcopy(model).share_memory()))
     empty = copy.deepcopy(model).to("meta").to_empty(device="cpu")
     assert [layer.block_mask() for layer in sparse_layers(empty)] == [layer.block_mask() for layer in sparse_layers(model)]
     for layer, other in zip(sparse_layers(empty), sparse_layers(model), strict=True):
         layer.values.copy_(other.values)
+        if layer.scale is not None:
+            layer.scale.copy_(other.scale)
     empty.load_state_dict({k: v for k, v in model.state_dict().items() if "bias" in k}, strict=False)
     close(empty(X), model(X))
 

@@ -60,4 +60,5 @@ def test_without_inputs_only_parameters_are_counted() -> None:
 def test_buffers_and_modes_of_the_model_stay() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout()).train()
     export.count_model(model, inputs=torch.randn(3, 4))
-    assert model.training and int(model[1].num_batches_tracked) == 0
+    assert model.training
+    assert int(model[1].num_batches_tracked) == 0

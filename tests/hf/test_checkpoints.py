@@ -58,8 +58,8 @@ def masked(make: Callable[[], Any], where: bp.Where = LAYERS) -> Any:
     return bp.apply_masks(model, bp.recipes.magnitude(where)(model, 0.5).masks)
 
 
-def exported(make: Callable[[], Any] = llama, where: bp.Where = LAYERS) -> Any:
-    return export.block_sparse(masked(make, where), backend="native")
+def exported(make: Callable[[], Any] = llama, where: bp.Where = LAYERS, dtype: str | None = None) -> Any:
+    return export.block_sparse(masked(make, where), backend="native", dtype=dtype)
 
 
 def output(model: Any) -> Tensor:
@@ -80,9 +80,10 @@ def edit(folder: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("shards", [None, "50KB"], ids=["one", "several"])
+@pytest.mark.parametrize("dtype", [None, "int8"])
 @pytest.mark.parametrize("family", MAKE)
-def test_an_exported_model_comes_back(family: str, shards: str | None, tmp_path: Path) -> None:
-    model = exported(MAKE[family])
+def test_an_exported_model_comes_back(family: str, dtype: str | None, shards: str | None, tmp_path: Path) -> None:
+    model = exported(MAKE[family], dtype=dtype)
     model.save_pretrained(tmp_path, **({"max_shard_size": shards} if shards else {}))
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards is not None)
     loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
@@ -151,12 +152,17 @@ def test_the_file_is_as_large_as_the_kept_share(tmp_path: Path) -> None:
     [{"dtype": torch.bfloat16}, {"torch_dtype": torch.float16}, {"dtype": "auto"}, {"dtype": "float64"}],
     ids=["bfloat16", "torch_dtype", "auto", "float64"],
 )
-def test_a_model_loads_in_any_type(options: dict[str, Any], tmp_path: Path) -> None:
-    model = exported().bfloat16()
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_a_model_loads_in_any_type(weights: str | None, options: dict[str, Any], tmp_path: Path) -> None:
+    model = exported(dtype=weights).bfloat16()
     model.save_pretrained(tmp_path)
     dtype = torch.bfloat16 if "auto" in options.values() else getattr(torch, str(next(iter(options.values()))).removeprefix("torch."))
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path, **options)
-    assert {p.dtype for p in [*loaded.parameters(), *(layer.values for layer in sparse_layers(loaded).values())]} == {dtype}
+    assert {p.dtype for p in [*loaded.parameters(), *(layer.weight for layer in sparse_layers(loaded).values())]} == {dtype}
+    assert {layer.values.dtype for layer in sparse_layers(loaded).values()} == {torch.int8 if weights else dtype}
+    for name, layer in sparse_layers(model).items():
+        if layer.scale is not None:
+            assert torch.equal(sparse_layers(loaded)[name].scale, layer.scale), "in float32, whatever the type of the model"
     expected = copy.deepcopy(model).to(dtype)
     torch.testing.assert_close(output(loaded), output(expected), atol=1e-2, rtol=1e-2)  # the rotary frequencies stay in float32
     assert loaded.half().float().dtype == torch.float32  # transformers refuses this for quantized models
@@ -260,6 +266,24 @@ NAME = "model.layers.0.mlp.up_proj"
 )
 def test_corrupt_blocks_are_refused(part: str, change: Callable[[Tensor], Any], message: str, tmp_path: Path) -> None:
     exported().save_pretrained(tmp_path)
+    key = f"{NAME}.{part}"
+    edit(tmp_path, **{key: change(load_file(tmp_path / "model.safetensors")[key])})
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("scale", lambda x: None, rf"{NAME}: the folder does not hold what was exported: .*values are torch.int8 with no scale"),
+        ("scale", lambda x: x * float("nan"), f"{NAME}: .*scale must be finite"),
+        ("scale", lambda x: x[:-1].clone(), rf"{NAME}: .*scale is torch.float32 of shape \(127,\)"),
+        ("values", lambda x: x.float(), f"{NAME}: .*values are torch.float32 with a scale"),
+        ("col", lambda x: x + 1000, f"{NAME}: .*col must be from 0"),
+    ],
+)
+def test_corrupt_int8_blocks_are_refused(part: str, change: Callable[[Tensor], Any], message: str, tmp_path: Path) -> None:
+    exported(dtype="int8").save_pretrained(tmp_path)
     key = f"{NAME}.{part}"
     edit(tmp_path, **{key: change(load_file(tmp_path / "model.safetensors")[key])})
     with pytest.raises((ValueError, RuntimeError), match=message):

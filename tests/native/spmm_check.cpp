@@ -84,7 +84,7 @@ static int run(int64_t rows, int64_t cols, int64_t height, int64_t width, int64_
     crow[bands] = (int64_t)kept.size();
     std::unique_ptr<int32_t[]> col(new int32_t[kept.size()]);
     std::copy(kept.begin(), kept.end(), col.get());
-    Numbers values(count, half), x(n * cols, half), bias(rows, half), y(n * rows, half);
+    Numbers values(count, half), x(n * cols, half), bias(rows, half && !is_int8), y(n * rows, half);
     values.fill(), x.fill(), bias.fill(), y.fill();
     const void* at_bias = with_bias ? bias.memory.get() : nullptr;
     std::unique_ptr<int8_t[]> whole(new int8_t[count]);

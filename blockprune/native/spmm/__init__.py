@@ -55,41 +55,7 @@ def linear(
     Sums are float32 whatever the type. Inputs that meet no kept weight of a row do not reach it, be they NaN: the dense product with zeros
     makes NaN of them.
     """
-    return _multiply("spmm", x, values, x.dtype, crow, col, (), shape, block, bias)
-
-
-def _multiply(
-    function: str,
-    x: Tensor,
-    values: Tensor,
-    dtype: torch.dtype,
-    crow: Tensor,
-    col: Tensor,
-    more: tuple[int, ...],
-    shape: tuple[int, int],
-    block: tuple[int, int],
-    bias: Tensor | None,
-) -> Tensor | None:
-    """What a function of the library returns for inputs that it supports, else None."""
-    if _library is None or x.dtype not in _DTYPES or not is_plain_memory(x := x.contiguous()):
-        return None
-    if not (_readable(values, dtype) and _indices(crow, torch.int64) and _indices(col, torch.int32)):
-        return None
-    rows, cols = shape
-    if x.shape[-1] != cols:
-        raise ValueError(f"an input of shape {tuple(x.shape)} does not fit a weight of shape {shape}: its last axis must be {cols}")
-    if bias is not None and (not _readable(bias, x.dtype) or bias.shape != (rows,)):
-        return None
-    out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
-    addresses = values.data_ptr(), col.data_ptr(), crow.data_ptr()
-    n, at_bias = x.numel() // cols, None if bias is None else bias.data_ptr()
-    layer, multiply = (*addresses, rows, cols, *block, _DTYPES[x.dtype]), getattr(_library, function)
-    step = max(1, _MULTIPLICATIONS // (max(1, len(values)) * _ROWS_MULTIPLE)) * _ROWS_MULTIPLE
-    for first in range(0, n, step):
-        at_x, at_out = (t.data_ptr() + first * width * t.element_size() for t, width in ((x, cols), (out, rows)))
-        if multiply(*layer, at_x, min(step, n - first), at_bias, at_out, *more, torch.get_num_threads(), _choice):
-            return None
-    return out
+    return _multiply("spmm", x, (values, crow, col), x.dtype, bias, shape=shape, block=block)
 
 
 def linear_int8(
@@ -103,15 +69,59 @@ def linear_int8(
     block: tuple[int, int],
     bias: Tensor | None = None,
 ) -> Tensor | None:
-    """`linear` with a weight in int8 of which each row has a scale, ``scale [rows]``; each row of x is quantized too.
+    """``x W^T + bias`` for ``x [..., cols]`` and an int8 weight, as `export.format.BlockSparse` holds it; None where this cannot.
 
-    The largest magnitude of a row of x becomes 127, the others are rounded to the nearest integer, ties to even. Sums are exact. A row of x
-    that is not finite makes its row of the result NaN.
+    Each row of x is rounded to int8 numbers q with ``s = max|x| / 127`` (`export.quantization.quantize_inputs`); the sums of products are
+    exact, and ``y = sum * (s * scale) + bias`` is computed in float32. A row of x that is not finite gives NaN in the whole row of y.
+
+    Args:
+        x: of float32 or bfloat16, the type of the result.
+        values, crow, col, shape, block: the weight, in the CPU layout; values from -127 to 127.
+        scale: of each row of the weight, float32 ``[rows]``.
+        bias: ``[rows]``, of float32 or of the type of x.
     """
-    cols = shape[1]
-    if x.dtype not in _DTYPES or cols > _MAX_INT8_COLUMNS or scale.dtype != torch.float32 or not is_plain_memory(scale):
+    if not _readable(scale, torch.float32) or scale.shape != shape[:1] or shape[1] > _MAX_INT8_COLUMNS:
         return None
-    return _multiply("spmm_int8", x, values, torch.int8, crow, col, (scale.data_ptr(),), shape, block, bias)
+    if bias is not None:
+        if bias.dtype not in (x.dtype, torch.float32) or not is_plain_memory(bias):
+            return None
+        bias = bias.float()
+    return _multiply("spmm_int8", x, (values, crow, col), torch.int8, bias, scale=scale, shape=shape, block=block)
+
+
+def _multiply(
+    function: str,
+    x: Tensor,
+    weight: tuple[Tensor, Tensor, Tensor],
+    dtype: torch.dtype,
+    bias: Tensor | None,
+    *,
+    scale: Tensor | None = None,
+    shape: tuple[int, int],
+    block: tuple[int, int],
+) -> Tensor | None:
+    """What a function of the library computes, or None."""
+    if _library is None or x.dtype not in _DTYPES or not is_plain_memory(x := x.contiguous()):
+        return None
+    values, crow, col = weight
+    if not (_readable(values, dtype) and _indices(crow, torch.int64) and _indices(col, torch.int32)):
+        return None
+    rows, cols = shape
+    if x.shape[-1] != cols:
+        raise ValueError(f"an input of shape {tuple(x.shape)} does not fit a weight of shape {shape}: its last axis must be {cols}")
+    if bias is not None and (not _readable(bias, torch.float32 if dtype == torch.int8 else dtype) or bias.shape != (rows,)):
+        return None
+    out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
+    addresses = values.data_ptr(), col.data_ptr(), crow.data_ptr()
+    n, at_bias = x.numel() // cols, None if bias is None else bias.data_ptr()
+    layer, multiply = (*addresses, rows, cols, *block, _DTYPES[x.dtype]), getattr(_library, function)
+    scales = () if scale is None else (scale.data_ptr(),)
+    step = max(1, _MULTIPLICATIONS // (max(1, len(values)) * _ROWS_MULTIPLE)) * _ROWS_MULTIPLE
+    for first in range(0, n, step):
+        at_x, at_out = (t.data_ptr() + first * width * t.element_size() for t, width in ((x, cols), (out, rows)))
+        if multiply(*layer, at_x, min(step, n - first), at_bias, at_out, *scales, torch.get_num_threads(), _choice):
+            return None
+    return out
 
 
 def _readable(x: Tensor, dtype: torch.dtype) -> bool:

@@ -225,11 +225,12 @@ template <class K, int P> static void pack(const Product& p, const Slice& slice,
 
 // Transposes the sums [rows][P] of a panel and stores them, scaled and with the bias, in the columns of y from `top` on.
 template <class K, class T, int P> static void store_panel(const Product& p, const Panel& panel, int64_t top, int64_t rows) {
+    typedef std::conditional_t<K::IS_SCALED, float, T> Bias;
     const Slice& slice = panel.slice;
     for (int64_t i = 0; i < slice.count; i += LANES) {
         for (int64_t r = 0; r < rows; r += LANES) {
             const int64_t count = std::min<int64_t>(LANES, rows - r), inputs = std::min<int64_t>(LANES, slice.count - i);
-            const F<LANES> bias = p.bias ? load_floats<LANES>(Padded<LANES, T>((const T*)p.bias + top + r, count).all) : F<LANES>{};
+            const F<LANES> bias = p.bias ? load_floats<LANES>(Padded<LANES, Bias>((const Bias*)p.bias + top + r, count).all) : F<LANES>{};
             F<LANES> x[LANES];
             UNROLL for (int k = 0; k < LANES; k++) x[k] = load<F<LANES>>(panel.sums + (r + k) * P + i);
             transpose(x);

@@ -145,7 +145,7 @@ template <class T> static void store_int8_sums(const Product& p, const Slice& sl
         const float input_scale = p.input_scale[slice.first + i];
         for (int64_t r = 0; r < height; r++) {
             const float product = (float)sums[i * height + r] * (p.weight_scale[top + r] * input_scale);
-            store_float(y + r, product + (p.bias ? load_float((const T*)p.bias + top + r) : 0.0f));
+            store_float(y + r, product + (p.bias ? ((const float*)p.bias)[top + r] : 0.0f));
         }
     }
 }

@@ -46,22 +46,22 @@ template <class T, class Sum> void multiply_band(const Product& p, const T* x, i
 }
 
 // Calls value(i, row, sum) for each row of x and of W, and stores what it returns, with the bias.
-template <class T, class Y, class Sum, class Value>
+template <class T, class Y, class Bias, class Sum, class Value>
 void multiply_rows(const Product& p, const Slice& slice, Sum* sums, int64_t begin, int64_t end, Value value) {
     for (int64_t band = begin; band < end; band++)
         for (int64_t i = slice.first; i < slice.first + slice.count; i++) {
             multiply_band(p, (const T*)p.x + i * p.cols, band, sums);
             for (int64_t r = 0, row = band * p.height; r < p.height_of(band); r++, row++)
-                store_float((Y*)p.y + i * p.rows + row, value(i, row, sums[r]) + (p.bias ? load_float((const Y*)p.bias + row) : 0.0f));
+                store_float((Y*)p.y + i * p.rows + row, value(i, row, sums[r]) + (p.bias ? load_float((const Bias*)p.bias + row) : 0.0f));
         }
 }
 
 template <class T> void gemv(const Product& p, const Slice& slice, float* scratch, int64_t begin, int64_t end) {
-    multiply_rows<T, T>(p, slice, scratch, begin, end, [](int64_t, int64_t, float sum) { return sum; });
+    multiply_rows<T, T, T>(p, slice, scratch, begin, end, [](int64_t, int64_t, float sum) { return sum; });
 }
 
 template <class Y> void gemv_int8(const Product& p, const Slice& slice, float* scratch, int64_t begin, int64_t end) {
-    multiply_rows<int8_t, Y>(p, slice, (int32_t*)scratch, begin, end, [&](int64_t i, int64_t row, int32_t sum) {
+    multiply_rows<int8_t, Y, float>(p, slice, (int32_t*)scratch, begin, end, [&](int64_t i, int64_t row, int32_t sum) {
         return (float)sum * (p.weight_scale[row] * p.input_scale[i]);
     });
 }

@@ -188,7 +188,7 @@ EXPORT int32_t spmm(const void* values, const int32_t* col, const int64_t* crow,
 }
 
 // The same with W in int8, of which each row has a scale, and x in int8 too, after each row has got a scale from its largest magnitude.
-// x, bias and y are float32 or bfloat16. Sums are int32, which hold 2^31 / 127^2 products; the caller has checked that `cols` is not more.
+// x and y are float32 or bfloat16, bias is float32. Sums are int32, which hold 2^31 / 127^2 products; the caller has checked that `cols` is not more.
 EXPORT int32_t spmm_int8(const int8_t* values, const int32_t* col, const int64_t* crow, int64_t rows, int64_t cols, int64_t height,
                          int64_t width, int32_t is_bf16, const void* x, int64_t n, const void* bias, void* y, const float* scale,
                          int64_t threads, int32_t isa) {

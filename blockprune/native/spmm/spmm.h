@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "../common.h"
@@ -29,7 +30,7 @@ struct Product : Layer {
     void* y;
     const int64_t* starts;      // [bands] where the values of each band start, or null where crow says it
     const float *input_scale = nullptr, *weight_scale = nullptr;  // [n], [rows] of int8: what makes sums floats
-    bool is_bf16 = false;       // the type of bias and y, where weights are int8
+    bool is_bf16 = false;  // the type of y where weights are int8; their bias is float32
 
     int64_t bands() const { return (rows + height - 1) / height; }
     int64_t height_of(int64_t band) const { return std::min(height, rows - band * height); }
