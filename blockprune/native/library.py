@@ -57,10 +57,18 @@ def address(x: Any) -> int:
     return int(x.data_ptr())
 
 
+def runs_eagerly() -> bool:
+    """Whether operations run as they are called: nothing compiles, traces, records or differentiates forward."""
+    return not (torch.compiler.is_compiling() or is_tracing() or dispatch_mode_is_active() or forward_ad_is_active())
+
+
+def is_numbers(x: Tensor) -> bool:
+    """Whether a tensor is nothing but contiguous numbers in memory, and needs no gradient."""
+    if type(x) not in (Tensor, torch.nn.Parameter) or not x.is_contiguous() or (x.requires_grad and torch.is_grad_enabled()):
+        return False
+    return not (is_functorch_tensor(x) or x.is_neg() or is_zero_tensor(x))
+
+
 def is_plain_memory(x: Tensor, device: str = "cpu") -> bool:
     """Whether a tensor is nothing but numbers in the memory of a device: no gradient to record, no tracing, no transform."""
-    recording = torch.is_grad_enabled() and x.requires_grad
-    wrapped = torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or is_functorch_tensor(x)
-    traced = is_tracing() or dispatch_mode_is_active() or forward_ad_is_active()
-    numbers = x.is_contiguous() and not x.is_neg() and not is_zero_tensor(x)
-    return x.device.type == device and numbers and not (recording or wrapped or traced)
+    return x.device.type == device and runs_eagerly() and is_numbers(x)

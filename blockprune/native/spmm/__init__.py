@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blockprune.core._compat import gomp_parallel
-from blockprune.native.library import INSTRUCTIONS, available_instructions, chosen_instructions, is_plain_memory, load
+from blockprune.native.library import INSTRUCTIONS, available_instructions, chosen_instructions, is_numbers, load, runs_eagerly
 
 __all__ = ["INSTRUCTIONS", "instructions", "linear", "linear_int8", "status"]
 
@@ -83,7 +83,7 @@ def linear_int8(
     if not _readable(scale, torch.float32) or scale.shape != shape[:1] or shape[1] > _MAX_INT8_COLUMNS:
         return None
     if bias is not None:
-        if bias.dtype not in (x.dtype, torch.float32) or not is_plain_memory(bias):
+        if bias.dtype not in (x.dtype, torch.float32):
             return None
         bias = bias.float()
     return _multiply("spmm_int8", x, (values, crow, col), torch.int8, bias, scale=scale, shape=shape, block=block)
@@ -101,7 +101,7 @@ def _multiply(
     block: tuple[int, int],
 ) -> Tensor | None:
     """What a function of the library computes, or None."""
-    if _library is None or x.dtype not in _DTYPES or not is_plain_memory(x := x.contiguous()):
+    if _library is None or x.dtype not in _DTYPES or not (runs_eagerly() and _readable(x := x.contiguous(), x.dtype)):
         return None
     values, crow, col = weight
     if not (_readable(values, dtype) and _indices(crow, torch.int64) and _indices(col, torch.int32)):
@@ -126,7 +126,7 @@ def _multiply(
 
 def _readable(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether a tensor is numbers of a type in CPU memory, and needs no gradient."""
-    return x.dtype == dtype and is_plain_memory(x)
+    return x.is_cpu and x.dtype == dtype and is_numbers(x)
 
 
 def _indices(x: Tensor, dtype: torch.dtype) -> bool:
