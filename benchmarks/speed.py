@@ -32,10 +32,11 @@ from torch.utils._pytree import tree_map_only
 import blockprune as bp
 from blockprune import export
 from blockprune.examples import minilm, smollm
-from blockprune.export.dense_baselines import dense_kernels
+from blockprune.export.dense_baselines import dense_kernels, dynamic_int8, rowwise_int8
+from blockprune.export.packing import pack_int8
 from blockprune.export.semi_structured import SemiStructuredLinear
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 Calls = dict[Any, list[Callable[[], object]]]  # by variant: the same call on one or more copies of the weight
 
 
@@ -67,10 +68,12 @@ def layers(options: argparse.Namespace, dtype: torch.dtype, shape: tuple[int, in
     """Time one dense layer and its pruned variants, and print them."""
     generator = torch.Generator().manual_seed(0)
     rows, columns = shape
-    weight, bias, x = (torch.randn(size, generator=generator).to(options.device, dtype) for size in (shape, (rows,), (batch, columns)))
-    problem = Problem(weight, bias, x)
-    calls = dense_calls(options, problem)
-    dense = list(calls)
+    floating = torch.float32 if dtype == torch.int8 else dtype  # the type of inputs and outputs
+    weight, bias, x = (torch.randn(size, generator=generator).to(options.device, floating) for size in (shape, (rows,), (batch, columns)))
+    problem = Problem(weight, bias, x, is_int8=dtype == torch.int8)
+    others = dense_calls(options, problem) if problem.is_int8 else {}
+    dense_of_type = int8_calls(problem) if problem.is_int8 else dense_calls(options, problem)
+    dense, calls = list(dense_of_type), dense_of_type | others
     for block, sparsity in itertools.product(options.blocks, options.sparsities):
         mask = random_mask(bp.BlockGrid(shape, (min(block[0], rows), min(block[1], columns))), sparsity, generator)
         calls[block, sparsity] = sparse_calls(options, problem, mask)
@@ -82,7 +85,7 @@ def layers(options: argparse.Namespace, dtype: torch.dtype, shape: tuple[int, in
     fastest = min(dense, key=seconds.__getitem__)
     print(
         f"{str(dtype)[6:]:10}{torch.get_num_threads():>3}  {rows}x{columns:<7}{batch:>6}  "
-        + "; ".join(f"{name} {1e3 * seconds[name]:.3f} ms" for name in dense)
+        + "; ".join(f"{name} {1e3 * seconds[name]:.3f} ms" for name in [*dense, *others])
         + f"; {2e-9 * batch * rows * columns / seconds[fastest]:.0f} GF/s"
     )
     limits = roofline(options, dtype) if options.roofline else None
@@ -102,6 +105,7 @@ class Problem:
     weight: Tensor  # [rows, columns]
     bias: Tensor  # [rows]
     x: Tensor  # [batch, columns]
+    is_int8: bool = False  # weights and inputs are multiplied in int8
 
 
 def cell(problem: Problem, sparsity: float, seconds: float, dense: float, limits: tuple[float, float] | None) -> str:
@@ -133,9 +137,21 @@ def dense_calls(options: argparse.Namespace, problem: Problem) -> Calls:
     return calls
 
 
+def int8_calls(problem: Problem) -> Calls:
+    """The dense implementations in int8: torch's, and the layer of blockprune with all blocks."""
+    layer = nn.Sequential(nn.Linear(*reversed(problem.weight.shape)))
+    layer[0].weight, layer[0].bias = nn.Parameter(problem.weight), nn.Parameter(problem.bias)
+    return {
+        "torch's dynamic int8": [partial(dynamic_int8(layer), problem.x)],
+        "int8, all blocks": [partial(rowwise_int8(layer), problem.x)],
+    }
+
+
 def sparse_calls(options: argparse.Namespace, problem: Problem, mask: bp.BlockMask) -> list[Callable[[], object]]:
     """The layer of blockprune."""
     bias = nn.Parameter(problem.bias, requires_grad=False)
+    if problem.is_int8:
+        return [partial(export.Int8BlockSparseLinear(pack_int8(problem.weight, mask), bias, options.backend, torch.float32), problem.x)]
     layer = export.BlockSparseLinear(export.pack_weight(problem.weight, mask), bias, options.backend)
     return [partial(copy.deepcopy(layer), problem.x) for _ in copies(layer.values.nbytes, problem.weight.device)]
 
@@ -255,11 +271,14 @@ def models(options: argparse.Namespace) -> None:
         for name, masks in masks_by_name(options, model).items():
             masked = bp.apply_masks(copy.deepcopy(model), masks)
             for dtype in options.dtypes:
-                cast = masked.to(DTYPES[dtype])
-                choices = export.choose(cast, inputs=inputs, forward=forward, graph=graph, progress=False)
+                is_int8 = dtype == "int8"
+                cast = masked.to(torch.float32 if is_int8 else DTYPES[dtype])
+                choices = export.choose(
+                    cast, inputs=inputs, forward=forward, graph=graph, progress=False, dtype="int8" if is_int8 else None
+                )
                 sparse.append(export.block_sparse(cast, backend=choices))
                 count = sum(isinstance(module, export.BlockSparseLinear) for module in sparse[-1].modules())
-                names.append(f"{name}, {count} of {len(masks)} layers sparse")
+                names.append(f"{name}{' int8' * is_int8}, {count} of {len(masks)} layers {'int8' if is_int8 else 'sparse'}")
         print(f"\n{title}; {torch.get_num_threads()} threads")
         measured: Any = {"forward": forward, "compiled": options.inductor, "graph": graph, "rounds": options.rounds}
         print(export.benchmark(model, *sparse, inputs=inputs, names=names, **measured), flush=True)
@@ -323,6 +342,8 @@ def parse() -> argparse.Namespace:
     options.models = options.models or (["encoder", "writing", "llama-tokens"] if options.tiny else ["encoder", "reading", "writing"])
     if options.masks and (options.what != "models" or len(options.models) > 1):
         parser.error("--masks are those of one model: speed.py models --models encoder (or reading, writing) --masks FILE ...")
+    if options.device != "cpu":
+        options.dtypes = [dtype for dtype in options.dtypes if dtype != "int8"]
     if options.tiny:
         options.shapes, options.batches, options.rounds = [(128, 128)], [1, 4], 1
         options.blocks = [(16, 16), (16, 1)] if options.what == "layers" else [(16, 16)]

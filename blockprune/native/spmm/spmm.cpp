@@ -64,7 +64,7 @@ struct Work {
 };
 
 const int64_t SUMS_BYTES = 131072;    // of the sums of a group of bands
-const int64_t PANELS_BYTES = 131072;  // of the columns of all panels that a group of bands meets before the next columns
+const int64_t PANELS_BYTES = 196608;  // of the columns of all panels that a group of bands meets before the next columns
 const int64_t MIN_COLUMNS = 128;      // at a time
 const int64_t MAX_INPUTS = 256;       // rows of x whose panels are multiplied at a time
 const int64_t PACKED_BYTES = 4194304; // of panels that are packed before they are multiplied
@@ -90,7 +90,10 @@ struct Runner {
         int64_t width = 0;  // of all panels together
         for (int64_t i = 0; i < count; i++) width += panels[i].slice.panel;
         const int64_t bands = std::max<int64_t>(1, SUMS_BYTES / (4 * width * p.height)), rows = std::min(bands, end - begin) * p.height;
-        const int64_t columns = std::max<int64_t>(MIN_COLUMNS, PANELS_BYTES / (packed_bytes * width) / 64 * 64);
+        // more columns where few are kept, so that a band keeps enough of them to be worth a start
+        const double density = (double)p.crow[p.bands()] * p.height * p.width / ((double)p.rows * p.cols), factor = 0.5 / (density + 1e-9);
+        const int64_t all = (int64_t)(std::min(4.0, std::max(1.0, factor)) * (double)(PANELS_BYTES / (packed_bytes * width)));
+        const int64_t columns = std::max<int64_t>(MIN_COLUMNS, all / 64 * 64);
         ScratchBuffer sums((rows + 24) * width * 4), scratch(gemm_scratch(p));
         float* next = (float*)sums.get();
         for (int64_t i = 0; i < count; i++) panels[i].sums = next, next += (rows + 24) * panels[i].slice.panel;
