@@ -168,7 +168,8 @@ template <class K, int L, int NV, int MR, bool SINGLE> static void micro_kernel(
     const auto* w = input.w;
     const auto pair = [&](int set, const typename K::Packed* a, const typename K::Packed* b) __attribute__((always_inline)) {
         K::template pair<L>(acc[set], a, b, w);
-        UNROLL for (int byte = 0; byte < 2 * MR * (int)sizeof(*w); byte += 64) prefetch_after((const char*)w + byte);
+        if (!K::IS_SCALED)  // else they are in the cache
+            UNROLL for (int byte = 0; byte < 2 * MR * (int)sizeof(*w); byte += 64) prefetch_after((const char*)w + byte);
         w += 2 * input.height;
     };
     if (SINGLE) {
@@ -260,12 +261,12 @@ template <class K, int L, int NV, bool SINGLE> struct PanelProduct {
     }
 
     static void multiply(TileInput<K> input) {  // all rows of a band, in tiles of about the same number of rows
-        const int64_t height = input.height, tiles = height % MAX_ROWS ? (height + TILE_ROWS - 1) / TILE_ROWS : height / MAX_ROWS;
+        const int height = (int)input.height, tiles = height % MAX_ROWS ? (height + TILE_ROWS - 1) / TILE_ROWS : height / MAX_ROWS;
         const auto *w = input.w, *last = input.last;
         float* sums = input.sums;
         input.panel += K::template offset<P>(input.origin);
-        for (int64_t t = 0; t < tiles; t++) {
-            const int64_t top = height * t / tiles, bottom = height * (t + 1) / tiles;
+        for (int t = 0, top = 0, bottom; t < tiles; t++, top = bottom) {
+            bottom = height * (t + 1) / tiles;
             input.w = w + 2 * top, input.last = last ? last + top : nullptr, input.sums = sums + top * P;
             kernel_for(bottom - top, std::make_integer_sequence<int, TILE_ROWS>())(input);
         }

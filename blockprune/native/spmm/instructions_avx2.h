@@ -9,6 +9,16 @@ INLINE F<8> permute(F<8> x, U<8> order) { return (F<8>)_mm256_permutevar8x32_ps(
 INLINE U<4> widen(Vec<4>, const int8_t* p) { return (U<4>)_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p)); }
 INLINE U<8> widen(Vec<8>, const int8_t* p) { return (U<8>)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
 
+// Stores integers from -128 to 127 as int8.
+INLINE void narrow(int8_t* p, I<4> x) {
+    const __m128i halves = _mm_packs_epi32((__m128i)x, (__m128i)x);
+    store(p, _mm_cvtsi128_si32(_mm_packs_epi16(halves, halves)));
+}
+INLINE void narrow(int8_t* p, I<8> x) {
+    const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+    _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(halves, halves));
+}
+
 // sums + a * b of both int16 in each word
 INLINE I<4> dot_pairs(I<4> sums, U<4> a, U<4> b) { return sums + (I<4>)_mm_madd_epi16((__m128i)a, (__m128i)b); }
 INLINE I<8> dot_pairs(I<8> sums, U<8> a, U<8> b) { return sums + (I<8>)_mm256_madd_epi16((__m256i)a, (__m256i)b); }

@@ -26,6 +26,7 @@ INLINE void transpose(F<16> (&x)[16]) {
 }
 
 INLINE U<16> widen(Vec<16>, const int8_t* p) { return (U<16>)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE void narrow(int8_t* p, I<16> x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)x)); }
 #if defined(DOT_PAIRS)
 INLINE I<16> dot_pairs(I<16> sums, U<16> a, U<16> b) { return (I<16>)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b); }
 #else

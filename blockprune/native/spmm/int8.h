@@ -11,7 +11,10 @@ struct Int8 {
     static const int64_t COLUMNS = 2 * LANES;
     INLINE const int16_t* weights(const int8_t* stored, int64_t count, int16_t* scratch) {
         int64_t i = 0;
-        for (; i + 2 * LANES <= count; i += 2 * LANES) store(scratch + i, widen<LANES>(stored + i));
+        for (; i + 2 * LANES <= count; i += 2 * LANES) {
+            prefetch_after(stored + i);
+            store(scratch + i, widen<LANES>(stored + i));
+        }
         for (; i < count; i++) scratch[i] = stored[i];
         return scratch;
     }
@@ -85,9 +88,9 @@ template <class T> static void quantize_row(const T* x, int64_t cols, int8_t* ou
     }
     const float top = load<float>(&bits), factor = top >= SMALLEST_INPUT ? 127 / top : 0;
     *scale = top / 127;
-    for (int64_t c = 0; c < whole; c += LANES) narrow<LANES>(out + c, quantized(x + c, factor));
+    for (int64_t c = 0; c < whole; c += LANES) narrow(out + c, quantized(x + c, factor));
     int8_t last[LANES];
-    narrow<LANES>(last, quantized(tail.all, factor));
+    narrow(last, quantized(tail.all, factor));
     std::memcpy(out + whole, last, cols - whole);
 }
 

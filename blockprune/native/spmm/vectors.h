@@ -7,7 +7,6 @@ template <int L> struct Vec {
     typedef int32_t I __attribute__((vector_size(4 * L)));
     typedef uint64_t Q __attribute__((vector_size(4 * L)));
     typedef uint16_t H __attribute__((vector_size(2 * L)));
-    typedef int8_t B __attribute__((vector_size(L)));
 };
 template <int L> using F = typename Vec<L>::F;
 template <int L> using U = typename Vec<L>::U;
@@ -25,9 +24,8 @@ INLINE void prefetch_after(const void* p) { __builtin_prefetch((const void*)((ui
 
 #include INSTRUCTIONS
 
-// 2 * L numbers of int8 as words of two int16, and L integers as int8.
+// 2 * L numbers of int8 as words of two int16.
 template <int L> INLINE U<L> widen(const int8_t* p) { return widen(Vec<L>(), p); }
-template <int L> INLINE void narrow(int8_t* p, I<L> x) { store(p, __builtin_convertvector(x, typename Vec<L>::B)); }
 
 // A bfloat16 number is the upper half of a float. A pair of them is one 32-bit word, the first in its lower half.
 template <class U> INLINE U low_half(U pair) { return pair << 16; }
