@@ -1,7 +1,7 @@
 // The kernels for AVX2 with FMA: floats, and bfloat16 as floats.
 
 #include "intrinsics.h"
-#include "spmm.h"
+#include "conv.h"
 
 #if defined(BEGIN_TARGET)
 #define INSTRUCTIONS "instructions_avx2.h"
@@ -9,14 +9,17 @@
 #define PANEL_VECTORS 2  // vectors of the widest panel
 #define TILE_ROWS 6      // most rows of W in a tile several vectors wide
 #define ACCUMULATORS 8   // most rows of W in a tile one vector wide, and most vectors of sums in a gemv
+#define CONV_ROWS 4      // most rows of W in a tile of a convolution, three vectors wide
 BEGIN_TARGET(TARGET_AVX2)
 namespace {
 #include "vectors.h"
 #include "gemm.h"
 #include "gemv.h"
 #include "kernel_table.h"
+#include "conv_kernels.h"
 const Kernels f32 = kernels<F32, F32, F32Words>(), bf16 = kernels<Bf16AsF32, Bf16AsF32, Bf16Words<DotAsF32>>();
-const KernelSet set = {&f32, &bf16};
+const ConvKernels conv_f32 = conv_kernels<F32>(), conv_bf16 = conv_kernels<Bf16AsF32>();
+const KernelSet set = {&f32, &bf16, &conv_f32, &conv_bf16};
 }  // namespace
 END_TARGET
 

@@ -1,7 +1,7 @@
 // The kernels for AVX-512: floats, and bfloat16 as floats.
 
 #include "intrinsics.h"
-#include "spmm.h"
+#include "conv.h"
 
 #if defined(BEGIN_TARGET)
 #define INSTRUCTIONS "instructions_avx512.h"
@@ -9,14 +9,17 @@
 #define PANEL_VECTORS 2  // as in avx2.cpp
 #define TILE_ROWS 8
 #define ACCUMULATORS 16
+#define CONV_ROWS 8
 BEGIN_TARGET(TARGET_AVX512)
 namespace {
 #include "vectors.h"
 #include "gemm.h"
 #include "gemv.h"
 #include "kernel_table.h"
+#include "conv_kernels.h"
 const Kernels f32 = kernels<F32, F32, F32Words>(), bf16 = kernels<Bf16AsF32, Bf16AsF32, Bf16Words<DotAsF32>>();
-const KernelSet set = {&f32, &bf16};
+const ConvKernels conv_f32 = conv_kernels<F32>(), conv_bf16 = conv_kernels<Bf16AsF32>();
+const KernelSet set = {&f32, &bf16, &conv_f32, &conv_bf16};
 }  // namespace
 END_TARGET
 

@@ -1,7 +1,7 @@
 // The kernels for AVX-512 with instructions that multiply pairs of bfloat16, subnormal ones as zero, and add to floats.
 
 #include "intrinsics.h"
-#include "spmm.h"
+#include "conv.h"
 
 #if defined(BEGIN_TARGET)
 #define INSTRUCTIONS "instructions_avx512.h"
@@ -10,19 +10,22 @@
 #define PANEL_VECTORS 2  // as in avx2.cpp
 #define TILE_ROWS 8
 #define ACCUMULATORS 16
+#define CONV_ROWS 8
 BEGIN_TARGET(TARGET_AVX512_BF16)
 namespace {
 #include "vectors.h"
 #include "gemm.h"
 #include "gemv.h"
 #include "kernel_table.h"
+#include "conv_kernels.h"
 const Kernels bf16 = kernels<Bf16Pairs, Bf16Columns, Bf16Words<DotPairs>>();
+const ConvKernels conv_bf16 = conv_kernels<Bf16Columns>();
 }  // namespace
 END_TARGET
 
 const KernelSet* avx512_bf16_kernels() {
     static const KernelSet* avx512 = avx512_kernels();
-    static const KernelSet set = {avx512 ? avx512->f32 : nullptr, &bf16};
+    static const KernelSet set = {avx512 ? avx512->f32 : nullptr, &bf16, avx512 ? avx512->conv_f32 : nullptr, &conv_bf16};
     return avx512 && processor_has(AVX512_BF16) ? &set : nullptr;
 }
 #else

@@ -49,6 +49,6 @@ template <class T> void gemv(const Product& p, const Slice& slice, float* scratc
 }
 
 const Kernels f32 = {0, 0, 0, 1, nullptr, nullptr, gemv<float>}, bf16 = {0, 0, 0, 1, nullptr, nullptr, gemv<uint16_t>};
-const KernelSet set = {&f32, &bf16};
+const KernelSet set = {&f32, &bf16, nullptr, nullptr};
 
 }  // namespace

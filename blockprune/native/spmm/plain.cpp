@@ -1,12 +1,13 @@
 // The kernels for what every processor of an architecture has, SSE2 or NEON; loops on others, and for compilers without vectors.
 
 #include "intrinsics.h"
-#include "spmm.h"
+#include "conv.h"
 
 #if defined(HAS_VECTORS)
 #define INSTRUCTIONS "instructions_plain.h"
 #define LANES 4
 #define ACCUMULATORS 8  // as in avx2.cpp
+#define CONV_ROWS 4
 #if defined(__aarch64__)
 #define PANEL_VECTORS 4
 #define TILE_ROWS 4
@@ -19,8 +20,10 @@ namespace {
 #include "gemm.h"
 #include "gemv.h"
 #include "kernel_table.h"
+#include "conv_kernels.h"
 const Kernels f32 = kernels<F32, F32, F32Words>(), bf16 = kernels<Bf16AsF32, Bf16AsF32, Bf16Words<DotAsF32>>();
-const KernelSet set = {&f32, &bf16};
+const ConvKernels conv_f32 = conv_kernels<F32>(), conv_bf16 = conv_kernels<Bf16AsF32>();
+const KernelSet set = {&f32, &bf16, &conv_f32, &conv_bf16};
 }  // namespace
 #else
 #include "loops.h"

@@ -20,6 +20,9 @@ struct Layer {
     const int32_t* col;   // [blocks] the column of blocks of each kept block; within a band they rise
     const int64_t* crow;  // [bands + 1] where the kept blocks of each band start
     int64_t rows, cols, height, width;  // width is 1 or even
+
+    int64_t bands() const { return (rows + height - 1) / height; }
+    int64_t height_of(int64_t band) const { return std::min(height, rows - band * height); }
 };
 
 struct Product : Layer {
@@ -29,8 +32,6 @@ struct Product : Layer {
     void* y;
     const int64_t* starts;  // [bands] where the values of each band start, or null where crow says it
 
-    int64_t bands() const { return (rows + height - 1) / height; }
-    int64_t height_of(int64_t band) const { return std::min(height, rows - band * height); }
     int64_t start(int64_t band) const { return starts ? starts[band] : crow[band] * width * height; }
 };
 
@@ -59,9 +60,14 @@ static const int64_t PREFETCH_DISTANCE = 8192;  // bytes
 static inline int64_t gemm_scratch(const Product& p, int64_t panel) { return (OUTPUT_ROWS + p.height + 24) * panel; }
 static inline int64_t gemv_scratch(const Product& p) { return 4 * (p.height + p.cols + 32); }
 
+struct ConvKernels;  // of conv.h
+
 struct KernelSet {
     const Kernels *f32, *bf16;
+    const ConvKernels *conv_f32, *conv_bf16;  // null where there are none
 };
+
+const KernelSet* kernels_of(int32_t isa);  // null where the processor lacks it
 
 const KernelSet* plain_kernels();
 const KernelSet* avx2_kernels();  // null where the compiler or the processor lacks the instruction set, as below
