@@ -9,7 +9,6 @@
 #define PANEL_VECTORS 2  // vectors of the widest panel
 #define TILE_ROWS 6      // most rows of W in a tile several vectors wide
 #define ACCUMULATORS 8   // most rows of W in a tile one vector wide, and most vectors of sums in a gemv
-#define CONV_ROWS 4      // most rows of W in a tile of a convolution, three vectors wide
 BEGIN_TARGET(TARGET_AVX2)
 namespace {
 #include "vectors.h"

@@ -9,7 +9,6 @@
 #define PANEL_VECTORS 2  // as in avx2.cpp
 #define TILE_ROWS 8
 #define ACCUMULATORS 16
-#define CONV_ROWS 8
 BEGIN_TARGET(TARGET_AVX512)
 namespace {
 #include "vectors.h"

@@ -24,14 +24,13 @@ int64_t offset_of(const Convolution& c, int64_t tap) {
     return index * c.plane + y / c.stride_y * c.pitch + x / c.stride_x;
 }
 
+// Which channels any weight meets.
 void mark_used(Convolution& c) {
     const int64_t taps = c.kernel_y * c.kernel_x;
+    std::vector<char> blocks((c.cols + c.width - 1) / c.width, 0);
+    for (int64_t j = 0; j < c.crow[c.bands()]; j++) blocks[c.col[j]] = 1;
     c.used.assign(c.channels, 0);
-    for (int64_t j = 0; j < c.crow[c.bands()]; j++)
-        for (int64_t k = c.col[j] * c.width; k < std::min(c.cols, (c.col[j] + 1) * c.width); k += taps) {
-            c.used[k / taps] = 1;
-            c.used[(std::min(c.cols, (c.col[j] + 1) * c.width) - 1) / taps] = 1;
-        }
+    for (int64_t k = 0; k < c.cols; k++) c.used[k / taps] |= blocks[k / c.width];
 }
 
 // Decides how the image is laid out. Returns false where it is too large.
@@ -46,7 +45,7 @@ bool lay_out(Convolution& c, const ConvKernels& kernels, bool same_numbers) {
     const int64_t most = (c.out_height + c.strips - 1) / c.strips, least = c.out_height / c.strips;
     const bool is_plane = same_numbers && !c.channels_last_x && c.stride_y == 1 && c.stride_x == 1 && reads == c.image_width && c.pad_left == 0 &&
                           c.pad_top == 0 && c.plane_rows(c.out_height) == c.image_height;
-    c.in_place = is_plane && c.positions(least) >= PANEL_LIMIT * kernels.lanes;
+    c.in_place = is_plane && c.positions(least) >= kernels.panel;
     c.plane = c.plane_rows(most) * c.pitch + c.shared;
     c.slot = round_up(planes * c.plane + kernels.lanes, 16);
     if (c.slot / 16 % 2 == 0) c.slot += 16;  // channels that are a multiple of a page apart would displace each other from the cache
@@ -111,7 +110,7 @@ void run(const Convolution& c, const ConvKernels& kernels, const Team& team, int
         }
     int64_t tallest = 0;
     for (const ConvGroup& group : c.groups) tallest = std::max(tallest, group.end - group.first);
-    const int64_t scratch_bytes = (tallest + kernels.lanes + 1) * PANEL_LIMIT * kernels.lanes * (int64_t)sizeof(float);
+    const int64_t scratch_bytes = (tallest + kernels.lanes + 1) * kernels.panel * (int64_t)sizeof(float);
     const int64_t planes_bytes = c.in_place ? 0 : c.channels * c.slot * kernels.packed_bytes, count = (int64_t)strips.size();
     const int64_t groups = (int64_t)c.groups.size();
     const auto planes_of = [&](const Strip& strip, const ScratchBuffer& copies, int64_t i) {

@@ -54,17 +54,18 @@ struct Convolution : Layer, Geometry {
     const int32_t* rows_of(const ConvTile& tile) const { return tile_rows.data() + tile.first_row; }
 };
 
-static const int64_t PANEL_LIMIT = 3;          // vectors of the widest panel
 static const int64_t STRIP_BYTES = 1 << 18;    // of the planes that a strip reads, so that they stay in a cache
 static const int64_t GROUP_KEPT_ROWS = 32;     // of a group, unless it has GROUP_ROWS
 static const int64_t GROUP_ROWS = 256;
 
 // The kernels for one type of number on one instruction set.
 struct ConvKernels {
-    int64_t lanes, tile_rows;  // of a vector; most rows of a tile
-    int64_t packed_bytes;      // of a number in a plane
+    int64_t lanes, panel;  // numbers of a vector and of the widest panel
+    int64_t tile_rows;     // most rows of a tile
+    int64_t packed_bytes;  // of a number in a plane
     // Copies channels [begin, end) of what a strip reads into its planes.
     void (*copy)(const Convolution&, const Strip&, int64_t begin, int64_t end, void* planes);
-    // Computes and stores groups [begin, end) of a strip; `scratch` holds conv_scratch(...) floats.
+    // Computes and stores groups [begin, end) of a strip; `scratch` holds a panel for each row of a group,
+    // and `lanes + 1` more.
     void (*multiply)(const Convolution&, const Strip&, const void* planes, float* scratch, int64_t begin, int64_t end);
 };

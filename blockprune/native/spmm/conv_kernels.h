@@ -1,5 +1,7 @@
 // The kernels of convolutions. Included once for each instruction set, in its namespace, after gemm.h.
 
+static const int64_t CONV_PANEL = LANES * PANEL_VECTORS;
+
 // A number of x in the type of a plane: floats, or bfloat16 as it is.
 template <class P, class T> INLINE P number(const T* x) {
     if constexpr (sizeof(P) == sizeof(T)) return *x;
@@ -124,23 +126,32 @@ static void conv_kernel(const Convolution& c, const ConvTile& tile, const void* 
     }
 }
 
-template <class K, int NV> struct ConvPanel {
-    typedef void (*Kernel)(const Convolution&, const ConvTile&, const void*, float*, int64_t, int64_t);
-    template <int... MR> static Kernel kernel_for(int64_t rows, std::integer_sequence<int, MR...>) {
-        static const Kernel kernels[] = {conv_kernel<K, NV, MR + 1>...};
-        return kernels[rows - 1];
-    }
-    static void multiply(const Convolution& c, const ConvGroup& group, const void* planes, float* out, int64_t out_stride, int64_t first) {
-        for (int64_t t = group.first_tile; t < group.end_tile; t++)
-            kernel_for(c.tiles[t].rows, std::make_integer_sequence<int, CONV_ROWS>())(c, c.tiles[t], planes, out, out_stride, first);
-    }
-};
+typedef void (*ConvKernel)(const Convolution&, const ConvTile&, const void* planes, float* out, int64_t out_stride, int64_t first);
+
+template <class K, int NV, int... MR>
+static void conv_panel(std::integer_sequence<int, MR...>, const Convolution& c, const ConvGroup& group, const void* planes, float* out,
+                       int64_t out_stride, int64_t first) {
+    static const ConvKernel kernels[] = {conv_kernel<K, NV, MR + 1>...};
+    for (int64_t t = group.first_tile; t < group.end_tile; t++) kernels[c.tiles[t].rows - 1](c, c.tiles[t], planes, out, out_stride, first);
+}
+
+// All tiles of a group with a panel of 1 to PANEL_VECTORS vectors.
+template <class K> static void multiply_group(const Convolution& c, const ConvGroup& group, int64_t vectors, const void* planes, float* out,
+                                              int64_t out_stride, int64_t first) {
+    const auto rows = std::make_integer_sequence<int, TILE_ROWS>();
+    if (vectors == 1) conv_panel<K, 1>(rows, c, group, planes, out, out_stride, first);
+#if PANEL_VECTORS > 2
+    else if (vectors == 3) conv_panel<K, 3>(rows, c, group, planes, out, out_stride, first);
+    else if (vectors == 4) conv_panel<K, 4>(rows, c, group, planes, out, out_stride, first);
+#endif
+    else conv_panel<K, 2>(rows, c, group, planes, out, out_stride, first);
+}
 
 struct Segment {  // lanes of a panel whose outputs lie next to each other
     int64_t lane, count, position;
 };
 
-// Stores a segment of the rows of a group from out[row - first][3 * LANES], channels last.
+// Stores a segment of the rows of a group from out[row - first][CONV_PANEL], channels last.
 template <class T>
 static void store_channels_last(const Convolution& c, const ConvGroup& group, const Segment& s, int64_t image, const float* out) {
     T* y = (T*)c.y + (image * c.out_height * c.out_width + s.position) * c.rows;
@@ -148,7 +159,7 @@ static void store_channels_last(const Convolution& c, const ConvGroup& group, co
         for (int64_t row = group.first; row < group.end; row += LANES) {
             const int64_t count = std::min<int64_t>(LANES, group.end - row), many = std::min<int64_t>(LANES, s.count - i);
             F<LANES> x[LANES];
-            UNROLL for (int k = 0; k < LANES; k++) x[k] = load<F<LANES>>(out + (row - group.first + k) * PANEL_LIMIT * LANES + s.lane + i);
+            UNROLL for (int k = 0; k < LANES; k++) x[k] = load<F<LANES>>(out + (row - group.first + k) * CONV_PANEL + s.lane + i);
             transpose(x);
             for (int k = 0; k < many; k++) {
                 T* to = y + (i + k) * c.rows + row;
@@ -170,7 +181,7 @@ static void store_channels_first(const Convolution& c, const ConvGroup& group, c
         for (int64_t m = 0; m < c.tiles[t].rows; m++) {
             const int64_t row = c.rows_of(c.tiles[t])[m];
             T* y = (T*)c.y + (image * c.rows + row) * c.out_height * c.out_width + s.position;
-            const float* from = out + (row - group.first) * PANEL_LIMIT * LANES + s.lane;
+            const float* from = out + (row - group.first) * CONV_PANEL + s.lane;
             int64_t i = 0;
             for (; i + LANES <= s.count; i += LANES) store_floats<LANES>(y + i, load<F<LANES>>(from + i));
             if (i < s.count) {
@@ -192,7 +203,7 @@ static void conv_multiply(const Convolution& c, const Strip& strip, const void* 
             if (t < group.end_tile && c.rows_of(c.tiles[t])[m] == row) {
                 if (++m == c.tiles[t].rows) t++, m = 0;
             } else if (c.channels_last_y) {
-                std::fill_n(scratch + (row - group.first) * PANEL_LIMIT * LANES, PANEL_LIMIT * LANES, c.bias[row]);
+                std::fill_n(scratch + (row - group.first) * CONV_PANEL, CONV_PANEL, c.bias[row]);
             } else {
                 T value;
                 store_float(&value, c.bias[row]);
@@ -200,9 +211,9 @@ static void conv_multiply(const Convolution& c, const Strip& strip, const void* 
             }
         }
         for (int64_t next = 0; next < positions;) {
-            const int64_t vectors = std::min(PANEL_LIMIT, (positions - next + LANES - 1) / LANES), panel = vectors * LANES;
+            const int64_t vectors = std::min<int64_t>(PANEL_VECTORS, (positions - next + LANES - 1) / LANES), panel = vectors * LANES;
             const int64_t start = std::max<int64_t>(0, std::min(next, positions - panel));  // the last panel may compute some outputs again
-            Segment segments[PANEL_LIMIT * LANES];
+            Segment segments[CONV_PANEL];
             int64_t count = 0;
             for (int64_t p = start, stop = std::min(start + panel, positions); p < stop;) {
                 const int64_t row = c.pitch == c.out_width ? 0 : p / c.pitch, column = p - row * c.pitch;
@@ -212,11 +223,9 @@ static void conv_multiply(const Convolution& c, const Strip& strip, const void* 
             }
             const bool direct = sizeof(T) == 4 && !c.channels_last_y && segments[0].count == panel;
             float* out = direct ? (float*)c.y + strip.image * c.rows * outputs + segments[0].position : scratch;
-            const int64_t out_stride = direct ? outputs : PANEL_LIMIT * LANES, first = direct ? 0 : group.first;
+            const int64_t out_stride = direct ? outputs : CONV_PANEL, first = direct ? 0 : group.first;
             const auto* from = (const typename K::Packed*)planes + start;
-            if (vectors == 3) ConvPanel<K, 3>::multiply(c, group, from, out, out_stride, first);
-            else if (vectors == 2) ConvPanel<K, 2>::multiply(c, group, from, out, out_stride, first);
-            else ConvPanel<K, 1>::multiply(c, group, from, out, out_stride, first);
+            multiply_group<K>(c, group, vectors, from, out, out_stride, first);
             for (int64_t s = 0; s < count && !direct; s++)
                 (c.channels_last_y ? store_channels_last<T> : store_channels_first<T>)(c, group, segments[s], strip.image, out);
             next = start + panel;
@@ -225,5 +234,5 @@ static void conv_multiply(const Convolution& c, const Strip& strip, const void* 
 }
 
 template <class K> static ConvKernels conv_kernels() {
-    return {LANES, CONV_ROWS, sizeof(typename K::Packed), copy_planes<K>, conv_multiply<K>};
+    return {LANES, CONV_PANEL, TILE_ROWS, sizeof(typename K::Packed), copy_planes<K>, conv_multiply<K>};
 }

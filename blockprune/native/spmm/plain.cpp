@@ -7,7 +7,6 @@
 #define INSTRUCTIONS "instructions_plain.h"
 #define LANES 4
 #define ACCUMULATORS 8  // as in avx2.cpp
-#define CONV_ROWS 4
 #if defined(__aarch64__)
 #define PANEL_VECTORS 4
 #define TILE_ROWS 4
