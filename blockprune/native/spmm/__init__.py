@@ -111,7 +111,8 @@ def memory_format(x: Tensor) -> torch.memory_format:
         >>> memory_format(torch.ones(1, 2, 3, 3).to(memory_format=torch.channels_last))
         torch.channels_last
     """
-    return torch.channels_last if x.stride(1) == 1 and not x.is_contiguous() else torch.contiguous_format
+    _, channel, row, column = x.stride()
+    return torch.channels_last if channel == 1 and column <= row and not x.is_contiguous() else torch.contiguous_format
 
 
 def conv2d(

@@ -37,15 +37,15 @@ void mark_used(Convolution& c) {
 bool lay_out(Convolution& c, const ConvKernels& kernels, bool same_numbers) {
     c.remainders_y = remainders(c.kernel_y, c.dilation_y, c.stride_y), c.remainders_x = remainders(c.kernel_x, c.dilation_x, c.stride_x);
     const int64_t reads = c.out_width + (c.kernel_x - 1) * c.dilation_x / c.stride_x, planes = (int64_t)(c.remainders_y.size() * c.remainders_x.size());
-    c.shared = c.stride_x == 1 ? std::max<int64_t>(0, std::min(c.pad_left, reads - c.image_width - c.pad_left)) : 0;
+    // at most so many that a row of outputs is no longer than a row of a plane
+    const int64_t sharable = std::min(reads - c.out_width, std::min(c.pad_left, reads - c.image_width - c.pad_left));
+    c.shared = c.stride_x == 1 ? std::max<int64_t>(0, sharable) : 0;
     c.pitch = reads - c.shared;
     const int64_t many = std::count(c.used.begin(), c.used.end(), 1), row_bytes = std::max<int64_t>(1, many * planes * c.pitch * kernels.packed_bytes);
     const int64_t fit = STRIP_BYTES / row_bytes - (c.plane_rows(1) - 1);
     c.strips = (c.out_height + std::max<int64_t>(4, fit) - 1) / std::max<int64_t>(4, fit);
     const int64_t most = (c.out_height + c.strips - 1) / c.strips, least = c.out_height / c.strips;
-    const bool is_plane = same_numbers && !c.channels_last_x && c.stride_y == 1 && c.stride_x == 1 && reads == c.image_width && c.pad_left == 0 &&
-                          c.pad_top == 0 && c.plane_rows(c.out_height) == c.image_height;
-    c.in_place = is_plane && c.positions(least) >= kernels.panel;
+    c.in_place = same_numbers && !c.channels_last_x && c.rows_follow() && c.positions(least) >= kernels.panel;
     c.plane = c.plane_rows(most) * c.pitch + c.shared;
     c.slot = round_up(planes * c.plane + kernels.lanes, 16);
     if (c.slot / 16 % 2 == 0) c.slot += 16;  // channels that are a multiple of a page apart would displace each other from the cache

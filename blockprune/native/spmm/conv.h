@@ -49,6 +49,10 @@ struct Convolution : Layer, Geometry {
     std::vector<int32_t> offsets, tile_rows;
     std::vector<float> bias;  // [rows]
 
+    // whether the rows of x follow each other as those of a plane do
+    bool rows_follow() const {
+        return stride_y == 1 && stride_x == 1 && !pad_top && !pad_left && pitch == image_width && plane_rows(out_height) == image_height;
+    }
     int64_t plane_rows(int64_t output_rows) const { return output_rows + (kernel_y - 1) * dilation_y / stride_y; }
     int64_t positions(int64_t output_rows) const { return (output_rows - 1) * pitch + out_width; }
     const int32_t* rows_of(const ConvTile& tile) const { return tile_rows.data() + tile.first_row; }

@@ -25,35 +25,53 @@ template <class T> INLINE void copy_few(T* to, const T* from, int64_t count) {
             return;
         }
 }
-template <class P> INLINE void write_lanes(P* to, const F<LANES>& x, int64_t count) {
-    if (count >= LANES) return write_lanes(to, x);
-    P all[LANES];
-    write_lanes(all, x);
-    copy_few(to, all, count);
-}
 
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define EVERY_SECOND
+template <int... I> INLINE F<LANES> every_second(const F<LANES>& a, const F<LANES>& b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, 2 * I...);
+}
+#endif
+#endif
+
+// to[j] = x[j * stride]
 template <class P, class T> static void copy_row(P* to, const T* x, int64_t count, int64_t stride) {
     int64_t j = 0;
-    if (stride == 1)
+    if (stride == 1) {
         for (; j + LANES <= count; j += LANES) write_lanes(to + j, read_lanes<P>(x + j));
+        if (j && j < count) write_lanes(to + count - LANES, read_lanes<P>(x + count - LANES)), j = count;
+    }
+#if defined(EVERY_SECOND)
+    if (stride == 2)
+        for (; j + LANES < count; j += LANES)
+            write_lanes(to + j, every_second(read_lanes<P>(x + 2 * j), read_lanes<P>(x + 2 * j + LANES), std::make_integer_sequence<int, LANES>()));
+#endif
     for (; j < count; j++) to[j] = number<P>(x + j * stride);
 }
 
-// Some numbers of a row of x, for channels [begin, end): to[c * slot + j] = x[j * step + c].
+// to[(channel - begin) * slot + j] = x[j * step + channel] for channels [begin, end); writes up to LANES - 1 numbers more.
 template <class P, class T>
 static void copy_channels(const Convolution& c, int64_t begin, int64_t end, P* to, const T* x, int64_t count, int64_t step) {
     const T zeros[LANES] = {};
-    for (int64_t j = 0; j < count; j += LANES)
+    for (int64_t j = 0; j < count; j += 2 * LANES)  // a line of the cache is written at once
         for (int64_t channel = begin; channel < end; channel += LANES) {
             const int64_t many = std::min<int64_t>(LANES, end - channel);
             if (!std::memchr(c.used.data() + channel, 1, many)) continue;
-            F<LANES> lanes[LANES];
-            for (int k = 0; k < LANES; k++) {
-                const T* from = j + k < count ? x + (j + k) * step + channel : zeros;
-                lanes[k] = many == LANES ? read_lanes<P>(from) : read_lanes<P>(Padded<LANES, T>(from, many).all);
+            for (int64_t i = j; i < std::min(count, j + 2 * LANES); i += LANES) {
+                F<LANES> lanes[LANES];
+                UNROLL for (int k = 0; k < LANES; k++) {
+                    const T* from = i + k < count ? x + (i + k) * step + channel : zeros;
+                    lanes[k] = many == LANES ? read_lanes<P>(from) : read_lanes<P>(Padded<LANES, T>(from, many).all);
+                }
+                transpose(lanes);
+                P* row = to + (channel - begin) * c.slot + i;
+                if (many == LANES) {
+                    UNROLL for (int k = 0; k < LANES; k++) write_lanes(row + k * c.slot, lanes[k]);
+                } else {
+                    for (int k = 0; k < many; k++) write_lanes(row + k * c.slot, lanes[k]);
+                }
             }
-            transpose(lanes);
-            for (int k = 0; k < many; k++) write_lanes(to + (channel - begin + k) * c.slot + j, lanes[k], count - j);
         }
 }
 
@@ -61,37 +79,39 @@ template <class K> static void copy_planes(const Convolution& c, const Strip& st
     typedef typename K::Weight T;
     typedef typename K::Packed P;
     const T* x = (const T*)c.x + strip.image * c.channels * c.image_height * c.image_width;
-    const int64_t rows = c.plane_rows(strip.rows);
+    const bool as_they_are = c.rows_follow();  // the rows are copied as one
+    const int64_t rows = as_they_are ? 1 : c.plane_rows(strip.rows), pitch = as_they_are ? c.plane_rows(strip.rows) * c.pitch : c.pitch;
+    const int64_t width = as_they_are ? pitch : c.image_width;
     P* plane = (P*)to + begin * c.slot;
     const auto zero = [&](P* first, int64_t count) {
-        for (int64_t channel = begin; channel < end; channel++)
+        for (int64_t channel = begin; count && channel < end; channel++)
             if (c.used[channel]) std::fill_n(first + (channel - begin) * c.slot, count, P());
     };
     for (int64_t remainder_y : c.remainders_y)
         for (int64_t remainder_x : c.remainders_x) {
             // columns [first, last) of a plane's row are in the image
-            const int64_t before = c.pad_left - remainder_x, first = before > 0 ? std::min((before + c.stride_x - 1) / c.stride_x, c.pitch) : 0;
-            const int64_t last = std::max(first, std::min(c.pitch, (c.image_width + before + c.stride_x - 1) / c.stride_x));
+            const int64_t before = c.pad_left - remainder_x, first = before > 0 ? std::min((before + c.stride_x - 1) / c.stride_x, pitch) : 0;
+            const int64_t last = std::max(first, std::min(pitch, (width + before + c.stride_x - 1) / c.stride_x));
             for (int64_t i = 0; i < rows; i++) {
-                const int64_t y = (strip.top + i) * c.stride_y + remainder_y - c.pad_top;
-                P* row = plane + i * c.pitch;
+                const int64_t y = (strip.top + i) * c.stride_y + remainder_y - c.pad_top, column = first * c.stride_x - before;
+                P* row = plane + i * pitch;
                 if (y < 0 || y >= c.image_height) {
-                    zero(row, c.pitch);
+                    zero(row, pitch);
                     continue;
                 }
-                if (first) zero(row, first);
-                if (last < c.pitch) zero(row + last, c.pitch - last);
-                const int64_t column = first * c.stride_x - before;
                 if (c.channels_last_x) {
-                    copy_channels(c, begin, end, row + first, x + (y * c.image_width + column) * c.channels, last - first, c.stride_x * c.channels);
+                    copy_channels(c, begin, end, row + first, x + (y * c.image_width + column) * c.channels, last - first,
+                                  c.stride_x * c.channels);
                 } else {
                     for (int64_t channel = begin; channel < end; channel++)
                         if (c.used[channel])
-                            copy_row(row + (channel - begin) * c.slot + first, x + (channel * c.image_height + y) * c.image_width + column, last - first,
-                                     c.stride_x);
+                            copy_row(row + (channel - begin) * c.slot + first, x + (channel * c.image_height + y) * c.image_width + column,
+                                     last - first, c.stride_x);
                 }
+                zero(row, first);
+                zero(row + last, pitch - last);
             }
-            zero(plane + rows * c.pitch, c.shared);
+            zero(plane + rows * pitch, c.shared);
             plane += c.plane;
         }
     zero(plane, LANES);
