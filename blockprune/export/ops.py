@@ -175,14 +175,12 @@ def conv2d_op(
     weight, window = BlockSparse(values, crow, col, (shape[0], shape[1]), (block[0], block[1])), Window(kernel_size, stride, dilation, padding)
     ensure_valid(weight)
     out = compiled_conv2d(x, weight, bias, window)
-    if out is None:
-        out = torch_product(patches(x, window), weight, bias).movedim(-1, 1).contiguous(memory_format=spmm.memory_format(x))
-    return out
+    return _as_image(torch_product(patches(x, window), weight, bias), spmm.memory_format(x)) if out is None else out
 
 
 @conv2d_op.register_fake
 def _(x: Tensor, bias: Any, values: Any, crow: Any, col: Any, shape: Sequence[int], block: Any, *window: Sequence[int]) -> Tensor:
-    size = len(x), shape[0], *Window(*window).out_size(x)
+    size = x.shape[0], shape[0], *Window(*window).out_size(x)
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=spmm.memory_format(x))
 
 
@@ -244,7 +242,13 @@ def conv2d(x: Tensor, bias: Tensor | None, weight: tuple[Any, ...], window: Wind
     *tensors, shape, block, paired, backend = weight
     if paired and backend != "torch" and not _in_transform():
         return cast(Tensor, conv2d_op(x, bias, *tensors, shape, block, *window))
-    return linear(patches(x, window), bias, *weight).movedim(-1, 1).contiguous(memory_format=spmm.memory_format(x))
+    return _as_image(linear(patches(x, window), bias, *weight), spmm.memory_format(x))
+
+
+def _as_image(out: Tensor, layout: torch.memory_format) -> Tensor:
+    """From ``[n, height, width, channels]`` to ``[n, channels, height, width]``; vmap knows no other way to channels last."""
+    image = out.movedim(-1, 1)
+    return image if layout is torch.channels_last else image.contiguous()
 
 
 def patches(x: Tensor, window: Window) -> Tensor:
