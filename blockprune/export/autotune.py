@@ -287,8 +287,9 @@ def _dense_calls(candidate: Candidate, x: Tensor) -> Calls:
         layer = finalize(candidate.module)
         if isinstance(layer, nn.Conv2d):
             calls["Conv2d"].append(partial(layer, x))
-            other = copy.deepcopy(layer).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            calls["Conv2d channels_last"].append(partial(other, x.to(memory_format=torch.channels_last)))
+            if x.ndim == 4:
+                other = copy.deepcopy(layer).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                calls["Conv2d channels_last"].append(partial(other, x.to(memory_format=torch.channels_last)))
         else:
             for name, call in dense_kernels(x, cast(Tensor, layer.weight), cast(Any, layer.bias)).items():
                 calls[name].append(call)

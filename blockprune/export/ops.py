@@ -172,7 +172,10 @@ def conv2d_op(
         >>> conv2d_op(torch.ones(1, 4, 2, 1), None, *weight, (1, 1), (1, 1), (1, 1), (0, 0, 0, 0)).flatten()
         tensor([2., 2., 2., 2., 2., 2., 2., 2.])
     """
-    weight, window = BlockSparse(values, crow, col, (shape[0], shape[1]), (block[0], block[1])), Window(kernel_size, stride, dilation, padding)
+    weight, window = (
+        BlockSparse(values, crow, col, (shape[0], shape[1]), (block[0], block[1])),
+        Window(kernel_size, stride, dilation, padding),
+    )
     ensure_valid(weight)
     out = compiled_conv2d(x, weight, bias, window)
     return _as_image(torch_product(patches(x, window), weight, bias), spmm.memory_format(x)) if out is None else out
@@ -266,7 +269,8 @@ def patches(x: Tensor, window: Window) -> Tensor:
     if tuple(kernel_size) == (1, 1):
         return x[:, :, ::down, ::right].movedim(1, -1)
     size = window._replace(padding=(0, 0, 0, 0)).out_size(x)
-    return F.unfold(x, kernel_size, dilation, stride=(down, right)).mT.unflatten(1, size)
+    columns: Tensor = F.unfold(x, tuple(kernel_size), tuple(dilation), stride=(down, right))  # [n, channels * taps, outputs]
+    return columns.mT.unflatten(1, size)
 
 
 def _input_grad(*arguments: Any) -> Tensor:

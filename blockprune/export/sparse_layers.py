@@ -293,8 +293,8 @@ class BlockSparseConv2d(BlockSparseLinear):
         window = Window(self.kernel_size, self.stride, self.dilation, sides)
         if min(size := window.out_size(x)) < 1:
             raise ValueError(
-                f"an input of shape {tuple(input.shape)} is smaller than the kernel of {self.kernel_size} with dilation {self.dilation} and "
-                f"padding {self._padding_sides}: the output would have {size[0]} rows and {size[1]} columns"
+                f"an input of shape {tuple(input.shape)} is smaller than the kernel of {self.kernel_size} with dilation {self.dilation} "
+                f"and padding {self._padding_sides}: the output would have {size[0]} rows and {size[1]} columns"
             )
         x, bias, weight = self._operands(x)
         packed, out = self._readable_weight(weight), None

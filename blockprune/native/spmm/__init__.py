@@ -78,7 +78,7 @@ def linear(
 
 
 class Window(NamedTuple):
-    """What a convolution reads for one output: pairs of a vertical and a horizontal number, and zeros around the image as `F.pad` takes them.
+    """What a convolution reads for one output: vertical and horizontal numbers, and zeros around the image as `F.pad` takes them.
 
     Example:
         >>> from blockprune.native.spmm import Window
@@ -141,7 +141,9 @@ def conv2d(
         return None
     channels_last, (left, _, top, _) = layout is torch.channels_last, window.padding
     one_to_one = cols == x.shape[1] and tuple(window.stride) == (1, 1) and not any(window.padding)
-    if channels_last and one_to_one and min(block[0] * 32, cols) >= 256:  # a product without copies; measured: else the convolution is faster
+    if (
+        channels_last and one_to_one and min(block[0] * 32, cols) >= 256
+    ):  # a product without copies; measured: else the convolution is faster
         product = linear(memory, values, crow, col, shape=shape, block=block, bias=bias)
         return None if product is None else product.permute(0, 3, 1, 2)
     (high, wide), (kernel, stride, dilation) = window.out_size(x), (window.kernel_size, window.stride, window.dilation)

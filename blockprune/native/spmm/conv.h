@@ -1,10 +1,10 @@
 // The block-sparse convolution y = conv(x, W) + bias without a matrix of patches: what its files share.
 //
-// A column of W is a channel and a tap of the kernel. The image is copied once, with its padding, into planes in which neighbouring outputs
-// read neighbouring numbers: where the kernel moves in strides, a channel has one plane for each remainder of the rows and columns that taps
-// read. So the outputs of a panel, which lie next to each other, meet a column of W at numbers next to each other, and where they begin is
-// a number of the column alone, its offset. Outputs are counted along the rows of a plane; those beyond the end of an output row are computed
-// and not stored. An image that is such a plane is read where it is.
+// A column of W is a channel and a tap of the kernel. The image is copied once, with its padding, into planes in which outputs next to each
+// other read numbers next to each other: where the kernel moves in strides, a channel has a plane for each remainder of the rows and columns
+// that taps read. So the outputs of a panel, which lie next to each other, meet a column of W at numbers next to each other, and where they
+// begin is a number of the column alone, its offset. Outputs are counted along the rows of a plane; those beyond the end of an output row
+// are computed and not stored. An image that is such a plane already is read where it is.
 
 #pragma once
 
@@ -41,8 +41,8 @@ struct Convolution : Layer, Geometry {
     std::vector<int64_t> remainders_y, remainders_x;
     int64_t pitch, shared;  // numbers from row to row of a plane; and of a row's last ones, zeros that are also the next row's first ones
     int64_t plane, slot;    // numbers of a plane, and of all planes of a channel
-    int64_t strips;         // of an image
     bool in_place;          // the planes are x
+    std::vector<Strip> strips;
     std::vector<char> used;  // [channels]
     std::vector<ConvTile> tiles;
     std::vector<ConvGroup> groups;

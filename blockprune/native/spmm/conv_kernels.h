@@ -43,9 +43,10 @@ template <class P, class T> static void copy_row(P* to, const T* x, int64_t coun
         if (j && j < count) write_lanes(to + count - LANES, read_lanes<P>(x + count - LANES)), j = count;
     }
 #if defined(EVERY_SECOND)
+    const auto lanes = std::make_integer_sequence<int, LANES>();
     if (stride == 2)
         for (; j + LANES < count; j += LANES)
-            write_lanes(to + j, every_second(read_lanes<P>(x + 2 * j), read_lanes<P>(x + 2 * j + LANES), std::make_integer_sequence<int, LANES>()));
+            write_lanes(to + j, every_second(read_lanes<P>(x + 2 * j), read_lanes<P>(x + 2 * j + LANES), lanes));
 #endif
     for (; j < count; j++) to[j] = number<P>(x + j * stride);
 }
@@ -80,8 +81,8 @@ template <class K> static void copy_planes(const Convolution& c, const Strip& st
     typedef typename K::Packed P;
     const T* x = (const T*)c.x + strip.image * c.channels * c.image_height * c.image_width;
     const bool as_they_are = c.rows_follow();  // the rows are copied as one
-    const int64_t rows = as_they_are ? 1 : c.plane_rows(strip.rows), pitch = as_they_are ? c.plane_rows(strip.rows) * c.pitch : c.pitch;
-    const int64_t width = as_they_are ? pitch : c.image_width;
+    const int64_t all = c.plane_rows(strip.rows), rows = as_they_are ? 1 : all;
+    const int64_t pitch = as_they_are ? all * c.pitch : c.pitch, width = as_they_are ? pitch : c.image_width;
     P* plane = (P*)to + begin * c.slot;
     const auto zero = [&](P* first, int64_t count) {
         for (int64_t channel = begin; count && channel < end; channel++)
@@ -90,7 +91,8 @@ template <class K> static void copy_planes(const Convolution& c, const Strip& st
     for (int64_t remainder_y : c.remainders_y)
         for (int64_t remainder_x : c.remainders_x) {
             // columns [first, last) of a plane's row are in the image
-            const int64_t before = c.pad_left - remainder_x, first = before > 0 ? std::min((before + c.stride_x - 1) / c.stride_x, pitch) : 0;
+            const int64_t before = c.pad_left - remainder_x;
+            const int64_t first = std::min(pitch, std::max<int64_t>(0, before + c.stride_x - 1) / c.stride_x);
             const int64_t last = std::max(first, std::min(pitch, (width + before + c.stride_x - 1) / c.stride_x));
             for (int64_t i = 0; i < rows; i++) {
                 const int64_t y = (strip.top + i) * c.stride_y + remainder_y - c.pad_top, column = first * c.stride_x - before;
