@@ -133,13 +133,16 @@ int main(int argc, char** argv) {
                          draw(0, 2) ? 1 : draw(1, 40), draw(0, 3) ? 1 : draw(2, 4), isa);
             ran++;
         }
-        for (int allocation = -1; allocation < 30; allocation++) {  // one allocation fails after another, in several threads
-            fail_next(allocation, allocation % 4 - 1);
-            wrong += run(geometry(8, 24, 16, 3, 1, 1, 1), 64, 8, 4, 0.9, false, true, 1, 4, isa), ran++;
+        for (int number = 0; number < 60; number++) {  // one allocation or thread fails after another
+            number < 57 ? fail_next(number, -1) : fail_next(-1, number - 57);
+            wrong += run(geometry(8, 24, 16, 3, 1, 1, 1), 64, 8, 4, 1, false, true, 1, 4, isa), ran++;
         }
         fail_next(-1, -1);
         for (int64_t kernel : {1, 3})  // enough work for several threads, in several strips or in several groups of rows
-            for (int64_t images : {1, 9}) wrong += run(geometry(images, 40, 24, kernel, 1, 1, 0), 96, 8, 4, 0.9, images > 1, true, 1, 3, isa), ran++;
+            for (int64_t images : {1, 9}) {
+                wrong += run(geometry(images, 40, 24, kernel, 1, 1, 0), 96, 8, 4, 1, images > 1, true, 1, 3, isa);
+                ran++;
+            }
     }
     std::printf("%d convolutions, %d numbers wrong, %d allocations and %d threads refused\n", ran, wrong, (int)refused_allocations,
                 (int)refused_threads);
