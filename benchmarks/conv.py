@@ -72,8 +72,8 @@ def layers(options: argparse.Namespace) -> None:
     columns = [(blocks, sparsity) for blocks in BLOCKS for sparsity in options.sparsities]
     print(f"{'layer':28}{'batch':>6}{'dense ms':>10}{'GF/s':>6}" + "".join(f"{blocks + f' {s:.0%}':>13}" for blocks, s in columns))
     for (network, shapes), batch in itertools.product(LAYERS.items(), options.batches):
-        for shape in shapes[:1] if options.tiny else shapes:
-            filters, channels, side, stride, size = shape = (8, 8, 3, 1, 8) if options.tiny else shape
+        for shape in [(8, 8, 3, 1, 8)] if options.tiny else shapes:
+            filters, channels, side, stride, size = shape
             seconds = median_seconds(layer_calls(shape, batch, options.sparsities), rounds=options.rounds)
             fastest = {key: min(seconds[*key, name] for name in FORMATS) for key in [("dense", 0.0), *columns]}
             dense = fastest["dense", 0.0]
@@ -150,10 +150,12 @@ def main() -> None:
     if options.tiny:
         options.batches, options.rounds = [1], 1
     print(machine())
+    before = torch.get_num_threads()
     for threads in options.threads:
         torch.set_num_threads(threads)
         print(f"{threads} threads")
         {"layers": layers, "model": model}[options.what](options)
+    torch.set_num_threads(before)
 
 
 if __name__ == "__main__":

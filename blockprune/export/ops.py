@@ -270,7 +270,8 @@ def patches(x: Tensor, window: Window) -> Tensor:
         return x[:, :, ::down, ::right].movedim(1, -1)
     size = window._replace(padding=(0, 0, 0, 0)).out_size(x)
     columns: Tensor = F.unfold(x, tuple(kernel_size), tuple(dilation), stride=(down, right))  # [n, channels * taps, outputs]
-    return columns.mT.unflatten(1, size)
+    rows: Tensor = columns.mT.unflatten(1, size)
+    return rows
 
 
 def _input_grad(*arguments: Any) -> Tensor:

@@ -135,12 +135,12 @@ int main(int argc, char** argv) {
         }
         for (int number = 0; number < 60; number++) {  // one allocation or thread fails after another
             number < 57 ? fail_next(number, -1) : fail_next(-1, number - 57);
-            wrong += run(geometry(8, 24, 16, 3, 1, 1, 1), 64, 8, 4, 1, false, true, 1, 4, isa), ran++;
+            wrong += run(geometry(6, 24, 8, 3, 1, 1, 1), 64, 8, 4, 1, false, true, 1, 4, isa), ran++;
         }
         fail_next(-1, -1);
         for (int64_t kernel : {1, 3})  // enough work for several threads, in several strips or in several groups of rows
             for (int64_t images : {1, 9}) {
-                wrong += run(geometry(images, 40, 24, kernel, 1, 1, 0), 96, 8, 4, 1, images > 1, true, 1, 3, isa);
+                wrong += run(geometry(images, 40, 16, kernel, 1, 1, 0), 96, 8, 4, 1, images > 1, true, 1, 3, isa);
                 ran++;
             }
     }

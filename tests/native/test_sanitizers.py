@@ -14,7 +14,11 @@ from blockprune import native
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")]
 
 LOOPS = Path(native.__file__).parent
-CHECKS = {"spmm_check": LOOPS / "spmm", "conv_check": LOOPS / "spmm", "loops_check": LOOPS}  # a program of this folder, and the loops that it runs
+CHECKS = {
+    "spmm_check": LOOPS / "spmm",
+    "conv_check": LOOPS / "spmm",
+    "loops_check": LOOPS,
+}  # a program of this folder, and the loops that it runs
 PLAIN = ["-DWITHOUT_VECTORS"]  # what other compilers get; it is compiled in a few seconds and has the same threads
 RUNS = [  # sanitizer, program, flags, rounds
     ("address,undefined", "spmm_check", [], 300),

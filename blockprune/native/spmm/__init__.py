@@ -93,14 +93,10 @@ class Window(NamedTuple):
 
     def out_size(self, x: Tensor) -> tuple[int, int]:
         """Rows and columns of the output for an input ``[n, channels, rows, columns]``."""
-        left, right, top, bottom = self.padding
-        rows, columns = (
-            (size - dilation * (kernel - 1) - 1) // stride + 1
-            for size, kernel, stride, dilation in zip(
-                (x.shape[2] + top + bottom, x.shape[3] + left + right), self.kernel_size, self.stride, self.dilation, strict=True
-            )
-        )
-        return rows, columns
+        (down, right), (dilation_y, dilation_x), (high, wide) = self.stride, self.dilation, self.kernel_size
+        rows = x.shape[2] + self.padding[2] + self.padding[3] - dilation_y * (high - 1) - 1
+        columns = x.shape[3] + self.padding[0] + self.padding[1] - dilation_x * (wide - 1) - 1
+        return rows // down + 1, columns // right + 1
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -146,14 +142,14 @@ def conv2d(
     ):  # a product without copies; measured: else the convolution is faster
         product = linear(memory, values, crow, col, shape=shape, block=block, bias=bias)
         return None if product is None else product.permute(0, 3, 1, 2)
-    (high, wide), (kernel, stride, dilation) = window.out_size(x), (window.kernel_size, window.stride, window.dilation)
-    out = torch.empty(len(x), rows, high, wide, dtype=x.dtype, memory_format=layout)
+    n, (high, wide), (kernel, stride, dilation) = x.shape[0], window.out_size(x), window[:3]
+    out = torch.empty((n, rows, high, wide), dtype=x.dtype, memory_format=layout)
     geometry = (ctypes.c_int64 * 16)(*x.shape, *kernel, *stride, *dilation, top, left, high, wide, channels_last, channels_last)
     layer = values.data_ptr(), col.data_ptr(), crow.data_ptr(), rows, *block, _DTYPES[x.dtype]
     arrays = ctypes.addressof(geometry), memory.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()
-    step = max(1, _MULTIPLICATIONS // (max(1, len(values)) * max(1, wide)))  # rows of outputs
-    for first in range(0, len(x) * high, step):
-        last = min(first + step, len(x) * high)
+    step = max(1, _MULTIPLICATIONS // (max(1, values.numel()) * max(1, wide)))  # rows of outputs
+    for first in range(0, n * high, step):
+        last = min(first + step, n * high)
         if _library.conv2d(*layer, *arrays, first, last, torch.get_num_threads(), _choice):
             return None
     return out
