@@ -27,7 +27,7 @@ RUNS = [  # sanitizer, program, flags, rounds
     ("address,undefined", "loops_check", [], 60),
     ("address,undefined", "loops_check", PLAIN, 60),
     ("thread", "spmm_check", PLAIN, 30),
-    ("thread", "conv_check", ["-DPLAIN_VECTORS_ALONE"], 20),
+    ("thread", "conv_check", ["-DPLAIN_VECTORS_ALONE"], 5),
     ("thread", "loops_check", PLAIN, 30),
 ]
 
