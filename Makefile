@@ -46,6 +46,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/speed.py layers
 	$(BIN)/python benchmarks/speed.py models
+	$(BIN)/python benchmarks/conv.py layers
+	$(BIN)/python benchmarks/conv.py model
 
 # Execute the notebooks on the full models and save their outputs.
 notebooks: $(VENV)/.dev

@@ -10,10 +10,12 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from blockprune import BlockGrid, Masks, Param, Scores
 from blockprune.core.types import BlockMask
+from blockprune.native.spmm import Window
 
 HALF = (torch.float16, torch.bfloat16)
 ELEMENTWISE: dict[str, Callable[[Tensor], Tensor] | None] = {"none": None, "abs": torch.abs, "square": torch.square, "negate": torch.neg}
@@ -519,6 +521,19 @@ def sparse_linear(x: Tensor, weight: Tensor, keep: Tensor, bias: Tensor | None) 
     """Each output from the inputs that its row keeps, in float64: what is pruned is not read."""
     rows = [x.double()[..., keep[r]] @ weight[r, keep[r]].double() for r in range(len(weight))]
     return torch.stack(rows, dim=-1) + (0 if bias is None else bias.double())
+
+
+def sparse_conv2d(x: Tensor, weight: Tensor, keep: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+    """Each output from the patch of the image that lies under the kernel, as `sparse_linear`: ``[n, filters, rows, columns]``."""
+    padded, (rows, columns) = F.pad(x.double(), list(window.padding)), window.out_size(x)
+    (down, right), (dy, dx), (high, wide) = window.stride, window.dilation, window.kernel_size
+    out = x.new_zeros(len(x), len(weight), rows, columns, dtype=torch.float64)
+    for i in range(rows):
+        for j in range(columns):
+            top, left = i * down, j * right
+            patch = padded[:, :, top : top + dy * (high - 1) + 1 : dy, left : left + dx * (wide - 1) + 1 : dx]
+            out[:, :, i, j] = sparse_linear(patch.flatten(1), weight.flatten(1), keep.flatten(1), bias)
+    return out
 
 
 # int8.

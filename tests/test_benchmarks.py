@@ -49,6 +49,13 @@ def test_the_speed_of_layers() -> None:
     assert re.findall(r"^    (\S+(?: \S+)?) +\d", output, re.MULTILINE) == ["16x16", "BSR 16x16", "16x1"] * 2
 
 
+def test_the_speed_of_convolutions() -> None:
+    row = r"^(?:ResNet-18|Efficient) 3x3 8-8 8 +1 +[\d.]+ +\d+(?: +[\d.]+x){6}$"
+    assert len(re.findall(row, run("conv.py", "layers", "--tiny"), re.MULTILINE)) == 2
+    row = r"^  (?:16x16|filters) +\d+%: .* of 19 layers block-sparse$"
+    assert len(re.findall(row, run("conv.py", "model", "--tiny"), re.MULTILINE)) == 6
+
+
 def test_the_speed_of_models() -> None:
     output = run("speed.py", "models", "--tiny")
     assert re.findall(r"^Tiny model, (.*);", output, re.MULTILINE) == ["2 x 32 tokens", "one token after 8", "16 x 1 tokens"]

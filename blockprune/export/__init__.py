@@ -5,7 +5,7 @@
 | `conversion`                              | `block_sparse`, and back: `load_state_dict`, `dense`, `onnx`                      |
 | `candidates`, `autotune`, `choices`       | which masked layers can run block-sparse, and which backend runs each (`choose`)  |
 | `sparse_layers`, `semi_structured`        | layers that hold only the kept blocks, or 2:4 weights                             |
-| `format`, `ops`                           | how kept blocks are stored; the product with them as an operator of torch         |
+| `format`, `ops`, `conv_ops`               | how kept blocks are stored; product and convolution as operators of torch         |
 | `packing`, `quantization`                 | from a weight and its mask to stored blocks, in the weight's type or in int8      |
 | `triton_launch`, `triton_kernels`         | the product on a GPU                                                              |
 | `dense_baselines`, `timing`               | the fastest dense layers and models; interleaved median times                     |

@@ -233,7 +233,7 @@ def _timing_key(candidate: Candidate, x: Tensor) -> tuple[Any, ...]:
     layer = candidate.module
     options = (layer.kernel_size, layer.stride, layer.padding, layer.dilation) if isinstance(layer, nn.Conv2d) else ()
     two_of_four = semi_structured.is_supported(candidate.weight)
-    return candidate.mask.grid, round(candidate.sparsity * 50), x.shape, x.dtype, x.device, options, two_of_four
+    return candidate.mask.grid, round(candidate.sparsity * 50), x.shape, x.stride(), x.dtype, x.device, options, two_of_four
 
 
 def _time_kernels(candidate: Candidate, x: Tensor, rounds: int, graph: bool, int8: bool) -> dict[str, float]:
@@ -256,6 +256,9 @@ def _dense_calls(candidate: Candidate, x: Tensor) -> Calls:
         layer = finalize(candidate.module)
         if isinstance(layer, nn.Conv2d):
             calls["Conv2d"].append(partial(layer, x))
+            if x.ndim == 4:
+                other = copy.deepcopy(layer).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                calls["Conv2d channels_last"].append(partial(other, x.to(memory_format=torch.channels_last)))
         else:
             for name, call in dense_kernels(x, cast(Tensor, layer.weight), cast(Any, layer.bias)).items():
                 calls[name].append(call)

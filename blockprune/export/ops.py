@@ -110,9 +110,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input_grad = _input_grad(grad, *_saved_weight(ctx)) if ctx.needs_input_grad[0] else None
+        x_grad = input_grad(grad, *_saved_weight(ctx)) if ctx.needs_input_grad[0] else None
         bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
-        return input_grad, bias_grad, None, None, None, None, None, None, None, None
+        return x_grad, bias_grad, None, None, None, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor | None, bias: Tensor | None, *_: None) -> Tensor:
@@ -149,11 +149,11 @@ class _InputGrad(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, grad: Tensor, *_: None) -> Tensor:
-        return _input_grad(grad, *_saved_weight(ctx))
+        return input_grad(grad, *_saved_weight(ctx))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], grad: Tensor, *weight: Any) -> tuple[Tensor, int]:
-        return _input_grad(grad.movedim(cast(int, in_dims[0]), 0), *weight), 0
+        return input_grad(grad.movedim(cast(int, in_dims[0]), 0), *weight), 0
 
 
 def _save_weight(ctx: Any, weight: tuple[Any, ...]) -> None:
@@ -196,15 +196,31 @@ def linear(
         >>> torch.func.grad(lambda x: ops.linear(x, None, *weight).sum())(torch.ones(4))
         tensor([4., 4., 0., 0.])
     """
-    product: Any = _Linear.apply if _in_transform() else linear_op
+    product: Any = _Linear.apply if in_transform() else linear_op
     return cast(Tensor, product(x, bias, values, crow, col, shape, block, paired, backend, scale))
 
 
-def _input_grad(*arguments: Any) -> Tensor:
-    return cast(Tensor, _InputGrad.apply(*arguments) if _in_transform() else linear_input_grad_op(*arguments))  # type: ignore[no-untyped-call]
+def input_grad(*arguments: Any) -> Tensor:
+    """`linear_input_grad_op`, also inside `torch.func`.
+
+    Example:
+        >>> from blockprune.export.format import pack
+        >>> from blockprune.export.ops import input_grad
+        >>> w = pack(torch.ones(4, 4), torch.tensor([[True, False]]), bp.BlockGrid((4, 4), (4, 2)))
+        >>> input_grad(torch.ones(1, 4), w.values, w.crow, w.col, w.shape, w.block, w.paired, "torch", None)
+        tensor([[4., 4., 0., 0.]])
+    """
+    return cast(Tensor, _InputGrad.apply(*arguments) if in_transform() else linear_input_grad_op(*arguments))  # type: ignore[no-untyped-call]
 
 
-def _in_transform() -> bool:
+def in_transform() -> bool:
+    """Whether a transform of `torch.func` is running, which needs an autograd function instead of an operator.
+
+    Example:
+        >>> from blockprune.export.ops import in_transform
+        >>> in_transform()
+        False
+    """
     return not torch.compiler.is_compiling() and (functorch_is_active() or forward_ad_is_active())
 
 

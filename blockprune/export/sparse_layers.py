@@ -11,9 +11,11 @@ from blockprune.core._compat import conv_padding, dispatch_mode_is_active, is_tr
 from blockprune.core.grid import BlockGrid, expand
 from blockprune.core.types import BlockMask
 from blockprune.export import triton_launch
+from blockprune.export.conv_ops import compiled_conv2d, conv2d
 from blockprune.export.format import BlockSparse, ensure_valid, kept_blocks, to_layout, unpack, validate
 from blockprune.export.ops import BACKENDS, compiled_product, linear
 from blockprune.export.packing import read_state
+from blockprune.native.spmm import Window
 
 INDICES = ("crow", "col", "layout")
 STATE_KEYS = ("values", *INDICES)  # of a block-sparse weight in a state dict; one of int8 also has a "scale"
@@ -123,22 +125,25 @@ class BlockSparseLinear(nn.Module):
             raise ValueError(
                 f"an input of shape {tuple(input.shape)} does not fit a weight of shape {self.shape}: its last axis must be {self.shape[1]}"
             )
+        input, bias, weight = self._operands(input)
+        if (packed := self._readable_weight(weight)) is not None:
+            out = compiled_product(input, packed, bias, self.backend)  # a direct call avoids the overhead of torch's dispatcher
+            if out is not None:
+                return out
+        return linear(input, bias, *weight)
+
+    def _operands(self, input: Tensor) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
+        """The input, the bias and the arguments of an operator for the weight; under autocast in its type."""
         dtype = None
         if not input.is_meta and torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(input.device.type)
-        input, values, bias = self._operands(input, dtype)
+        input, values, bias = self._in_type(input, dtype)
         # tools such as accelerate move parameters and buffers one by one, and leave other tensors on their device
         crow, col = self.crow.to(values.device), self.col.to(values.device)
         scale = None if self.scale is None else self.scale.to(values.device)
-        if not (values.is_meta or torch.compiler.is_compiling() or is_tracing() or dispatch_mode_is_active()):
-            weight = BlockSparse(values, crow, col, self.shape, self.block, self.paired, scale)
-            ensure_valid(weight, self.name)
-            out = compiled_product(input, weight, bias, self.backend)  # a direct call avoids the overhead of torch's dispatcher
-            if out is not None:
-                return out
-        return linear(input, bias, values, crow, col, self.shape, self.block, self.paired, self.backend, scale)
+        return input, bias, (values, crow, col, self.shape, self.block, self.paired, self.backend, scale)
 
-    def _operands(self, input: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _in_type(self, input: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Input, values and bias as they are multiplied; with a type, that of autocast."""
         values, bias = self.values, cast(Tensor | None, self.bias)
         if dtype is not None:
@@ -149,6 +154,15 @@ class BlockSparseLinear(nn.Module):
                 f"convert one of them: model.to({input.dtype}) or input.to(...)"
             )
         return input, values, bias
+
+    def _readable_weight(self, weight: tuple[Any, ...]) -> BlockSparse | None:
+        """The weight, validated, where its numbers can be read: not while a graph is recorded."""
+        values, crow, col, shape, block, paired, _, scale = weight
+        if values.is_meta or torch.compiler.is_compiling() or is_tracing() or dispatch_mode_is_active():
+            return None
+        packed = BlockSparse(values, crow, col, shape, block, paired, scale)
+        ensure_valid(packed, self.name)
+        return packed
 
     def _store(self, weight: BlockSparse) -> None:
         """Store a weight in the layout of its device."""
@@ -264,7 +278,7 @@ class Int8BlockSparseLinear(BlockSparseLinear):
         """The dense weight, numbers times scales, zero where pruned. Each read computes it anew."""
         return unpack(self.packed_weight).to(self.like.dtype)
 
-    def _operands(self, input: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _in_type(self, input: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor | None]:
         if not input.is_floating_point():
             raise TypeError(f"an input of {input.dtype} does not fit a weight of int8 with scales; give floating-point numbers")
         input, bias = input if dtype is None else input.to(dtype), cast(Tensor | None, self.bias)
@@ -272,7 +286,10 @@ class Int8BlockSparseLinear(BlockSparseLinear):
 
 
 class BlockSparseConv2d(BlockSparseLinear):
-    """A Conv2d (groups=1) as a product of its kernel ``[out_channels, in_channels * kh * kw]`` with patches of its input (im2col).
+    """A Conv2d (groups=1) whose kernel is stored as a matrix ``[out_channels, in_channels * kh * kw]`` of which blocks are kept.
+
+    The output has the memory format of the input. On a CPU the compiled kernel reads patches of the image where they are; elsewhere, and
+    where a gradient is needed, the matrix is multiplied with a copy of all patches (im2col).
 
     Args:
         weight: the kept blocks of the kernel as a matrix.
@@ -334,16 +351,21 @@ class BlockSparseConv2d(BlockSparseLinear):
                 f"it must be [n, {self.in_channels}, height, width]"
             )
         x = input if input.ndim == 4 else input[None]
-        if any(self._padding_sides):
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = F.pad(x, self._padding_sides, mode=mode)
-        (kh, kw), (sh, sw), (dh, dw) = self.kernel_size, self.stride, self.dilation
-        height, width = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1, (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
-        if (kh, kw) == (1, 1):
-            patches = x[:, :, ::sh, ::sw].movedim(1, -1)  # [n, height, width, channels]
-        else:
-            patches = F.unfold(x, (kh, kw), (dh, dw), stride=(sh, sw)).mT.unflatten(1, (height, width))
-        out = super().forward(patches).movedim(-1, 1).contiguous()  # in the memory format of Conv2d's outputs
+        sides = tuple(self._padding_sides)
+        if self.padding_mode != "zeros" and any(sides):
+            x, sides = F.pad(x, sides, mode=self.padding_mode), (0, 0, 0, 0)
+        window = Window(self.kernel_size, self.stride, self.dilation, sides)
+        if min(size := window.out_size(x)) < 1:
+            raise ValueError(
+                f"an input of shape {tuple(input.shape)} is smaller than the kernel of {self.kernel_size} with dilation {self.dilation} "
+                f"and padding {self._padding_sides}: the output would have {size[0]} rows and {size[1]} columns"
+            )
+        x, bias, weight = self._operands(x)
+        packed, out = self._readable_weight(weight), None
+        if packed is not None and self.backend != "torch":
+            out = compiled_conv2d(x, packed, bias, window)
+        if out is None:
+            out = conv2d(x, bias, weight[:-1], window)
         return out if input.ndim == 4 else out[0]
 
 

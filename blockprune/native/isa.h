@@ -13,7 +13,7 @@ enum Isa : int32_t { BEST = -1, PLAIN, AVX2, AVX512, AVX512_BF16, ISA_COUNT };
 
 // BEGIN_TARGET(TARGET_AVX2) ... END_TARGET compile the functions between them for an instruction set. Headers of the standard library come
 // before it, and its larger function templates are not used within: the linker would share them with code for other processors.
-#if defined(__x86_64__) && defined(HAS_VECTORS)
+#if defined(__x86_64__) && defined(HAS_VECTORS) && !defined(PLAIN_VECTORS_ALONE)
 #define PRAGMA(...) _Pragma(#__VA_ARGS__)
 #if defined(__clang__)
 #define BEGIN_TARGET(NAMES) PRAGMA(clang attribute push(__attribute__((target(NAMES))), apply_to = function))

@@ -21,7 +21,8 @@ from torch.nn.utils import parametrizations
 
 import blockprune as bp
 from blockprune import export
-from blockprune.export import ops, triton_launch
+from blockprune.export import conv_ops, ops, triton_launch
+from blockprune.export.format import pack
 from blockprune.export.packing import pack_int8, pack_weight
 from blockprune.native import spmm
 
@@ -32,6 +33,7 @@ BACKENDS = [
 ]
 MAY_STAY_DENSE = pytest.mark.filterwarnings("ignore:0 of . masked layers became block-sparse")  # so small layers, on some machines
 BOTH_BACKENDS = pytest.mark.parametrize("backend", BACKENDS)
+OF_CONVOLUTIONS = pytest.mark.parametrize("backend", BACKENDS[:2])  # they have no int8 form
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
@@ -594,9 +596,88 @@ def test_a_loaded_layer_has_the_type_of_its_skeleton() -> None:
         close(loaded(x.to(dtype)).bfloat16(), model(x).bfloat16())
 
 
-def test_a_convolution_lies_in_memory_as_torchs() -> None:
-    conv = masked(nn.Conv2d(4, 8, 3), (4, 4))
-    assert export.block_sparse(conv, backend="torch")(torch.randn(2, 4, 8, 8)).is_contiguous()
+IMAGES = {  # as they lie in memory, and how torch's convolution stores their outputs
+    "channels first": lambda x: x,
+    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "part of channels last": lambda x: torch.cat((x, x), 1).to(memory_format=torch.channels_last)[:, : x.shape[1]],
+    "transposed": lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),
+    "strided": lambda x: x.repeat_interleave(2, dim=2)[:, :, ::2],
+}
+
+
+@OF_CONVOLUTIONS
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("image", IMAGES)
+def test_a_convolution_lies_in_memory_as_torchs(backend: str, size: int, image: str) -> None:
+    conv = masked(nn.Conv2d(4, 8, size), (4, 4)).requires_grad_(False)
+    x = IMAGES[image](torch.randn(2, 4, 8, 7))
+    out = export.block_sparse(conv, backend=backend)(x)
+    assert out.stride() == conv(x).stride()
+    close(out, conv(x))
+
+
+def convolutions() -> nn.Sequential:
+    torch.manual_seed(0)
+    first = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 1, bias=False), nn.ReLU()
+    return nn.Sequential(*first, nn.Conv2d(12, 6, (2, 3), dilation=2, padding="same", padding_mode="circular"))
+
+
+@OF_CONVOLUTIONS
+@pytest.mark.parametrize(("layout", "dynamic"), [(torch.contiguous_format, True), (torch.channels_last, False)])
+def test_convolutions_compile_in_one_graph_and_export(backend: str, layout: torch.memory_format, dynamic: bool) -> None:
+    torch.compiler.reset()  # of what the other parameters compiled
+    model = masked(convolutions(), (2, 1))
+    sparse = export.block_sparse(model, backend=backend)
+    compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for n in (3, 2):
+        x = torch.randn(n, 3, 9, 8).to(memory_format=layout)
+        with torch.no_grad():
+            assert compiled(x).stride() == sparse(x).stride()
+            close(compiled(x), model(x))
+        close(compiled(x.requires_grad_()), model(x))
+    (grad,) = torch.autograd.grad(compiled(x).sum(), x)
+    close(grad, torch.autograd.grad(model(x).sum(), x)[0])
+    with torch.no_grad():
+        program = torch.export.export(sparse, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},) if dynamic else None)
+        close(program.module()(x), model(x))
+
+
+@OF_CONVOLUTIONS
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_gradients_and_transforms_of_convolutions_are_those_of_the_masked_model(backend: str) -> None:
+    model, x = masked(convolutions(), (2, 1)), torch.randn(2, 3, 9, 8)
+    sparse = export.block_sparse(model, backend=backend)
+    same, x = x.clone().requires_grad_(), x.requires_grad_()
+    model(x).square().sum().backward()
+    sparse(same).square().sum().backward()
+    close(same.grad, x.grad, times=4)
+    close(sparse[0].bias.grad, model[0].bias.grad, times=4)
+    x = x.detach()
+    tangent = torch.func.jvp(sparse, (x,), (torch.ones_like(x),))[1]
+    close(tangent, torch.func.jvp(model, (x,), (torch.ones_like(x),))[1])
+    for images in (x[:, None], x[:, None].repeat(1, 2, 1, 1, 1).flatten(0, 1).to(memory_format=torch.channels_last)[:, None]):
+        close(torch.vmap(sparse)(images), torch.stack([sparse(image) for image in images]))
+    close(torch.func.grad(lambda x: sparse(x).square().sum())(x), same.grad, times=4)
+
+
+def test_the_operator_of_convolutions_keeps_torchs_rules() -> None:
+    weight, keep = torch.randn(6, 4 * 6, dtype=torch.float64), torch.rand(3, 2) > 0.4
+    w = pack(weight, keep, bp.BlockGrid((6, 24), (2, 12)))
+    window = ((2, 3), (2, 1), (1, 2), (1, 2, 0, 1))
+    x, bias = torch.randn(2, 4, 5, 6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    arguments = w.values, w.crow, w.col, w.shape, w.block, *window
+    for image in (x, x.to(memory_format=torch.channels_last), x.float()):
+        values = w.values.to(image.dtype)
+        torch.library.opcheck(conv_ops.conv2d_op, (image, bias.to(image.dtype), values, *arguments[1:]))
+    x, bias = x.requires_grad_(), bias.requires_grad_()
+    torch.autograd.gradcheck(lambda x, bias: conv_ops.conv2d_op(x, bias, *arguments), (x, bias))
+    torch.autograd.gradgradcheck(lambda x: conv_ops.conv2d_op(x, None, *arguments), (x,))
+
+
+def test_an_image_smaller_than_the_kernel_is_refused() -> None:
+    conv = export.block_sparse(masked(nn.Conv2d(4, 4, 3, padding=(0, 1))), backend="torch")
+    with pytest.raises(ValueError, match=r"input of shape \(1, 4, 2, 9\) is smaller than the kernel .* would have 0 rows and 9 columns"):
+        conv(torch.randn(1, 4, 2, 9))
 
 
 @BOTH_BACKENDS

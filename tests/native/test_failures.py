@@ -33,10 +33,14 @@ rows, inverse, group = torch.randn(16, 4, k), torch.eye(k)[None], torch.zeros(16
 masks = {"weight": bp.BlockMask(torch.rand(grid.size) < 0.5, grid)}
 layer = export.block_sparse(bp.apply_masks(torch.nn.Linear(1024, 1024), masks), backend="native")
 x = torch.randn(512, 1024)
+filters = {"weight": bp.BlockMask(torch.rand(8, 4, 1, 1) < 0.5, bp.BlockGrid((128, 64, 3, 3), (16, 16)))}
+conv = export.block_sparse(bp.apply_masks(torch.nn.Conv2d(64, 128, 3, padding=1), filters), backend="native")
+image = torch.randn(8, 64, 56, 56)
 calls = {
     "obs": lambda: native.obs_sweep(rows, inverse, group, 4, 20),
     "pool": lambda: native.pool_sum(inverse[0].repeat(8, 1), (8 * k, k), (4, 4), torch.abs),
     "product": lambda: layer(x),
+    "convolution": lambda: conv(image),
 }
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 with torch.no_grad():

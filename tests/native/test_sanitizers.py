@@ -14,15 +14,21 @@ from blockprune import native
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")]
 
 LOOPS = Path(native.__file__).parent
-CHECKS = {"spmm_check": LOOPS / "spmm", "loops_check": LOOPS}  # a program of this folder, and the loops that it runs
+CHECKS = {
+    "spmm_check": LOOPS / "spmm",
+    "conv_check": LOOPS / "spmm",
+    "loops_check": LOOPS,
+}  # a program of this folder, and the loops that it runs
 NO_AVX512 = [] if "avx512" in native.instructions() else ["-DWITHOUT_AVX512"]  # could not run, and takes a minute to compile
 PLAIN = ["-DWITHOUT_VECTORS"]  # what other compilers get; it is compiled in a few seconds and has the same threads
 RUNS = [  # sanitizer, program, flags, rounds
     ("address,undefined", "spmm_check", [], 300),
     ("address,undefined", "spmm_check", PLAIN, 300),
+    ("address,undefined", "conv_check", [], 200),
     ("address,undefined", "loops_check", [], 60),
     ("address,undefined", "loops_check", PLAIN, 60),
     ("thread", "spmm_check", PLAIN, 30),
+    ("thread", "conv_check", ["-DPLAIN_VECTORS_ALONE"], 5),
     ("thread", "loops_check", PLAIN, 30),
 ]
 

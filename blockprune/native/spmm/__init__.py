@@ -1,9 +1,11 @@
-"""The product of a dense input with a block-sparse weight, compiled; `export.format` says how the weight is stored.
+"""The product of a dense input with a block-sparse weight, and the convolution, compiled; `export.format` says how the weight is stored.
 
 ``BLOCKPRUNE_INSTRUCTIONS`` holds it to an instruction set, such as ``avx2``; see `native.library`.
 """
 
 import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 from blockprune.core._compat import gomp_parallel
 from blockprune.native.library import INSTRUCTIONS, available_instructions, chosen_instructions, is_numbers, load, runs_eagerly
 
-__all__ = ["INSTRUCTIONS", "instructions", "linear", "linear_int8", "status"]
+__all__ = ["INSTRUCTIONS", "Window", "conv2d", "instructions", "linear", "linear_int8", "memory_format", "status"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _MULTIPLICATIONS = 1 << 32  # of one call of the compiled loops, a part of a second; between calls Python answers signals such as Ctrl-C
@@ -25,7 +27,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         count, pointer, choice = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
         library.spmm.argtypes = [*[pointer] * 3, *[count] * 4, choice, pointer, count, pointer, pointer, count, choice]
         library.spmm_int8.argtypes = [*[pointer] * 3, *[count] * 4, choice, pointer, count, *[pointer] * 3, count, choice]
-        library.spmm.restype = library.spmm_int8.restype = choice
+        library.conv2d.argtypes = [*[pointer] * 3, *[count] * 3, choice, *[pointer] * 4, *[count] * 3, choice]
+        library.spmm.restype = library.spmm_int8.restype = library.conv2d.restype = choice
         library.use_openmp.argtypes = [pointer]
         library.use_openmp(gomp_parallel())
     return library, status
@@ -120,6 +123,90 @@ def _multiply(
     for first in range(0, n, step):
         at_x, at_out = (t.data_ptr() + first * width * t.element_size() for t, width in ((x, cols), (out, rows)))
         if multiply(*layer, at_x, min(step, n - first), at_bias, at_out, *scales, torch.get_num_threads(), _choice):
+            return None
+    return out
+
+
+class Window(NamedTuple):
+    """What a convolution reads for one output: vertical and horizontal numbers, and zeros around the image as `F.pad` takes them.
+
+    Example:
+        >>> from blockprune.native.spmm import Window
+        >>> Window(kernel_size=(3, 3), padding=(1, 1, 1, 1)).out_size(torch.ones(1, 2, 8, 9))
+        (8, 9)
+    """
+
+    kernel_size: Sequence[int]
+    stride: Sequence[int] = (1, 1)
+    dilation: Sequence[int] = (1, 1)
+    padding: Sequence[int] = (0, 0, 0, 0)  # left, right, top, bottom
+
+    def out_size(self, x: Tensor) -> tuple[int, int]:
+        """Rows and columns of the output for an input ``[n, channels, rows, columns]``."""
+        (down, right), (dilation_y, dilation_x), (high, wide) = self.stride, self.dilation, self.kernel_size
+        rows = x.shape[2] + self.padding[2] + self.padding[3] - dilation_y * (high - 1) - 1
+        columns = x.shape[3] + self.padding[0] + self.padding[1] - dilation_x * (wide - 1) - 1
+        return rows // down + 1, columns // right + 1
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """How a convolution's output lies in memory, as that of torch: like its input ``[n, channels, rows, columns]``.
+
+    Example:
+        >>> from blockprune.native.spmm import memory_format
+        >>> memory_format(torch.ones(1, 2, 3, 3).to(memory_format=torch.channels_last))
+        torch.channels_last
+    """
+    _, channel, row, column = x.stride()
+    return torch.channels_last if channel == 1 and column <= row and not x.is_contiguous() else torch.contiguous_format
+
+
+def conv2d(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    *,
+    shape: tuple[int, int],
+    block: tuple[int, int],
+    window: Window,
+    bias: Tensor | None = None,
+) -> Tensor | None:
+    """The convolution of ``x [n, channels, rows, columns]`` with a kernel whose matrix ``[filters, channels * taps]`` is block-sparse.
+
+    None where this cannot, as in `linear`, whose sums and whose rule about NaN it has. The output lies in memory as the input does.
+    """
+    if _library is None or x.dtype not in _DTYPES:
+        return None
+    layout = memory_format(x)
+    memory = (x.permute(0, 2, 3, 1) if layout is torch.channels_last else x).contiguous()  # its axes as they lie in memory
+    if not (
+        runs_eagerly()
+        and _readable(memory, x.dtype)
+        and _readable(values, x.dtype)
+        and _indices(crow, torch.int64)
+        and _indices(col, torch.int32)
+    ):
+        return None
+    rows, cols = shape
+    if bias is not None and (not _readable(bias, x.dtype) or bias.shape != (rows,)):
+        return None
+    channels_last, (left, _, top, _) = layout is torch.channels_last, window.padding
+    one_to_one = cols == x.shape[1] and tuple(window.stride) == (1, 1) and not any(window.padding)
+    if (
+        channels_last and one_to_one and min(block[0] * 32, cols) >= 256
+    ):  # a product without copies; measured: else the convolution is faster
+        product = linear(memory, values, crow, col, shape=shape, block=block, bias=bias)
+        return None if product is None else product.permute(0, 3, 1, 2)
+    n, (high, wide), (kernel, stride, dilation) = x.shape[0], window.out_size(x), window[:3]
+    out = torch.empty((n, rows, high, wide), dtype=x.dtype, memory_format=layout)
+    geometry = (ctypes.c_int64 * 16)(*x.shape, *kernel, *stride, *dilation, top, left, high, wide, channels_last, channels_last)
+    layer = values.data_ptr(), col.data_ptr(), crow.data_ptr(), rows, *block, _DTYPES[x.dtype]
+    arrays = ctypes.addressof(geometry), memory.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()
+    step = max(1, _MULTIPLICATIONS // (max(1, values.numel()) * max(1, wide)))  # rows of outputs
+    for first in range(0, n * high, step):
+        last = min(first + step, n * high)
+        if _library.conv2d(*layer, *arrays, first, last, torch.get_num_threads(), _choice):
             return None
     return out
 

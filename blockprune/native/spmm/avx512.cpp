@@ -1,7 +1,7 @@
 // The kernels for AVX-512: floats, and bfloat16 as floats.
 
 #include "intrinsics.h"
-#include "spmm.h"
+#include "conv.h"
 
 #if defined(BEGIN_TARGET) && !defined(WITHOUT_AVX512)
 #define INSTRUCTIONS "instructions_avx512.h"
@@ -16,9 +16,11 @@ namespace {
 #include "gemv.h"
 #include "int8.h"
 #include "kernel_table.h"
+#include "conv_kernels.h"
 const Kernels f32 = float_kernels<F32, F32, F32Words>(), bf16 = float_kernels<Bf16AsF32, Bf16AsF32, Bf16Words<DotAsF32>>();
 const Kernels int8 = kernels<Int8Pairs, Int8Columns>(4, gemv_int8);
-const KernelSet set = {&f32, &bf16, &int8, quantize};
+const ConvKernels conv_f32 = conv_kernels<F32>(), conv_bf16 = conv_kernels<Bf16AsF32>();
+const KernelSet set = {&f32, &bf16, &int8, quantize, &conv_f32, &conv_bf16};
 }  // namespace
 END_TARGET
 

@@ -13,7 +13,8 @@ template <int L, int NV, int MR> INLINE void multiply_add(F<L> (&acc)[MR][NV], c
 }
 
 // How a type of number is packed and multiplied: `pair` multiplies two packed columns, at a and b, with pairs of weights, `single` one
-// column; `load_columns` and `store_packed` move numbers of x into a panel; offset<P>(c) is where column c starts in a panel of P rows.
+// column, and the weights of neighbouring rows are `stride` apart; `load_columns` and `store_packed` move numbers of x into a panel;
+// offset<P>(c) is where column c starts in a panel of P rows.
 struct F32 {
     typedef float Number;  // of x, of the stored weights and of y
     typedef float Weight;  // as the micro-kernel reads it
@@ -24,9 +25,10 @@ struct F32 {
     static const int64_t COLUMNS = LANES;  // are packed at a time
     INLINE const float* weights(const float* stored, int64_t, void*) { return stored; }
     template <int P> static constexpr int64_t offset(int64_t column) { return column * P; }
-    template <int L, int NV, int MR> INLINE void pair(F<L> (&acc)[MR][NV], const float* a, const float* b, const float* w) {
-        multiply_add<L>(acc, a, w, 2);
-        multiply_add<L>(acc, b, w + 1, 2);
+    template <int L, int NV, int MR>
+    INLINE void pair(F<L> (&acc)[MR][NV], const float* a, const float* b, const float* w, int64_t stride = 2) {
+        multiply_add<L>(acc, a, w, stride);
+        multiply_add<L>(acc, b, w + 1, stride);
     }
     template <int L, int NV, int MR> INLINE void single(F<L> (&acc)[MR][NV], const float* a, const float* w) {
         multiply_add<L>(acc, a, w, 1);
@@ -47,7 +49,8 @@ struct Bf16AsF32 {  // bfloat16, where only floats can be multiplied
     static const int64_t COLUMNS = LANES;
     INLINE const uint16_t* weights(const uint16_t* stored, int64_t, void*) { return stored; }
     template <int P> static constexpr int64_t offset(int64_t column) { return column * P; }
-    template <int L, int NV, int MR> INLINE void pair(F<L> (&acc)[MR][NV], const float* a, const float* b, const uint16_t* w) {
+    template <int L, int NV, int MR>
+    INLINE void pair(F<L> (&acc)[MR][NV], const float* a, const float* b, const uint16_t* w, int64_t stride = 2) {
         F<L> x[NV], y[NV];
         UNROLL for (int v = 0; v < NV; v++) {
             x[v] = load<F<L>>(a + v * L), y[v] = load<F<L>>(b + v * L);
@@ -55,7 +58,7 @@ struct Bf16AsF32 {  // bfloat16, where only floats can be multiplied
             IN_REGISTER(y[v]);
         }
         UNROLL for (int m = 0; m < MR; m++) {
-            const U<L> two = U<L>{} + load<uint32_t>(w + 2 * m);
+            const U<L> two = U<L>{} + load<uint32_t>(w + m * stride);
             const F<L> first = (F<L>)low_half(two), second = (F<L>)high_half(two);
             UNROLL for (int v = 0; v < NV; v++) acc[m][v] += x[v] * first;
             UNROLL for (int v = 0; v < NV; v++) acc[m][v] += y[v] * second;
@@ -71,9 +74,10 @@ struct Bf16AsF32 {  // bfloat16, where only floats can be multiplied
 };
 
 #if defined(DOT_PAIRS)
-template <int L, int NV, int MR> INLINE void dot(F<L> (&acc)[MR][NV], const U<L> (&x)[NV], const uint16_t* w) {
+template <int L, int NV, int MR>
+INLINE void dot(F<L> (&acc)[MR][NV], const U<L> (&x)[NV], const uint16_t* w, int64_t stride = 2) {
     UNROLL for (int m = 0; m < MR; m++) {
-        const U<L> two = U<L>{} + load<uint32_t>(w + 2 * m);
+        const U<L> two = U<L>{} + load<uint32_t>(w + m * stride);
         UNROLL for (int v = 0; v < NV; v++) acc[m][v] = dot_pairs(acc[m][v], x[v], two);
     }
 }
@@ -121,13 +125,14 @@ struct Bf16Columns {  // bfloat16 of which any two kept columns may be a pair: c
     static const int64_t COLUMNS = 2 * LANES;
     INLINE const uint16_t* weights(const uint16_t* stored, int64_t, void*) { return stored; }
     template <int P> static constexpr int64_t offset(int64_t column) { return column * P; }
-    template <int L, int NV, int MR> INLINE void pair(F<L> (&acc)[MR][NV], const uint16_t* a, const uint16_t* b, const uint16_t* w) {
+    template <int L, int NV, int MR>
+    INLINE void pair(F<L> (&acc)[MR][NV], const uint16_t* a, const uint16_t* b, const uint16_t* w, int64_t stride = 2) {
         U<L> x[NV];
         UNROLL for (int v = 0; v < NV; v++) {
             x[v] = zip(load<H<L>>(a + v * L), load<H<L>>(b + v * L));
             IN_REGISTER(x[v]);
         }
-        dot<L>(acc, x, w);
+        dot<L>(acc, x, w, stride);
     }
     template <int L, int NV, int MR> INLINE void single(F<L> (&acc)[MR][NV], const uint16_t* a, const uint16_t* w) {
         U<L> x[NV];

@@ -87,6 +87,6 @@ const Kernels int8 = {0, 0, {0, 0}, 1, nullptr, nullptr,
 const KernelSet set = {&f32, &bf16, &int8, [](const void* x, bool is_bf16, int64_t cols, int8_t* out, float* scale) {
                            if (is_bf16) quantize_row((const uint16_t*)x, cols, out, scale);
                            else quantize_row((const float*)x, cols, out, scale);
-                       }};
+                       }, nullptr, nullptr};
 
 }  // namespace

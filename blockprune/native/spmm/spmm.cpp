@@ -6,8 +6,6 @@
 
 #include "scratch.h"
 
-namespace {
-
 const KernelSet* kernels_of(int32_t isa) {
     static const KernelSet* const sets[ISA_COUNT] = {plain_kernels(), avx2_kernels(), avx512_kernels(), avx512_bf16_kernels()};
     if (isa != BEST) return isa >= 0 && isa < ISA_COUNT ? sets[isa] : nullptr;
@@ -15,6 +13,8 @@ const KernelSet* kernels_of(int32_t isa) {
         if (sets[best]) return sets[best];
     return sets[PLAIN];
 }
+
+namespace {
 
 // Up to how many rows of x a gemv is faster than packing them.
 int64_t max_gemv_inputs(const Product& p, const Kernels& kernels) {

@@ -21,6 +21,9 @@ struct Layer {
     const int32_t* col;   // [blocks] the column of blocks of each kept block; within a band they rise
     const int64_t* crow;  // [bands + 1] where the kept blocks of each band start
     int64_t rows, cols, height, width;  // width is 1 or even
+
+    int64_t bands() const { return (rows + height - 1) / height; }
+    int64_t height_of(int64_t band) const { return std::min(height, rows - band * height); }
 };
 
 struct Product : Layer {
@@ -32,8 +35,6 @@ struct Product : Layer {
     const float *input_scale = nullptr, *weight_scale = nullptr;  // [n], [rows] of int8: what makes sums floats
     bool is_bf16 = false;  // the type of y where weights are int8; their bias is float32
 
-    int64_t bands() const { return (rows + height - 1) / height; }
-    int64_t height_of(int64_t band) const { return std::min(height, rows - band * height); }
     int64_t start(int64_t band) const { return starts ? starts[band] : crow[band] * width * height; }
 };
 
@@ -74,11 +75,16 @@ static inline int64_t gemm_scratch(const Product& p) {
 }
 static inline int64_t gemv_scratch(const Product& p) { return 4 * (p.height + p.cols + 32); }
 
+struct ConvKernels;  // of conv.h
+
 struct KernelSet {
     const Kernels *f32, *bf16, *int8;
     // A row of x, of float32 or bfloat16, in int8, and its scale: NaN where it is not finite.
     void (*quantize)(const void* x, bool is_bf16, int64_t cols, int8_t* out, float* scale);
+    const ConvKernels *conv_f32, *conv_bf16;  // null where there are none
 };
+
+const KernelSet* kernels_of(int32_t isa);  // null where the processor lacks it
 
 const KernelSet* plain_kernels();
 const KernelSet* avx2_kernels();  // null where the compiler or the processor lacks the instruction set, as below
