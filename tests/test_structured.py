@@ -210,3 +210,20 @@ def test_the_recipe_prints_in_a_few_short_lines() -> None:
     text = repr(bp.recipes.structured(axes := bp.find_axes(model, x)))
     assert f"units(axes=({len(axes)} UnitPermutation))" in text
     assert len(text) < 250
+
+
+def test_other_metrics_rank_the_same_units_and_a_masked_model_can_be_pruned_further() -> None:
+    model, x = randomized_norms(ResNet()), torch.randn(8, 3, 8, 8)
+    axes = bp.find_axes(model, x)
+    calibration = bp.Calibration([x], loss=lambda output, batch: output.square().mean(), progress=False)
+    look = partial(bp.collect.with_statistics, where=bp.units(axes), calibration=calibration)
+    for metric in (bp.metric.taylor, bp.metric.fisher, bp.metric.snip):
+        prune = bp.Pipeline(look, metric, partial(bp.allocate.per_layer, coupled=axes))
+        masked, before = copy.deepcopy(model), {}
+        for sparsity in (0.2, 0.4):
+            scores = bp.restrict(prune.scores(masked), before)
+            bp.apply_masks(masked, masks := prune.allocate(scores, sparsity))
+            assert all((mask.keep <= before[name].keep).all() for name, mask in masks.items() if name in before)
+            before = masks
+        widths = channels(shrink(masked, x).model)
+        assert widths == {name: round(0.6 * width) for name, width in channels(model).items()}
