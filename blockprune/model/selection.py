@@ -78,10 +78,12 @@ def first_of(*rules: Where) -> Where:
 
     Example:
         >>> rule = bp.first_of(bp.named("head.*", (1, 16)), bp.linears((16, 16)))
+        >>> rule
+        first_of(named(pattern='head.*', block=(1, 16)), linears(block=(16, 16)))
         >>> rule("head.weight", nn.Linear(32, 32)), rule("body.weight", nn.Linear(32, 32))
         ((1, 16), (16, 16))
     """
-    return _Rule(_first_of, rules=rules)
+    return _Rule(_first_of, *rules)
 
 
 def including(rule: Where, pattern: Pattern, *others: Pattern) -> Where:
@@ -133,7 +135,8 @@ def _units(name: str, owner: nn.Module, *, axes: tuple[UnitPermutation, ...]) ->
     return tuple(runs.get(tensor_axis, -1) for tensor_axis in range(len(shape))) if runs else None
 
 
-def _first_of(name: str, owner: nn.Module, *, rules: tuple[Where, ...]) -> BlockShape | None:
+def _first_of(*rules_name_owner: Any) -> BlockShape | None:
+    *rules, name, owner = rules_name_owner  # positional, so that the rule prints as it is written
     return next((block for rule in rules if (block := rule(name, owner)) is not None), None)
 
 
@@ -225,7 +228,7 @@ def _patterns(where: Any, *, selecting: list[str], excluding: list[str]) -> Iter
     if isinstance(where, partial):
         if "pattern" in where.keywords:
             yield where.keywords["pattern"], excluding if where.func is _excluding else selecting
-        for rule in (where.keywords.get("rule"), *where.keywords.get("rules", ())):
+        for rule in (where.keywords.get("rule"), *where.args):
             yield from _patterns(rule, selecting=selecting, excluding=excluding)
 
 
