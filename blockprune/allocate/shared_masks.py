@@ -22,9 +22,7 @@ class SharedMask:
     """The parameters that share one mask: those of a coupled set or of a hidden axis, or else a single parameter."""
 
     names: tuple[str, ...]
-    score: (
-        Tensor  # [*size] summed over the parameters, in the shape of the first one's blocks; of an axis: the mean of its elements [parts]
-    )
+    score: Tensor  # [*size] summed over the parameters, in the shape of the first one's blocks; of an axis [parts], see `_axis_mask`
     elements: Tensor  # [*size] that all parameters together lose with a block
     parameter_elements: tuple[int, ...]  # of each parameter
     axis: UnitPermutation | None = None
