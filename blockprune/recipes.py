@@ -143,7 +143,8 @@ def structured(axes: Sequence[UnitPermutation]) -> OneShot:
 
     A unit is pruned in everything that has it: its row, its bias, its batch norm and the columns that read it. `export.shrink` then makes
     the model smaller. Sparsity is the share of the units of each axis; a mapping such as ``{"*.attention.*": 1 / 3, "*": 0}`` takes heads
-    alone. Axes whose units a norm joins, such as the residual stream of a transformer, stay.
+    alone. Axes whose units a norm joins, such as the residual stream of a transformer, stay. Where the configuration of a Hugging Face
+    model cannot express fewer heads, as BERT's, call ``shrink(uniform=False)``.
 
     Args:
         axes: what `find_axes` returns.
