@@ -33,14 +33,15 @@ from blockprune.core.mask_file import load_masks, save_masks
 from blockprune.core.masks import agreement, difference, intersect, restrict, sparsity, summary, union
 from blockprune.core.pipeline import Pipeline, requires
 from blockprune.core.types import BlockMask, BlockScore, Data, Masks, Param, Scores, Sparsity, Weights, Where
+from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.apply import apply_masks, finalize, masked_parameters, read_masks
 from blockprune.model.checkpoint import load_masked, masks_from_zeros
 from blockprune.model.hf_linears import as_linears, from_linears
 from blockprune.model.running import Calibration
-from blockprune.model.selection import convs, excluding, first_of, including, linears, named, with_block
+from blockprune.model.selection import convs, excluding, first_of, including, linears, named, units, with_block
 from blockprune.reorder.clustering import cluster
 from blockprune.reorder.hidden_axes import find_axes
-from blockprune.reorder.permutation import UnitPermutation, permute, sort_units
+from blockprune.reorder.permutation import permute, sort_units
 from blockprune.repair import closed_form as reconstruct
 from blockprune.repair.layer_by_layer import RepairResult, sequential
 from blockprune.repair.layer_finetuning import finetune_layer
@@ -119,5 +120,6 @@ __all__ = [
     "summary",
     "sweep",
     "union",
+    "units",
     "with_block",
 ]

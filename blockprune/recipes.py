@@ -17,15 +17,16 @@ from blockprune.allocate import budgets
 from blockprune.core.grid import BlockShape
 from blockprune.core.pipeline import Pipeline, fields_as_code
 from blockprune.core.types import Allocate, Budget, Collect, Data, Metric, Reconstruct, Sparsity, Where
+from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.running import Calibration
-from blockprune.model.selection import select, with_block
+from blockprune.model.selection import select, units, with_block
 from blockprune.reorder.clustering import cluster
 from blockprune.reorder.hidden_axes import find_axes
 from blockprune.reorder.permutation import permute
 from blockprune.repair import closed_form
 from blockprune.repair.layer_by_layer import RepairResult, sequential
 
-__all__ = ["LayerBudget", "LayerByLayer", "OneShot", "cluster_units", "magnitude", "obs", "sparsegpt", "wanda"]
+__all__ = ["LayerBudget", "LayerByLayer", "OneShot", "cluster_units", "magnitude", "obs", "sparsegpt", "structured", "wanda"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -135,6 +136,33 @@ def magnitude(where: Where, *, allocate: Allocate = allocators.per_layer) -> One
         )
     """
     return OneShot(Pipeline(partial(collect.weights, where=where), metric.l1, allocate))
+
+
+def structured(axes: Sequence[UnitPermutation]) -> OneShot:
+    """Prune whole units, channels and heads: those whose elements have the smallest mean ``|w|`` (Li et al. 1608.08710, with all readers).
+
+    A unit is pruned in everything that has it: its row, its bias, its batch norm and the columns that read it. `export.shrink` then makes
+    the model smaller. Sparsity is the share of the units of each axis; a mapping such as ``{"*.attention.*": 1 / 3, "*": 0}`` takes heads
+    alone. Axes whose units a norm joins, such as the residual stream of a transformer, stay. Where the configuration of a Hugging Face
+    model cannot express fewer heads, as BERT's, call ``shrink(uniform=False)``.
+
+    Args:
+        axes: what `find_axes` returns.
+
+    Raises:
+        ValueError: no axis has units that can be removed.
+
+    Example:
+        >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).eval(), torch.randn(5, 4)
+        >>> masks = bp.recipes.structured(bp.find_axes(model, x))(model, 0.25).masks
+        >>> [*masks], bp.export.shrink(bp.apply_masks(model, masks), x).model[0]
+        (['0.weight', '0.bias', '1.weight', '1.bias', '3.weight'], Linear(in_features=4, out_features=6, bias=True))
+    """
+    axes = [axis for axis in axes if axis.removable]
+    if not axes:
+        raise ValueError("axes has no hidden axis whose units can be removed; give what bp.find_axes(model, example) returns")
+    allocate = partial(allocators.per_layer, coupled=axes, min_keep=1)
+    return OneShot(Pipeline(partial(collect.weights, where=units(axes)), metric.l1, allocate))
 
 
 def wanda(where: Where, calibration: Calibration, *, allocate: Allocate = allocators.per_row) -> OneShot:

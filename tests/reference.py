@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from blockprune import BlockGrid, Masks, Param, Scores
+from blockprune import BlockGrid, Masks, Param, Scores, UnitPermutation
 from blockprune.core.types import BlockMask
 from blockprune.native.spmm import Window
 
@@ -200,6 +200,40 @@ def per_bank(
             pruned |= {members[i] for i in here}
         pruned_of[unit.names[0]] = pruned - set(order_of(unit.value)[max(0, len(unit.value) - min_keep) :])
     return masks_of(scores, pruned_of, units(scores, coupled))
+
+
+def parts_along(axis: UnitPermutation, name: str, length: int) -> list[int]:
+    """The unit of each entry along the axis of a tensor, or its group if there are several, written out by groups, copies and units."""
+    copies, in_group = axis.copies.get(name, 1), len(axis.order) // axis.groups
+    entries = length // (len(axis.order) * copies)
+    along = [(g, g * in_group + u) for g in range(axis.groups) for _ in range(copies) for u in range(in_group) for _ in range(entries)]
+    return [g if axis.groups > 1 else unit for g, unit in along]
+
+
+def per_axis(scores: Scores, sparsity: float, axes: Sequence[UnitPermutation]) -> Masks:
+    """`per_layer` with hidden axes: for each, every element of every parameter adds its block's score to its unit's mean."""
+    value = {name: expand(score.value, score.grid) for name, score in scores.items()}
+    keep = {name: torch.ones(score.grid.shape, dtype=torch.bool) for name, score in scores.items()}
+    for axis in axes:
+        of_part: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
+        for name, x in value.items():
+            for role, names in enumerate((axis.rows, axis.columns)):
+                if name in names:
+                    along = parts_along(axis, name, x.shape[role])
+                    for index in itertools.product(*map(range, x.shape)):
+                        of_part.setdefault(along[index[role]], []).append((name, index))
+        parts = sorted(of_part)
+        scored = [[v for name, index in of_part[part] if (v := float(value[name][index])) != -math.inf] for part in parts]
+        means, elements = [sum(v) / len(v) if v else -math.inf for v in scored], [len(of_part[part]) for part in parts]
+        for part in prune_lowest(means, elements, sparsity * sum(elements)):
+            for name, index in of_part[parts[part]]:
+                keep[name][index] = False
+    return {
+        name: BlockMask(
+            torch.tensor([bool(keep[name][c].all()) for _, c in cells(s.grid)]).view(s.grid.size) & (s.value != -math.inf), s.grid
+        )
+        for name, s in scores.items()
+    }
 
 
 def per_columns(scores: Scores, sparsity: float, *, columns: int) -> Masks:

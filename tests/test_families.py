@@ -39,9 +39,9 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], str, int, int]] = {
     "qwen 3": ("Qwen3ForCausalLM", "Qwen3Config", {**SHARED, "head_dim": 16}, "model.layers.*", 5, 14),
     "gemma 3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**SHARED, "head_dim": 16}, "model.layers.*", 5, 14),
     "phi 3": ("Phi3ForCausalLM", "Phi3Config", SHARED, "model.layers.*", 3, 8),  # gate and up in one, queries, keys and values too
-    "pythia": ("GPTNeoXForCausalLM", "GPTNeoXConfig", WORDS, "gpt_neox.layers.*", 3, 8),
+    "pythia": ("GPTNeoXForCausalLM", "GPTNeoXConfig", WORDS, "gpt_neox.layers.*", 5, 8),
     "opt": ("OPTForCausalLM", "OPTConfig", OPT, "model.decoder.layers.*", 5, 12),
-    "gpt-2": ("GPT2LMHeadModel", "GPT2Config", GPT2, "transformer.h.*", 3, 8),
+    "gpt-2": ("GPT2LMHeadModel", "GPT2Config", GPT2, "transformer.h.*", 5, 8),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**SHARED, "num_local_experts": 3}, "model.layers.*", 9, 26),
     "qwen 3 moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**SHARED, **MOE, "num_experts": 3, "head_dim": 8}, "model.layers.*", 9, 26),
     "gpt-oss": ("GptOssForCausalLM", "GptOssConfig", {**SHARED, **OSS, "head_dim": 8}, "model.layers.*", 9, 26),
@@ -51,7 +51,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], str, int, int]] = {
     "nemotron h": ("NemotronHForCausalLM", "NemotronHConfig", {**SHARED, **MOE, **STATES, "n_routed_experts": 3}, "model.layers.*", 7, 16),
     "mamba": ("MambaForCausalLM", "MambaConfig", MAMBA, "*.mixer.[iox]*_proj.weight", 1, 6),
     "bert": ("BertForMaskedLM", "BertConfig", WORDS, "bert.encoder.*", 5, 12),  # the head is tied
-    "modern bert": ("ModernBertForMaskedLM", "ModernBertConfig", WORDS, "model.layers.*", 3, 8),
+    "modern bert": ("ModernBertForMaskedLM", "ModernBertConfig", WORDS, "model.layers.*", 5, 8),
     "t5": ("T5EncoderModel", "T5Config", {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4}, "encoder.block.*", 4, 12),
     "vit": ("ViTForImageClassification", "ViTConfig", {**SIZES, **IMAGE}, "vit.*layer*", 5, 12),
     "convnext 2": ("ConvNextV2ForImageClassification", "ConvNextV2Config", {**STAGES, "depths": [2, 2]}, "convnextv2.encoder.*", 6, 8),

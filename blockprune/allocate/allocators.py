@@ -49,7 +49,9 @@ def per_layer(
         budget: how one sparsity is distributed over the parameters, such as `budgets.uniform`, `budgets.erk` or your own.
         max_sparsity: no parameter loses more than this fraction; a number, or a mapping by name or pattern.
         min_keep: the number of blocks that every parameter keeps at least; a number, or a mapping by name or pattern.
-        coupled: sets of names or patterns. The parameters of a set share one mask, which is made from the sum of their scores.
+        coupled: sets of names or patterns. The parameters of a set share one mask, which is made from the sum of their scores. Or hidden
+            axes, as `find_axes` returns them: a unit (or a head) is pruned in all weights, biases and norms that have it, by the mean
+            score of its elements, and the sparsity is the share of the units. Choose their blocks with ``where=bp.units(axes)``.
 
     Raises:
         ValueError: a sparsity outside [0, 1] or NaN, NaN scores, parameters that cannot share a mask.
@@ -293,6 +295,10 @@ def _per_bank(  # noqa: PLR0917 (the options of three public functions, in their
     coupled: Coupled,
 ) -> Masks:
     all_shared = shared_masks(scores, coupled)
+    if bank and (on_axis := next((shared for shared in all_shared if shared.axis), None)):
+        raise ValueError(
+            f"coupled has the hidden axis of {on_axis.names[0]}, whose units are in no rows or banks; use per_layer or per_model"
+        )
     sparsities = _sparsity_of_each(scores, sparsity, budget)
     caps, min_blocks = layer_limits(scores, max_sparsity, min_keep)
     keep: dict[SharedMask, Tensor] = {}

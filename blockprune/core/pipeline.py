@@ -194,6 +194,8 @@ def as_code(value: Any) -> str:
         return "{" + ", ".join(f"{as_code(k)}: {as_code(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         inner = ", ".join(map(as_code, value))
+        if len(inner) > 200 and attrs.has(type(value[0])):  # such as the hidden axes of a model
+            inner = f"{len(value)} {type(value[0]).__name__}"
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
     name = getattr(value, "__name__", None)
     return name.lstrip("_") if isinstance(name, str) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -33,6 +33,7 @@ INPUT = "no layer computes it: it is an input of the model"
 UNKNOWN = "Torch-Pruning does not see the layer: the example does not reach it, or it is part of a larger one"
 HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "dim_head", "d_head")  # attributes in which modules keep the size of a head,
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")  # the number of heads,
+HEAD_WIDTHS = ("attn_dim", "all_head_size", "inner_dim")  # the width of all heads,
 KEY_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")  # and the number of key and value heads
 
 Handler = Callable[..., Any]  # Torch-Pruning's method that prunes one side of a layer; it identifies the side
@@ -253,12 +254,14 @@ class CouplingGraph:
 def update_head_counts(smaller: nn.Module, model: nn.Module, group: ChannelGroup) -> None:
     """Set the attributes that count attention heads in a smaller copy of a model, from which whole heads were removed; in place."""
     owner, smaller_owner = model.get_submodule(group.owner), smaller.get_submodule(group.owner)
-    for name in [name for name, side in group.channels if side == "outputs"]:
+    for name, side in group.channels:  # what reads the heads shows their number also where one layer computes queries, keys and values
         before, after = model.get_submodule(name), smaller.get_submodule(name)
         if isinstance(before, nn.Linear) and isinstance(after, nn.Linear):
-            for attr in (*HEAD_COUNTS, *KEY_HEAD_COUNTS):
-                if vars(owner).get(attr) == before.out_features // group.head_size:
-                    setattr(smaller_owner, attr, after.out_features // group.head_size)
+            width, new = (m.out_features if side == "outputs" else m.in_features for m in (before, after))
+            units = dict.fromkeys((*HEAD_COUNTS, *KEY_HEAD_COUNTS), group.head_size) | dict.fromkeys(HEAD_WIDTHS, 1)
+            for attr, unit in units.items():
+                if vars(owner).get(attr) == width // unit:
+                    setattr(smaller_owner, attr, new // unit)
 
 
 def _removable(channels: Iterable[PrunedUnit], reasons: Mapping[int, str]) -> frozenset[int]:

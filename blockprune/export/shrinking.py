@@ -293,7 +293,7 @@ def _split_filled(removed: Iterable[Units], model: nn.Module) -> tuple[tuple[Uni
         if count:
             lacking.append(attrs.evolve(units, indices=units.indices[:count]))
         if len(units.indices) > count:
-            reason = "the configuration cannot express a smaller width of this layer; it is zero"
+            reason = "the configuration cannot express a smaller width of this layer; it is zero, and uniform=False removes it"
             filled.append(attrs.evolve(units, indices=units.indices[count:], reason=reason))
     return tuple(lacking), tuple(filled)
 

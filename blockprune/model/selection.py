@@ -5,7 +5,7 @@ rules in this file are ``functools.partial`` objects, so a pipeline that contain
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from blockprune.core.grid import BlockGrid, BlockShape, int_tuple
 from blockprune.core.patterns import Pattern, matches, suggest
 from blockprune.core.pipeline import as_code
 from blockprune.core.types import Where, check_prunable
+from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.hf_linears import is_transposed
 from blockprune.model.parameters import ParameterRef, computed_attributes, parameter_refs
 
@@ -60,15 +61,29 @@ def named(pattern: Pattern, block: BlockShape) -> Where:
     return _Rule(_named, pattern=pattern, block=int_tuple("block", block))
 
 
+def units(axes: Sequence[UnitPermutation]) -> Where:
+    """Every parameter that has one of these hidden axes, in blocks of one unit or head, for allocators with ``coupled=axes``.
+
+    Example:
+        >>> axis = bp.UnitPermutation(torch.arange(8), rows=["0.weight", "0.bias"], columns=["2.weight"])
+        >>> rule = bp.units([axis])
+        >>> rule("0.weight", nn.Linear(4, 8)), rule("0.bias", nn.Linear(4, 8)), rule("2.weight", nn.Linear(8, 4))
+        ((1, -1), (1,), (-1, 1))
+    """
+    return _Rule(_units, axes=tuple(axes))
+
+
 def first_of(*rules: Where) -> Where:
     """Each parameter gets the block of the first rule that selects it.
 
     Example:
         >>> rule = bp.first_of(bp.named("head.*", (1, 16)), bp.linears((16, 16)))
+        >>> rule
+        first_of(named(pattern='head.*', block=(1, 16)), linears(block=(16, 16)))
         >>> rule("head.weight", nn.Linear(32, 32)), rule("body.weight", nn.Linear(32, 32))
         ((1, 16), (16, 16))
     """
-    return _Rule(_first_of, rules=rules)
+    return _Rule(_first_of, *rules)
 
 
 def including(rule: Where, pattern: Pattern, *others: Pattern) -> Where:
@@ -114,7 +129,14 @@ def _named(name: str, owner: nn.Module, *, pattern: Pattern, block: tuple[int, .
     return block if matches(pattern, name) else None
 
 
-def _first_of(name: str, owner: nn.Module, *, rules: tuple[Where, ...]) -> BlockShape | None:
+def _units(name: str, owner: nn.Module, *, axes: tuple[UnitPermutation, ...]) -> tuple[int, ...] | None:
+    shape = getattr(owner, name.rpartition(".")[2]).shape
+    runs = {tensor_axis: axis.run_length(name, shape[tensor_axis]) for axis in axes for tensor_axis in axis.tensor_axes(name, len(shape))}
+    return tuple(runs.get(tensor_axis, -1) for tensor_axis in range(len(shape))) if runs else None
+
+
+def _first_of(*rules_name_owner: Any) -> BlockShape | None:
+    *rules, name, owner = rules_name_owner  # positional, so that the rule prints as it is written
     return next((block for rule in rules if (block := rule(name, owner)) is not None), None)
 
 
@@ -206,7 +228,7 @@ def _patterns(where: Any, *, selecting: list[str], excluding: list[str]) -> Iter
     if isinstance(where, partial):
         if "pattern" in where.keywords:
             yield where.keywords["pattern"], excluding if where.func is _excluding else selecting
-        for rule in (where.keywords.get("rule"), *where.keywords.get("rules", ())):
+        for rule in (where.keywords.get("rule"), *where.args):
             yield from _patterns(rule, selecting=selecting, excluding=excluding)
 
 

@@ -15,7 +15,7 @@ from blockprune.core.grid import BlockGrid, BlockShape, block_elements, pool
 from blockprune.core.patterns import suggest
 from blockprune.core.progress import progress_bar
 from blockprune.core.types import BlockScore, Scores
-from blockprune.reorder.permutation import UnitPermutation
+from blockprune.core.unit_permutation import UnitPermutation
 
 MAX_SWEEPS = 30  # in one round of the search
 CANDIDATES_PER_UNIT = 8  # partners of a unit for which the gain of an exchange is computed

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from blockprune.core._compat import is_compiled_wrapper
 from blockprune.core.progress import progress_bar
+from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.apply import read_masks
 from blockprune.model.running import Forward, default_forward, without_compiled_code
-from blockprune.reorder.permutation import UnitPermutation, permute
+from blockprune.reorder.permutation import permute
 from blockprune.reorder.recording import SEED, RecordedRun
 from blockprune.reorder.tracing import AxisTracer, AxisUse, UsageCheck
 from blockprune.reorder.varied_values import vary_floats, vary_inputs, vary_model
@@ -41,21 +42,23 @@ Consumers = Mapping[str, Mapping[str, AxisUse]]  # layer -> the modules that use
 
 
 def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forward, progress: bool | None = None) -> list[UnitPermutation]:
-    """Find the hidden axes of a model whose units can be reordered, for `cluster` and `permute`; each is verified on the example.
+    """Find the hidden axes of a model whose units can be reordered or removed together; each is verified on the example.
 
     These are the hidden units of MLPs (with the gate, if any, in a Linear of its own or in the same one), the channels of value heads
-    (also of shared ones), the channels between convolutions (also through depthwise convolutions), and a residual stream that a last layer
-    reads. The documentation of this module describes the method.
+    (also of shared ones), the heads where one Linear computes queries, keys and values, the channels between convolutions (also through
+    depthwise convolutions), and a residual stream that a last layer reads. The documentation of this module describes the method. To prune
+    the units of the axes, give them to `recipes.structured`, or to an allocator as ``coupled``.
 
     An axis is verified if a random permutation of its units changes no output by more than 1e-5 of its value or of the median output, with
     the model's own values and with others, since zeros and ones would hide that an operation uses a parameter or an input. If it does
     change the outputs, the parameters outside of layers (learned positions, scales, a router) that have exactly one axis of this length are
     permuted too, and the axis is verified again.
 
-    These axes are not found: those of packed projections (queries, keys and values in one Linear; a gate whose units alternate with the
-    units that it multiplies), and those where the model's code treats a unit by its number. If the units of one axis can be reordered in
-    two ways (an outer product that is flattened), only the first is returned. The example must show all that matters: axes that may be
-    shared with a layer that it does not call are left out with a warning, and sequences of a single token do not show the heads.
+    These axes are not found: the channels of heads whose queries, keys and values come from one Linear, and such heads if they share keys;
+    a gate whose units alternate with the units that it multiplies; and those where the model's code treats a unit by its number. If the
+    units of one axis can be reordered in two ways (an outer product that is flattened), only the first is returned. The example must show
+    all that matters: axes that may be shared with a layer that it does not call are left out with a warning, and sequences of a single
+    token do not show the heads.
 
     Args:
         model: a model without masks; it is not changed (a copy, in float64 where the model can run in it, is traced).
@@ -136,11 +139,13 @@ class _AxisGroup:
 
     Args:
         producers: the layers, with the number of pieces of which their output consists (`AxisUse.pieces`).
+        units: the number of units.
         uses: the modules that use the units.
         head_sizes: the sizes of the attention heads among which the units are divided.
     """
 
     producers: Mapping[str, int]
+    units: int
     uses: Mapping[str, AxisUse]
     head_sizes: Collection[int] = ()
 
@@ -154,11 +159,15 @@ def _axis_groups(tracer: AxisTracer, progress: bool | None) -> list[_AxisGroup]:
     """The axes of the model: first the residual streams, whose units are used several at a time, then those whose units are used singly."""
     consumers = _consumers(tracer, progress)
     pieces = {layer: max((use.pieces for use in uses.values()), default=1) for layer, uses in consumers.items()}
+    sizes = {layer: max((use.size for use in uses.values()), default=1) for layer, uses in consumers.items()}
+    units = {layer: tracer.recorded.units(layer) // (pieces[layer] * sizes[layer]) for layer in consumers}
     groups = [
         _AxisGroup(
-            {layer: pieces[layer] for layer in producers}, {name: use for layer in producers for name, use in consumers[layer].items()}
+            {layer: pieces[layer] for layer in producers},
+            units[producers[0]],
+            {name: use for layer in producers for name, use in consumers[layer].items()},
         )
-        for producers in _layers_by_axis(tracer.recorded, consumers, pieces)
+        for producers in _layers_by_axis(tracer.recorded, consumers, units)
     ]
     separate = [group for group in groups if group.is_separate]
     separately_used = {name for group in separate for name in group.uses}
@@ -182,7 +191,7 @@ def _consumers(tracer: AxisTracer, progress: bool | None) -> Consumers:
     return consumers
 
 
-def _layers_by_axis(recorded: RecordedRun, consumers: Consumers, pieces: Mapping[str, int]) -> list[list[str]]:
+def _layers_by_axis(recorded: RecordedRun, consumers: Consumers, units_of: Mapping[str, int]) -> list[list[str]]:
     """The layers that share one hidden axis, for each axis that another mixing layer uses.
 
     Layers share an axis if they have equally many units and a mixing layer or norm uses the units of both, either one by one or several at
@@ -193,7 +202,7 @@ def _layers_by_axis(recorded: RecordedRun, consumers: Consumers, pieces: Mapping
     ] = []  # layers of one axis, and the marks of which layers of this axis have at least one
     output_axes = {recorded.output_axis(layer) for layer in consumers}
     for layer, uses in consumers.items():
-        units = recorded.units(layer) // pieces[layer]
+        units = units_of[layer]
         readers = [name for name in uses if name in recorded.layer_outputs]
         marks: set[tuple[Any, ...]] = {
             (name, use.is_separate, units) for name, use in uses.items() if name in readers or recorded.tensors_per_unit(name, units)
@@ -218,8 +227,7 @@ def _head_sizes(tracer: AxisTracer, consumers: Consumers, group: _AxisGroup) -> 
 
 def _identity_permutation(recorded: RecordedRun, group: _AxisGroup) -> UnitPermutation | None:
     """The permutation that lists all tensors of an axis and keeps the order; None if the units cannot be reordered."""
-    first, pieces = next(iter(group.producers.items()))
-    units = recorded.units(first) // pieces
+    units = group.units
     groups = _number_of_unit_groups(recorded, group, units)
     if groups is None:
         return None
@@ -238,7 +246,7 @@ def _identity_permutation(recorded: RecordedRun, group: _AxisGroup) -> UnitPermu
     copies = {f"{name}.weight": use.copies for name, use in group.uses.items()}
     copies |= {f"{layer}.{own}": count for layer, count in group.producers.items() for own in ("weight", "bias")}
     copies = {name: count for name, count in copies.items() if count > 1 and name in (*rows, *columns)}
-    return UnitPermutation(torch.arange(units), rows=rows, columns=columns, groups=groups, copies=copies)
+    return UnitPermutation(torch.arange(units), rows=rows, columns=columns, groups=groups, copies=copies, removable=group.is_separate)
 
 
 def _number_of_unit_groups(recorded: RecordedRun, group: _AxisGroup, units: int) -> int | None:

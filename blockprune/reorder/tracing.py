@@ -20,18 +20,21 @@ class AxisUse:
         groups: the units are in this many equal groups of consecutive units, and the copies of one group follow each other.
         pieces: the layer's output contains all units this many times, one piece after another, and an input depends on the same unit of
             each piece; 2 if one Linear computes an MLP's gate and what the gate multiplies.
+        size: consecutive units of the layer's output that count as one unit, of each piece; the size of a head if one Linear computes
+            queries, keys and values.
 
     Example:
         >>> from blockprune.reorder.tracing import AxisUse
         >>> half = torch.tensor([True, False])
         >>> AxisUse.of(half, half.repeat_interleave(3), ~half.repeat_interleave(3))  # flattened: three inputs for each unit
-        AxisUse(inputs=6, copies=1, groups=1, pieces=1)
+        AxisUse(inputs=6, copies=1, groups=1, pieces=1, size=1)
     """
 
     inputs: int
     copies: int
     groups: int = 1
     pieces: int = 1
+    size: int = 1
 
     @property
     def is_separate(self) -> bool:
@@ -70,7 +73,7 @@ class AxisTracer:
         >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
         >>> with torch.no_grad():
         ...     AxisTracer(RecordedRun.of(model, torch.randn(8, 2), default_forward)).consumers_of("0")
-        {'2': AxisUse(inputs=4, copies=1, groups=1, pieces=1)}
+        {'2': AxisUse(inputs=4, copies=1, groups=1, pieces=1, size=1)}
     """
 
     recorded: RecordedRun
@@ -81,18 +84,23 @@ class AxisTracer:
         None if the layer has a single unit, if the units reach the model's output, or if they change which layers the model calls.
         """
         units = self.recorded.units(layer)
-        half = torch.rand(units).argsort() < units // 2
-        changed, by_rest = (self.recorded.replay(layer, half), self.recorded.replay(layer, ~half)) if units > 1 else (None, None)
+        if units < 2:
+            return None
+        half = _random_half(units)
+        changed, by_rest = self.recorded.replay(layer, half), self.recorded.replay(layer, ~half)
         if changed is None or by_rest is None:
             return None
         uses = {name: AxisUse.of(half, changed[name], by_rest[name]) for name in changed if (changed[name] | by_rest[name]).any()}
         for inputs in {use.inputs for use in uses.values() if 1 < use.inputs < units and units % use.inputs == 0}:
             uses |= self._consumers_of_pieces(layer, units // inputs, inputs, [name for name, use in uses.items() if use.inputs == inputs])
+        for name, use in uses.items():
+            if not use.is_separate and units == 3 * use.inputs:
+                uses[name] = self._use_of_packed_heads(layer, name) or use
         return uses
 
     def _consumers_of_pieces(self, layer: str, pieces: int, units: int, candidates: Sequence[str]) -> dict[str, AxisUse]:
         """The candidates whose inputs each depend on one unit, the same unit of every piece of the layer's output."""
-        half = torch.rand(units).argsort() < units // 2
+        half = _random_half(units)
         changed, by_rest = self.recorded.replay(layer, half.repeat(pieces)), self.recorded.replay(layer, ~half.repeat(pieces))
         if not changed or not by_rest:
             return {}
@@ -102,6 +110,23 @@ class AxisTracer:
             by_piece = self.recorded.replay(layer, torch.arange(pieces).repeat_interleave(units) == piece)
             uses = {name: use for name, use in uses.items() if by_piece and by_piece[name].any()}
         return uses
+
+    def _use_of_packed_heads(self, layer: str, consumer: str) -> AxisUse | None:
+        """How a consumer uses the heads of a layer that computes queries, keys and values, one piece after another or head after head.
+
+        None if some head of the consumer's inputs depends on more than one head of the layer.
+        """
+        size, inputs = self.head_size(layer, consumer), self.recorded.units(layer) // 3
+        heads = inputs // size if size else 1
+        if heads < 2:
+            return None
+        half = _random_half(heads)
+        for pieces, run in ((3, size), (1, 3 * size)):
+            units = half.repeat_interleave(run).repeat(pieces)
+            changed, by_rest = self.recorded.replay(layer, units), self.recorded.replay(layer, ~units)
+            if changed and by_rest and (use := AxisUse.of(half, changed[consumer], by_rest[consumer])).copies == 1:
+                return attrs.evolve(use, pieces=pieces, size=run)
+        return None
 
     def head_size(self, layer: str, consumer: str) -> int:
         """The size of the attention heads: the first unit of a layer of queries or keys changes the first head of the consumer's inputs.
@@ -121,6 +146,11 @@ class AxisTracer:
             if layer.startswith(f"{experts}."):
                 return f"{experts}.0.", f"{experts}.{layer.removeprefix(f'{experts}.').partition('.')[0]}."
         return "", ""
+
+
+def _random_half(units: int) -> Tensor:
+    """Half of the units, two or more; the first unit and not the second, so that it is no union of groups of consecutive units."""
+    return torch.cat([torch.tensor([0, units - 1]), 1 + torch.randperm(units - 2)]) < units // 2
 
 
 @attrs.define(eq=False)

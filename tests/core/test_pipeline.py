@@ -175,7 +175,7 @@ class Doubled:
         (attrs.evolve(PRUNE, collect=partial(collect.weights, where=bp.excluding(bp.linears((4, 4)), "head.*"), masked=True)),
          "weights(where=excluding(rule=linears(block=(4, 4)), pattern='head.*'), masked=True)"),
         (attrs.evolve(PRUNE, collect=partial(collect.weights, where=bp.first_of(bp.named(re.compile("^a"), (1,)), bp.linears((2,))))),
-         "first_of(rules=(named(pattern=re.compile('^a'), block=(1,)), linears(block=(2,))))"),
+         "first_of(named(pattern=re.compile('^a'), block=(1,)), linears(block=(2,)))"),
         (attrs.evolve(PRUNE, metric=partial(metric.lp, p=3)), "metric=lp(p=3)"),
         (attrs.evolve(PRUNE, metric=partial(_views, torch.ones(2, 3))), "views(Tensor((2, 3), torch.float32))"),
         (attrs.evolve(PRUNE, metric=Doubled()), "Doubled object"),

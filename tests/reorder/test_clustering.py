@@ -13,8 +13,9 @@ from test_permutation import Attention, Gated, run
 from torch import Tensor
 
 import blockprune as bp
+from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.reorder import clustering
-from blockprune.reorder.permutation import UnitPermutation, permute
+from blockprune.reorder.permutation import permute
 
 
 def scored(**values: Tensor) -> dict[str, bp.BlockScore]:

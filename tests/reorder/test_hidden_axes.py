@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import blockprune as bp
-from blockprune.reorder.permutation import UnitPermutation
+from blockprune.core.unit_permutation import UnitPermutation
 
 
 @pytest.fixture(autouse=True)
@@ -213,9 +213,42 @@ def test_queries_that_are_much_wider_than_values_are_not_pieces(wide: int, narro
     assert [summary(axis) for axis in axes] == [(narrow, {"v.weight", "v.bias"}, {"o.weight"}, 2, {})]
 
 
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_queries_keys_and_values_in_one_linear_are_not_pieces(tokens: int) -> None:
-    assert bp.find_axes(Attention(8, 8, 2, fused=True).eval(), torch.randn(2, tokens, 8)) == []
+class Packed(nn.Module):
+    """Attention with one Linear for queries, keys and values: a piece of each after the other, or those of each head together."""
+
+    def __init__(self, width: int, heads: int, by_head: bool, fixed: bool = False) -> None:
+        super().__init__()
+        self.num_heads, self.by_head, self.fixed = heads, by_head, fixed
+        self.head_dim, self.attn_dim = width // heads, width
+        self.qkv, self.proj = nn.Linear(8, 3 * width), nn.Linear(width, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes, order = ((self.num_heads, 3), (3, 0, 2, 1, 4)) if self.by_head else ((3, self.num_heads), (2, 0, 3, 1, 4))
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], *sizes, self.head_dim).permute(order).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.proj(y.reshape(*x.shape[:2], x.shape[2] if self.fixed else self.attn_dim))
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize(("width", "heads"), [(8, 2), (12, 3), (16, 4), (16, 8)])
+def test_heads_of_queries_keys_and_values_in_one_linear_are_units(width: int, heads: int, by_head: bool) -> None:
+    model, x = Packed(width, heads, by_head).double().eval(), torch.randn(2, 5, 8).double()
+    axes = bp.find_axes(model, x)
+    copies = {} if by_head else {"qkv.weight": 3, "qkv.bias": 3}
+    assert [summary(axis) for axis in axes] == [(heads, {"qkv.weight", "qkv.bias"}, {"proj.weight"}, 1, copies)]
+    torch.testing.assert_close(bp.permute(model, [swapped(axes[0], 0, heads - 1)])(x), model(x))
+
+
+def test_queries_keys_and_values_in_one_linear_are_not_pieces_and_one_token_does_not_show_heads() -> None:
+    assert bp.find_axes(Attention(8, 8, 2, fused=True).eval(), torch.randn(2, 1, 8)) == []
+    axes = bp.find_axes(Attention(8, 8, 2, fused=True).eval(), torch.randn(2, 5, 8))
+    assert [summary(axis)[0] for axis in axes] == [2]
+
+
+def test_units_that_a_norm_or_a_softmax_joins_can_be_reordered_and_not_removed() -> None:
+    for between, removable in {"ReLU": True, "batch norm": True, "layer norm": False, "softmax": False}.items():
+        model = nn.Sequential(nn.Linear(3, 6), BETWEEN[between](6), nn.Linear(6, 2)).eval()
+        assert [axis.removable for axis in bp.find_axes(model, torch.randn(4, 3))] == [removable], between
 
 
 class Scaled(nn.Module):

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 import blockprune as bp
+from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.parameters import parameter_refs
-from blockprune.reorder.permutation import UnitPermutation, permute, sort_units
+from blockprune.reorder.permutation import permute, sort_units
 
 Case = tuple[nn.Module, tuple[Tensor, ...], list[UnitPermutation]]
 
