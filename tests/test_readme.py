@@ -57,6 +57,9 @@ def test_the_first_table_says_what_was_recorded() -> None:
     for sentence, start in (("62 ms on a Xeon", "dense bfloat16"), ("half-pruned float32 takes 143", "50% pruned, float32")):
         assert sentence in README
         assert fastest(xeon, start) in sentence
+    convolutions = "\n".join(json.loads((results / "conv_model.json").read_text())["output"])
+    dense, pruned = re.findall(r"dense ([\d.]+) ms|16x16    75%: +([\d.]+) ms", convolutions)
+    assert f"takes {float(pruned[1]):.0f} ms an image on the EPYC, dense {float(dense[0]):.0f} ms" in README
 
 
 def fastest(output: str, start: str) -> str:
