@@ -142,8 +142,9 @@ def structured(axes: Sequence[UnitPermutation]) -> OneShot:
     """Prune whole units, channels and heads: those whose elements have the smallest mean ``|w|`` (Li et al. 1608.08710, with all readers).
 
     A unit is pruned in everything that has it: its row, its bias, its batch norm and the columns that read it. `export.shrink` then makes
-    the model smaller. Sparsity is the share of the units of each axis; a mapping such as ``{"*.attention.*": 1 / 3, "*": 0}`` takes heads
-    alone. Axes whose units a norm joins, such as the residual stream of a transformer, stay. Where the configuration of a Hugging Face
+    the model smaller. Sparsity is the share of the units of each axis, of which at least one stays; a mapping such as
+    ``{"*.attention.*": 1 / 3, "*": 0}`` takes heads alone (if it gives the tensors of an axis several numbers, their mean by elements
+    counts). Axes whose units a norm joins, such as the residual stream of a transformer, stay. Where the configuration of a Hugging Face
     model cannot express fewer heads, as BERT's, call ``shrink(uniform=False)``.
 
     Args:
@@ -151,6 +152,7 @@ def structured(axes: Sequence[UnitPermutation]) -> OneShot:
 
     Raises:
         ValueError: no axis has units that can be removed.
+        TypeError: something else than axes, such as a model.
 
     Example:
         >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).eval(), torch.randn(5, 4)
@@ -158,11 +160,15 @@ def structured(axes: Sequence[UnitPermutation]) -> OneShot:
         >>> [*masks], bp.export.shrink(bp.apply_masks(model, masks), x).model[0]
         (['0.weight', '0.bias', '1.weight', '1.bias', '3.weight'], Linear(in_features=4, out_features=6, bias=True))
     """
-    axes = [axis for axis in axes if axis.removable]
-    if not axes:
-        raise ValueError("axes has no hidden axis whose units can be removed; give what bp.find_axes(model, example) returns")
-    allocate = partial(allocators.per_layer, coupled=axes, min_keep=1)
-    return OneShot(Pipeline(partial(collect.weights, where=units(axes)), metric.l1, allocate))
+    units(axes)  # raises an error for anything but axes
+    removable = [axis for axis in axes if axis.removable]
+    if not removable:
+        present = (
+            f"{len(axes)} hidden axes, whose units norms or softmaxes join: without some of them the others change" if axes else "no axis"
+        )
+        raise ValueError(f"axes has {present}; no unit can be removed from this model")
+    allocate = partial(allocators.per_layer, coupled=removable, min_keep=1)
+    return OneShot(Pipeline(partial(collect.weights, where=units(removable)), metric.l1, allocate))
 
 
 def wanda(where: Where, calibration: Calibration, *, allocate: Allocate = allocators.per_row) -> OneShot:

@@ -201,7 +201,7 @@ def test_no_axis_is_emptied_and_none_to_prune_is_an_error() -> None:
     model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 3)
     masks = bp.recipes.structured(bp.find_axes(model, x))(model, 0.99).masks
     assert int(masks["0.weight"].keep.sum()) == 1
-    with pytest.raises(ValueError, match=r"no hidden axis whose units can be removed; give what bp.find_axes\(model, example\) returns"):
+    with pytest.raises(ValueError, match="axes has no axis; no unit can be removed from this model"):
         bp.recipes.structured([])
 
 
@@ -227,3 +227,12 @@ def test_other_metrics_rank_the_same_units_and_a_masked_model_can_be_pruned_furt
             before = masks
         widths = channels(shrink(masked, x).model)
         assert widths == {name: round(0.6 * width) for name, width in channels(model).items()}
+
+
+def test_what_is_no_axis_is_refused_with_the_remedy() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 8)).eval()
+    for wrong in (model, bp.UnitPermutation(torch.arange(2)), "0.weight", [("a", "b")]):
+        with pytest.raises(TypeError, match=r"axes is \w+ and must be a list of hidden axes, as bp.find_axes\(model, example\) returns"):
+            bp.recipes.structured(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="axes has 1 hidden axes, whose units norms or softmaxes join"):
+        bp.recipes.structured(bp.find_axes(model, torch.randn(3, 8)))

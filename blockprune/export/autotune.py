@@ -95,6 +95,7 @@ def choose(
         if reason or x is None:
             choices.append(Choice(candidate.name, candidate.sparsity, "dense", reason))
             continue
+        random = "" if inputs is not None else _ON_RANDOM_INPUTS
         if int8 and candidate.layer not in errors:
             errors[candidate.layer] = _int8_error(candidate, x)
         error = errors.get(candidate.layer)
@@ -105,7 +106,8 @@ def choose(
         key = _timing_key(candidate, x), with_int8
         if key not in timed:
             timed[key] = _time_kernels(candidate, x, rounds, graph, with_int8)
-        choices.append(_fastest_choice(candidate, timed[key], x, error, obstacle))
+        choice = _fastest_choice(candidate, timed[key], x, error, obstacle)
+        choices.append(attrs.evolve(choice, reason=choice.reason + random * (int8 and error is not None)))
     warn_if_all_dense(Choices(tuple(choices)))
     return Choices(tuple(choices))
 
@@ -150,11 +152,18 @@ def fixed_backend(
             reason = f"not {semi_structured.REQUIREMENT}"
         choice = Choice(candidate.name, candidate.sparsity, "dense" if reason else backend, reason or "as requested")
         if int8 and not reason:
-            error = errors[candidate.layer] if candidate.layer in errors else _int8_error(candidate, _random_inputs(candidate, rows))
-            obstacle = _int8_obstacle(error, max_error)
+            unreached = inputs is not None and candidate.layer not in errors
+            error = errors.get(candidate.layer) if inputs is not None else _int8_error(candidate, _random_inputs(candidate, rows))
+            obstacle = "inputs do not reach it" if unreached else _int8_obstacle(error, max_error)
+            if inputs is None and error is not None and max_error < math.inf:
+                obstacle = obstacle and obstacle + _ON_RANDOM_INPUTS
+                choice = attrs.evolve(choice, reason=choice.reason + _ON_RANDOM_INPUTS)
             choice = attrs.evolve(choice, error=error, dtype="" if obstacle else "int8", reason=obstacle or choice.reason)
         choices.append(choice)
     return Choices(tuple(choices))
+
+
+_ON_RANDOM_INPUTS = "; error on random inputs: give inputs= for that on real ones"
 
 
 def _int8_option(dtype: str | torch.dtype | None, max_error: float) -> bool:
@@ -180,7 +189,7 @@ def _int8_obstacle(error: float | None, max_error: float) -> str:
     if error is None:
         return "a convolution has no int8 form"
     if math.isnan(error):
-        return "its weight or its outputs are not finite, so it has no int8 form"
+        return "its weight or all its inputs are not finite, so its error in int8 is not known"
     return "" if error <= max_error else f"its error in int8, {error:.2%}, is above max_error={max_error:.2%}"
 
 
@@ -199,9 +208,11 @@ def _record_inputs(
 
     def record_call(candidate: Candidate, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         name, x = candidate.layer, args[0] if args else kwargs["input"]
-        recorded[name] = torch.empty_like(x)
         calls[name] += 1
-        if int8 and not candidate.unsupported_reason:
+        if candidate.unsupported_reason:  # such as an Embedding, whose inputs are integers
+            return
+        recorded[name] = torch.empty_like(x)
+        if int8:
             error, before = _int8_error(candidate, x), errors.get(name)
             errors[name] = error if error is None or before is None else max(before, error)
             reads[name] = max(0, reads[name] - 1)  # that was the read of `_int8_error`
@@ -311,7 +322,7 @@ def _fastest_choice(candidate: Candidate, milliseconds: Mapping[str, float], x: 
         return choice("dense", f"there is no sparse kernel for {x.dtype} on {x.device.type} in a CUDA graph")
     fastest, best_sparse = min(layers, key=milliseconds.__getitem__), min(sparse, key=milliseconds.__getitem__)
     best_dense = min((name for name in milliseconds if name not in sparse), key=milliseconds.__getitem__)
-    compared = dict.fromkeys((best_sparse, best_dense, *((plain,) if layers[fastest][1] else ())))
+    compared = dict.fromkeys((fastest, best_sparse, plain, best_dense))
     times = ", ".join(f"{name} {milliseconds[name]:.3g} ms" for name in compared)
     reason = f"{milliseconds[best_dense] / milliseconds[best_sparse]:.2f}x on {tuple(x.shape)}: {times}"
     backend, dtype = layers[fastest]

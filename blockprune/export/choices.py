@@ -119,7 +119,7 @@ def warn_if_all_dense(choices: Choices) -> None:
         >>> print(caught[0].message)
         0 of 1 masked layers became block-sparse (fc.weight: inputs do not reach it); choose(model) lists the reason of each
     """
-    if all(choice.backend == "dense" for choice in choices.rows):
+    if all(choice.backend == "dense" and not choice.dtype for choice in choices.rows):
         reasons = "; ".join(f"{choice.name}: {choice.reason}" for choice in choices.rows[:3])
         warnings.warn(
             f"0 of {len(choices.rows)} masked layers became block-sparse ({reasons}); choose(model) lists the reason of each", stacklevel=3

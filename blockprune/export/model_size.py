@@ -1,17 +1,22 @@
 """The size of a whole model with its masks: parameters and multiply-adds, dense and kept."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import attrs
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from blockprune.core.masks import summary
 from blockprune.core.table import Rows, Table
 from blockprune.export.conversion import dense
 from blockprune.model.apply import read_masks
+from blockprune.model.parameters import parameter_refs
 from blockprune.model.running import Forward, default_forward, preserve_state
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
 
 @attrs.frozen(repr=False)
@@ -46,8 +51,9 @@ class ModelSize(Table):
 def count_model(model: nn.Module, *, inputs: Any = None, forward: Forward = default_forward) -> ModelSize:
     """Count the parameters of a masked or exported model and, given inputs, the multiply-adds of one call; `summary` counts masks alone.
 
-    A masked Linear or convolution takes the kept share of its multiply-adds. `torch.utils.flop_counter` counts them all; it does not know
-    every operation, and element-wise ones count as none.
+    A Linear or a convolution with a masked weight takes the kept share of its multiply-adds whenever it is called. `MultiheadAttention` and
+    others that read the weights of their layers count as dense. `torch.utils.flop_counter` counts the dense model; it does not know every
+    operation, and element-wise ones count as none.
 
     Args:
         model: with or without masks; it is not changed.
@@ -63,19 +69,39 @@ def count_model(model: nn.Module, *, inputs: Any = None, forward: Forward = defa
         parameters        56    40     28.6%
         multiply-adds    480   320     33.3%
     """
-    plain, masks = dense(model), read_masks(model)
-    pruned = {row.name: row.elements - row.elements_kept for row in summary(masks).rows}
+    plain, masks = dense(model), {row.name: row for row in summary(read_masks(model)).rows}
+    pruned = sum(row.elements - row.elements_kept for row in masks.values())
     parameters = sum(p.numel() for p in plain.parameters())
-    size = ModelSize(parameters, parameters - sum(pruned.values()))
     if inputs is None:
-        return size
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), preserve_state(plain), counter:
-        forward(plain, inputs)
-    by_module = {name: sum(counts.values()) // 2 for name, counts in counter.get_flop_counts().items()}
-    total, saved, root = by_module.get("Global", 0), 0.0, type(plain).__name__
-    for name, row in {row.name: row for row in summary(masks).rows}.items():
-        layer = name.rpartition(".")[0]
-        if isinstance(plain.get_submodule(layer), (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            saved += row.sparsity * by_module.get(f"{root}.{layer}" if layer else root, 0)
-    return attrs.evolve(size, multiply_adds=total, multiply_adds_kept=round(total - saved))
+        return ModelSize(parameters, parameters - pruned)
+    sparsities: dict[nn.Module, float] = {
+        ref.owner: masks[name].sparsity
+        for name, refs in parameter_refs(plain).items()
+        for ref in refs
+        if name in masks and ref.attr == "weight" and isinstance(ref.owner, _LAYERS)
+    }
+    saved, counter = 0.0, FlopCounterMode(display=False)
+
+    def add_saved(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+        nonlocal saved
+        saved += sparsities[layer] * _multiply_adds(layer, args[0] if args else kwargs["input"], output)
+
+    handles = [layer.register_forward_hook(add_saved, with_kwargs=True) for layer in sparsities]
+    try:
+        with torch.no_grad(), preserve_state(plain), counter:
+            forward(plain, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    total = int(counter.get_total_flops()) // 2
+    return ModelSize(parameters, parameters - pruned, total, round(total - saved))
+
+
+def _multiply_adds(layer: nn.Module, input: Tensor, output: Tensor) -> int:
+    """Of a Linear or a convolution: each weight meets each position of the output, or of the input of a transposed convolution."""
+    weight: Any = layer.weight
+    if isinstance(layer, nn.Linear):
+        return int(weight.numel()) * (input.numel() // layer.in_features)
+    transposed = isinstance(layer, _TRANSPOSED)
+    positions, channels = (input, layer.in_channels) if transposed else (output, layer.out_channels)
+    return int(weight.numel()) * (positions.numel() // int(cast(Any, channels)))

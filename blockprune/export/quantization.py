@@ -70,7 +70,7 @@ def quantize_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
 def output_error(x: Tensor, weight: Tensor) -> float:
     """The relative error of ``x W^T`` in int8, ``x [n, columns]`` and ``W [rows, columns]``: ``|int8 - exact| / |exact|`` (norms).
 
-    Rows of x that are not finite do not count. Without any other, or if all outputs are zero, the error is 0.
+    Rows of x that are not finite do not count; if no row is finite, the error is NaN. If all outputs are zero, it is 0.
 
     Example:
         >>> from blockprune.export.quantization import output_error
@@ -78,6 +78,8 @@ def output_error(x: Tensor, weight: Tensor) -> float:
         0.0
     """
     x, weight = x[x.isfinite().all(1)].float(), weight.float()
+    if not len(x):
+        return float("nan")
     numbers, scale = quantize_weight(weight)
     inputs, input_scale = quantize_inputs(x)
     with no_autocast():

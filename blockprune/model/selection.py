@@ -64,12 +64,17 @@ def named(pattern: Pattern, block: BlockShape) -> Where:
 def units(axes: Sequence[UnitPermutation]) -> Where:
     """Every parameter that has one of these hidden axes, in blocks of one unit or head, for allocators with ``coupled=axes``.
 
+    Raises:
+        TypeError: something else than axes, such as a model.
+
     Example:
         >>> axis = bp.UnitPermutation(torch.arange(8), rows=["0.weight", "0.bias"], columns=["2.weight"])
         >>> rule = bp.units([axis])
         >>> rule("0.weight", nn.Linear(4, 8)), rule("0.bias", nn.Linear(4, 8)), rule("2.weight", nn.Linear(8, 4))
         ((1, -1), (1,), (-1, 1))
     """
+    if not isinstance(axes, (list, tuple)) or not all(isinstance(axis, UnitPermutation) for axis in axes):
+        raise TypeError(f"axes is {type(axes).__name__} and must be a list of hidden axes, as bp.find_axes(model, example) returns")
     return _Rule(_units, axes=tuple(axes))
 
 

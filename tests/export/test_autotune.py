@@ -241,7 +241,7 @@ def test_the_fastest_of_all_types_is_chosen(monkeypatch: pytest.MonkeyPatch) -> 
         assert type(layer) is kind
         if (backend, dtype) == ("dense", "int8"):
             assert layer.block_mask().keep.all()
-    assert choice.reason == "0.50x on (8, 64): native int8 1 ms, torch dynamic int8 0.5 ms, F.linear 4 ms"
+    assert choice.reason == "0.50x on (8, 64): native int8 1 ms, F.linear 4 ms, torch dynamic int8 0.5 ms"
     assert "native int8" in repr(export.Choices((choice,)))
     assert "int8 error" in repr(export.Choices((choice,)))
 
@@ -262,7 +262,7 @@ def test_what_int8_does_not_fit_stays_in_its_type_and_says_why() -> None:
     ):
         conv, *others, last = choices.rows
         assert "a convolution has no int8 form" in conv.reason
-        assert "its weight or its outputs are not finite" in last.reason
+        assert "its weight or all its inputs are not finite" in last.reason
         assert [choice.dtype for choice in choices.rows] == [""] * 4
         for choice in others:
             assert choice.error is not None
@@ -371,3 +371,45 @@ def test_int8_is_recommended_for_a_cpu_alone() -> None:
     layers = {"w": bp.BlockScore(torch.rand(2, 2, device="meta"), bp.BlockGrid((8, 8), (4, 4)))}
     with pytest.raises(ValueError, match=r"dtype='int8' has kernels for a CPU alone, and the layers or inputs are on meta"):
         export.recommend_blocks(layers, dtype="int8")
+
+
+@MAY_STAY_DENSE
+def test_the_error_of_int8_is_that_of_the_inputs_or_says_that_they_are_random() -> None:
+    model = masked(nn.Sequential(nn.Linear(24, 24)))
+    (choice,) = export.choose(model, dtype="int8", rows=8, rounds=1, progress=False).rows
+    assert choice.reason.endswith("; error on random inputs: give inputs= for that on real ones")
+    (choice,) = autotune.fixed_backend(model, "torch", dtype="int8").rows
+    assert (choice.dtype, "on random inputs" in choice.reason) == ("int8", True)
+    for inputs in (torch.full((4, 24), torch.nan), torch.randn(0, 24)):
+        (choice,) = autotune.fixed_backend(model, "torch", dtype="int8", inputs=inputs).rows
+        assert (choice.dtype, choice.reason) == ("", "its weight or all its inputs are not finite, so its error in int8 is not known")
+
+
+def test_a_layer_that_inputs_do_not_reach_stays_in_its_type() -> None:
+    model = masked(nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24)))
+    reached, other = autotune.fixed_backend(
+        model, "torch", dtype="int8", inputs=torch.randn(4, 24), forward=lambda model, x: model[0](x)
+    ).rows
+    assert (reached.dtype, reached.reason) == ("int8", "as requested")
+    assert (other.dtype, other.reason) == ("", "inputs do not reach it")
+
+
+@MAY_STAY_DENSE
+@pytest.mark.filterwarnings("ignore:. of . masked layers have no block-sparse form")
+def test_a_masked_embedding_is_left_out() -> None:
+    model = nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 64))
+    where = bp.named("*.weight", (16, 16))
+    bp.apply_masks(
+        model, {name: bp.BlockMask(torch.rand(p.grid.size) > 0.5, p.grid) for name, p in bp.collect.weights(model, where=where).items()}
+    )
+    tokens = torch.randint(64, (7,))
+    close(export.block_sparse(model, inputs=tokens)(tokens), model(tokens))
+
+
+@MAY_STAY_DENSE
+def test_the_reason_has_the_times_of_the_chosen_kernel_and_of_the_plain_layer() -> None:
+    model = masked(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1)))
+    (choice,) = export.choose(model, inputs=torch.randn(1, 16, 9, 9), rounds=1, progress=False).rows
+    chosen = "Conv2d" if choice.backend == "dense" else choice.backend
+    assert f"{chosen} {choice.milliseconds[chosen]:.3g} ms" in choice.reason
+    assert f"Conv2d {choice.milliseconds['Conv2d']:.3g} ms" in choice.reason

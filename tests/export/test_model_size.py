@@ -51,6 +51,36 @@ def test_the_counts_are_those_by_hand(kind: str) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+class Tied(nn.Module):
+    """An embedding whose weight is that of the output layer, which is called twice by name, and a transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(16, 8), nn.Linear(8, 16, bias=False)
+        self.head.weight = self.embedding.weight
+        self.up = nn.ConvTranspose1d(16, 4, 3, stride=2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.up(self.head(input=self.embedding(tokens)).mT)  # type: ignore[no-any-return]
+
+
+def test_tied_weights_and_transposed_convolutions_take_the_kept_share() -> None:
+    half = torch.tensor([[True], [False]])
+    of_kernel = bp.BlockMask(half[..., None], bp.BlockGrid((16, 4, 3), (8, 4, 3)))
+    masks = {"embedding.weight": bp.BlockMask(half, bp.BlockGrid((16, 8), (8, 8))), "up.weight": of_kernel}
+    size = export.count_model(bp.apply_masks(Tied(), masks), inputs=torch.randint(16, (5, 7)))
+    head, up = 5 * 7 * 16 * 8, 5 * 7 * 16 * 4 * 3
+    assert (size.multiply_adds, size.multiply_adds_kept) == (head + up, head // 2 + up // 2)
+
+
+def test_a_forward_of_ones_own_and_masked_biases_count_a_layer_once() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 8)).eval(), torch.randn(10, 8)
+    bp.apply_masks(model, bp.recipes.structured(bp.find_axes(model, x))(model, 0.75).masks)
+    size = export.count_model(model, inputs=x, forward=lambda model, batch: model[3](model[2](model[1](model[0](batch)))))
+    assert size == export.count_model(model, inputs=x)
+    assert size.multiply_adds_kept == export.count_model(export.shrink(model, x).model, inputs=x).multiply_adds == 640
+
+
 def test_without_inputs_only_parameters_are_counted() -> None:
     size = export.count_model(nn.Linear(3, 2))
     assert (size.parameters, size.parameters_kept, size.multiply_adds) == (8, 8, None)
