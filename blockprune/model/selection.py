@@ -233,7 +233,7 @@ def _patterns(where: Any, *, selecting: list[str], excluding: list[str]) -> Iter
     if isinstance(where, partial):
         if "pattern" in where.keywords:
             yield where.keywords["pattern"], excluding if where.func is _excluding else selecting
-        for rule in (where.keywords.get("rule"), *where.args):
+        for rule in (where.keywords.get("rule"), *(where.args if where.func is _first_of else ())):
             yield from _patterns(rule, selecting=selecting, excluding=excluding)
 
 

@@ -122,7 +122,7 @@ def test_a_gpt2_is_converted_pruned_repaired_and_exported() -> None:
     converted = bp.as_linears(model)
     torch.testing.assert_close(converted(batches[0]).logits, model(batches[0]).logits, atol=1e-4, rtol=1e-4)
     axes = bp.find_axes(converted, batches[0], progress=False)
-    assert [len(axis.order) for axis in axes] == [32, 128, 128]
+    assert [len(axis.order) for axis in axes] == [32, 4, 128, 4, 128]  # the stream, and the heads and hidden units of each layer
     rule = bp.including(bp.linears((4, 4)), "transformer.h.*")
     collector = partial(collect.with_statistics, where=rule, statistics=[statistics.input_gram])
     pipeline = bp.Pipeline(collector, metric.obs, allocate.per_layer)
