@@ -47,13 +47,13 @@ def test_the_readmes_code_runs_as_printed() -> None:
 
 def test_the_first_table_says_what_was_recorded() -> None:
     results = Path(__file__).parent.parent / "benchmarks" / "results"
-    here, xeon = ("\n".join(json.loads((results / f"{name}.json").read_text())["output"]) for name in ("front_page_epyc", "front_page"))
+    epyc, xeon = ("\n".join(json.loads((results / f"{name}.json").read_text())["output"]) for name in ("front_page_epyc", "front_page"))
     rows = re.findall(r"^\| (dense [^|(]+?|\d+% pruned[^|]*?)(?: \([^|]*\))? \| ([\d.]+) \| (\d+) \|$", README, re.MULTILINE)
     assert len(rows) == 8
     for name, cosine, milliseconds in rows:
         start = re.escape(name.replace("dense float32", "dense").replace(" in 16x16 blocks", ""))
-        assert re.search(rf"^ +{start} +{cosine}$", here, re.MULTILINE), name
-        assert milliseconds == fastest(here, start), name
+        assert re.search(rf"^ +{start} +{cosine}$", epyc, re.MULTILINE), name
+        assert milliseconds == fastest(epyc, start), name
     for sentence, start in (("62 ms on a Xeon", "dense bfloat16"), ("half-pruned float32 takes 143", "50% pruned, float32")):
         assert sentence in README
         assert fastest(xeon, start) in sentence

@@ -95,7 +95,6 @@ def choose(
         if reason or x is None:
             choices.append(Choice(candidate.name, candidate.sparsity, "dense", reason))
             continue
-        random = "" if inputs is not None else _ON_RANDOM_INPUTS
         if int8 and candidate.layer not in errors:
             errors[candidate.layer] = _int8_error(candidate, x)
         error = errors.get(candidate.layer)
@@ -107,7 +106,7 @@ def choose(
         if key not in timed:
             timed[key] = _time_kernels(candidate, x, rounds, graph, with_int8)
         choice = _fastest_choice(candidate, timed[key], x, error, obstacle)
-        choices.append(attrs.evolve(choice, reason=choice.reason + random * (int8 and error is not None)))
+        choices.append(attrs.evolve(choice, reason=choice.reason + _error_note(inputs, error)))
     warn_if_all_dense(Choices(tuple(choices)))
     return Choices(tuple(choices))
 
@@ -155,15 +154,10 @@ def fixed_backend(
             unreached = inputs is not None and candidate.layer not in errors
             error = errors.get(candidate.layer) if inputs is not None else _int8_error(candidate, _random_inputs(candidate, rows))
             obstacle = "inputs do not reach it" if unreached else _int8_obstacle(error, max_error)
-            if inputs is None and error is not None and max_error < math.inf:
-                obstacle = obstacle and obstacle + _ON_RANDOM_INPUTS
-                choice = attrs.evolve(choice, reason=choice.reason + _ON_RANDOM_INPUTS)
-            choice = attrs.evolve(choice, error=error, dtype="" if obstacle else "int8", reason=obstacle or choice.reason)
+            note = _error_note(inputs, error) if max_error < math.inf else ""
+            choice = attrs.evolve(choice, error=error, dtype="" if obstacle else "int8", reason=(obstacle or choice.reason) + note)
         choices.append(choice)
     return Choices(tuple(choices))
-
-
-_ON_RANDOM_INPUTS = "; error on random inputs: give inputs= for that on real ones"
 
 
 def _int8_option(dtype: str | torch.dtype | None, max_error: float) -> bool:
@@ -182,6 +176,11 @@ def _int8_error(candidate: Candidate, x: Tensor | None) -> float | None:
         return None
     sample = x.detach().reshape(-1, weight.shape[1])
     return output_error(sample[:: max(1, len(sample) // _ERROR_ROWS)], weight) if bool(weight.isfinite().all()) else float("nan")
+
+
+def _error_note(inputs: Any, error: float | None) -> str:
+    """What a reason says of an error that was not measured on real inputs."""
+    return "; error on random inputs: give inputs= for that on real ones" if inputs is None and error is not None else ""
 
 
 def _int8_obstacle(error: float | None, max_error: float) -> str:

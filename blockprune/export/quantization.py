@@ -63,7 +63,8 @@ def quantize_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
     exact = x.float()
     largest = exact.abs().amax(1)
     finite = largest.isfinite()
-    inverse = torch.where(largest < _SMALLEST, 0, torch.full_like(largest, TOP) / largest)  # torch divides a number by multiplying
+    # TOP / largest would be TOP times the reciprocal, which rounds twice
+    inverse = torch.where(largest < _SMALLEST, 0, torch.full_like(largest, TOP) / largest)
     return torch.where(finite[:, None], (exact * inverse[:, None]).round(), 0), torch.where(finite, largest / TOP, torch.nan)
 
 

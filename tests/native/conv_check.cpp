@@ -7,36 +7,15 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <random>
 #include <vector>
 
 #include "failures.h"
+#include "numbers.h"
 
 extern "C" int32_t has_isa(int32_t isa);
 extern "C" int32_t conv2d(const void* values, const int32_t* col, const int64_t* crow, int64_t rows, int64_t height, int64_t width,
                           int32_t is_bf16, const int64_t* geometry, const void* x, const void* bias, void* y, int64_t begin, int64_t end,
                           int64_t threads, int32_t isa);
-
-static std::mt19937 rng(0);
-static int draw(int low, int high) { return low + (int)(rng() % (unsigned)(high - low + 1)); }
-
-// Small integers in a buffer of exactly their size, so that sums are exact.
-struct Numbers {
-    std::unique_ptr<char[]> memory;
-    int64_t count;
-    bool half;
-    Numbers(int64_t count, bool half) : memory(new char[count * (half ? 2 : 4)]), count(count), half(half) {
-        for (int64_t i = 0; i < count; i++) {
-            const float x = (float)draw(-3, 3);
-            std::memcpy(memory.get() + i * (half ? 2 : 4), (const char*)&x + (half ? 2 : 0), half ? 2 : 4);
-        }
-    }
-    float get(int64_t i) const {
-        float x = 0;
-        std::memcpy((char*)&x + (half ? 2 : 0), memory.get() + i * (half ? 2 : 4), half ? 2 : 4);
-        return x;
-    }
-};
 
 struct Geometry {
     int64_t images, channels, height, width, kernel_y, kernel_x, stride_y, stride_x, dilation_y, dilation_x, pad_top, pad_left, out_height,
@@ -67,6 +46,7 @@ static int run(const Geometry& g, int64_t rows, int64_t height, int64_t width, d
     std::unique_ptr<int32_t[]> col(new int32_t[kept.size()]);
     std::copy(kept.begin(), kept.end(), col.get());
     Numbers values(count, half), x(g.images * g.channels * g.height * g.width, half), bias(rows, half), y(g.images * rows * outputs, half);
+    values.fill(), x.fill(), bias.fill(), y.fill();
     const int64_t all = g.images * g.out_height;
     for (int64_t part = 0; part < parts; part++) {
         const int32_t failed = with_failures([&] {

@@ -9,10 +9,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <random>
 #include <vector>
 
 #include "failures.h"
+#include "numbers.h"
 
 extern "C" int32_t has_isa(int32_t isa);
 extern "C" int32_t spmm(const void* values, const int32_t* col, const int64_t* crow, int64_t rows, int64_t cols, int64_t height,
@@ -20,39 +20,6 @@ extern "C" int32_t spmm(const void* values, const int32_t* col, const int64_t* c
 extern "C" int32_t spmm_int8(const int8_t* values, const int32_t* col, const int64_t* crow, int64_t rows, int64_t cols, int64_t height,
                              int64_t width, int32_t is_bf16, const void* x, int64_t n, const void* bias, void* y, const float* scale,
                              int64_t threads, int32_t isa);
-
-static std::mt19937 rng(0);
-static int draw(int low, int high) { return low + (int)(rng() % (unsigned)(high - low + 1)); }
-
-// Numbers of a type in a buffer of exactly their size, all of them small integers, so that sums are exact.
-struct Numbers {
-    std::unique_ptr<char[]> memory;
-    int64_t count;
-    bool half;
-    Numbers(int64_t count, bool half) : memory(new char[count * (half ? 2 : 4)]), count(count), half(half) {}
-    void set(int64_t i, float x) {
-        uint32_t bits;
-        std::memcpy(&bits, &x, 4);
-        const uint16_t upper = (uint16_t)(bits >> 16);
-        if (half) std::memcpy(memory.get() + 2 * i, &upper, 2);
-        else std::memcpy(memory.get() + 4 * i, &x, 4);
-    }
-    float get(int64_t i) const {
-        uint16_t upper = 0;
-        float x;
-        if (half) {
-            std::memcpy(&upper, memory.get() + 2 * i, 2);
-            const uint32_t bits = (uint32_t)upper << 16;
-            std::memcpy(&x, &bits, 4);
-        } else {
-            std::memcpy(&x, memory.get() + 4 * i, 4);
-        }
-        return x;
-    }
-    void fill() {
-        for (int64_t i = 0; i < count; i++) set(i, (float)draw(-3, 3));
-    }
-};
 
 // Rows of x in int8, as they are multiplied, and the scale of each.
 static void quantize(Numbers& x, int64_t cols, std::vector<float>& scales) {

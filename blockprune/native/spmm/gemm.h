@@ -15,15 +15,18 @@ template <int L, int NV, int MR> INLINE void multiply_add(F<L> (&acc)[MR][NV], c
 // How a type of number is packed and multiplied: `pair` multiplies two packed columns, at a and b, with pairs of weights, `single` one
 // column, and the weights of neighbouring rows are `stride` apart; `load_columns` and `store_packed` move numbers of x into a panel;
 // offset<P>(c) is where column c starts in a panel of P rows.
-struct F32 {
-    typedef float Number;  // of x, of the stored weights and of y
-    typedef float Weight;  // as the micro-kernel reads it
-    typedef float Packed;
+template <class T> struct Floats {
+    typedef T Number;  // of x, of the stored weights and of y
+    typedef T Weight;  // as the micro-kernel reads it
     template <int L> using Sums = F<L>;
-    static const bool IS_SCALED = false;   // whether sums are integers, which scales make floats
-    static const int64_t MIN_PANEL = 4;    // rows of the smallest panel
+    static const bool IS_SCALED = false;  // whether sums are integers, which scales make floats
+    static const int64_t MIN_PANEL = 4;   // rows of the smallest panel
+    INLINE const T* weights(const T* stored, int64_t, void*) { return stored; }
+};
+
+struct F32 : Floats<float> {
+    typedef float Packed;
     static const int64_t COLUMNS = LANES;  // are packed at a time
-    INLINE const float* weights(const float* stored, int64_t, void*) { return stored; }
     template <int P> static constexpr int64_t offset(int64_t column) { return column * P; }
     template <int L, int NV, int MR>
     INLINE void pair(F<L> (&acc)[MR][NV], const float* a, const float* b, const float* w, int64_t stride = 2) {
@@ -39,15 +42,9 @@ struct F32 {
     }
 };
 
-struct Bf16AsF32 {  // bfloat16, where only floats can be multiplied
-    typedef uint16_t Number;
-    typedef uint16_t Weight;
+struct Bf16AsF32 : Floats<uint16_t> {  // bfloat16, where only floats can be multiplied
     typedef float Packed;
-    template <int L> using Sums = F<L>;
-    static const bool IS_SCALED = false;
-    static const int64_t MIN_PANEL = 4;
     static const int64_t COLUMNS = LANES;
-    INLINE const uint16_t* weights(const uint16_t* stored, int64_t, void*) { return stored; }
     template <int P> static constexpr int64_t offset(int64_t column) { return column * P; }
     template <int L, int NV, int MR>
     INLINE void pair(F<L> (&acc)[MR][NV], const float* a, const float* b, const uint16_t* w, int64_t stride = 2) {
@@ -85,15 +82,9 @@ template <int L, int NV, int MR> INLINE void dot_single(F<L> (&acc)[MR][NV], con
     UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < NV; v++) acc[m][v] = dot_pairs(acc[m][v], x[v], U<L>{} + w[m]);
 }
 
-struct Bf16Pairs {  // bfloat16 whose kept columns come in neighbouring pairs: two columns are packed into one word
-    typedef uint16_t Number;
-    typedef uint16_t Weight;
+struct Bf16Pairs : Floats<uint16_t> {  // bfloat16 whose kept columns come in neighbouring pairs: two columns are packed into one word
     typedef uint32_t Packed;
-    template <int L> using Sums = F<L>;
-    static const bool IS_SCALED = false;
-    static const int64_t MIN_PANEL = 4;
     static const int64_t COLUMNS = 2 * LANES;
-    INLINE const uint16_t* weights(const uint16_t* stored, int64_t, void*) { return stored; }
     template <int P> static constexpr int64_t offset(int64_t column) { return column / 2 * P; }
     template <int L, int NV> INLINE void load_words(U<L> (&x)[NV], const uint32_t* a) {
         UNROLL for (int v = 0; v < NV; v++) {
@@ -115,15 +106,9 @@ struct Bf16Pairs {  // bfloat16 whose kept columns come in neighbouring pairs: t
     template <int P> INLINE void store_packed(uint32_t* panel, int64_t k, const F<LANES>& x) { F32::store_packed<P>((float*)panel, k, x); }
 };
 
-struct Bf16Columns {  // bfloat16 of which any two kept columns may be a pair: columns are packed one by one
-    typedef uint16_t Number;
-    typedef uint16_t Weight;
+struct Bf16Columns : Floats<uint16_t> {  // bfloat16 of which any two kept columns may be a pair: columns are packed one by one
     typedef uint16_t Packed;
-    template <int L> using Sums = F<L>;
-    static const bool IS_SCALED = false;
-    static const int64_t MIN_PANEL = 4;
     static const int64_t COLUMNS = 2 * LANES;
-    INLINE const uint16_t* weights(const uint16_t* stored, int64_t, void*) { return stored; }
     template <int P> static constexpr int64_t offset(int64_t column) { return column * P; }
     template <int L, int NV, int MR>
     INLINE void pair(F<L> (&acc)[MR][NV], const uint16_t* a, const uint16_t* b, const uint16_t* w, int64_t stride = 2) {

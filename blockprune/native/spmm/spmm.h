@@ -31,8 +31,8 @@ struct Product : Layer {
     int64_t n;
     const void* bias;  // or null
     void* y;
-    const int64_t* starts;      // [bands] where the values of each band start, or null where crow says it
-    const float *input_scale = nullptr, *weight_scale = nullptr;  // [n], [rows] of int8: what makes sums floats
+    const int64_t* starts;  // [bands] where the values of each band start, or null where crow says it
+    const float *input_scale = nullptr, *weight_scale = nullptr;  // [n] and [rows], where weights are int8: they make sums floats
     bool is_bf16 = false;  // the type of y where weights are int8; their bias is float32
 
     int64_t start(int64_t band) const { return starts ? starts[band] : crow[band] * width * height; }
