@@ -557,6 +557,20 @@ def sparse_linear(x: Tensor, weight: Tensor, keep: Tensor, bias: Tensor | None) 
     return torch.stack(rows, dim=-1) + (0 if bias is None else bias.double())
 
 
+def input_grad(grad: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
+    """The gradient of each input from the outputs whose rows keep it, in float64."""
+    columns = [grad.double()[..., keep[:, c]] @ weight[keep[:, c], c].double() for c in range(weight.shape[1])]
+    return torch.stack(columns, dim=-1)
+
+
+def values_grad(grad: Tensor, x: Tensor, keep: Tensor) -> Tensor:
+    """The gradient of each kept weight, in float64 at its place in the dense matrix: all others are zero."""
+    out = torch.zeros(keep.shape, dtype=torch.float64)
+    for row, column in keep.nonzero().tolist():
+        out[row, column] = grad.double().flatten(0, -2)[:, row] @ x.double().flatten(0, -2)[:, column]
+    return out
+
+
 def sparse_conv2d(x: Tensor, weight: Tensor, keep: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     """Each output from the patch of the image that lies under the kernel, as `sparse_linear`: ``[n, filters, rows, columns]``."""
     padded, (rows, columns) = F.pad(x.double(), list(window.padding)), window.out_size(x)

@@ -122,6 +122,15 @@ def version_counter(x: Tensor) -> int:
     return x._version
 
 
+def replace_data(parameter: Tensor, data: Tensor) -> None:
+    """Give a parameter numbers of another length. A graph that lives still expects gradients of the old length; another type ends that
+    (torch 2.0).
+    """
+    if parameter.shape != data.shape:
+        parameter.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float64 else torch.float64)
+    parameter.data = data
+
+
 def without_base(x: Tensor) -> Tensor:
     """The same tensor in the same memory, but not a view of another tensor; it is differentiable (torch 2.0)."""
     return cast(Tensor, torch.ops.aten._unsafe_view(x, x.shape))

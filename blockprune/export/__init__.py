@@ -20,6 +20,7 @@
 from blockprune.export.autotune import choose
 from blockprune.export.choices import Backend, Backends, Choice, Choices, backends
 from blockprune.export.conversion import block_sparse, dense, load_state_dict, onnx
+from blockprune.export.mask_updates import update
 from blockprune.export.model_benchmark import ModelSpeed, SpeedComparison, benchmark
 from blockprune.export.model_size import ModelSize, count_model
 from blockprune.export.packing import pack_weight
@@ -56,4 +57,5 @@ __all__ = [
     "pack_weight",
     "recommend_blocks",
     "shrink",
+    "update",
 ]

@@ -43,6 +43,7 @@ def choose(
     inputs: Any = None,
     rows: int = DEFAULT_ROWS,
     forward: Forward = default_forward,
+    training: bool = False,
     graph: bool = False,
     rounds: int = 9,
     progress: bool | None = None,
@@ -56,6 +57,9 @@ def choose(
     With ``dtype="int8"`` a Linear on a CPU may also run in int8, block-sparse or with all blocks ("dense int8"), if that is the fastest and
     its outputs are precise enough. Weights have a scale for each output, and inputs one for each row, found while the model runs.
 
+    With ``training=True``, the forward pass and the gradients of the input, the weight and the bias are timed together, and a layer is
+    block-sparse if that is faster than the masked layer, which would train otherwise.
+
     Args:
         model: with masks; it is not changed.
         dtype: "int8", or None for the type of the weights.
@@ -65,13 +69,15 @@ def choose(
             ``rows`` rows, and convolutions stay dense.
         rows: input rows of a layer in one call, such as batch x tokens.
         forward: (model, batch) -> output, as in `Calibration`.
+        training: time a step of training instead of the forward pass.
         graph: on a GPU, time layers as a CUDA graph replays them, for models that run so (``mode="reduce-overhead"`` of `torch.compile`);
             by default, launching the kernels from Python is part of the time.
         rounds: of measurement, of which the median counts.
         progress: show a progress bar; by default in a terminal and in a notebook.
 
     Raises:
-        ValueError: a model without masks, rows below 1, another dtype, or a max_error that is not above 0.
+        ValueError: a model without masks, rows below 1, another dtype, or a max_error that is not above 0; int8 or a CUDA graph for
+            training.
 
     Example:
         >>> import warnings
@@ -85,6 +91,10 @@ def choose(
     if rows < 1:
         raise ValueError(f"rows={rows} must be 1 or more: the number of input rows of a layer in one call")
     int8, masked = _int8_option(dtype, max_error), list(find_candidates(model))
+    if training and (int8 or graph):
+        raise ValueError(
+            "training=True goes with neither dtype='int8' nor graph=True: int8 does not train, and a step is not timed as a graph"
+        )
     recorded, reads_weight, errors = _record_inputs(model, masked, inputs, forward, int8) if inputs is not None else ({}, set(), {})
     choices, timed = [], {}
     for candidate in progress_bar(masked, "choose", progress):
@@ -104,7 +114,7 @@ def choose(
         with_int8 = int8 and not obstacle
         key = _timing_key(candidate, x), with_int8
         if key not in timed:
-            timed[key] = _time_kernels(candidate, x, rounds, graph, with_int8)
+            timed[key] = _time_steps(candidate, x, rounds) if training else _time_kernels(candidate, x, rounds, graph, with_int8)
         choice = _fastest_choice(candidate, timed[key], x, error, obstacle)
         choices.append(attrs.evolve(choice, reason=choice.reason + _error_note(inputs, error)))
     warn_if_all_dense(Choices(tuple(choices)))
@@ -255,6 +265,34 @@ def _time_kernels(candidate: Candidate, x: Tensor, rounds: int, graph: bool, int
         return {name: 1e3 * seconds for name, seconds in time_interleaved(calls, x.device, graph=graph, rounds=rounds).items()}
 
 
+def _time_steps(candidate: Candidate, x: Tensor, rounds: int) -> dict[str, float]:
+    """Median milliseconds of a forward and a backward pass: first of the masked layer, then of a plain one and of block-sparse ones."""
+    plain, packed = finalize(candidate.module), pack_weight(candidate.weight, candidate.mask)
+    layers: dict[str, Callable[[], nn.Module]] = {
+        "masked": partial(copy.deepcopy, candidate.module),
+        "unmasked": partial(copy.deepcopy, plain),
+    }
+    for name in (row.name for row in backends().rows if row.available and row.name in BACKENDS):
+        if _DEVICES.get(name, x.device.type) == x.device.type:
+            layers[name] = partial(copy.deepcopy, sparse_layer_like(plain, packed, name, trainable=True))
+    calls = {name: [_training_step(make(), x) for _ in _copies(candidate, x, packed.values.nbytes)] for name, make in layers.items()}
+    with torch.enable_grad():
+        return {name: 1e3 * seconds for name, seconds in time_interleaved(calls, x.device, rounds=rounds).items()}
+
+
+def _training_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
+    """A call that computes a layer's output and the gradients of its input and parameters."""
+    layer.requires_grad_()
+    x = x.detach().clone().requires_grad_()
+    with torch.no_grad():
+        grad = torch.randn_like(layer(x))
+
+    def step() -> None:
+        torch.autograd.grad(layer(x), [x, *layer.parameters()], grad)
+
+    return step
+
+
 def _copies(candidate: Candidate, x: Tensor, nbytes: int) -> range:
     """One item for each copy of a weight of ``nbytes`` bytes. On a CPU all kernels have as many copies, because they run in turn."""
     return range(cold_copies(candidate.ref.stored.nbytes if x.device.type == "cpu" else nbytes, x.device))
@@ -310,7 +348,7 @@ def _int8_calls(candidate: Candidate, x: Tensor) -> Calls:
 
 
 def _fastest_choice(candidate: Candidate, milliseconds: Mapping[str, float], x: Tensor, error: float | None, obstacle: str) -> Choice:
-    """The fastest kernel that a layer can run; on a tie the first dense one, which a plain layer runs."""
+    """The fastest kernel that a layer can run; on a tie the first dense one, which the layer would run otherwise."""
     plain, *others = milliseconds
     layers = {plain: ("dense", "")}  # backend and type, by the name of the kernel
     layers |= {name: (name, "") for name in others if name in (*BACKENDS, "2:4")}

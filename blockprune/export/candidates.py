@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from blockprune.core._compat import FAST_PATH_MODULES, has_hooks
 from blockprune.core.types import BlockMask
 from blockprune.model.apply import parameter_masks
-from blockprune.model.parameters import ParameterRef, parameter_refs
+from blockprune.model.parameters import ParameterRef, is_exported, parameter_refs
 
 _LAYER_TYPES = (nn.Linear, nn.Conv2d)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -75,6 +75,11 @@ def find_candidates(model: nn.Module) -> Iterator[Candidate]:
     """
     refs, masks = parameter_refs(model), parameter_masks(model)
     if not masks:
+        if any(is_exported(module) for module in model.modules()):
+            raise ValueError(
+                "the model has no masks; its layers are block-sparse already. To make their kept weights parameters or buffers, give "
+                "trainable= to export.load_state_dict(model, model.state_dict()); for other masks: export.update(model, masks)"
+            )
         raise ValueError(
             "the model has no masks, so it has no blocks to leave out; apply_masks(model, masks) first, "
             "with bp.masks_from_zeros(model, where=bp.linears((16, 16))) if its pruned blocks are zero already"

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blockprune.export.format import BlockSparse, ensure_valid
-from blockprune.export.ops import in_transform, input_grad, linear, torch_product
+from blockprune.export.ops import in_transform, input_grad, linear, torch_product, values_grad
 from blockprune.native import spmm
 from blockprune.native.spmm import Window
 
@@ -57,19 +57,22 @@ def _(x: Tensor, bias: Any, values: Any, crow: Any, col: Any, shape: Sequence[in
 
 
 def _save_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, _, *indices, shape, block, kernel_size, stride, dilation, padding = inputs
-    ctx.save_for_backward(*indices)
+    x, _, *weight, shape, block, kernel_size, stride, dilation, padding = inputs
+    ctx.save_for_backward(*weight, x if ctx.needs_input_grad[2] else None)
     ctx.options, ctx.window, ctx.size = (shape, block, True, "native"), Window(kernel_size, stride, dilation, padding), x.shape
 
 
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     image_grad, (_, _, height, width), (left, right, top, bottom) = None, ctx.size, ctx.window.padding
+    *weight, x = ctx.saved_tensors
+    rows = grad.movedim(1, -1)  # [n, height, width, outputs]
     if ctx.needs_input_grad[0]:
         kernel_size, stride, dilation, _ = ctx.window
-        columns = input_grad(grad.movedim(1, -1), *ctx.saved_tensors, *ctx.options, None).flatten(1, 2).mT  # [n, columns, outputs]
+        columns = input_grad(rows, *weight, *ctx.options, None).flatten(1, 2).mT  # [n, columns, outputs]
         padded = F.fold(columns, (height + top + bottom, width + left + right), kernel_size, dilation, stride=stride)
         image_grad = padded[:, :, top : top + height, left : left + width]
-    return image_grad, grad.sum((0, 2, 3)) if ctx.needs_input_grad[1] else None, *[None] * 9
+    weight_grad = values_grad(rows, patches(x, ctx.window), *weight[1:], *ctx.options, len(weight[0])) if ctx.needs_input_grad[2] else None
+    return image_grad, grad.sum((0, 2, 3)) if ctx.needs_input_grad[1] else None, weight_grad, *[None] * 8
 
 
 conv2d_op.register_autograd(_conv2d_backward, setup_context=_save_conv2d)

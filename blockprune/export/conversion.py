@@ -19,7 +19,8 @@ from blockprune.export.module_replacement import replace_modules
 from blockprune.export.packing import pack_int8, pack_weight, read_state
 from blockprune.export.quantization import wants_int8
 from blockprune.export.sparse_layers import STATE_KEYS, BlockSparseConv2d, BlockSparseLinear, sparse_layer_like
-from blockprune.model.apply import finalize
+from blockprune.model.apply import apply_masks, finalize, parameter_masks
+from blockprune.model.checkpoint import masks_in_state
 from blockprune.model.hf_checkpoint import prepare_checkpoints
 from blockprune.model.parameters import parameter_refs
 from blockprune.model.running import Forward, default_forward
@@ -31,6 +32,7 @@ def block_sparse(
     model: M,
     *,
     backend: str | Choices = "auto",
+    trainable: bool = False,
     dtype: str | torch.dtype | None = None,
     max_error: float = MAX_ERROR,
     inputs: Any = None,
@@ -43,20 +45,26 @@ def block_sparse(
     With ``dtype="int8"``, kept weights of Linears are int8 and inputs are rounded to int8 row by row, so that outputs differ a little; a
     layer whose error is too large or that is not faster so stays in its type, or becomes dense int8.
 
-    The kept weights are frozen. Gradients reach the inputs, the biases and all other parameters. A layer that has no block-sparse form, or
-    that is faster dense, becomes a plain layer with zeros; ``choose(model)`` says which, and why. A warning names the layers that have no
-    block-sparse form, and says so if no layer became block-sparse.
+    The kept weights are frozen, and gradients reach the inputs, the biases and all other parameters. With ``trainable=True`` the kept
+    weights are parameters too, so that a training step computes and stores nothing for pruned blocks; make the optimizer from the new
+    model's parameters. `update` changes the masks of such a model, and `read_masks` and `dense` lead back.
+
+    A layer that has no block-sparse form, or that is faster dense, becomes a plain layer with zeros; if it is to train, it stays masked, so
+    that its zeros remain. ``choose(model)`` says which, and why. A warning names the layers that have no block-sparse form, and says so if
+    no layer became block-sparse.
 
     Args:
         model: with masks; it is not changed.
         backend: "auto" measures every layer (`choose`); "native", "triton", "2:4", "torch" or "dense" is used for all layers; or the result
             of `choose`. A 2:4 layer cannot be moved to another device or type, and `load_state_dict` does not load it.
+        trainable: whether kept weights are parameters. "auto" then measures the forward and the backward pass of every layer.
         dtype, max_error: as in `choose`. With a backend by name, times do not count, and "dense" is dense int8.
         inputs, rows, forward, progress: as in `choose`, for "auto"; inputs and forward also for the errors of int8.
 
     Raises:
         ValueError: a model without masks, an unknown backend or dtype, a backend that has no int8, a choice of "2:4" for a weight that is
-            not 2:4 or of int8 for a convolution, or a dtype beside choices, which name it.
+            not 2:4 or of int8 for a convolution, or a dtype beside choices, which name it; ``trainable`` with int8 or 2:4, which do not
+            train.
         RuntimeError: a backend that this machine does not have; the message says why.
         KeyError: choices that were made for another model.
 
@@ -73,25 +81,29 @@ def block_sparse(
         (True, ['0.bias', '0.values', '0.crow', '0.col', '0.layout'])
     """
     options: dict[str, Any] = {"dtype": dtype, "max_error": max_error, "inputs": inputs, "rows": rows, "forward": forward}
+    if trainable and dtype is not None:
+        raise ValueError(f"dtype={dtype!r} and trainable=True are given: a weight of int8 does not train; leave one of them out")
     if isinstance(backend, Choices):
         if dtype is not None:
             raise ValueError(f"dtype={dtype!r} and backend are given, and the choices have types already: choose(model, dtype={dtype!r})")
         choices = backend
     elif backend == "auto":
-        choices = choose(model, progress=progress, **options)
+        choices = choose(model, progress=progress, training=trainable, **options)
     else:
         choices = fixed_backend(model, backend, **options)
     if backend not in ("auto", "dense"):  # `choose` has warned already
         warn_if_all_dense(choices)
-    result, unsupported = convert(model, choices)
+    result, unsupported = convert(model, choices, trainable=trainable)
     if unsupported and any(choice.backend != "dense" for choice in choices.rows):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(unsupported.items())[:3])
         warnings.warn(f"{len(unsupported)} of {len(choices.rows)} masked layers have no block-sparse form ({reasons})", stacklevel=2)
     return result
 
 
-def convert(model: M, choices: Choices) -> tuple[M, dict[str, str]]:
+def convert(model: M, choices: Choices, *, trainable: bool = False) -> tuple[M, dict[str, str]]:
     """A new model whose layers run as chosen, and why masked weights have no block-sparse form, by name.
+
+    If it is trainable, the weights that are not block-sparse keep their masks.
 
     Raises:
         ValueError, KeyError: as `block_sparse`.
@@ -105,8 +117,11 @@ def convert(model: M, choices: Choices) -> tuple[M, dict[str, str]]:
         (BlockSparseLinear(4, 2, bias=True, 50.0% pruned, torch), {})
     """
     chosen = {choice.name: choice for choice in choices.rows}
+    if trainable:
+        _check_trainable(choices)
     plain = finalize(model)
     new: dict[nn.Module, nn.Module] = {}
+    masked = parameter_masks(model) if trainable else {}
     unsupported: dict[str, str] = {}
     for candidate in find_candidates(model):
         if candidate.unsupported_reason:
@@ -117,20 +132,30 @@ def convert(model: M, choices: Choices) -> tuple[M, dict[str, str]]:
         choice = chosen[candidate.name]
         if (choice.backend != "dense" or choice.dtype) and not candidate.unsupported_reason:
             layer = plain.get_submodule(candidate.layer)
-            new[layer] = _sparse_layer(layer, candidate, choice)
+            new[layer] = _sparse_layer(layer, candidate, choice, trainable)
+            masked.pop(candidate.name, None)
     result = replace_modules(plain, new.get)
+    if masked:
+        result = apply_masks(result, masked)
     prepare_checkpoints(result)
     return result, unsupported
 
 
-def _sparse_layer(layer: nn.Module, candidate: Candidate, choice: Choice) -> nn.Module:
+def _check_trainable(choices: Choices) -> None:
+    for choice in choices.rows:
+        if choice.dtype or choice.backend == "2:4":
+            kind = choice.dtype or choice.backend
+            raise ValueError(f"backend chooses {kind} for {choice.name}, which does not train; choose(model, training=True)")
+
+
+def _sparse_layer(layer: nn.Module, candidate: Candidate, choice: Choice, trainable: bool) -> nn.Module:
     if wants_int8(choice.dtype or None) and not isinstance(layer, nn.Linear):
         problem = f"{candidate.name} is no weight of a Linear, and backend chooses int8 for it"
         raise ValueError(f"{problem}; make the choices from this model: choose(model, dtype='int8')")
     if choice.backend != "2:4":
         mask = None if choice.backend == "dense" else candidate.mask
         packed = pack_int8(candidate.weight, mask) if choice.dtype else pack_weight(candidate.weight, candidate.mask)
-        sparse = sparse_layer_like(layer, packed, "native" if choice.backend == "dense" else choice.backend)
+        sparse = sparse_layer_like(layer, packed, "native" if choice.backend == "dense" else choice.backend, trainable=trainable)
         sparse.name = candidate.layer
         return sparse
     if not semi_structured.is_supported(cast(Tensor, layer.weight)):
@@ -140,18 +165,21 @@ def _sparse_layer(layer: nn.Module, candidate: Candidate, choice: Choice) -> nn.
     return semi_structured.SemiStructuredLinear(cast(nn.Linear, layer))
 
 
-def load_state_dict(model: M, state: Mapping[str, Tensor], *, strict: bool = True) -> M:
+def load_state_dict(model: M, state: Mapping[str, Tensor], *, strict: bool = True, trainable: bool | None = None) -> M:
     """A new model from the state dict of an exported model and a plain model, such as ``AutoModel.from_config(config)``.
+
+    The state dict of a trainable model is that of a frozen one.
 
     Args:
         model: plain, masked or exported; it is not changed. If it is on the meta device, the result shares the tensors of ``state``.
         state: of an exported model, such as `safetensors.torch.load_file` returns.
         strict: as in `nn.Module.load_state_dict`.
+        trainable: whether kept weights are parameters; by default as in ``model``, and not where that is plain.
 
     Raises:
         KeyError: a block-sparse layer that the model does not have.
         ValueError: tensors that are not a block-sparse weight (indices out of range, other lengths) or have another shape than the layer;
-            a tensor of a model on the meta device that the state dict does not have.
+            a mask that does not fit; a tensor of a model on the meta device that the state dict does not have.
         RuntimeError: everything else that does not fit, as torch reports it.
 
     Example:
@@ -170,8 +198,10 @@ def load_state_dict(model: M, state: Mapping[str, Tensor], *, strict: bool = Tru
             raise KeyError(f"the state dict has a block-sparse layer {name!r} that the model does not have{suggest(name, modules)}")
         prefix = f"{name}." if name else ""
         tensors = {key: state[prefix + key] for key in (*STATE_KEYS, "scale") if prefix + key in state}
-        new[modules[name]] = _loaded_layer(name, modules[name], tensors)
+        new[modules[name]] = _loaded_layer(name, modules[name], tensors, trainable)
     plain = replace_modules(plain, new.get)
+    if masks := masks_in_state(plain, state):  # of a model that trains, some weights of which are masked
+        plain = apply_masks(plain, masks)
     tied = [refs for refs in parameter_refs(plain).values() if len(refs) > 1]
     plain.load_state_dict(state, strict=strict, assign=any(p.is_meta for p in plain.parameters()))
     for first, *others in tied:  # with assign=True, torch assigns each of them a tensor of its own
@@ -195,7 +225,7 @@ def _block_sparse_layers(state: Mapping[str, Tensor]) -> Iterable[str]:
             yield layer
 
 
-def _loaded_layer(name: str, template: nn.Module, tensors: Mapping[str, Tensor]) -> BlockSparseLinear:
+def _loaded_layer(name: str, template: nn.Module, tensors: Mapping[str, Tensor], trainable: bool | None) -> BlockSparseLinear:
     """A layer with a weight of a state dict, and with the bias, device and type of the model's layer."""
     if not isinstance(template, (nn.Linear, nn.Conv2d, BlockSparseLinear)):
         kind = type(template).__name__
@@ -216,7 +246,10 @@ def _loaded_layer(name: str, template: nn.Module, tensors: Mapping[str, Tensor])
         values, crow, col = (x.to(plain.device) for x in (weight.values, weight.crow, weight.col))
         scale = None if weight.scale is None else weight.scale.to(plain.device)
         weight = attrs.evolve(weight, values=values.to(plain.dtype) if scale is None else values, crow=crow, col=col, scale=scale)
-    layer = sparse_layer_like(template, weight)
+    try:
+        layer = sparse_layer_like(template, weight, trainable=trainable)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     layer.name = name
     return layer
 
@@ -245,7 +278,8 @@ def _plain_layer(module: nn.Module) -> nn.Module | None:
         plain: Any = nn.Conv2d(module.in_channels, module.out_features, bias=False, device="meta", **options)
     else:
         plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-    plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), bias
+    trains = isinstance(module, BlockSparseLinear) and module.trainable
+    plain.weight, plain.bias = nn.Parameter(weight.detach(), requires_grad=trains), bias
     return cast(nn.Module, plain)
 
 

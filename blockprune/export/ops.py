@@ -77,6 +77,10 @@ def linear_input_grad_op(
     row_count, column_count = shape
     weight = BlockSparse(values, crow, col, (row_count, column_count), (block[0], block[1]), paired, scale)
     ensure_valid(weight)
+    if paired and scale is None and backend not in ("torch", UNROUNDED):
+        compiled = spmm.input_grad(grad, values, crow, col, shape=weight.shape, block=weight.block)
+        if compiled is not None:
+            return compiled
     flat = grad.reshape(-1, row_count).mT  # [rows, n]
     if scale is not None:
         flat = flat * scale[:, None]
@@ -84,6 +88,49 @@ def linear_input_grad_op(
     for rows, columns, weights in block_rows(weight):
         out.index_add_(0, columns, (weights.to(flat.dtype) @ flat[rows]).to(out.dtype))
     return out.mT.to(grad.dtype).contiguous().view(*grad.shape[:-1], column_count)
+
+
+@torch.library.custom_op("blockprune::linear_values_grad", mutates_args=())
+def linear_values_grad_op(
+    grad: Tensor,
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    shape: Sequence[int],
+    block: Sequence[int],
+    paired: bool,
+    backend: str,
+    count: int,
+) -> Tensor:
+    """``grad^T x`` where blocks are kept, for ``grad [..., rows]`` and ``x [..., columns]``: the gradient of the values, ``[count]``.
+
+    This is a sampled dense-dense matrix product: nothing is computed for pruned blocks.
+
+    Example:
+        >>> from blockprune.export.format import pack
+        >>> from blockprune.export.ops import linear_values_grad_op
+        >>> w = pack(torch.ones(2, 4), torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
+        >>> x, grad = torch.arange(4.).view(1, 4), torch.tensor([[1., 2.]])
+        >>> linear_values_grad_op(grad, x, w.crow, w.col, w.shape, w.block, w.paired, "native", len(w.values))
+        tensor([0., 1., 0., 2.])
+    """
+    matrix, blocks = (shape[0], shape[1]), (block[0], block[1])
+    ensure_valid(BlockSparse(x.new_empty(count), crow, col, matrix, blocks, paired))
+    if paired and backend not in ("torch", UNROUNDED):
+        compiled = spmm.values_grad(grad, x, crow, col, shape=matrix, block=blocks, count=count)
+        if compiled is not None:
+            return compiled
+    outputs, inputs = grad.reshape(-1, matrix[0]).mT, x.reshape(-1, matrix[1])
+    positions = BlockSparse(torch.arange(count, device=x.device), crow, col, matrix, blocks, paired)
+    out = x.new_zeros(count)
+    for rows, columns, places in block_rows(positions):
+        out[places] = (outputs[rows] @ inputs[:, columns]).mT
+    return out
+
+
+@linear_values_grad_op.register_fake
+def _(grad: Any, x: Tensor, crow: Any, col: Any, shape: Any, block: Any, paired: Any, backend: Any, count: int) -> Tensor:
+    return x.new_empty(count)
 
 
 @linear_op.register_fake
@@ -105,26 +152,31 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _save_weight(ctx, inputs[2:])
+        x, _, *weight = inputs
+        _save(ctx, weight, x if ctx.needs_input_grad[2] or in_transform() else None)
         ctx.shape = output.shape
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_grad = input_grad(grad, *_saved_weight(ctx)) if ctx.needs_input_grad[0] else None
+        weight, x = _saved(ctx)
+        x_grad = input_grad(grad, *weight) if ctx.needs_input_grad[0] else None
         bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
-        return x_grad, bias_grad, None, None, None, None, None, None, None, None
+        return x_grad, bias_grad, _weight_grad(ctx, grad, x, weight, 2), None, None, None, None, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, x: Tensor | None, bias: Tensor | None, *_: None) -> Tensor:
-        if x is None:
-            assert bias is not None
-            return bias.expand(ctx.shape)
-        return linear(x, bias, *_saved_weight(ctx, UNROUNDED))
+    def jvp(ctx: Any, x: Tensor | None, bias: Tensor | None, values: Tensor | None, *_: None) -> Tensor:
+        weight, saved = _saved(ctx, UNROUNDED)
+        terms = [] if x is None else [linear(x, None, *weight)]
+        if values is not None:
+            terms.append(linear(saved, None, values, *weight[1:]))
+        if bias is not None:
+            terms.append(bias.expand(ctx.shape))
+        return cast(Tensor, sum(terms))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, bias: Tensor | None, *weight: Any) -> tuple[Tensor, int]:
         if any(dim is not None for dim in (*in_dims[2:5], in_dims[-1])):
-            raise NotImplementedError("a block-sparse weight is frozen: vmap over inputs and biases, not over weights")
+            raise NotImplementedError("vmap is over inputs and biases, not over block-sparse weights: call the model once for each weight")
         x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
         if bias is None or in_dims[1] is None:
             return linear(x, bias, *weight), 0
@@ -133,7 +185,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _InputGrad(torch.autograd.Function):
-    """`linear_input_grad_op` for `torch.func`; its gradient is `linear`."""
+    """`linear_input_grad_op` for `torch.func`; its gradients are `linear` and `values_grad`."""
 
     @staticmethod
     def forward(grad: Tensor, *weight: Any) -> Tensor:
@@ -141,37 +193,91 @@ class _InputGrad(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _save_weight(ctx, inputs[1:])
+        grad, *weight = inputs
+        _save(ctx, weight, grad if ctx.needs_input_grad[1] or in_transform() else None)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return linear(grad, None, *_saved_weight(ctx, UNROUNDED)), None, None, None, None, None, None, None, None
+    def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, grad = _saved(ctx, UNROUNDED)
+        grad_grad = linear(out_grad, None, *weight) if ctx.needs_input_grad[0] else None
+        return grad_grad, _weight_grad(ctx, grad, out_grad, weight, 1), None, None, None, None, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, grad: Tensor, *_: None) -> Tensor:
-        return input_grad(grad, *_saved_weight(ctx))
+    def jvp(ctx: Any, grad: Tensor | None, values: Tensor | None, *_: None) -> Tensor:
+        weight, saved = _saved(ctx)
+        terms = [] if grad is None else [input_grad(grad, *weight)]
+        if values is not None:
+            terms.append(input_grad(saved, values, *weight[1:]))
+        return cast(Tensor, sum(terms))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], grad: Tensor, *weight: Any) -> tuple[Tensor, int]:
         return input_grad(grad.movedim(cast(int, in_dims[0]), 0), *weight), 0
 
 
-def _save_weight(ctx: Any, weight: tuple[Any, ...]) -> None:
+class _ValuesGrad(torch.autograd.Function):
+    """`linear_values_grad_op` for `torch.func`; it is linear in both operands."""
+
+    @staticmethod
+    def forward(grad: Tensor, x: Tensor, *layout: Any) -> Tensor:
+        return cast(Tensor, linear_values_grad_op(grad, x, *layout))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        grad, x, crow, col, *ctx.layout = inputs
+        ctx.save_for_backward(grad, x, crow, col)
+        ctx.save_for_forward(grad, x, crow, col)
+
+    @staticmethod
+    def backward(ctx: Any, values: Tensor) -> tuple[Tensor | None, ...]:
+        grad, x, crow, col = ctx.saved_tensors
+        weight = values, crow, col, *ctx.layout[:-1], None
+        grad_grad = linear(x, None, *weight) if ctx.needs_input_grad[0] else None
+        x_grad = input_grad(grad, *weight) if ctx.needs_input_grad[1] else None
+        return grad_grad, x_grad, None, None, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, grad: Tensor | None, x: Tensor | None, *_: None) -> Tensor:
+        saved_grad, saved_x, *indices = ctx.saved_tensors
+        terms = [] if grad is None else [values_grad(grad, saved_x, *indices, *ctx.layout)]
+        if x is not None:
+            terms.append(values_grad(saved_grad, x, *indices, *ctx.layout))
+        return cast(Tensor, sum(terms))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], grad: Tensor, x: Tensor, *layout: Any) -> tuple[Tensor, int]:
+        batches = [
+            operand.expand(info.batch_size, *operand.shape) if dim is None else operand.movedim(dim, 0)
+            for operand, dim in zip((grad, x), in_dims[:2], strict=True)
+        ]
+        return torch.stack([values_grad(g, y, *layout) for g, y in zip(*batches, strict=True)]), 0
+
+
+def _save(ctx: Any, weight: Sequence[Any], operand: Tensor | None) -> None:
+    """Keep a weight for derivatives, and what it was multiplied with where its values need a gradient."""
     *tensors, scale = *weight[:3], weight[-1]
-    ctx.save_for_backward(*tensors, scale)
-    ctx.save_for_forward(*tensors, scale)
+    saved = *tensors, scale, operand
+    ctx.save_for_backward(*saved)
+    ctx.save_for_forward(*saved)
     ctx.options = weight[3:-1]  # shape, block, paired, backend
 
 
-def _saved_weight(ctx: Any, backend: str = "") -> tuple[Any, ...]:
-    """The arguments of the operators, for derivatives of an int8 product with another backend."""
-    *tensors, scale = ctx.saved_tensors
+def _saved(ctx: Any, backend: str = "") -> tuple[tuple[Any, ...], Any]:
+    """The arguments of the operators, for derivatives of an int8 product with another backend, and what the weight was multiplied with."""
+    *tensors, scale, operand = ctx.saved_tensors
     *layout, own = ctx.options
-    return *tensors, *layout, backend if backend and scale is not None else own, scale
+    return (*tensors, *layout, backend if backend and scale is not None else own, scale), operand
+
+
+def _weight_grad(ctx: Any, grad: Tensor, x: Tensor, weight: tuple[Any, ...], position: int) -> Tensor | None:
+    """The gradient of the values, which are an operator's argument of this position, if they need it."""
+    values, crow, col, *layout, _ = weight
+    return values_grad(grad, x, crow, col, *layout, len(values)) if ctx.needs_input_grad[position] else None
 
 
 linear_op.register_autograd(_Linear.backward, setup_context=_Linear.setup_context)
 linear_input_grad_op.register_autograd(_InputGrad.backward, setup_context=_InputGrad.setup_context)
+linear_values_grad_op.register_autograd(_ValuesGrad.backward, setup_context=_ValuesGrad.setup_context)
 
 
 def linear(
@@ -186,7 +292,7 @@ def linear(
     backend: str,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """`linear_op`, also inside `torch.func`: gradients for x and the bias, and vmap over both.
+    """`linear_op`, also inside `torch.func`: gradients for x, the bias and the values, and vmap over x and the bias.
 
     Example:
         >>> from blockprune.export import ops
@@ -211,6 +317,19 @@ def input_grad(*arguments: Any) -> Tensor:
         tensor([[4., 4., 0., 0.]])
     """
     return cast(Tensor, _InputGrad.apply(*arguments) if in_transform() else linear_input_grad_op(*arguments))  # type: ignore[no-untyped-call]
+
+
+def values_grad(*arguments: Any) -> Tensor:
+    """`linear_values_grad_op`, also inside `torch.func`.
+
+    Example:
+        >>> from blockprune.export.format import pack
+        >>> from blockprune.export.ops import values_grad
+        >>> w = pack(torch.ones(2, 4), torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
+        >>> values_grad(torch.ones(1, 2), torch.arange(4.)[None], w.crow, w.col, w.shape, w.block, w.paired, "torch", len(w.values))
+        tensor([0., 1., 0., 1.])
+    """
+    return cast(Tensor, _ValuesGrad.apply(*arguments) if in_transform() else linear_values_grad_op(*arguments))  # type: ignore[no-untyped-call]
 
 
 def in_transform() -> bool:

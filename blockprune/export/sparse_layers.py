@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blockprune.core._compat import conv_padding, dispatch_mode_is_active, is_tracing
+from blockprune.core._compat import conv_padding, dispatch_mode_is_active, is_tracing, replace_data
 from blockprune.core.grid import BlockGrid, expand
 from blockprune.core.types import BlockMask
 from blockprune.export import triton_launch
@@ -22,7 +22,10 @@ STATE_KEYS = ("values", *INDICES)  # of a block-sparse weight in a state dict; o
 
 
 class BlockSparseLinear(nn.Module):
-    """A Linear whose kept weights are a buffer and do not train; its bias, if any, remains a parameter.
+    """A Linear that holds and multiplies only the kept blocks of its weight.
+
+    Its kept weights, ``values``, are a buffer, or a parameter if the layer is ``trainable``: then gradients and the state of an optimizer
+    exist for kept weights alone. The bias, if any, is a parameter.
 
     Its state dict holds ``values``, ``crow`` and ``col`` (see `format.BlockSparse`), ``layout`` (rows, columns, height and width of a
     stored block, and 1 for the CPU layout or 0 for the GPU layout) and ``bias``. A weight of the same shape with other kept blocks loads
@@ -38,6 +41,7 @@ class BlockSparseLinear(nn.Module):
         weight: the kept blocks of ``[out_features, in_features]``.
         bias: ``[out_features]`` or None; shared, not copied.
         backend: "native" or "triton" (the device decides which of them runs; torch computes what it does not support), or "torch".
+        trainable: whether ``values`` is a parameter.
 
     Raises:
         ValueError: a weight whose tensors do not fit each other, a bias that does not fit the weight, or an unknown backend; in
@@ -60,7 +64,7 @@ class BlockSparseLinear(nn.Module):
     scale: Tensor | None = None
     bias: nn.Parameter | None
 
-    def __init__(self, weight: BlockSparse, bias: nn.Parameter | None, backend: str = "native") -> None:
+    def __init__(self, weight: BlockSparse, bias: nn.Parameter | None, backend: str = "native", *, trainable: bool = False) -> None:
         super().__init__()
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r} must be one of {BACKENDS}")
@@ -74,10 +78,17 @@ class BlockSparseLinear(nn.Module):
             )
         self.backend = backend
         self.name = ""  # of the layer in the model that it was exported from; error messages begin with it
-        if "values" not in self.constants:
+        if trainable:
+            self.values = nn.Parameter(weight.values)
+        elif "values" not in self.constants:
             self.register_buffer("values", None)
         self._store(weight)
         self.register_parameter("bias", bias)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the kept weights are a parameter."""
+        return "values" in self._parameters
 
     @property
     def out_features(self) -> int:
@@ -168,10 +179,18 @@ class BlockSparseLinear(nn.Module):
         """Store a weight in the layout of its device."""
         weight = to_layout(weight, paired=not triton_launch.uses_gpu_layout(weight.values.device))
         self.shape, self.block, self.paired = weight.shape, weight.block, weight.paired
-        self.values = weight.values
+        self._set_values(weight.values)
         layout = torch.tensor([*weight.shape, *weight.block, weight.paired], device=weight.values.device)
         tensors = {"values": weight.values, "scale": weight.scale, "crow": weight.crow, "col": weight.col, "layout": layout}
         self._set_constants(*(cast(Tensor, tensors[name]) for name in self.constants))
+
+    def _set_values(self, values: Tensor) -> None:
+        """Replace the values; a parameter remains the same object, which optimizers hold."""
+        if self.trainable:
+            self.values.grad = None
+            replace_data(self.values, values.detach())
+        else:
+            self.values = values
 
     def _set_constants(self, *tensors: Tensor) -> None:
         with torch.inference_mode(False):  # torch does not count writes to an inference tensor
@@ -208,8 +227,8 @@ class BlockSparseLinear(nn.Module):
             self._set_constants(
                 *tensors if assign else (x.detach().to("cpu" if device.type == "meta" else device, copy=True) for x in tensors)
             )
-            if "values" not in self.constants:
-                self.values = self.values.new_empty(new.values.shape)
+            if "values" not in self.constants and self.values.shape != new.values.shape:
+                self._set_values(self.values.new_empty(new.values.shape))
         elif strict:
             missing_keys += [prefix + name for name in self.constants]
         ignored = {prefix + name for name in self.constants}
@@ -235,7 +254,8 @@ class BlockSparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         kept = self.values.numel() / (self.shape[0] * self.shape[1])
-        return f"{self.shape[1]}, {self.shape[0]}, bias={self.bias is not None}, {1 - kept:.1%} pruned, {self.backend}"
+        trainable = ", trainable" if self.trainable else ""
+        return f"{self.shape[1]}, {self.shape[0]}, bias={self.bias is not None}, {1 - kept:.1%} pruned, {self.backend}{trainable}"
 
 
 class Int8BlockSparseLinear(BlockSparseLinear):
@@ -294,7 +314,7 @@ class BlockSparseConv2d(BlockSparseLinear):
     Args:
         weight: the kept blocks of the kernel as a matrix.
         template: the convolution whose bias, kernel size, stride, padding and dilation the layer takes.
-        backend: as in `BlockSparseLinear`.
+        backend, trainable: as in `BlockSparseLinear`.
 
     Example:
         >>> from blockprune import export
@@ -305,8 +325,8 @@ class BlockSparseConv2d(BlockSparseLinear):
         True
     """
 
-    def __init__(self, weight: BlockSparse, template: nn.Conv2d, backend: str = "native") -> None:
-        super().__init__(weight, cast(Any, template.bias), backend)
+    def __init__(self, weight: BlockSparse, template: nn.Conv2d, backend: str = "native", *, trainable: bool = False) -> None:
+        super().__init__(weight, cast(Any, template.bias), backend, trainable=trainable)
         self.kernel_size, self.stride, self.dilation = template.kernel_size, template.stride, template.dilation
         self.padding, self.padding_mode = template.padding, template.padding_mode
         self._padding_sides = (
@@ -369,11 +389,19 @@ class BlockSparseConv2d(BlockSparseLinear):
         return out if input.ndim == 4 else out[0]
 
 
-def sparse_layer_like(template: nn.Module, weight: BlockSparse, backend: str = "native") -> BlockSparseLinear:
+def sparse_layer_like(
+    template: nn.Module, weight: BlockSparse, backend: str = "native", *, trainable: bool | None = None
+) -> BlockSparseLinear:
     """A block-sparse layer with this weight that takes the bias and options of a Linear, a Conv2d or another block-sparse layer.
 
+    Args:
+        template: the layer whose place it takes.
+        weight: what it holds.
+        backend: as in `BlockSparseLinear`.
+        trainable: whether its kept weights are a parameter; by default as in the template, if that is a block-sparse layer.
+
     Raises:
-        ValueError: a weight of int8 for a convolution.
+        ValueError: a weight of int8 for a convolution, or for a layer that trains.
 
     Example:
         >>> from blockprune.export import pack_weight
@@ -382,12 +410,17 @@ def sparse_layer_like(template: nn.Module, weight: BlockSparse, backend: str = "
         >>> sparse_layer_like(layer, pack_weight(layer.weight, mask), "torch")
         BlockSparseLinear(4, 2, bias=True, 50.0% pruned, torch)
     """
+    is_int8 = weight.scale is not None
+    if trainable is None:
+        trainable = isinstance(template, BlockSparseLinear) and template.trainable and not is_int8
+    if trainable and is_int8:
+        raise ValueError("a weight of int8 does not train: give the weight in a floating-point type")
     if isinstance(template, (nn.Conv2d, BlockSparseConv2d)):
-        return BlockSparseConv2d(weight, cast(Any, template), backend)  # both classes have the same options
-    if weight.scale is not None:
+        return BlockSparseConv2d(weight, cast(Any, template), backend, trainable=trainable)  # both classes have the same options
+    if is_int8:
         like = template.like if isinstance(template, Int8BlockSparseLinear) else cast(Tensor, template.weight)
         return Int8BlockSparseLinear(weight, cast(Any, template.bias), backend, like.dtype)
-    return BlockSparseLinear(weight, cast(Any, template.bias), backend)
+    return BlockSparseLinear(weight, cast(Any, template.bias), backend, trainable=trainable)
 
 
 def _moved(x: Tensor, device: torch.device, is_index: bool) -> Tensor:

@@ -102,6 +102,16 @@ def test_setting_is_param_makes_a_parameter() -> None:
         assert type(nn.Parameter(layer.weight)) is nn.Parameter
 
 
+def test_a_parameter_takes_data_of_another_length_while_a_graph_lives() -> None:
+    with private("torch.Tensor.data", "to change the masks of a model that trains block-sparse"):
+        for dtype in (torch.float32, torch.float64):
+            parameter = nn.Parameter(torch.ones(3, dtype=dtype))
+            loss = parameter.sum()
+            _compat.replace_data(parameter, torch.ones(2, dtype=dtype))
+            parameter.sum().backward()
+            assert (loss.item(), parameter.dtype, parameter.grad.shape) == (3, dtype, (2,))
+
+
 def test_a_tensor_without_base_is_no_view() -> None:
     with private("torch.ops.aten._unsafe_view", "to notice changes of a masked weight through its views"):
         x = torch.ones(4, requires_grad=True)

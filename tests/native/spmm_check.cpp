@@ -21,6 +21,9 @@ extern "C" int32_t spmm_int8(const int8_t* values, const int32_t* col, const int
                              int64_t width, int32_t is_bf16, const void* x, int64_t n, const void* bias, void* y, const float* scale,
                              int64_t threads, int32_t isa);
 
+extern "C" int32_t gradient(const void* values, const int32_t* col, const int64_t* crow, int64_t rows, int64_t cols, int64_t height,
+                            int64_t width, int32_t is_bf16, const void* x, int64_t n, const void* dy, void* out, int64_t threads, int32_t isa);
+
 // Rows of x in int8, as they are multiplied, and the scale of each.
 static void quantize(Numbers& x, int64_t cols, std::vector<float>& scales) {
     for (int64_t i = 0; i < (int64_t)scales.size(); i++) {
@@ -31,26 +34,43 @@ static void quantize(Numbers& x, int64_t cols, std::vector<float>& scales) {
     }
 }
 
+// Which blocks of a matrix are kept.
+struct Pattern {
+    int64_t bands, count = 0;                   // of kept numbers
+    std::vector<std::vector<int64_t>> columns;  // kept, of each band
+    std::unique_ptr<int64_t[]> crow;
+    std::unique_ptr<int32_t[]> col;
+    Pattern(int64_t rows, int64_t cols, int64_t height, int64_t width, double density)
+        : bands((rows + height - 1) / height), columns(bands), crow(new int64_t[bands + 1]) {
+        std::vector<int32_t> kept;
+        for (int64_t b = 0; b < bands; b++) {
+            crow[b] = (int64_t)kept.size();
+            for (int64_t j = 0; j < (cols + width - 1) / width; j++)
+                if (draw(0, 999) < density * 1000) {
+                    kept.push_back((int32_t)j);
+                    for (int64_t c = j * width; c < std::min(cols, (j + 1) * width); c++) columns[b].push_back(c);
+                }
+            count += (int64_t)columns[b].size() * std::min(height, rows - b * height);
+        }
+        crow[bands] = (int64_t)kept.size();
+        col.reset(new int32_t[kept.size()]);
+        std::copy(kept.begin(), kept.end(), col.get());
+    }
+};
+
+// Where the number of a row and of the k-th of some kept columns lies in a band.
+static int64_t place(int64_t row, int64_t k, int64_t many, int64_t high) {
+    return k == many - 1 && many % 2 ? k * high + row : k / 2 * 2 * high + 2 * row + k % 2;
+}
+
 // Returns how many numbers of a product are wrong. Weights are of the type of x and y, or int8.
 static int run(int64_t rows, int64_t cols, int64_t height, int64_t width, int64_t n, double density, bool half, bool with_bias,
                int64_t threads, int isa, bool is_int8 = false) {
-    const int64_t bands = (rows + height - 1) / height, across = (cols + width - 1) / width;
-    std::vector<std::vector<int64_t>> columns(bands);  // kept, of each band
-    std::vector<int32_t> kept;
-    std::unique_ptr<int64_t[]> crow(new int64_t[bands + 1]);
-    int64_t count = 0;
-    for (int64_t b = 0; b < bands; b++) {
-        crow[b] = (int64_t)kept.size();
-        for (int64_t j = 0; j < across; j++)
-            if (draw(0, 999) < density * 1000) {
-                kept.push_back((int32_t)j);
-                for (int64_t c = j * width; c < std::min(cols, (j + 1) * width); c++) columns[b].push_back(c);
-            }
-        count += (int64_t)columns[b].size() * std::min(height, rows - b * height);
-    }
-    crow[bands] = (int64_t)kept.size();
-    std::unique_ptr<int32_t[]> col(new int32_t[kept.size()]);
-    std::copy(kept.begin(), kept.end(), col.get());
+    const Pattern pattern(rows, cols, height, width, density);
+    const auto& columns = pattern.columns;
+    const auto &crow = pattern.crow;
+    const auto &col = pattern.col;
+    const int64_t bands = pattern.bands, count = pattern.count;
     Numbers values(count, half), x(n * cols, half), bias(rows, half && !is_int8), y(n * rows, half);
     values.fill(), x.fill(), bias.fill(), y.fill();
     const void* at_bias = with_bias ? bias.memory.get() : nullptr;
@@ -76,8 +96,7 @@ static int run(int64_t rows, int64_t cols, int64_t height, int64_t width, int64_
             for (int64_t i = 0; i < n; i++) {
                 float sum = 0;
                 for (int64_t k = 0; k < many; k++) {
-                    const int64_t at = k == many - 1 && many % 2 ? k * high + r : k / 2 * 2 * high + 2 * r + k % 2;
-                    sum += values.get(start + at) * x.get(i * cols + columns[b][k]);
+                    sum += values.get(start + place(r, k, many, high)) * x.get(i * cols + columns[b][k]);
                 }
                 sum = sum * (scale[b * height + r] * scales[i]) + (with_bias ? bias.get(b * height + r) : 0);
                 const float tolerance = half ? std::fabs(sum) / 256 : is_int8 ? 1e-5f * (1 + std::fabs(sum)) : 0;
@@ -88,6 +107,43 @@ static int run(int64_t rows, int64_t cols, int64_t height, int64_t width, int64_
     if (wrong)
         std::printf("%d wrong: [%d, %d] in %d x %d, n %d, density %g, %s, bias %d, %d threads, instructions %d\n", wrong, (int)rows,
                     (int)cols, (int)height, (int)width, (int)n, density, is_int8 ? "int8" : half ? "bfloat16" : "float32", with_bias, (int)threads, isa);
+    return wrong;
+}
+
+// Returns how many numbers of the gradients of a product are wrong.
+static int run_gradients(int64_t rows, int64_t cols, int64_t height, int64_t width, int64_t n, double density, bool half, int64_t threads,
+                         int isa) {
+    const Pattern pattern(rows, cols, height, width, density);
+    Numbers values(pattern.count, half), x(n * cols, half), dy(n * rows, half), dx(n * cols, half), dw(pattern.count, false);
+    values.fill(), x.fill(), dy.fill(), dx.fill(), dw.fill();
+    int32_t failed = 0;
+    for (Numbers* out : {&dx, &dw})
+        failed = std::max(failed, with_failures([&] {
+                              return gradient(values.memory.get(), pattern.col.get(), pattern.crow.get(), rows, cols, height, width, half,
+                                              out == &dw ? x.memory.get() : nullptr, n, dy.memory.get(), out->memory.get(), threads, isa);
+                          }));
+    if (failed) return failed == 2 && refused_allocations > 0 ? 0 : 1;
+    std::vector<float> sums(n * cols, 0.0f);
+    int wrong = 0;
+    int64_t start = 0;
+    for (int64_t b = 0; b < pattern.bands; b++) {
+        const int64_t high = std::min(height, rows - b * height), many = (int64_t)pattern.columns[b].size();
+        for (int64_t r = 0; r < high; r++)
+            for (int64_t k = 0; k < many; k++) {
+                const int64_t column = pattern.columns[b][k], at = start + place(r, k, many, high);
+                float sum = 0;
+                for (int64_t i = 0; i < n; i++) {
+                    const float out = dy.get(i * rows + b * height + r);
+                    sum += out * x.get(i * cols + column), sums[i * cols + column] += out * values.get(at);
+                }
+                wrong += n && sum != dw.get(at);
+            }
+        start += many * high;
+    }
+    for (int64_t i = 0; i < n * cols; i++) wrong += std::fabs(sums[i] - dx.get(i)) > (half ? std::fabs(sums[i]) / 256 : 0);
+    if (wrong)
+        std::printf("%d wrong gradients: [%d, %d] in %d x %d, n %d, density %g, %s, %d threads, instructions %d\n", wrong, (int)rows, (int)cols,
+                    (int)height, (int)width, (int)n, density, half ? "bfloat16" : "float32", (int)threads, isa);
     return wrong;
 }
 
@@ -105,14 +161,26 @@ int main(int argc, char** argv) {
             const int64_t n = draw(0, 3) ? draw(0, 20) : draw(20, 70);
             const double densities[] = {0, 0.2, 0.6, 1};
             fail_next(round % 3 ? -1 : draw(0, 8), round % 5 ? -1 : draw(0, 2));
-            wrong += run(rows, cols, height, width, n, densities[draw(0, 3)], draw(0, 1), draw(0, 1), draw(0, 3) ? 1 : draw(2, 4), isa, !draw(0, 2));
-            ran++;
+            const double density = densities[draw(0, 3)];
+            const bool half = draw(0, 1);
+            const int64_t threads = draw(0, 3) ? 1 : draw(2, 4);
+            wrong += run(rows, cols, height, width, n, density, half, draw(0, 1), threads, isa, !draw(0, 2));
+            wrong += run_gradients(rows, cols, height, width, n, density, half, threads, isa);
+            ran += 2;
         }
         for (int allocation = -1; allocation < 20; allocation++)  // one allocation fails after another, in several threads
-            fail_next(allocation, allocation % 4 - 1), wrong += run(96, 1024, 8, 4, 40, 0.9, false, true, 4, isa, allocation % 2), ran++;
+            for (int which = 0; which < 2; which++) {
+                fail_next(allocation, allocation % 4 - 1);
+                if (which) wrong += run_gradients(96, 1024, 8, 4, 40, 0.9, false, 4, isa);
+                else wrong += run(96, 1024, 8, 4, 40, 0.9, false, true, 4, isa, allocation % 2);
+                ran++;
+            }
         fail_next(-1, -1);
         for (int64_t n : {1, 7, 40, 129})  // enough work for several threads, all of it in one band or spread
-            for (int64_t height : {8, 96}) wrong += run(96, 1024, height, n % 2 ? 1 : 4, n, 0.9, n > 7, true, 3, isa), ran++;
+            for (int64_t height : {8, 96}) {
+                wrong += run(96, 1024, height, n % 2 ? 1 : 4, n, 0.9, n > 7, true, 3, isa);
+                wrong += run_gradients(96, 1024, height, n % 2 ? 1 : 4, n, 0.9, n > 7, 3, isa), ran += 2;
+            }
     }
     std::printf("%d products, %d numbers wrong, %d allocations and %d threads refused\n", ran, wrong, (int)refused_allocations,
                 (int)refused_threads);

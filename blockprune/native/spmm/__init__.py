@@ -28,7 +28,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library.spmm.argtypes = [*[pointer] * 3, *[count] * 4, choice, pointer, count, pointer, pointer, count, choice]
         library.spmm_int8.argtypes = [*[pointer] * 3, *[count] * 4, choice, pointer, count, *[pointer] * 3, count, choice]
         library.conv2d.argtypes = [*[pointer] * 3, *[count] * 3, choice, *[pointer] * 4, *[count] * 3, choice]
-        library.spmm.restype = library.spmm_int8.restype = library.conv2d.restype = choice
+        library.gradient.argtypes = [*[pointer] * 3, *[count] * 4, choice, pointer, count, *[pointer] * 2, count, choice]
+        for function in (library.spmm, library.spmm_int8, library.conv2d, library.gradient):
+            function.restype = choice
         library.use_openmp.argtypes = [pointer]
         library.use_openmp(gomp_parallel())
     return library, status
@@ -125,6 +127,68 @@ def _multiply(
         if multiply(*layer, at_x, min(step, n - first), at_bias, at_out, *scales, torch.get_num_threads(), _choice):
             return None
     return out
+
+
+def input_grad(grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, *, shape: tuple[int, int], block: tuple[int, int]) -> Tensor | None:
+    """The gradient of x for ``y = x W^T``: ``grad W`` for ``grad [..., rows]``, in the CPU layout; None where this cannot, as in `linear`.
+
+    Sums are float32 whatever the type.
+    """
+    if not _readable(values, grad.dtype):
+        return None
+    out = torch.empty(*grad.shape[:-1], shape[1], dtype=grad.dtype)
+    return out if _gradient(values, None, grad, out, (crow, col), shape=shape, block=block) else None
+
+
+def values_grad(
+    grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, *, shape: tuple[int, int], block: tuple[int, int], count: int
+) -> Tensor | None:
+    """The gradient of the ``count`` kept values of W for ``y = x W^T``: ``grad^T x`` where blocks are kept; None where this cannot.
+
+    Sums are float32 whatever the type.
+
+    Args:
+        grad: of y, ``[..., rows]``.
+        x: ``[..., cols]``, of the type of grad, which the result has too.
+        crow, col, shape, block: of the weight, in the CPU layout.
+        count: of the values.
+    """
+    if x.dtype != grad.dtype or not _readable(x := x.contiguous(), x.dtype):
+        return None
+    out = torch.empty(count) if grad.numel() else torch.zeros(count)
+    return out.to(x.dtype) if _gradient(None, x, grad, out, (crow, col), shape=shape, block=block) else None
+
+
+def _gradient(
+    values: Tensor | None,
+    x: Tensor | None,
+    grad: Tensor,
+    out: Tensor,
+    indices: tuple[Tensor, Tensor],
+    *,
+    shape: tuple[int, int],
+    block: tuple[int, int],
+) -> bool:
+    """Writes the gradient of the inputs, or with x that of the values, to ``out``; False where this cannot."""
+    crow, col = indices
+    if _library is None or grad.dtype not in _DTYPES or not (runs_eagerly() and _readable(grad := grad.contiguous(), grad.dtype)):
+        return False
+    if not (_indices(crow, torch.int64) and _indices(col, torch.int32)):
+        return False
+    rows, cols = shape
+    n, kept = grad.numel() // rows, len(out) if values is None else len(values)
+    addresses = None if values is None else values.data_ptr(), col.data_ptr(), crow.data_ptr()
+    step = max(1, _MULTIPLICATIONS // (max(1, kept) * _ROWS_MULTIPLE)) * _ROWS_MULTIPLE
+    for first in range(0, n, step):
+        at_grad = grad.data_ptr() + first * rows * grad.element_size()
+        at_x = None if x is None else x.data_ptr() + first * cols * x.element_size()
+        to = out.view(-1)[first * cols :] if x is None else out if first == 0 else torch.empty_like(out)
+        layer = *addresses, rows, cols, *block, _DTYPES[grad.dtype]
+        if _library.gradient(*layer, at_x, min(step, n - first), at_grad, to.data_ptr(), torch.get_num_threads(), _choice):
+            return False
+        if x is not None and first:
+            out += to
+    return True
 
 
 class Window(NamedTuple):

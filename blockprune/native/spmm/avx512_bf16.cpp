@@ -26,8 +26,9 @@ END_TARGET
 
 const KernelSet* avx512_bf16_kernels() {
     static const KernelSet* avx512 = avx512_kernels();
-    static const KernelSet set = {avx512 ? avx512->f32 : nullptr, &bf16, &int8, quantize, avx512 ? avx512->conv_f32 : nullptr, &conv_bf16};
-    return avx512 && processor_has(AVX512_BF16) ? &set : nullptr;
+    if (!avx512 || !processor_has(AVX512_BF16)) return nullptr;
+    static const KernelSet set = {avx512->f32, &bf16, &int8, quantize, avx512->conv_f32, &conv_bf16, avx512->gradient_f32, avx512->gradient_bf16};
+    return &set;
 }
 #else
 const KernelSet* avx512_bf16_kernels() { return nullptr; }

@@ -26,13 +26,10 @@ template <class T> INLINE void copy_few(T* to, const T* from, int64_t count) {
         }
 }
 
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define EVERY_SECOND
+#if defined(SHUFFLES)
 template <int... I> INLINE F<LANES> every_second(const F<LANES>& a, const F<LANES>& b, std::integer_sequence<int, I...>) {
     return __builtin_shufflevector(a, b, 2 * I...);
 }
-#endif
 #endif
 
 // to[j] = x[j * stride]
@@ -42,7 +39,7 @@ template <class P, class T> static void copy_row(P* to, const T* x, int64_t coun
         for (; j + LANES <= count; j += LANES) write_lanes(to + j, read_lanes<P>(x + j));
         if (j && j < count) write_lanes(to + count - LANES, read_lanes<P>(x + count - LANES)), j = count;
     }
-#if defined(EVERY_SECOND)
+#if defined(SHUFFLES)
     const auto lanes = std::make_integer_sequence<int, LANES>();
     if (stride == 2)
         for (; j + LANES < count; j += LANES)

@@ -14,3 +14,9 @@
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLES  // gcc has it since version 12
+#endif
+#endif

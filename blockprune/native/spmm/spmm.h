@@ -75,13 +75,15 @@ static inline int64_t gemm_scratch(const Product& p) {
 }
 static inline int64_t gemv_scratch(const Product& p) { return 4 * (p.height + p.cols + 32); }
 
-struct ConvKernels;  // of conv.h
+struct ConvKernels;     // of conv.h
+struct GradientKernels;  // of gradients.h
 
 struct KernelSet {
     const Kernels *f32, *bf16, *int8;
     // A row of x, of float32 or bfloat16, in int8, and its scale: NaN where it is not finite.
     void (*quantize)(const void* x, bool is_bf16, int64_t cols, int8_t* out, float* scale);
     const ConvKernels *conv_f32, *conv_bf16;  // null where there are none
+    const GradientKernels *gradient_f32, *gradient_bf16;
 };
 
 const KernelSet* kernels_of(int32_t isa);  // null where the processor lacks it

@@ -1,0 +1,334 @@
+"""A trainable block-sparse model learns what the masked model learns, by every way in which people train."""
+
+import copy
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from strategies import Matrix, kept_matrices, normal, seeds
+from test_export import BACKENDS, MAY_STAY_DENSE, TOLERANCE, close, leading, masked, mlp
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import blockprune as bp
+from blockprune import export
+from blockprune.export import ops
+from blockprune.export.format import pack
+
+TRAINING_BACKENDS = pytest.mark.parametrize("backend", BACKENDS[:2])
+
+
+def trainable(model: nn.Module, backend: str = "torch") -> nn.Module:
+    return export.block_sparse(model, backend=backend, trainable=True).train()
+
+
+def train(model: nn.Module, x: Tensor, steps: int = 4, **options: Any) -> list[float]:
+    """Plain steps of AdamW; the losses."""
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, **options), []
+    for _ in range(steps):
+        loss = model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def values_of(model: nn.Module) -> list[Tensor]:
+    return [module.values for module in model.modules() if isinstance(module, export.BlockSparseLinear)]
+
+
+@TRAINING_BACKENDS
+@given(kept_matrices(), leading, seeds, st.sampled_from(list(TOLERANCE)))
+def test_gradients_are_those_of_the_masked_layer(
+    backend: str, matrix: Matrix, batch: tuple[int, ...], seed: int, dtype: torch.dtype
+) -> None:
+    _, keep, grid = matrix
+    dense = (normal(grid.shape, seed) / 4).to(dtype).where(bp.expand(keep, grid), 0).requires_grad_()
+    bias, x = (normal(size, seed + 1).to(dtype).requires_grad_() for size in (grid.shape[:1], (*batch, grid.shape[1])))
+    layer = export.BlockSparseLinear(pack(dense.detach(), keep, grid), nn.Parameter(bias.detach().clone()), backend, trainable=True)
+    y = layer(own := x.detach().clone().requires_grad_())
+    grad = normal(y.shape, seed + 2).to(dtype)
+    y.backward(grad)
+    nn.functional.linear(x.double(), dense.double(), bias.double()).backward(grad.double())
+    for computed, right in ((own.grad, x.grad), (layer.bias.grad, bias.grad), (layer.values.grad, pack(dense.grad, keep, grid).values)):
+        close(computed, right, times=4)
+
+
+@TRAINING_BACKENDS
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_derivatives_of_every_order_and_both_modes(backend: str) -> None:
+    grid = bp.BlockGrid((6, 8), (2, 4))
+    keep = torch.tensor([[True, False], [False, False], [True, True]])
+    weight = pack(torch.randn(6, 8).double(), keep, grid)
+
+    def product(x: Tensor, bias: Tensor, values: Tensor) -> Tensor:
+        return ops.linear(x, bias, values, weight.crow, weight.col, weight.shape, weight.block, weight.paired, backend, None)
+
+    operands = tuple(t.requires_grad_() for t in (torch.randn(3, 8).double(), torch.randn(6).double(), weight.values))
+    assert torch.autograd.gradcheck(product, operands, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(product, operands)
+
+
+def test_the_operators_keep_torchs_rules() -> None:
+    weight = pack(torch.randn(6, 8).double(), torch.tensor([[True, False], [False, False], [True, True]]), bp.BlockGrid((6, 8), (2, 4)))
+    layout = weight.crow, weight.col, weight.shape, weight.block, weight.paired, "torch"
+    grad, x = torch.randn(3, 6).double().requires_grad_(), torch.randn(3, 8).double().requires_grad_()
+    torch.library.opcheck(ops.linear_values_grad_op, (grad, x, *layout, len(weight.values)))
+    torch.library.opcheck(ops.linear_op, (x, None, weight.values.requires_grad_(), *layout))
+
+
+@TRAINING_BACKENDS
+def test_it_learns_what_the_masked_model_learns(backend: str) -> None:
+    model, x = masked(mlp().double()).train(), torch.randn(16, 24).double()
+    sparse = trainable(model, backend)
+    assert all(values.requires_grad and isinstance(values, nn.Parameter) for values in values_of(sparse))
+    torch.testing.assert_close(torch.tensor(train(sparse, x)), torch.tensor(train(model, x)))
+    torch.testing.assert_close(sparse(x), model(x))
+
+
+def test_the_optimizer_holds_state_for_kept_weights_alone() -> None:
+    sparse = trainable(masked(mlp()))
+    optimizer = torch.optim.AdamW(sparse.parameters())
+    sparse(torch.randn(3, 24)).sum().backward()
+    optimizer.step()
+    kept = sum(values.numel() for values in values_of(sparse))
+    biases = sum(p.numel() for name, p in sparse.named_parameters() if name.endswith("bias"))
+    assert sum(p.numel() for p in sparse.parameters()) == kept + biases
+    assert sum(state["exp_avg"].numel() for state in optimizer.state.values()) == kept + biases
+
+
+@TRAINING_BACKENDS
+def test_convolutions_learn_too(backend: str) -> None:
+    torch.manual_seed(0)
+    model = masked(nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, stride=2), nn.ReLU(), nn.Conv2d(8, 4, 1)).double(), block=(4, 2)).train()
+    x = torch.randn(2, 4, 9, 7).double()
+    sparse = trainable(model, backend)
+    torch.testing.assert_close(torch.tensor(train(sparse, x)), torch.tensor(train(model, x)))
+
+
+@TRAINING_BACKENDS
+def test_autocast_keeps_float32_weights(backend: str) -> None:
+    model, x = masked(mlp()).train(), torch.randn(16, 24)
+    sparse = trainable(model, backend)
+
+    def gradients(module: nn.Module) -> list[Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = module(x).square().mean()
+        loss.backward()
+        return [p.grad for p in module.parameters() if p.grad is not None and p.ndim == 1 and len(p) == 32]
+
+    for computed, right in zip(gradients(sparse), gradients(model), strict=True):
+        torch.testing.assert_close(computed, right, atol=2e-2, rtol=2e-2)
+    assert all(values.grad is not None and values.grad.dtype == torch.float32 for values in values_of(sparse))
+
+
+def checkpointed(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: checkpoint(model, x, use_reentrant=False)
+
+
+@TRAINING_BACKENDS
+@pytest.mark.parametrize("wrap", [checkpointed, copy.deepcopy, lambda m: torch.compile(m, fullgraph=True, backend="aot_eager")])
+def test_checkpointing_copies_and_compilation_give_the_same_gradients(backend: str, wrap: Callable[[nn.Module], Any]) -> None:
+    sparse, x = trainable(masked(mlp().double()), backend), torch.randn(5, 24).double()
+    expected = torch.autograd.grad(sparse(x).square().sum(), list(sparse.parameters()))
+    wrapped = wrap(sparse)
+    parameters = list(wrapped.parameters() if isinstance(wrapped, nn.Module) else sparse.parameters())
+    for computed, right in zip(torch.autograd.grad(wrapped(x).square().sum(), parameters), expected, strict=True):
+        torch.testing.assert_close(computed, right)
+
+
+@TRAINING_BACKENDS
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_functional_transforms_see_the_values(backend: str) -> None:
+    sparse, x = trainable(masked(mlp().double()), backend), torch.randn(5, 24).double()
+    parameters = {name: p.detach() for name, p in sparse.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(sparse, parameters, (x,)).square().sum()
+
+    whole = torch.autograd.grad(sparse(x).square().sum(), list(sparse.parameters()))
+    by_name = torch.func.grad(loss)(parameters, x)
+    by_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for name, right in zip(parameters, whole, strict=True):
+        torch.testing.assert_close(by_name[name], right)
+        torch.testing.assert_close(by_sample[name].sum(0), right)
+    with pytest.raises(NotImplementedError, match="not over block-sparse weights"):
+        torch.func.vmap(loss, in_dims=(0, None))({name: torch.stack([p, p]) for name, p in parameters.items()}, x)
+
+
+def test_averages_frozen_weights_and_files(tmp_path: Path) -> None:
+    sparse, x = trainable(masked(mlp())), torch.randn(5, 24)
+    average = torch.optim.swa_utils.AveragedModel(sparse, avg_fn=lambda old, new, _: (old + new) / 2)
+    average.update_parameters(sparse)
+    before = [values.detach().clone() for values in values_of(sparse)]
+    train(sparse, x, steps=1)
+    average.update_parameters(sparse)
+    for mean, old, new in zip(values_of(average), before, values_of(sparse), strict=True):
+        torch.testing.assert_close(mean, (old + new) / 2)
+    save_file(sparse.state_dict(), tmp_path / "model.safetensors")
+    state = load_file(tmp_path / "model.safetensors")
+    frozen, again = export.load_state_dict(mlp(), state), export.load_state_dict(mlp(), state, trainable=True)
+    assert not any(isinstance(values, nn.Parameter) for values in values_of(frozen))
+    assert all(isinstance(values, nn.Parameter) for values in values_of(again))
+    torch.testing.assert_close(frozen(x), sparse(x))
+    torch.testing.assert_close(again(x), sparse(x))
+    torch.save(sparse, file := io.BytesIO())
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), sparse(x))
+    thawed = export.load_state_dict(frozen, frozen.state_dict(), trainable=True)
+    assert all(isinstance(values, nn.Parameter) for values in values_of(thawed))
+    sparse.requires_grad_(False)
+    assert not sparse(x).requires_grad
+    sparse.load_state_dict(frozen.state_dict())
+
+
+def test_the_way_back_is_exact() -> None:
+    model, x = masked(mlp()), torch.randn(5, 24)
+    sparse = trainable(model)
+    train(sparse, x)
+    plain = export.dense(sparse)
+    assert all(p.requires_grad for p in plain.parameters())
+    back = bp.apply_masks(plain, bp.read_masks(sparse))
+    assert bp.read_masks(back) == bp.read_masks(model)
+    for name in ("0", "2"):
+        assert torch.equal(back.get_submodule(name).weight, sparse.get_submodule(name).weight)
+    assert bp.read_masks(trainable(back)) == bp.read_masks(sparse)
+
+
+def other_masks(model: nn.Module) -> dict[str, bp.BlockMask]:
+    torch.manual_seed(1)
+    return {name: bp.BlockMask(torch.rand(mask.keep.shape) < 0.7, mask.grid) for name, mask in bp.read_masks(model).items()}
+
+
+@TRAINING_BACKENDS
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_an_update_keeps_values_and_state_of_blocks_that_stay(backend: str, kind: str) -> None:
+    torch.manual_seed(0)
+    layers, x = (mlp(), torch.randn(5, 24)) if kind == "linear" else (nn.Sequential(nn.Conv2d(4, 8, 3)), torch.randn(2, 4, 5, 5))
+    model = masked(layers).train()
+    sparse, weights = trainable(model, backend), {name: torch.ones(mask.grid.shape) for name, mask in bp.read_masks(model).items()}
+    optimizer = torch.optim.AdamW(sparse.parameters(), lr=1e-2)
+    loss = sparse(x).square().mean()  # its graph lives on while the masks change
+    loss.backward()
+    optimizer.step()
+    named = {name: sparse.get_submodule(name.removesuffix(".weight")) for name in weights}
+    before = {name: (layer.weight.detach().clone(), layer.values) for name, layer in named.items()}
+
+    def dense_state(name: str) -> Tensor:
+        layer = copy.deepcopy(named[name])
+        layer.values.data = optimizer.state[named[name].values]["exp_avg"].clone()
+        return layer.weight
+
+    states, new = {name: dense_state(name) for name in named}, other_masks(model)
+    old = {name: bp.expand(mask.keep, mask.grid) for name, mask in bp.read_masks(sparse).items()}
+    assert export.update(sparse, new, weights=weights, optimizer=optimizer) is sparse
+    assert bp.read_masks(sparse) == new
+    for name, layer in named.items():
+        weight, values = before[name]
+        kept = bp.expand(new[name].keep, new[name].grid)
+        assert layer.values is values
+        assert torch.equal(layer.weight, torch.where(old[name], weight, 1).where(kept, 0))
+        assert torch.equal(dense_state(name), states[name].where(old[name] & kept, 0))
+    sparse(x).square().mean().backward()
+    optimizer.step()
+
+
+def test_an_update_reaches_weights_that_stayed_masked() -> None:
+    model = masked(nn.Sequential(nn.Linear(8, 8))).train()
+    with pytest.warns(UserWarning, match="0 of 1 masked layers"):
+        still_masked = export.block_sparse(model, backend=export.Choices((export.Choice("0.weight", 0.5, "dense", ""),)), trainable=True)
+    assert bp.read_masks(still_masked) == bp.read_masks(model)
+    new = other_masks(model)
+    export.update(still_masked, new, weights={"0.weight": torch.ones(8, 8)})
+    assert torch.equal(still_masked[0].weight, bp.expand(new["0.weight"].keep, new["0.weight"].grid).float())
+    loaded = export.load_state_dict(nn.Sequential(nn.Linear(8, 8)), still_masked.state_dict())
+    assert bp.read_masks(loaded) == new
+
+
+@MAY_STAY_DENSE
+def test_auto_measures_steps_and_leaves_slow_layers_masked() -> None:
+    model = masked(nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 8)), block=(4, 4), sparsity=0.9).train()
+    choices = export.choose(model, training=True, rows=8, progress=False, rounds=3)
+    assert {"masked", "unmasked", "torch"} <= set(choices.rows[0].milliseconds)
+    sparse = export.block_sparse(model, trainable=True, rows=8, progress=False)
+    assert bp.read_masks(sparse) == bp.read_masks(model)
+    before = [module for module in sparse.modules() if isinstance(module, export.BlockSparseLinear)]
+    assert all(layer.trainable for layer in before)
+    train(sparse, torch.randn(8, 128))
+    assert bp.read_masks(sparse) == bp.read_masks(model)
+    assert sparse[0].weight[~bp.expand(*attrs.astuple(bp.read_masks(model)["0.weight"], recurse=False))].count_nonzero() == 0
+
+
+def test_bad_input_is_refused_and_changes_nothing() -> None:
+    model = masked(mlp())
+    with pytest.raises(ValueError, match="int8 does not train"):
+        export.block_sparse(model, dtype="int8", trainable=True)
+    with pytest.raises(ValueError, match="int8 does not train"):
+        export.choose(model, dtype="int8", training=True)
+    rows = tuple(export.Choice(name, 0.5, "torch", "", dtype="int8") for name in bp.read_masks(model))
+    with pytest.raises(ValueError, match=r"chooses int8 for 0\.weight, which does not train"):
+        export.block_sparse(model, backend=export.Choices(rows), trainable=True)
+    sparse = trainable(model)
+    with pytest.raises(ValueError, match=r"layers are block-sparse already.*trainable="):
+        export.block_sparse(sparse, backend="torch", trainable=True)
+    with pytest.raises(TypeError, match=r"an input of torch\.int64"):
+        sparse(torch.ones(2, 24, dtype=torch.int64))
+    masks, state = bp.read_masks(sparse), copy.deepcopy(sparse.state_dict())
+    old = torch.optim.SGD(model.parameters())
+    wrong = bp.BlockMask(torch.ones(2, 2).bool(), bp.BlockGrid((8, 8), (4, 4)))
+    for arguments, error, said in [
+        (({**masks, "2.weight": wrong},), ValueError, r"2\.weight: the mask has shape \(8, 8\), and the weight \(10, 32\)"),
+        (({"3.weight": wrong},), KeyError, "no block-sparse weight of the model"),
+        ((masks, old), ValueError, "make the optimizer from model.parameters"),
+    ]:
+        with pytest.raises(error, match=said):
+            export.update(sparse, arguments[0], **({"optimizer": arguments[1]} if len(arguments) > 1 else {}))
+    with pytest.raises(KeyError, match=r"weights has '0\.weight'"):
+        export.update(sparse, {}, weights={"0.weight": torch.ones(32, 24)})
+    with pytest.raises(ValueError, match=r"the weight has shape \(2, 2\)"):
+        export.update(sparse, masks, weights={"0.weight": torch.ones(2, 2)})
+    assert all(torch.equal(x, state[name]) for name, x in sparse.state_dict().items())
+    int8 = export.block_sparse(model, backend="torch", dtype="int8", max_error=float("inf"))
+    with pytest.raises(ValueError, match="int8 cannot be changed"):
+        export.update(int8, masks)
+    with pytest.raises(ValueError, match=r"0: a weight of int8 does not train"):
+        export.load_state_dict(mlp(), int8.state_dict(), trainable=True)
+
+
+def run_rank(index: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=index, world_size=2)
+    x = torch.randn(8, 24, generator=torch.Generator().manual_seed(3)).double()[index::2]
+    for kind, wrap in {"ddp": DistributedDataParallel, "fsdp": fully_shard}.items():
+        torch.manual_seed(0)
+        model = wrap(trainable(masked(mlp().double())))
+        train(model, x, foreach=False)
+        state = {key.removeprefix("module."): t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in model.state_dict().items()}
+        torch.save(state, f"{folder}/{kind} {index}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    mp.spawn(run_rank, (str(tmp_path),), nprocs=2)
+    torch.manual_seed(0)
+    alone = trainable(masked(mlp().double()))
+    train(alone, torch.randn(8, 24, generator=torch.Generator().manual_seed(3)).double())
+    for kind in ("ddp", "fsdp"):
+        for index in range(2):
+            state = torch.load(tmp_path / f"{kind} {index}.pt")
+            for name, right in alone.state_dict().items():
+                torch.testing.assert_close(state[name], right, msg=f"{kind} {name}")
