@@ -41,7 +41,7 @@ class DistillState:
         best_loss: the lowest held-out loss; None without held-out batches.
         history: (step, count, mean training loss since the last entry, held-out loss), an entry for each evaluation, the first before
             training; what does not exist is None.
-        internals: what ``resume=`` needs besides: what is trained, the optimizer's state, random number generators, the place in the batches.
+        internals: what ``resume=`` needs besides: what is trained, the optimizer, random number generators, the place in the batches.
 
     Example:
         >>> import copy
