@@ -265,7 +265,9 @@ def print_row(tokens: int, seconds: float, figure: float) -> None:
     print(f"{tokens:>10,}{seconds:>9,.0f}  {figure:.4g}", flush=True)
 
 
-def print_figures(figures: dict[str, dict[str, float]], problem: Problem, options: argparse.Namespace, last: tuple[int, float, float]) -> None:
+def print_figures(
+    figures: dict[str, dict[str, float]], problem: Problem, options: argparse.Namespace, last: tuple[int, float, float]
+) -> None:
     """The texts that are reported: dense, before and after training, and the ratio to the better of dense and dense-trained."""
     reference = figures["dense"]
     if options.control:
@@ -277,7 +279,9 @@ def print_figures(figures: dict[str, dict[str, float]], problem: Problem, option
         print(f"{row:16}" + "".join(f"{value:>24.4f}" for value in values.values()))
     ratios = {name: figures["after"][name] / reference[name] for name in reference}
     print(f"{'after / dense':16}" + "".join(f"{ratio:>24.3f}" for ratio in ratios.values()))
-    changes = ", ".join(f"{name} {figures['before'][name]:.3f} -> {figures['after'][name]:.3f} ({reference[name]:.3f})" for name in reference)
+    changes = ", ".join(
+        f"{name} {figures['before'][name]:.3f} -> {figures['after'][name]:.3f} ({reference[name]:.3f})" for name in reference
+    )
     what = f"{options.pattern} at {options.sparsity:.0%}" if options.sparsity else "dense"
     print(f"In short: {options.model}, {what}, before and after {last[0]:,} tokens ({last[1] / 60:.0f} minutes), beside dense: {changes}.")
 

@@ -154,8 +154,8 @@ def distill(
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(cuda_devices(model)):
         torch.manual_seed(seed)
         student = make_student(model, masks, weights, where=where, lora_rank=lora_rank)
-        if checkpointing:
-            _enable_checkpointing(student.module)
+        if checkpointing and (enable := _checkpointing_method(student.module)):
+            enable({"use_reentrant": False})
         with preserve_state(student.module), preserve_state(teacher) if teacher is not None else contextlib.nullcontext():
             loss_of = partial(_loss_of, student.module, teacher, forward=forward, loss=loss, autocast=autocast)
             training = _Training(student, optimizer, batches, loss_of)
@@ -388,11 +388,12 @@ def _check_options(model: nn.Module, teacher: nn.Module | None, *, train: bool, 
         raise ValueError("the teacher is the masked model itself; give the dense model, such as a copy made before apply_masks")
     if autocast is torch.float16:
         raise ValueError("autocast=torch.float16 needs its loss scaled, or small gradients become 0; give torch.bfloat16")
-    if checkpointing and not hasattr(model, "gradient_checkpointing_enable"):
+    if checkpointing and _checkpointing_method(model) is None:
         raise ValueError(f"checkpointing=True needs a model with gradient_checkpointing_enable, which {type(model).__name__} does not have")
     if checkpointing and not train:
         raise ValueError("checkpointing=True needs train=True: transformers keeps all activations in evaluation mode")
 
 
-def _enable_checkpointing(module: Any) -> None:
-    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+def _checkpointing_method(model: Any) -> Callable[[Mapping[str, Any]], None] | None:
+    """The method of a Hugging Face model that turns checkpointing on; it has a second name from transformers 5 on."""
+    return getattr(model, "activation_checkpointing_enable", None) or getattr(model, "gradient_checkpointing_enable", None)

@@ -150,9 +150,8 @@ def test_a_resumed_run_ends_in_the_same_bits(options: dict[str, Any], tmp_path: 
     model, masks, batches = problem()
     loader = DataLoader(torch.cat(batches), batch_size=4, shuffle=True)  # type: ignore[arg-type]
     held_out = DataLoader(torch.cat(tokens(2, seed=9)), batch_size=4, shuffle=True)  # type: ignore[arg-type]
-    options = {
-        "teacher": model, "loss": losses.kl, "optimizer": ADAM, "steps": 13, "warmup": 2, "train": True, "held_out": held_out, "every": 5, **options,
-    }  # fmt: skip
+    options = {"teacher": model, "loss": losses.kl, "optimizer": ADAM, "steps": 13, "warmup": 2, "train": True, "every": 5, **options}
+    options["held_out"] = held_out
     states: list[bp.DistillState] = []
 
     def keep(state: bp.DistillState) -> None:
