@@ -51,7 +51,7 @@ def kl(student: Any, teacher: Any, batch: Any = None, *, temperature: float = 1.
         raise ValueError(f"top_k={top_k} must be at least 1 class, or None for all")
     q, p = _logits(student, "student"), _logits(teacher, "teacher")
     _check_shapes("kl", "logits", q, p)
-    q, p = (F.log_softmax(_wide(x) / temperature, -1) for x in (q, p.to(q.device)))  # log-probabilities [..., classes]
+    q, p = (F.log_softmax(x if temperature == 1 else x / temperature, -1) for x in (_wide(q), _wide(p.to(q.device))))  # log-probabilities
     if top_k is not None and top_k < p.shape[-1]:
         p, classes = p.topk(top_k, -1)
         p, q = _with_rest(p), _with_rest(q.gather(-1, classes))  # [..., k + 1]

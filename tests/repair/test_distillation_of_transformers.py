@@ -66,3 +66,33 @@ def test_all_losses_of_a_language_model_and_its_low_rank_recovery() -> None:
         assert ("model.embed_tokens.weight" in weights) == (not more)
     with pytest.raises(TypeError, match="output_hidden_states=True"):
         bp.distill(model, masks, None, batches, teacher=model, loss=losses.hidden_states)
+
+
+def test_an_encoder_and_an_image_classifier_come_closer_on_what_is_held_out() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.3}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        bert = transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=20)).eval()
+        vit = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=5)).eval()
+        mask = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
+        texts = [{"input_ids": x, "attention_mask": mask} for x in torch.randint(20, (9, 2, 6))]
+        images = [{"pixel_values": x} for x in torch.randn(9, 4, 3, 8, 8)]
+    adam = partial(torch.optim.AdamW, lr=1e-2)
+    for model, batches, loss in ((bert, texts, losses.cosine), (vit, images, losses.kl)):
+        masks = bp.recipes.magnitude(bp.linears((4, 4)))(model, 0.5).masks
+        history: list[bp.DistillState] = []
+        bp.distill(
+            model,
+            masks,
+            None,
+            batches[:6],
+            teacher=model,
+            loss=loss,
+            optimizer=adam,
+            steps=30,
+            held_out=batches[6:],
+            callback=history.append,
+        )
+        losses_held_out = [entry[3] for entry in history[-1].history]
+        assert losses_held_out[-1] < losses_held_out[0]  # type: ignore[operator]
+        assert repr(history[-1]).split(", ")[1].endswith("tokens" if model is bert else "samples")
