@@ -10,7 +10,7 @@
 | `collect`    | stage 1: model -> data                                                                        |
 | `metric`     | stage 2: data -> scores                                                                       |
 | `allocate`   | stage 3: scores, sparsity -> masks; budgets across layers; schedules                          |
-| `repair`     | stage 4: data, masks -> weights; whole models layer by layer                                  |
+| `repair`     | stage 4: data, masks -> weights; whole models layer by layer, or by distillation              |
 | `reorder`    | hidden units in an order in which weak ones share blocks                                      |
 | `analysis`   | sensitivity, cost against error, sweeps of recipes, pictures                                  |
 | `export`     | models that run only the kept blocks, and honest measurements of them                         |
@@ -38,11 +38,13 @@ from blockprune.model.apply import apply_masks, finalize, masked_parameters, rea
 from blockprune.model.checkpoint import load_masked, masks_from_zeros
 from blockprune.model.hf_linears import as_linears, from_linears
 from blockprune.model.running import Calibration
-from blockprune.model.selection import convs, excluding, first_of, including, linears, named, units, with_block
+from blockprune.model.selection import convs, excluding, first_of, including, linears, named, norms_and_biases, units, with_block
 from blockprune.reorder.clustering import cluster
 from blockprune.reorder.hidden_axes import find_axes
 from blockprune.reorder.permutation import permute, sort_units
 from blockprune.repair import closed_form as reconstruct
+from blockprune.repair import losses
+from blockprune.repair.distillation import DistillState, distill
 from blockprune.repair.layer_by_layer import RepairResult, sequential
 from blockprune.repair.layer_finetuning import finetune_layer
 from blockprune.repair.repair_file import load_repair, save_repair
@@ -56,6 +58,7 @@ __all__ = [
     "Calibration",
     "Conditioning",
     "Data",
+    "DistillState",
     "Masks",
     "Param",
     "Pareto",
@@ -80,6 +83,7 @@ __all__ = [
     "conditioning",
     "convs",
     "difference",
+    "distill",
     "distributed",
     "examples",
     "excluding",
@@ -96,10 +100,12 @@ __all__ = [
     "load_masked",
     "load_masks",
     "load_repair",
+    "losses",
     "masked_parameters",
     "masks_from_zeros",
     "metric",
     "named",
+    "norms_and_biases",
     "pareto",
     "permute",
     "pictures",

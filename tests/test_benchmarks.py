@@ -77,3 +77,15 @@ def test_the_front_page_draws_its_picture(tmp_path: Path) -> None:
     assert re.findall(r"^(dense int8|50% pruned, float32)  +\w+ +[\d.]+ ", output, re.MULTILINE) == ["dense int8", "50% pruned, float32"]
     assert re.search(r"^  50% pruned, float32 +0\.\d{3}$", output, re.MULTILINE)
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_recovery_goes_on_from_its_file_and_draws_its_picture(tmp_path: Path) -> None:
+    options = ["--model", "tiny", "--pattern", "32x32", "--method", "magnitude", "--tokens", "256", "--step-tokens", "32", "--every", "64"]
+    options += ["--folder", str(tmp_path)]
+    outputs = [run("recover.py", *options, "--picture", str(tmp_path / "curve.png")) for _ in range(2)]
+    assert outputs[0] == outputs[1]  # the second run finds all steps done
+    assert len(re.findall(r"^ +[\d,]+ +\d+  [\d.]+$", outputs[0], re.MULTILINE)) == 5
+    assert re.search(r"^after / dense +\d\.\d{3}$", outputs[0], re.MULTILINE)
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
+    control = next(tmp_path.glob("tiny 32x32*.json"))
+    assert re.search(r"^dense, trained +\d", run("recover.py", *options, "--control", str(control)), re.MULTILINE)

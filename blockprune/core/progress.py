@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from tqdm import TqdmWarning
@@ -26,6 +26,12 @@ def progress_bar(items: Iterable[T], description: str, show: bool | None, **opti
     is_shown = _is_interactive() if show is None else show
     bar: Iterable[T] = tqdm(items, desc=description, leave=False, **options) if is_shown else items
     return bar
+
+
+def show_values(bar: Iterable[Any], values: Mapping[str, str]) -> None:
+    """Show values behind a progress bar, if it is shown."""
+    if isinstance(bar, tqdm):
+        bar.set_postfix(values, refresh=False)
 
 
 def _is_interactive() -> bool:

@@ -78,6 +78,18 @@ def units(axes: Sequence[UnitPermutation]) -> Where:
     return _Rule(_units, axes=tuple(axes))
 
 
+def norms_and_biases(name: str, owner: nn.Module) -> BlockShape | None:
+    """The parameters with at most one axis: scales of norms and biases. It is a rule itself, for ``where=`` of `distill`.
+
+    Example:
+        >>> layer = nn.Linear(4, 2)
+        >>> bp.norms_and_biases("bias", layer), bp.norms_and_biases("weight", layer), bp.norms_and_biases("weight", nn.LayerNorm(4))
+        ((), None, ())
+    """
+    parameter = ParameterRef(name, owner, name.rpartition(".")[2])
+    return () if len(parameter.shape) <= 1 else None
+
+
 def first_of(*rules: Where) -> Where:
     """Each parameter gets the block of the first rule that selects it.
 

@@ -1,0 +1,399 @@
+"""`distill`: the kept weights of a whole model learn what the dense model gives."""
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from functools import partial
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from blockprune.core._compat import tree_leaves
+from blockprune.core.patterns import Pattern
+from blockprune.core.progress import progress_bar, show_values
+from blockprune.core.types import Masks, Weights, Where
+from blockprune.model.apply import parameter_masks
+from blockprune.model.running import Calibration, Forward, cuda_devices, default_forward, inputs_of, preserve_state, to_model_device
+from blockprune.repair.losses import DistillLoss
+from blockprune.repair.student import Student, make_student
+
+MakeOptimizer = Callable[[list[Tensor]], Optimizer]
+ADAMW = partial(torch.optim.AdamW, lr=3e-4)
+
+
+@attrs.frozen(eq=False, repr=False)
+class DistillState:
+    """How far `distill` has come.
+
+    ``torch.save(attrs.asdict(state, recurse=False), path)`` writes it to a file, and
+    ``bp.DistillState(**torch.load(path, weights_only=True))`` reads it.
+
+    Args:
+        step: optimizer steps done.
+        count: tokens trained on; samples where the batches have no tokens.
+        weights: the masked weights after this step.
+        best: the weights that `distill` would return: those of the lowest held-out loss, or the present ones.
+        best_loss: the lowest held-out loss; None without held-out batches.
+        history: (step, count, mean training loss since the last entry, held-out loss), an entry for each evaluation, the first before
+            training; what does not exist is None.
+        internals: what ``resume=`` needs besides: what is trained, the optimizer, random number generators, the place in the batches.
+
+    Example:
+        >>> import copy
+        >>> states, model, x = [], nn.Linear(4, 2), torch.randn(8, 4)
+        >>> options = {"teacher": copy.deepcopy(model), "loss": bp.losses.hidden_states, "steps": 2, "every": 1}
+        >>> weights = bp.distill(model, {}, {}, [x], **options, callback=states.append)
+        >>> states[0]
+        DistillState(step 1, 8 samples, 2 weights, held-out loss None)
+        >>> again = bp.distill(model, {}, {}, [x], **options, resume=states[0])
+        >>> all(torch.equal(weights[name], again[name]) for name in weights)
+        True
+    """
+
+    step: int
+    count: int
+    weights: Weights
+    best: Weights
+    best_loss: float | None
+    history: tuple[tuple[int, int, float | None, float | None], ...]
+    internals: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        unit = self.internals["unit"]
+        return f"DistillState(step {self.step}, {self.count} {unit}, {len(self.weights)} weights, held-out loss {self.best_loss})"
+
+
+def distill(
+    model: nn.Module,
+    masks: Masks | None,
+    weights: Weights | None,
+    batches: Iterable[Any],
+    *,
+    teacher: nn.Module | None,
+    loss: DistillLoss,
+    optimizer: MakeOptimizer = ADAMW,
+    steps: int | None = None,
+    warmup: int = 0,
+    final_lr: float = 0.0,
+    accumulate: int = 1,
+    clip: float | None = 1.0,
+    where: Where | Pattern | Sequence[Pattern] | None = None,
+    lora_rank: int | None = None,
+    train: bool = False,
+    autocast: torch.dtype | None = None,
+    checkpointing: bool = False,
+    held_out: Iterable[Any] | None = None,
+    every: int = 100,
+    patience: int | None = None,
+    seed: int = 0,
+    forward: Forward = default_forward,
+    progress: bool | None = None,
+    callback: Callable[[DistillState], None] | None = None,
+    resume: DistillState | None = None,
+) -> dict[str, Tensor]:
+    """Train the kept weights of a pruned model towards a teacher (knowledge distillation, Hinton et al. 1503.02531); pure.
+
+    A masked copy of the model is trained; the model and the teacher stay as they are. Give the result to `apply_masks` together with the
+    masks: pruned elements are exactly zero in it.
+
+    Args:
+        model: the model that was pruned, or a masked model.
+        masks: by parameter name; None for the masks that are on the model.
+        weights: the weights to start from where they are not the model's own, such as those of a recipe; or None.
+        batches: what is trained on, in this order and, if that is not enough, again: a list or a DataLoader.
+        teacher: the dense model, which may be ``model`` itself if that has no masks; None if the loss needs none.
+        loss: (student's output, teacher's output, batch) -> one number, such as `losses.kl`.
+        optimizer: parameters -> optimizer, such as ``partial(torch.optim.SGD, lr=0.1)``; its learning rates are the highest ones. By
+            default AdamW with a learning rate of 3e-4.
+        steps: optimizer steps; by default one pass over the batches.
+        warmup: steps in which the learning rate rises linearly from near 0; then it falls along a cosine.
+        final_lr: what the learning rate falls to, as a share of the highest; 1 leaves it constant.
+        accumulate: batches whose gradients are averaged for one step.
+        clip: the largest norm of the gradient of all parameters; None for no limit.
+        where: which parameters are trained: a rule such as `norms_and_biases`, or names or patterns of names. By default all of
+            floating-point numbers, frozen ones included; with ``lora_rank`` the masked ones, norms and biases.
+        lora_rank: train masked matrices as ``mask * (W + B A)`` with factors of this rank, and return the product (PERP, 2312.15230).
+        train: run the student in training mode, with dropout. Batch norms keep their running statistics in any case.
+        autocast: the dtype of `torch.autocast` for both models, such as ``torch.bfloat16``.
+        checkpointing: compute activations again in the backward, which takes less memory and more time. It needs ``train=True`` and a
+            model with ``gradient_checkpointing_enable`` (Hugging Face).
+        held_out: batches that are not trained on. The weights with the lowest mean loss on them are returned.
+        every: steps from one evaluation on the held-out batches, and call of ``callback``, to the next.
+        patience: evaluations in a row without a lower held-out loss that are allowed; one more ends the training. None never ends it.
+        seed: of dropout, of the factors of ``lora_rank``, and of DataLoaders that shuffle.
+        forward: (model, batch) -> output, for both models; by default as in `Calibration`.
+        progress: show a progress bar; by default in a terminal and in a notebook.
+        callback: called with a `DistillState` every ``every`` steps and at the end.
+        resume: such a state; with the same other arguments, the result has the same bits as that of an uninterrupted call.
+
+    Raises:
+        KeyError, ValueError, TypeError: as `apply_masks`, for masks and weights.
+        ValueError: batches that run out, a loss that is NaN or inf or has no gradient, options that do not fit each other or the model.
+        TypeError: ``batches`` that is one tensor or mapping, a teacher that is no module, a loss that is no tensor.
+
+    Example:
+        >>> import copy
+        >>> model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(64, 8)
+        >>> masks = bp.recipes.magnitude(bp.linears((4, 4)))(model, 0.5).masks
+        >>> optimizer = partial(torch.optim.AdamW, lr=1e-2)
+        >>> weights = bp.distill(model, masks, None, [x], teacher=model, loss=bp.losses.kl, optimizer=optimizer, steps=20)
+        >>> pruned, recovered = (bp.apply_masks(copy.deepcopy(model), masks, w) for w in (None, weights))
+        >>> bool(bp.losses.kl(recovered(x), model(x)) < bp.losses.kl(pruned(x), model(x)))
+        True
+    """
+    _check_options(model, teacher, train=train, autocast=autocast, checkpointing=checkpointing)
+    _check_counts(accumulate=accumulate, every=every, **({} if steps is None else {"steps": steps}))
+    batches = Calibration(batches).batches
+    steps = _steps_of_one_pass(batches, accumulate) if steps is None else steps
+    held_out = None if held_out is None else Calibration(held_out).batches
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(cuda_devices(model)):
+        torch.manual_seed(seed)
+        student = make_student(model, masks, weights, where=where, lora_rank=lora_rank)
+        if checkpointing and (enable := _checkpointing_method(student.module)):
+            enable({"use_reentrant": False})
+        with preserve_state(student.module), preserve_state(teacher) if teacher is not None else contextlib.nullcontext():
+            loss_of = partial(_loss_of, student.module, teacher, forward=forward, loss=loss, autocast=autocast)
+            training = _Training(student, optimizer, batches, loss_of)
+            if resume is None:
+                training.compare(held_out)
+            else:
+                training.restore(resume)
+            bar = progress_bar(range(training.step, steps), "distill", progress, initial=training.step, total=steps)
+            start, first = time.monotonic(), training.count
+            for step in bar:
+                if patience is not None and training.worse > patience:
+                    break
+                student.set_mode(train)
+                training.update(accumulate, clip, _lr_factor(step, steps, warmup, final_lr))
+                speed = (training.count - first) / (time.monotonic() - start)
+                show_values(bar, {"loss": f"{training.losses[-1]:.4g}", f"{training.unit}/s": f"{speed:,.0f}"})
+                if training.step % every == 0 or training.step == steps:
+                    training.compare(held_out)
+                    if callback:
+                        with torch.random.fork_rng(cuda_devices(student.module)):
+                            callback(training.state())
+            return dict(training.best())
+
+
+class _Training:
+    """What changes while a student is trained."""
+
+    def __init__(self, student: Student, optimizer: MakeOptimizer, batches: Iterable[Any], loss_of: Callable[[Any], Tensor]) -> None:
+        self.student, self.loss_of = student, loss_of
+        self.parameters = list(student.trained.values())
+        self.optimizer = optimizer(self.parameters)
+        self.highest_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.stream = _Stream(batches, cuda_devices(student.module))
+        self.step, self.count, self.unit = 0, 0, "samples"
+        self.best_weights: dict[str, Tensor] | None = None
+        self.best_loss: float | None = None
+        self.worse = 0  # evaluations since the best
+        self.losses: list[float] = []  # of the steps since the last evaluation
+        self.history: list[tuple[int, int, float | None, float | None]] = []
+
+    def update(self, accumulate: int, clip: float | None, lr_factor: float) -> None:
+        """One optimizer step."""
+        self.optimizer.zero_grad()
+        total = 0.0
+        for _ in range(accumulate):
+            batch = next(self.stream)
+            loss = self.loss_of(batch) / accumulate
+            if not loss.requires_grad:
+                raise ValueError("the loss does not depend on a parameter that is trained; is something detached, or where= too narrow?")
+            loss.backward(inputs=self.parameters)  # not of other tensors, such as the batch
+            total += loss.item()
+            size, self.unit = _size(batch)
+            self.count += size
+        if not math.isfinite(total):
+            raise ValueError(
+                f"the training loss is {total} in step {self.step}; check the batches for NaN and inf, or take a lower learning rate"
+            )
+        if clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters, clip)
+        for group, lr in zip(self.optimizer.param_groups, self.highest_lrs, strict=True):
+            group["lr"] = lr * lr_factor
+        self.optimizer.step()
+        self.step += 1
+        self.losses.append(total)
+
+    def compare(self, held_out: Iterable[Any] | None) -> None:
+        """Compare the present weights with the best ones on the held-out batches."""
+        loss = None if held_out is None else self._held_out_loss(held_out)
+        if loss is not None:
+            is_better = self.best_loss is None or loss < self.best_loss
+            self.worse = 0 if is_better else self.worse + 1
+            if is_better:
+                self.best_weights, self.best_loss = self.student.weights(), loss
+        mean = sum(self.losses) / len(self.losses) if self.losses else None
+        self.history.append((self.step, self.count, mean, loss))
+        self.losses = []
+
+    def _held_out_loss(self, batches: Iterable[Any]) -> float:
+        self.student.set_mode(False)
+        with torch.no_grad(), torch.random.fork_rng(cuda_devices(self.student.module)):
+            losses = [float(self.loss_of(batch)) for batch in batches]
+        mean = sum(losses) / len(losses) if losses else math.nan
+        if not math.isfinite(mean):
+            cause = "the loss of a held-out batch is NaN or inf; check these batches, or take a lower learning rate"
+            raise ValueError(f"step {self.step}: {cause}" if losses else "held_out has no batches; give a list or a DataLoader, or None")
+        return mean
+
+    def best(self) -> dict[str, Tensor]:
+        """The weights of the lowest held-out loss, or the present ones if none are held out."""
+        return self.student.weights() if self.best_weights is None else self.best_weights
+
+    def state(self) -> DistillState:
+        """Copies of all that changes."""
+        weights = self.student.weights()
+        internals = {
+            "parameters": {name: p.detach().clone() for name, p in self.student.trained.items()},
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "stream": self.stream.state(),
+            "worse": self.worse,
+            "unit": self.unit,
+        }
+        best = weights if self.best_weights is None else dict(self.best_weights)
+        return DistillState(self.step, self.count, weights, best, self.best_loss, tuple(self.history), internals)
+
+    def restore(self, state: DistillState) -> None:
+        """Go on from a state."""
+        self.student.load(state.internals["parameters"])
+        self.optimizer.load_state_dict(copy.deepcopy(state.internals["optimizer"]))
+        self.stream.restore(state.internals["stream"])
+        self.step, self.count, self.unit = state.step, state.count, state.internals["unit"]
+        self.best_loss, self.worse, self.history = state.best_loss, state.internals["worse"], list(state.history)
+        self.best_weights = None if state.best_loss is None else dict(state.best)
+
+
+class _Stream:
+    """Batches without end, pass after pass. Its state is the place in the pass, and the random numbers there and where the pass began."""
+
+    def __init__(self, batches: Iterable[Any], devices: Sequence[int]) -> None:
+        self.batches, self.devices = batches, devices
+        self._begin(_random_state(devices))
+
+    def _begin(self, random_state: list[Tensor]) -> None:
+        self.taken, self.first_state = 0, random_state
+        _set_random_state(random_state, self.devices)
+        self.iterator = iter(self.batches)
+
+    def __next__(self) -> Any:
+        batch = next(self.iterator, _END)
+        if batch is _END:
+            self._begin(_random_state(self.devices))
+            batch = next(self.iterator, _END)
+        if batch is _END:
+            raise ValueError("batches has no more batches for the steps that remain; give a list or a DataLoader, or fewer steps")
+        self.taken += 1
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes."""
+        return {"taken": self.taken, "first_state": self.first_state, "state": _random_state(self.devices)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Pass over the batches that were taken."""
+        self._begin(state["first_state"])
+        for _ in range(state["taken"]):
+            next(self)
+        _set_random_state(state["state"], self.devices)
+
+
+_END = object()
+
+
+def _random_state(devices: Sequence[int]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+
+
+def _set_random_state(state: Sequence[Tensor], devices: Sequence[int]) -> None:
+    torch.set_rng_state(state[0])
+    for device, of_device in zip(devices, state[1:], strict=False):
+        torch.cuda.set_rng_state(of_device, device)
+
+
+def _loss_of(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    batch: Any,
+    *,
+    forward: Forward,
+    loss: DistillLoss,
+    autocast: torch.dtype | None,
+) -> Tensor:
+    """The loss of a batch as a tensor without axes."""
+    target = None
+    if teacher is not None:
+        with torch.no_grad():
+            target = _output(teacher, to_model_device(teacher, batch), forward, autocast)
+    batch = to_model_device(student, batch)
+    value = loss(_output(student, batch, forward, autocast), target, batch)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"loss must return one number as a tensor, not {kind}; take its mean or sum")
+    return value.reshape(())
+
+
+def _output(module: nn.Module, batch: Any, forward: Forward, autocast: torch.dtype | None) -> Any:
+    if autocast is None:
+        return forward(module, batch)
+    device = next(module.parameters()).device.type
+    with torch.autocast(device, dtype=autocast):
+        return forward(module, batch)
+
+
+def _lr_factor(step: int, steps: int, warmup: int, final: float) -> float:
+    """The learning rate of a step as a share of the highest: it rises along a line, then falls along a cosine (SGDR, 1608.03983, eq. 5)."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return final + (1 - final) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def _size(batch: Any) -> tuple[int, str]:
+    """How much a batch holds: tokens, or samples where it has no tokens."""
+    inputs = inputs_of(batch)
+    if isinstance(inputs, Mapping):
+        mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            return int((mask != 0).sum()), "tokens"
+        if isinstance(tokens, Tensor):
+            return tokens.numel(), "tokens"
+    first = next((x for x in tree_leaves(inputs) if isinstance(x, Tensor)), None)
+    if first is not None and first.ndim == 2 and not first.is_floating_point():
+        return first.numel(), "tokens"
+    return len(first) if first is not None and first.ndim else 1, "samples"
+
+
+def _steps_of_one_pass(batches: Iterable[Any], accumulate: int) -> int:
+    if not isinstance(batches, Sized):
+        raise ValueError(f"batches is a {type(batches).__name__} of unknown length; say how many optimizer steps to take: steps=")
+    return max(1, len(batches) // accumulate)
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}={count} must be at least 1")
+
+
+def _check_options(model: nn.Module, teacher: nn.Module | None, *, train: bool, autocast: torch.dtype | None, checkpointing: bool) -> None:
+    if teacher is not None and not isinstance(teacher, nn.Module):
+        raise TypeError(f"teacher is a {type(teacher).__name__}; give the dense model, or None if the loss needs no teacher")
+    if teacher is model and parameter_masks(model):
+        raise ValueError("the teacher is the masked model itself; give the dense model, such as a copy made before apply_masks")
+    if autocast is torch.float16:
+        raise ValueError("autocast=torch.float16 needs its loss scaled, or small gradients become 0; give torch.bfloat16")
+    if checkpointing and _checkpointing_method(model) is None:
+        raise ValueError(f"checkpointing=True needs a model with gradient_checkpointing_enable, which {type(model).__name__} does not have")
+    if checkpointing and not train:
+        raise ValueError("checkpointing=True needs train=True: transformers keeps all activations in evaluation mode")
+
+
+def _checkpointing_method(model: Any) -> Callable[[Mapping[str, Any]], None] | None:
+    """The method of a Hugging Face model that turns checkpointing on; it has a second name from transformers 5 on."""
+    return getattr(model, "activation_checkpointing_enable", None) or getattr(model, "gradient_checkpointing_enable", None)

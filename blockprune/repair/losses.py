@@ -1,0 +1,321 @@
+"""Losses for `distill` and for training loops of your own: (student's output, teacher's output, batch) -> one number.
+
+They read Hugging Face outputs (``logits``, ``hidden_states``, ``last_hidden_state``) and plain tensors, compute in float32 or wider, and
+leave out padding: positions whose ``attention_mask`` is 0 and positions whose label is -100.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from blockprune.core.precision import SMALLEST
+from blockprune.model.running import inputs_of
+
+__all__ = ["cosine", "cross_entropy", "hidden_states", "kl", "weighted"]
+
+DistillLoss = Callable[[Any, Any, Any], Tensor]  # (student's output, teacher's output, batch) -> one number
+IGNORED = -100  # the label that Hugging Face and `F.cross_entropy` leave out
+
+
+def kl(student: Any, teacher: Any, batch: Any = None, *, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
+    """Kullback-Leibler divergence of the student's predictions from the teacher's, mean over positions (Hinton et al. 1503.02531, eq. 4).
+
+    ``T^2 KL(softmax(teacher / T) || softmax(student / T))``; the factor keeps the size of the gradients when T changes.
+
+    Args:
+        student: logits ``[..., classes]``, or an output that has ``logits``.
+        teacher: the same of the teacher.
+        batch: what the models were called with; it tells which positions are padding.
+        temperature: T; higher temperatures give more weight to unlikely classes.
+        top_k: compare only the teacher's k most likely classes, and all other classes as one. This takes less memory for large
+            vocabularies, and is never more than the whole divergence.
+
+    Raises:
+        TypeError: an output without logits.
+        ValueError: logits of different shapes, a temperature that is not positive, ``top_k`` below 1, or only padding.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0, -1.0]])
+        >>> bp.losses.kl(logits, logits).item()
+        0.0
+        >>> round(bp.losses.kl(torch.zeros(1, 3), logits).item(), 3), round(bp.losses.kl(torch.zeros(1, 3), logits, top_k=1).item(), 3)
+        (0.574, 0.557)
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be a positive number")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1 class, or None for all")
+    q, p = _logits(student, "student"), _logits(teacher, "teacher")
+    _check_shapes("kl", "logits", q, p)
+    q, p = (F.log_softmax(x if temperature == 1 else x / temperature, -1) for x in (_wide(q), _wide(p.to(q.device))))  # log-probabilities
+    if top_k is not None and top_k < p.shape[-1]:
+        p, classes = p.topk(top_k, -1)
+        p, q = _with_rest(p), _with_rest(q.gather(-1, classes))  # [..., k + 1]
+    divergence = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)  # [...]
+    return temperature**2 * _mean(divergence, _decoder_batch(student, batch))
+
+
+def _with_rest(log_probabilities: Tensor) -> Tensor:
+    """The log-probabilities of some classes, and of all others together."""
+    rest = -torch.expm1(log_probabilities.logsumexp(-1, keepdim=True))
+    return torch.cat([log_probabilities, rest.clamp_min(torch.finfo(rest.dtype).eps).log()], -1)
+
+
+def hidden_states(student: Any, teacher: Any, batch: Any = None) -> Tensor:
+    """Squared error of the hidden states relative to the teacher's own square, mean over layers (SquareHead, Kurtic et al. 2310.06927).
+
+    ``mean over layers of |student - teacher|^2 / |teacher|^2``, so that layers count equally, whatever the size of their hidden states.
+
+    Args:
+        student: an output that has ``hidden_states`` (call the model with ``output_hidden_states=True``), hidden states
+            ``[batch, positions, width]``, or a sequence of them.
+        teacher: the same of the teacher.
+        batch: what the models were called with; it tells which positions are padding.
+
+    Raises:
+        TypeError: an output without hidden states.
+        ValueError: hidden states of different numbers or shapes, or only padding.
+
+    Example:
+        >>> teacher = [torch.ones(1, 2, 4), 100 * torch.ones(1, 2, 4)]
+        >>> bp.losses.hidden_states([0.5 * x for x in teacher], teacher).item()
+        0.25
+    """
+    xs, ys = _hidden_states(student, "student"), _hidden_states(teacher, "teacher")
+    if len(xs) != len(ys) or not xs:
+        raise ValueError(f"hidden_states: the student has {len(xs)} hidden states and the teacher {len(ys)}; choose the layers to compare")
+    batch = _decoder_batch(student, batch)
+    return torch.stack([_relative_error(x, y, batch) for x, y in zip(xs, ys, strict=True)]).mean()
+
+
+def _relative_error(student: Tensor, teacher: Tensor, batch: Any) -> Tensor:
+    _check_shapes("hidden_states", "hidden states", student, teacher)
+    x, y = _wide(student), _wide(teacher.to(student.device))
+    if x.ndim < 2:  # one vector
+        x, y = x.view(1, -1), y.view(1, -1)
+    return _mean((x - y).square().mean(-1), batch) / _mean(y.square().mean(-1), batch).clamp_min(SMALLEST)
+
+
+def cross_entropy(student: Any, teacher: Any, batch: Any) -> Tensor:
+    """Cross-entropy of the labels; the teacher is not used.
+
+    Labels are the ``labels`` of a mapping, the second element of a tuple, or, without either, the input tokens. Labels that repeat the
+    input tokens, as those of causal language models in Hugging Face do, are compared with the logits of the position before them.
+
+    Args:
+        student: logits ``[..., classes]``, or an output that has ``logits``.
+        teacher: anything.
+        batch: what the model was called with.
+
+    Raises:
+        TypeError: an output without logits, or a batch without labels or tokens.
+        ValueError: labels of another shape than the positions, or only labels of -100.
+
+    Example:
+        >>> logits = torch.zeros(1, 3, 50)
+        >>> round(bp.losses.cross_entropy(logits, None, {"input_ids": torch.tensor([[4, 7, 9]])}).exp().item(), 3)
+        50.0
+    """
+    logits, batch = _logits(student, "student"), _decoder_batch(student, batch)
+    labels = _labels(batch)
+    if labels is None:
+        raise TypeError(
+            f"cross_entropy: the batch is a {type(batch).__name__} without labels; give a mapping with 'labels' or 'input_ids', or a "
+            "tuple (inputs, labels)"
+        )
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"cross_entropy: the logits {tuple(logits.shape)} need labels {tuple(logits.shape[:-1])}, not {tuple(labels.shape)}"
+        )
+    labels = labels.to(logits.device)
+    if _are_next_tokens(labels, batch):
+        weights = _attention(labels, batch)
+        labels = labels if weights is None else labels.masked_fill(weights.to(labels.device) == 0, IGNORED)
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    loss = F.cross_entropy(_wide(logits).flatten(0, -2), labels.flatten(), reduction="none", ignore_index=IGNORED)
+    counted = labels.flatten() != IGNORED
+    if not counted.any():
+        raise ValueError("cross_entropy: no label of this batch counts; all are -100 or padding")
+    return loss.sum() / counted.sum()
+
+
+def cosine(student: Any, teacher: Any, batch: Any = None) -> Tensor:
+    """One minus the cosine between the student's and the teacher's embeddings, mean over the samples.
+
+    Args:
+        student: embeddings ``[samples, width]`` (with more axes, each vector along the last counts), or an output that has
+            ``last_hidden_state``, whose mean over all positions but padding is the embedding.
+        teacher: the same of the teacher.
+        batch: what the models were called with; it tells which positions are padding.
+
+    Raises:
+        TypeError: an output without ``last_hidden_state``.
+        ValueError: embeddings of different shapes.
+
+    Example:
+        >>> bp.losses.cosine(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])).item()
+        1.0
+    """
+    x, y = _embeddings(student, batch, "student"), _embeddings(teacher, batch, "teacher")
+    _check_shapes("cosine", "embeddings", x, y)
+    distance = 1 - F.cosine_similarity(_wide(x), _wide(y.to(x.device)), dim=-1)
+    return _mean(distance, batch)
+
+
+def weighted(terms: Mapping[DistillLoss, float]) -> DistillLoss:
+    """A loss that is the weighted sum of others.
+
+    Raises:
+        ValueError: no terms.
+
+    Example:
+        >>> loss = bp.losses.weighted({bp.losses.kl: 1.0, bp.losses.cross_entropy: 0.5})
+        >>> logits, batch = torch.zeros(1, 3, 2), torch.tensor([[0, 1, 1]])
+        >>> loss(logits, logits, batch).item() == 0.5 * bp.losses.cross_entropy(logits, None, batch).item()
+        True
+    """
+    if not terms:
+        raise ValueError("weighted: terms is empty; give at least one loss and its weight, such as {losses.kl: 1.0}")
+    return partial(_weighted_sum, terms=tuple(terms.items()))
+
+
+def _weighted_sum(student: Any, teacher: Any, batch: Any, *, terms: Sequence[tuple[DistillLoss, float]]) -> Tensor:
+    return torch.stack([weight * loss(student, teacher, batch) for loss, weight in terms]).sum()
+
+
+# What outputs and batches hold
+
+
+def _entry(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def _logits(output: Any, who: str) -> Tensor:
+    logits = output if isinstance(output, Tensor) else _entry(output, "logits")
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the {who}'s output ({_kind(output)}) has no logits; use a model with a head, or a forward that returns the logits as a tensor"
+        )
+    return logits
+
+
+def _hidden_states(output: Any, who: str) -> Sequence[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    states = output if type(output) in (tuple, list) else _entry(output, "hidden_states")
+    if not isinstance(states, (tuple, list)) or not all(isinstance(x, Tensor) for x in states):
+        raise TypeError(
+            f"the {who}'s output ({_kind(output)}) has no hidden_states; call the model with output_hidden_states=True, in distill with "
+            "forward=lambda model, batch: model(**batch, output_hidden_states=True)"
+        )
+    return states
+
+
+def _embeddings(output: Any, batch: Any, who: str) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    hidden = _entry(output, "last_hidden_state")
+    if not isinstance(hidden, Tensor):
+        raise TypeError(
+            f"the {who}'s output ({_kind(output)}) has no last_hidden_state; give a forward that returns the embeddings as a tensor"
+        )
+    weights = _attention(hidden[..., 0], batch)
+    if weights is None:
+        return _wide(hidden).mean(1)
+    weights = weights.to(hidden.device)[..., None]
+    return (_wide(hidden).masked_fill(weights == 0, 0) * weights).sum(1) / weights.sum(1).clamp_min(1)
+
+
+def _kind(output: Any) -> str:
+    return "None; give distill a teacher" if output is None else type(output).__name__
+
+
+def _decoder_batch(output: Any, batch: Any) -> Any:
+    """The batch as the decoder sees it, where the output is that of an encoder and a decoder."""
+    inputs = inputs_of(batch)
+    if not isinstance(inputs, Mapping) or isinstance(output, Tensor) or _entry(output, "encoder_last_hidden_state") is None:
+        return batch
+    renamed = {name: inputs[f"decoder_{name}"] for name in ("input_ids", "attention_mask") if f"decoder_{name}" in inputs}
+    return {**renamed, **{name: x for name, x in inputs.items() if name == "labels"}}
+
+
+def _labels(batch: Any) -> Tensor | None:
+    """The labels of a batch: its own, or the input tokens."""
+    inputs = inputs_of(batch)
+    if isinstance(inputs, Mapping):
+        labels = inputs.get("labels", inputs.get("input_ids"))
+    elif inputs is not batch:
+        labels = batch[1] if len(batch) > 1 else inputs
+    else:
+        labels = inputs
+    return labels if isinstance(labels, Tensor) and not labels.is_floating_point() else None
+
+
+def _tokens(batch: Any) -> Tensor | None:
+    inputs = inputs_of(batch)
+    tokens = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
+    return tokens if isinstance(tokens, Tensor) and not tokens.is_floating_point() else None
+
+
+def _are_next_tokens(labels: Tensor, batch: Any) -> bool:
+    """Whether labels repeat the input tokens, so that the logits of a position predict the label of the next position."""
+    tokens = _tokens(batch)
+    if tokens is None or tokens.shape != labels.shape or labels.ndim < 2:
+        return False
+    return bool(((labels == tokens.to(labels.device)) | (labels == IGNORED)).all())
+
+
+def _attention(x: Tensor, batch: Any) -> Tensor | None:
+    """The attention mask of a batch for numbers by position, ``[batch, positions, ...]``; None if there is none for them."""
+    inputs = inputs_of(batch)
+    if not isinstance(inputs, Mapping) or x.ndim < 2:  # numbers by sample have no padding
+        return None
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    if mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"the attention mask {tuple(mask.shape)} has other positions than the output {tuple(x.shape[:2])}, so its padding cannot be "
+            "left out; compare outputs of these positions, or give a batch without the mask"
+        )
+    return mask
+
+
+def _mean(values: Tensor, batch: Any) -> Tensor:
+    """The mean of numbers by position over all positions that count."""
+    counted = _counted(values, batch)
+    if counted is None:
+        return values.mean()
+    counted = counted.to(values.device).reshape(*counted.shape, *[1] * (values.ndim - counted.ndim)).expand_as(values)
+    if not counted.any():
+        raise ValueError("no position of this batch counts: each is padding (attention_mask 0) or has the label -100")
+    return values.masked_fill(~counted, 0).sum() / counted.sum()
+
+
+def _counted(values: Tensor, batch: Any) -> Tensor | None:
+    """Which positions count, ``[batch, positions]`` bool; None if all do."""
+    attention = _attention(values, batch)
+    counted = None if attention is None else attention != 0
+    inputs = inputs_of(batch)
+    labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+    if isinstance(labels, Tensor) and labels.ndim >= 2 and labels.shape == values.shape and not labels.is_floating_point():
+        has_label = labels != IGNORED
+        if _are_next_tokens(labels, batch):  # a position counts if the next one has a label
+            has_label = F.pad(has_label[:, 1:], (0, 1), value=False)
+        counted = has_label if counted is None else counted.to(has_label.device) & has_label
+    return counted
+
+
+def _check_shapes(loss: str, what: str, student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"{loss}: the student's {what} have shape {tuple(student.shape)} and the teacher's {tuple(teacher.shape)}; both need one shape"
+        )
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,172 @@
+"""The masked copy of a model that `distill` trains."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from blockprune.core._compat import NormBase
+from blockprune.core.patterns import Pattern, matches, suggest
+from blockprune.core.types import Masks, Weights, Where
+from blockprune.model.apply import apply_masks, parameter_masks
+from blockprune.model.parameters import ParameterRef, distinct, parameter_refs
+from blockprune.model.selection import norms_and_biases, select
+
+
+@attrs.frozen(eq=False)
+class Student:
+    """A masked copy of a model.
+
+    Args:
+        module: the copy, with masks on it; half-precision models are copied in float32, where small steps do not round away.
+        trained: what an optimizer changes, by name in the copy.
+        refs: the parameters whose values are the result, by canonical name.
+        dtypes: those of the model's parameters.
+    """
+
+    module: nn.Module
+    trained: dict[str, Tensor]
+    refs: dict[str, ParameterRef]
+    dtypes: dict[str, torch.dtype]
+
+    @torch.no_grad()
+    def weights(self) -> dict[str, Tensor]:
+        """Copies of the masked weights, in the model's dtypes."""
+        return {name: ref.masked.to(self.dtypes[name], copy=True).as_subclass(Tensor) for name, ref in self.refs.items()}
+
+    @torch.no_grad()
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Set what is trained.
+
+        Raises:
+            ValueError: the values are those of other parameters.
+        """
+        if {name: x.shape for name, x in values.items()} != {name: p.shape for name, p in self.trained.items()}:
+            different = sorted(values.keys() ^ self.trained.keys()) or [n for n, p in self.trained.items() if values[n].shape != p.shape]
+            raise ValueError(f"resume: its state trains other parameters, such as {different[0]!r}; give the arguments of the first call")
+        for name, p in self.trained.items():
+            p.copy_(values[name])
+
+    def set_mode(self, training: bool) -> None:
+        """Training mode, or evaluation mode. Running statistics stay as they are: they are no weights, so they would not be returned."""
+        self.module.train(training)
+        for module in self.module.modules():
+            if isinstance(module, NormBase) and module.track_running_stats:
+                module.eval()
+
+
+def make_student(
+    model: nn.Module,
+    masks: Masks | None,
+    weights: Weights | None,
+    *,
+    where: Where | Pattern | Sequence[Pattern] | None,
+    lora_rank: int | None,
+) -> Student:
+    """Copy a model, put masks and weights on the copy, and choose what is trained.
+
+    Raises:
+        ValueError: ``where`` chooses no parameter, or one that another parametrization computes; a rank below 1, or nothing that it is for.
+        KeyError, ValueError, TypeError: as `apply_masks`, for masks and weights.
+    """
+    masks = parameter_masks(model) if masks is None else masks
+    module = apply_masks(copy.deepcopy(model), masks, weights)
+    dtypes = {name: refs[0].stored.dtype for name, refs in parameter_refs(module).items()}
+    if any(dtype.is_floating_point and dtype.itemsize < 4 for dtype in dtypes.values()):
+        module.float()
+    chosen = _chosen(module, where, lora_rank)
+    refs = parameter_refs(module)
+    low_rank = {name: refs[name] for name in chosen if lora_rank is not None and refs[name][0].mask and len(refs[name][0].shape) > 1}
+    if lora_rank is not None and not (lora_rank >= 1 and low_rank):
+        raise ValueError(f"lora_rank={lora_rank} must be a positive number, and one of the parameters that are trained a masked matrix")
+    _keep_kept_values(refs)
+    if lora_rank is not None:
+        masks = parameter_masks(module)
+        apply_masks(module, {})
+        factors = {name: _add_low_rank(name_refs, lora_rank) for name, name_refs in low_rank.items()}
+        apply_masks(module, masks)
+        refs = parameter_refs(module)
+    else:
+        factors = {}
+    trained: dict[str, Tensor] = {refs[name][0].stored_name: refs[name][0].stored for name in chosen if name not in factors}
+    for name, low in factors.items():
+        trained |= {f"{refs[name][0].parametrized_name}0.{attr}": factor for attr, factor in low.named_parameters()}
+    for p in module.parameters():
+        p.grad = None
+        p.requires_grad_(False)
+    for x in trained.values():
+        x.requires_grad_(True)
+    canonical = {ref.name: name for name, name_refs in refs.items() for ref in name_refs}
+    returned = dict.fromkeys([*chosen, *(canonical[name] for name in weights or {})])
+    return Student(module, trained, {name: refs[name][0] for name in returned}, dtypes)
+
+
+def _chosen(module: nn.Module, where: Where | Pattern | Sequence[Pattern] | None, lora_rank: int | None) -> list[str]:
+    """The canonical names of the parameters that are trained."""
+    refs = parameter_refs(module)
+    floating = [name for name, (ref, *_) in refs.items() if ref.stored.is_floating_point()]
+    if where is None:
+        small = norms_and_biases
+        chosen = [n for n in floating if lora_rank is None or refs[n][0].mask or small(n, refs[n][0].owner) is not None]
+    elif callable(where):
+        chosen = list(select(module, where))
+    else:
+        chosen = _matching(floating, [where] if not isinstance(where, Sequence) or isinstance(where, str) else where)
+    if not chosen:
+        raise ValueError(f"where={where!r} chooses no floating-point parameter of the model, so there is nothing to train")
+    if computed := [name for name in chosen if not refs[name][0].is_plain]:
+        raise ValueError(
+            f"{computed[0]} {refs[computed[0]][0].shape}: another parametrization computes this weight, so no new weight could be written "
+            "to it; remove the parametrization, or leave the parameter out with where="
+        )
+    return chosen
+
+
+def _matching(names: list[str], patterns: Sequence[Pattern]) -> list[str]:
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name in names):
+            raise ValueError(f"where: the pattern {pattern!r} matches no floating-point parameter{suggest(str(pattern), names)}")
+    return [name for name in names if any(matches(pattern, name) for pattern in patterns)]
+
+
+@torch.no_grad()
+def _keep_kept_values(refs: Mapping[str, Sequence[ParameterRef]]) -> None:
+    """Store zeros in pruned blocks: optimizers that look at the size of a whole weight then see the weight that the model uses."""
+    for ref in _masked(refs):
+        if ref.is_plain:
+            ref.stored.copy_(ref.masked.clone().as_subclass(Tensor))
+
+
+def _masked(refs: Mapping[str, Sequence[ParameterRef]]) -> Iterator[ParameterRef]:
+    return (name_refs[0] for name_refs in refs.values() if name_refs[0].mask)
+
+
+class LowRank(nn.Module):
+    """The parametrization ``W + B A`` with factors of a low rank; B starts at zero (LoRA, Hu et al. 2106.09685).
+
+    A mask that is put on afterwards gives ``mask * (W + B A)``, so what is merged has the mask's zeros (PERP, Zimmer et al. 2312.15230).
+
+    Args:
+        weight: W.
+        rank: the columns of B and the rows of A.
+    """
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        columns = weight[0].numel()
+        self.a = nn.Parameter(torch.randn(rank, columns).to(weight) / columns**0.5)
+        self.b = nn.Parameter(weight.new_zeros(len(weight), rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.b @ self.a).view_as(weight)
+
+
+def _add_low_rank(refs: Sequence[ParameterRef], rank: int) -> LowRank:
+    """Add one product of factors to a parameter in all modules that use it."""
+    low_rank = LowRank(refs[0].stored.detach(), rank)
+    for ref in distinct(refs):
+        parametrize.register_parametrization(ref.owner, ref.attr, low_rank, unsafe=True)
+    return low_rank

@@ -1,0 +1,295 @@
+"""Distilling keeps masks, changes neither model nor teacher, resumes to the bit, and brings the student closer to the teacher."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import blockprune as bp
+from blockprune import losses
+
+SGD = partial(torch.optim.SGD, lr=0.05)
+ADAM = partial(torch.optim.AdamW, lr=1e-2)
+
+
+class Tied(nn.Module):
+    """A small language model whose head is its embedding, with a module under two names, dropout, and a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(12, 8)
+        self.body = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.5), nn.Linear(16, 8))
+        self.again = self.body
+        self.norm = nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 12, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.again(self.body(self.embedding(tokens)))
+        return self.head(self.norm(x.mT).mT)  # type: ignore[no-any-return]
+
+
+def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make()
+
+
+def tokens(count: int, seed: int = 1) -> list[Tensor]:
+    return list(torch.randint(12, (count, 4, 6), generator=torch.Generator().manual_seed(seed)))
+
+
+def problem() -> tuple[nn.Module, dict[str, bp.BlockMask], list[Tensor]]:
+    model = seeded(Tied).eval()
+    where = bp.first_of(bp.linears((4, 4)), bp.named("embedding.weight", (4, 4)))
+    return model, dict(bp.recipes.magnitude(where)(model, 0.5).masks), tokens(8)
+
+
+def fingerprint(model: nn.Module) -> list[Any]:
+    """All that a function could change of a model, and the random numbers that come next."""
+    tensors = [(name, x.clone(), x.requires_grad, getattr(x, "grad", None)) for name, x in model.state_dict(keep_vars=True).items()]
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    return [tensors, [module.training for module in model.modules()], hooks, torch.get_rng_state()]
+
+
+def same(x: Any, y: Any) -> bool:
+    if isinstance(x, Tensor):
+        return torch.equal(x, y)
+    if isinstance(x, dict):
+        return x.keys() == y.keys() and all(same(x[key], y[key]) for key in x)
+    return len(x) == len(y) and all(map(same, x, y)) if isinstance(x, (list, tuple)) else bool(x == y)
+
+
+def pruned_values_are_zero(weights: dict[str, Tensor], masks: dict[str, bp.BlockMask]) -> bool:
+    return all(not weights[name][~bp.expand(mask.keep, mask.grid)].count_nonzero() for name, mask in masks.items() if name in weights)
+
+
+def kl_to(teacher: nn.Module, model: nn.Module, batches: list[Tensor]) -> float:
+    with torch.no_grad():
+        return sum(float(losses.kl(model(x), teacher(x))) for x in batches) / len(batches)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"train": True},
+        {"where": bp.norms_and_biases},
+        {"lora_rank": 2, "optimizer": partial(torch.optim.Adam, lr=0.02)},
+        {"autocast": torch.bfloat16},
+        {"optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1), "accumulate": 2},
+    ],
+    ids=lambda options: ", ".join(options) or "all",
+)
+def test_masks_hold_and_the_student_comes_closer_and_nothing_else_changes(options: dict[str, Any]) -> None:
+    model, masks, batches = problem()
+    teacher = copy.deepcopy(model).train()
+    for p in teacher.parameters():
+        p.requires_grad_(False)
+    before = [fingerprint(m) for m in (model, teacher)]
+    held_out = tokens(2, seed=9)
+    options = {"optimizer": ADAM, "steps": 40, **options}
+    weights = bp.distill(model, masks, None, batches, teacher=teacher, loss=losses.kl, held_out=held_out, every=10, **options)
+    assert same([fingerprint(m) for m in (model, teacher)], before)
+    assert pruned_values_are_zero(weights, masks)
+    assert "head.weight" not in weights
+    pruned, recovered = (bp.apply_masks(copy.deepcopy(model), masks, w) for w in (None, weights))
+    assert kl_to(model, recovered, held_out) < kl_to(model, pruned, held_out)
+    assert all(type(x) is Tensor and not x.requires_grad for x in weights.values())
+
+
+def test_only_what_where_chooses_changes() -> None:
+    model, masks, batches = problem()
+    options = {"teacher": model, "loss": losses.kl, "steps": 2}
+    assert set(bp.distill(model, masks, None, batches, **options, where=bp.norms_and_biases)) == {
+        "body.0.bias", "body.3.bias", "norm.weight", "norm.bias",
+    }  # fmt: skip
+    assert set(bp.distill(model, masks, None, batches, **options, where="*.0.*")) == {"body.0.weight", "body.0.bias"}
+    given = {"head.weight": torch.ones(12, 8)}  # a tied tensor has its first name
+    weights = bp.distill(model, masks, given, batches, **options, where=["norm.bias"])
+    assert set(weights) == {"norm.bias", "embedding.weight"}
+    assert torch.equal(weights["embedding.weight"], bp.expand(masks["embedding.weight"].keep, masks["embedding.weight"].grid).float())
+
+
+def test_one_step_is_the_step_of_a_plain_loop() -> None:
+    """The obvious twin: a masked model, torch's optimizer, one step after the other."""
+    model, masks, batches = problem()
+    student = bp.apply_masks(copy.deepcopy(model), masks)
+    optimizer = SGD(student.parameters())
+    for x in batches[:3]:
+        optimizer.zero_grad()
+        losses.kl(student(x), model(x)).backward()
+        optimizer.step()
+    expected = bp.finalize(student)
+    options = {"teacher": model, "loss": losses.kl, "optimizer": SGD, "steps": 3, "clip": None, "final_lr": 1.0}
+    weights = bp.distill(model, masks, None, batches, **options)
+    for name, x in weights.items():
+        torch.testing.assert_close(x, expected.get_parameter(name).detach())
+    masked = bp.apply_masks(copy.deepcopy(model), masks)
+    assert same(bp.distill(masked, None, None, batches, **options), weights)
+
+
+def test_accumulated_gradients_are_those_of_one_large_batch() -> None:
+    model, masks, batches = problem()
+    options = {"teacher": model, "loss": losses.kl, "optimizer": SGD, "steps": 2}
+    parts = bp.distill(model, masks, None, batches[:4], **options, accumulate=2)
+    whole = bp.distill(model, masks, None, [torch.cat(batches[:2]), torch.cat(batches[2:4])], **options)
+    for name, x in parts.items():
+        torch.testing.assert_close(x, whole[name])
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"accumulate": 3}], ids=lambda options: ", ".join(options) or "plain")
+def test_a_resumed_run_ends_in_the_same_bits(options: dict[str, Any], tmp_path: Any) -> None:
+    """With dropout, a loader that shuffles, held-out batches and a file in between."""
+    model, masks, batches = problem()
+    loader = DataLoader(torch.cat(batches), batch_size=4, shuffle=True)  # type: ignore[arg-type]
+    held_out = DataLoader(torch.cat(tokens(2, seed=9)), batch_size=4, shuffle=True)  # type: ignore[arg-type]
+    options = {"teacher": model, "loss": losses.kl, "optimizer": ADAM, "steps": 13, "warmup": 2, "train": True, "every": 5, **options}
+    options["held_out"] = held_out
+    states: list[bp.DistillState] = []
+
+    def keep(state: bp.DistillState) -> None:
+        torch.rand(1)  # a callback may use random numbers
+        torch.save(attrs.asdict(state, recurse=False), tmp_path / f"{state.step}.pt")
+        states.append(state)
+
+    weights = bp.distill(model, masks, None, loader, **options, callback=keep)
+    assert [state.step for state in states] == [5, 10, 13]
+    assert [entry[0] for entry in states[-1].history] == [0, 5, 10, 13]
+    assert same(weights, dict(states[-1].best))
+    for step in (5, 10, 13):
+        state = bp.DistillState(**torch.load(tmp_path / f"{step}.pt", weights_only=True))
+        later: list[bp.DistillState] = []
+        assert same(bp.distill(model, masks, None, loader, **options, resume=state, callback=later.append), weights)
+        if later:
+            assert same(attrs.asdict(later[-1], recurse=False), attrs.asdict(states[-1], recurse=False))
+
+
+def test_the_best_weights_are_returned_and_training_stops_early() -> None:
+    model, masks, batches = problem()
+    states: list[bp.DistillState] = []
+    diverging = partial(torch.optim.SGD, lr=50.0)
+    options = {"teacher": model, "loss": losses.kl, "optimizer": diverging, "held_out": batches[:2], "every": 1, "steps": 50}
+    weights = bp.distill(model, masks, None, batches, **options, clip=None, patience=1, callback=states.append)
+    assert len(states) == 2
+    assert all(entry[3] >= states[-1].best_loss for entry in states[-1].history)  # type: ignore[operator]
+    kept = {name: bp.finalize(bp.apply_masks(copy.deepcopy(model), masks)).get_parameter(name).detach() for name in weights}
+    assert same(weights, kept)
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    model, masks, batches = problem()
+    rates = []
+
+    class Recorded(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            rates.append([group["lr"] for group in self.param_groups])
+            return super().step(closure)
+
+    def optimizer(parameters: list[Tensor]) -> torch.optim.Optimizer:
+        return Recorded([{"params": parameters[:1], "lr": 1.0}, {"params": parameters[1:], "lr": 0.1}])
+
+    bp.distill(model, masks, None, batches, teacher=model, loss=losses.kl, optimizer=optimizer, steps=6, warmup=2, final_lr=0.2)
+    first = [rate[0] for rate in rates]
+    assert first[:3] == [0.5, 1.0, 1.0]
+    assert first[4] == pytest.approx(0.6)  # halfway along the cosine
+    assert sorted(first[2:], reverse=True) == first[2:]
+    assert [rate[1] for rate in rates] == pytest.approx([rate / 10 for rate in first])
+
+
+def test_half_precision_weights_are_trained_in_float32_and_come_back_in_their_own() -> None:
+    model, masks, batches = problem()
+    half = copy.deepcopy(model).bfloat16()
+    states: list[bp.DistillState] = []
+    small = partial(torch.optim.SGD, lr=1e-4)  # too small a step for bfloat16
+    weights = bp.distill(half, masks, None, batches, teacher=model, loss=losses.kl, optimizer=small, every=4, callback=states.append)
+    assert {x.dtype for x in weights.values()} == {torch.bfloat16}
+    assert pruned_values_are_zero(weights, masks)
+    moved = [not torch.equal(x.bfloat16().float(), x) for x in states[-1].internals["parameters"].values()]
+    assert any(moved)
+    bp.apply_masks(half, masks, weights)
+
+
+def test_under_no_grad_inference_mode_autocast_and_compiled() -> None:
+    model, masks, batches = problem()
+    options = {"teacher": model, "loss": losses.kl, "optimizer": SGD, "steps": 2}
+    expected = bp.distill(model, masks, None, batches, **options)
+    with torch.inference_mode():
+        inside = bp.distill(model, masks, None, batches, **options)
+    with torch.no_grad():
+        assert same(bp.distill(model, masks, None, batches, **options), expected)
+    assert same(inside, expected)
+    model.compile(backend="eager")
+    assert same(bp.distill(model, masks, None, batches, **options), expected)
+
+
+def test_gradients_of_batches_and_of_the_model_stay_as_they_are() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)))
+    model[0].weight.grad = torch.ones(8, 4)
+    x = torch.randn(6, 4, requires_grad=True)
+    bp.distill(model, {}, None, [x], teacher=model, loss=losses.hidden_states, steps=1)
+    assert x.grad is None
+    assert torch.equal(model[0].weight.grad, torch.ones(8, 4))
+
+
+def test_low_rank_factors_reach_all_modules_of_a_tied_weight_and_keep_the_rank() -> None:
+    model, masks, batches = problem()
+    masks = {"embedding.weight": masks["embedding.weight"]}
+    where = "embedding.weight"
+    weights = bp.distill(model, masks, None, batches, teacher=model, loss=losses.cross_entropy, lora_rank=1, where=where, optimizer=ADAM)
+    grid = masks[where].grid
+    dense = {where: bp.BlockMask(torch.ones_like(masks[where].keep), grid)}
+    change = bp.distill(model, dense, None, batches, teacher=model, loss=losses.cross_entropy, lora_rank=1, where=where, optimizer=ADAM)
+    difference = change[where] - model.get_parameter(where).detach()
+    assert torch.linalg.matrix_rank(difference, rtol=1e-3) == 1
+    assert pruned_values_are_zero(weights, masks)
+    assert weights.keys() == {where}
+
+
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"steps": 0}, ValueError, "steps=0"),
+    ({"accumulate": 0}, ValueError, "accumulate=0"),
+    ({"batches": iter([])}, ValueError, "unknown length"),
+    ({"batches": iter([]), "steps": 1}, ValueError, "no more batches"),
+    ({"batches": torch.zeros(2)}, TypeError, "one Tensor"),
+    ({"held_out": []}, ValueError, "held_out has no batches"),
+    ({"loss": lambda s, t, b: s}, TypeError, "one number"),
+    ({"loss": lambda s, t, b: s.mean() * torch.nan}, ValueError, "training loss is nan"),
+    ({"loss": lambda s, t, b: t.mean()}, ValueError, "does not depend"),
+    ({"where": "nothing.*"}, ValueError, "matches no floating-point parameter"),
+    ({"where": bp.named("nothing.*", (1,))}, ValueError, "matches no parameter"),
+    ({"lora_rank": 0}, ValueError, "lora_rank=0"),
+    ({"lora_rank": 2, "where": "norm.*"}, ValueError, "masked matrix"),
+    ({"autocast": torch.float16}, ValueError, "bfloat16"),
+    ({"checkpointing": True, "train": True}, ValueError, "gradient_checkpointing_enable"),
+    ({"teacher": lambda x: x}, TypeError, "teacher"),
+    ({"weights": {"body.0.weight": torch.ones(2)}}, ValueError, "whole weight"),
+    ({"masks": {"no": None}}, KeyError, "'no'"),
+]
+
+
+@pytest.mark.parametrize(("bad", "error", "message"), BAD, ids=[message for *_, message in BAD])
+def test_an_error_says_what_to_give_and_changes_nothing(bad: dict[str, Any], error: type[Exception], message: str) -> None:
+    model, masks, batches = problem()
+    before = fingerprint(model)
+    arguments = {"masks": masks, "weights": None, "batches": batches, "teacher": model, "loss": losses.kl, **bad}
+    with pytest.raises(error, match=message):
+        bp.distill(model, **arguments)
+    assert same(fingerprint(model), before)
+
+
+def test_a_masked_model_is_not_its_own_teacher_and_a_state_belongs_to_its_parameters() -> None:
+    model, masks, batches = problem()
+    states: list[bp.DistillState] = []
+    bp.distill(model, masks, None, batches, teacher=model, loss=losses.kl, steps=1, every=1, callback=states.append)
+    with pytest.raises(ValueError, match="other parameters"):
+        bp.distill(model, masks, None, batches, teacher=model, loss=losses.kl, where="norm.*", resume=states[0])
+    masked = bp.apply_masks(copy.deepcopy(model), masks)
+    with pytest.raises(ValueError, match="masked model itself"):
+        bp.distill(masked, None, None, batches, teacher=masked, loss=losses.kl)

@@ -1,0 +1,185 @@
+"""Losses equal their formulas, leave out padding, and say what to pass where something is missing."""
+
+import itertools
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import normal, seeds
+from torch import Tensor
+from torch.nn import functional as F
+
+from blockprune import losses
+
+
+def logits(seed: int, shape: tuple[int, ...] = (3, 5, 7)) -> tuple[Tensor, Tensor]:
+    return normal(shape, seed).double().requires_grad_(True), 2 * normal(shape, seed + 1).double()
+
+
+def slow_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, top_k: int | None = None) -> float:
+    """The sum over classes at each position, in Python."""
+    total = 0.0
+    for s, t in zip(student.flatten(0, -2).tolist(), teacher.flatten(0, -2).tolist(), strict=True):
+        q, p = ([math.exp(x / temperature) / sum(math.exp(y / temperature) for y in row) for x in row] for row in (s, t))
+        pairs = sorted(zip(p, q, strict=True), reverse=True)
+        if top_k is not None and top_k < len(pairs):
+            rest = [sum(pair[i] for pair in pairs[top_k:]) for i in (0, 1)]
+            pairs = [*pairs[:top_k], (rest[0], rest[1])]
+        total += sum(a * math.log(a / b) for a, b in pairs)
+    return temperature**2 * total / (student.numel() // student.shape[-1])
+
+
+@given(seed=seeds, temperature=st.floats(0.3, 5), top_k=st.integers(1, 9) | st.none())
+def test_kl_is_its_formula(seed: int, temperature: float, top_k: int | None) -> None:
+    student, teacher = logits(seed)
+    loss = losses.kl(student, teacher, temperature=temperature, top_k=top_k)
+    assert loss.item() == pytest.approx(slow_kl(student, teacher, temperature, top_k), rel=1e-9, abs=1e-12)
+    loss.backward()
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+
+
+@given(seed=seeds)
+def test_more_classes_never_make_the_divergence_smaller_and_all_make_it_whole(seed: int) -> None:
+    student, teacher = logits(seed)
+    parts = [losses.kl(student, teacher, top_k=k).item() for k in range(1, 8)]
+    assert all(x <= y + 1e-12 for x, y in itertools.pairwise(parts))
+    assert parts[-1] == losses.kl(student, teacher).item()
+
+
+@given(seed=seeds)
+def test_at_high_temperatures_kl_is_the_squared_error_of_the_logits(seed: int) -> None:
+    """Hinton et al., eq. 4: logits whose mean is zero, error over classes / 2."""
+    student, teacher = logits(seed)
+    difference = (student - student.mean(-1, keepdim=True)) - (teacher - teacher.mean(-1, keepdim=True))
+    expected = difference.square().mean(-1).mean() / 2
+    torch.testing.assert_close(losses.kl(student, teacher, temperature=1e4), expected, rtol=1e-2, atol=1e-6)
+
+
+def test_confident_predictions_have_finite_gradients() -> None:
+    student = torch.tensor([[100.0, 0.0, 0.0]], requires_grad=True)
+    for top_k in (None, 1, 2):
+        losses.kl(student, torch.tensor([[0.0, 90.0, 0.0]]), top_k=top_k).backward()
+        losses.kl(student, student.detach(), top_k=top_k).backward()
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+
+
+@given(seed=seeds)
+def test_hidden_states_is_its_formula(seed: int) -> None:
+    student, teacher = ([scale * normal((2, 3, 4), seed + i) for scale in (1.0, 100.0)] for i in (0, 1))
+    expected = sum(F.mse_loss(x, y) / F.mse_loss(y, torch.zeros_like(y)) for x, y in zip(student, teacher, strict=True)) / 2
+    outputs = [SimpleNamespace(hidden_states=tuple(states)) for states in (student, teacher)]
+    for pair in ((student, teacher), outputs):
+        torch.testing.assert_close(losses.hidden_states(*pair), expected)
+    assert losses.hidden_states(teacher, teacher).item() == 0
+
+
+def as_hf(x: Tensor) -> Any:
+    return SimpleNamespace(logits=x, hidden_states=(x, x.sin()), last_hidden_state=x)
+
+
+@given(seed=seeds)
+@pytest.mark.parametrize("loss", [losses.kl, losses.hidden_states, losses.cosine])
+def test_padding_changes_nothing(loss: Any, seed: int) -> None:
+    """The law: samples of different lengths in one padded batch, whatever the padding holds, give what they give without padding."""
+    lengths = (5, 2, 3)
+    student, teacher = logits(seed, (3, 5, 7))
+    mask = torch.tensor([[1] * n + [0] * (5 - n) for n in lengths])
+    whole = loss(as_hf(student), as_hf(teacher), {"attention_mask": mask})
+    changed = torch.where(mask[..., None] == 1, student, 9.0)
+    torch.testing.assert_close(loss(as_hf(changed), as_hf(teacher), {"attention_mask": mask}), whole)
+    parts = [loss(as_hf(student[i : i + 1, :n]), as_hf(teacher[i : i + 1, :n]), {}) for i, n in enumerate(lengths)]
+    if loss is losses.cosine:
+        torch.testing.assert_close(whole, torch.stack(parts).mean())
+    if loss is losses.kl:
+        torch.testing.assert_close(whole, sum(n * part for n, part in zip(lengths, parts, strict=True)) / sum(lengths))
+    labels = torch.where(mask == 1, 3, -100)
+    if loss is losses.kl:  # labels say the same as the mask
+        torch.testing.assert_close(loss(as_hf(student), as_hf(teacher), {"labels": labels}), whole)
+
+
+@given(seed=seeds)
+def test_labels_that_repeat_the_tokens_belong_to_the_position_before(seed: int) -> None:
+    student, teacher = logits(seed, (2, 5, 7))
+    tokens = torch.randint(7, (2, 5), generator=torch.Generator().manual_seed(seed))
+    labels = tokens.clone()
+    labels[0, :3] = -100  # a prompt
+    batch = {"input_ids": tokens, "labels": labels}
+    shifted = F.cross_entropy(student[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(losses.cross_entropy(student, None, batch), shifted)
+    predicted = torch.cat([student[0, 2:4], student[1, :4]]), torch.cat([teacher[0, 2:4], teacher[1, :4]])
+    torch.testing.assert_close(losses.kl(student, teacher, batch), losses.kl(*predicted))
+    for plain in (tokens, (tokens,), {"input_ids": tokens}):
+        expected = F.cross_entropy(student[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        torch.testing.assert_close(losses.cross_entropy(student, None, plain), expected)
+    padded = {"input_ids": tokens, "attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1] * 5])}
+    kept = torch.cat([student[0, :2], student[1, :4]])
+    torch.testing.assert_close(
+        losses.cross_entropy(student, None, padded), F.cross_entropy(kept, torch.cat([tokens[0, 1:3], tokens[1, 1:]]))
+    )
+
+
+def test_other_labels_belong_to_their_own_position() -> None:
+    student, _ = logits(0, (2, 5, 7))
+    tokens, labels = torch.zeros(2, 5, dtype=torch.long), torch.full((2, 5), -100)
+    labels[0, 1], labels[1, 4] = 3, 6  # masked tokens of a masked language model
+    expected = F.cross_entropy(torch.stack([student[0, 1], student[1, 4]]), torch.tensor([3, 6]))
+    torch.testing.assert_close(losses.cross_entropy(student, None, {"input_ids": tokens, "labels": labels}), expected)
+    classes = torch.tensor([1, 2])
+    of_samples = student[:, 0]
+    for batch in ((torch.zeros(2, 4), classes), {"pixel_values": torch.zeros(2, 4), "labels": classes}):
+        torch.testing.assert_close(losses.cross_entropy(of_samples, None, batch), F.cross_entropy(of_samples, classes))
+
+
+def test_a_decoder_has_its_own_padding() -> None:
+    student, teacher = logits(0, (2, 5, 7))
+    output = SimpleNamespace(logits=student, encoder_last_hidden_state=torch.zeros(2, 5, 4))
+    labels = torch.tensor([[1, 2, 3, 4, 5], [1, 2, -100, -100, -100]])
+    batch = {"input_ids": labels.abs(), "attention_mask": torch.tensor([[1, 0, 0, 0, 0], [1] * 5]), "labels": labels}
+    kept = labels != -100
+    torch.testing.assert_close(losses.kl(output, teacher, batch), losses.kl(student[kept], teacher[kept]))
+    torch.testing.assert_close(losses.cross_entropy(output, None, batch), F.cross_entropy(student[kept], labels[kept]))
+
+
+def test_a_weighted_sum() -> None:
+    student, teacher = logits(0)
+    loss = losses.weighted({losses.kl: 2.0, losses.hidden_states: 0.5})
+    expected = 2 * losses.kl(student, teacher) + 0.5 * losses.hidden_states(student, teacher)
+    torch.testing.assert_close(loss(student, teacher, None), expected)
+
+
+@pytest.mark.parametrize("loss", [losses.kl, losses.hidden_states, losses.cosine])
+def test_half_precision_outputs_are_compared_in_float32(loss: Any) -> None:
+    student, teacher = (x.bfloat16() for x in logits(0))
+    assert loss(student, teacher, None).dtype == torch.float32
+    torch.testing.assert_close(loss(student, teacher, None), loss(student.float(), teacher.float(), None))
+
+
+X = torch.zeros(2, 3, 4)
+BAD: list[tuple[Any, type[Exception], str]] = [
+    (lambda: losses.kl(SimpleNamespace(last_hidden_state=X), X), TypeError, "has no logits"),
+    (lambda: losses.kl(X, None), TypeError, "give distill a teacher"),
+    (lambda: losses.kl(X, X[..., 1:]), ValueError, "one shape"),
+    (lambda: losses.kl(X, X, temperature=0), ValueError, "temperature=0"),
+    (lambda: losses.kl(X, X, top_k=0), ValueError, "top_k=0"),
+    (lambda: losses.kl(X, X, {"attention_mask": torch.zeros(2, 3)}), ValueError, "no position"),
+    (lambda: losses.kl(X, X, {"attention_mask": torch.ones(2, 5)}), ValueError, "other positions"),
+    (lambda: losses.hidden_states(SimpleNamespace(logits=X, hidden_states=None), X), TypeError, "output_hidden_states=True"),
+    (lambda: losses.hidden_states([X, X], [X]), ValueError, "2 hidden states and the teacher 1"),
+    (lambda: losses.cosine(SimpleNamespace(logits=X), X), TypeError, "last_hidden_state"),
+    (lambda: losses.cross_entropy(X, None, torch.zeros(2, 3)), TypeError, "without labels"),
+    (lambda: losses.cross_entropy(X, None, torch.zeros(2, 5, dtype=torch.long)), ValueError, r"need labels \(2, 3\)"),
+    (lambda: losses.cross_entropy(X, None, {"labels": torch.full((2, 3), -100)}), ValueError, "no label"),
+    (lambda: losses.weighted({}), ValueError, "empty"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD, ids=[message for *_, message in BAD])
+def test_an_error_says_what_to_pass(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
