@@ -22,6 +22,7 @@
 
 from blockprune import allocate, collect, examples, export, metric, recipes, statistics
 from blockprune.allocate import budgets, schedule
+from blockprune.allocate.regrowth import regrow
 from blockprune.analysis import pictures
 from blockprune.analysis.hessian_conditioning import Conditioning, conditioning
 from blockprune.analysis.layer_sensitivity import Sensitivity, sensitivity
@@ -37,6 +38,7 @@ from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.apply import apply_masks, finalize, masked_parameters, read_masks
 from blockprune.model.checkpoint import load_masked, masks_from_zeros
 from blockprune.model.hf_linears import as_linears, from_linears
+from blockprune.model.optimizer_state import reset_state, zero_new_blocks
 from blockprune.model.running import Calibration
 from blockprune.model.selection import convs, excluding, first_of, including, linears, named, units, with_block
 from blockprune.reorder.clustering import cluster
@@ -107,7 +109,9 @@ __all__ = [
     "read_masks",
     "recipes",
     "reconstruct",
+    "regrow",
     "requires",
+    "reset_state",
     "restrict",
     "save_masks",
     "save_repair",
@@ -122,4 +126,5 @@ __all__ = [
     "union",
     "units",
     "with_block",
+    "zero_new_blocks",
 ]
