@@ -35,12 +35,13 @@ from blockprune.core.masks import agreement, difference, intersect, restrict, sp
 from blockprune.core.pipeline import Pipeline, requires
 from blockprune.core.types import BlockMask, BlockScore, Data, Masks, Param, Scores, Sparsity, Weights, Where
 from blockprune.core.unit_permutation import UnitPermutation
+from blockprune.model import gates, regularizers
 from blockprune.model.apply import apply_masks, finalize, masked_parameters, read_masks
 from blockprune.model.checkpoint import load_masked, masks_from_zeros
 from blockprune.model.hf_linears import as_linears, from_linears
 from blockprune.model.optimizer_state import reset_state, zero_new_blocks
 from blockprune.model.running import Calibration
-from blockprune.model.selection import convs, excluding, first_of, including, linears, named, units, with_block
+from blockprune.model.selection import batchnorms, convs, excluding, first_of, including, linears, named, units, with_block
 from blockprune.reorder.clustering import cluster
 from blockprune.reorder.hidden_axes import find_axes
 from blockprune.reorder.permutation import permute, sort_units
@@ -75,6 +76,7 @@ __all__ = [
     "allocate",
     "apply_masks",
     "as_linears",
+    "batchnorms",
     "block_elements",
     "budgets",
     "cluster",
@@ -92,6 +94,7 @@ __all__ = [
     "finetune_layer",
     "first_of",
     "from_linears",
+    "gates",
     "including",
     "intersect",
     "linears",
@@ -110,6 +113,7 @@ __all__ = [
     "recipes",
     "reconstruct",
     "regrow",
+    "regularizers",
     "requires",
     "reset_state",
     "restrict",

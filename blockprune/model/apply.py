@@ -24,7 +24,9 @@ from blockprune.model.parameters import (
     distinct,
     find_parameters,
     is_exported,
+    is_replicated,
     is_sharded,
+    parameter_order,
     parameter_refs,
 )
 from blockprune.model.parametrization import MaskBlocks
@@ -135,11 +137,11 @@ def _check_loaded(refs: list[ParameterRef], function: str) -> None:
 
 def _check_not_wrapped(model: nn.Module, new_masks: list[tuple[str, BlockMask, list[ParameterRef]]]) -> None:
     """Raise if masks would be added or removed where DistributedDataParallel or fully_shard refer to the parameters already."""
-    is_replicated = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
+    replicated = is_replicated(model)
     before = dict(_masked_refs_by_name(model))
     after = {ref.name: ref for _, _, refs in new_masks for ref in distinct(refs)}
     for name in sorted(before.keys() ^ after.keys()):
-        if is_replicated:
+        if replicated:
             raise ValueError(
                 f"{name}: masks cannot be added to or removed from a model in DistributedDataParallel, which would no longer average the "
                 "gradients of this parameter; apply masks first and wrap the model afterwards (existing masks may be updated)"
@@ -210,7 +212,7 @@ def finalize(model: M) -> M:
                 parametrize.remove_parametrizations(ref.owner, ref.attr, leave_parametrized=True)
                 delattr(ref.owner, ref.attr)
                 ref.owner.register_parameter(ref.attr, nn.Parameter(weight, requires_grad=requires_grad))
-                _restore_order(ref.owner, mask.order)
+                restore_order(ref.owner, mask.order)
     prepare_checkpoints(plain)
     return plain
 
@@ -322,8 +324,7 @@ def _set_mask(ref: ParameterRef, mask: BlockMask) -> None:
     if old is not None and ref.parametrizations is not None:
         ref.parametrizations[mask_index(ref)] = _new_parametrization(mask, ref, old.order)
         return
-    orders = (other.mask.order for other in refs_of_module(owner) if other.mask)
-    order = next(orders, (*parameter_names(owner), *getattr(owner, "parametrizations", ())))
+    order = parameter_order(owner)
     if parametrize.is_parametrized(owner) and not has_mask_methods(owner):
         owner.__class__ = own_class(owner)  # torch lets a copy of a parametrized module share its class
     parametrize.register_parametrization(owner, ref.attr, _new_parametrization(mask, ref, order), unsafe=True)
@@ -342,14 +343,14 @@ def _remove_mask(ref: ParameterRef) -> None:
     assert parametrizations is not None
     if ref.is_plain:
         parametrize.remove_parametrizations(owner, ref.attr, leave_parametrized=False)
-        _restore_order(owner, mask.order)
+        restore_order(owner, mask.order)
     else:
         del parametrizations[mask_index(ref)]
     if parametrize.is_parametrized(owner) and not any(other.mask for other in refs_of_module(owner)):
         remove_mask_methods(owner)
 
 
-def _restore_order(owner: nn.Module, order: tuple[str, ...]) -> None:
+def restore_order(owner: nn.Module, order: tuple[str, ...]) -> None:
     """Put a module's parameters in this order: torch appends a restored parameter at the end, but optimizers rely on the order."""
     for name in sorted(parameter_names(owner), key=lambda attr: order.index(attr) if attr in order else len(order)):
         parameter = getattr(owner, name)
