@@ -5,7 +5,7 @@
 | folder       | what it holds                                                                                 |
 |--------------|-----------------------------------------------------------------------------------------------|
 | `core`       | block geometry, the values that flow between stages, `Pipeline`, masks as values and files    |
-| `model`      | parameters and their masks, which to prune (`linears`, `convs`, ...), how a model is run       |
+| `model`      | parameters, their masks and gates, which to prune (`linears`, ...), how a model is run         |
 | `statistics` | what can be collected from data                                                               |
 | `collect`    | stage 1: model -> data                                                                        |
 | `metric`     | stage 2: data -> scores                                                                       |

@@ -42,7 +42,8 @@ class ParameterRef:
     @property
     def order(self) -> tuple[str, ...]:
         """The names of the module's parameters in their original order, as a mask or gates of this parameter noted them; or none."""
-        return next((p.order for p in self.parametrizations or () if isinstance(getattr(p, "order", None), tuple)), ())
+        orders = (getattr(parametrization, "order", ()) for parametrization in self.parametrizations or ())
+        return next((order for order in orders if isinstance(order, tuple) and order), ())
 
     @property
     def is_plain(self) -> bool:
