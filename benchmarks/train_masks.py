@@ -31,7 +31,7 @@ from blockprune.examples import digits
 
 BLOCK = (4, 4)
 SPARSITIES = (0.8, 0.9)
-EPOCHS, BATCH, LEARNING_RATE = 12, 64, 0.05
+EPOCHS, BATCH, LEARNING_RATE = 16, 64, 0.05
 EVERY = 12  # steps from one update of the masks to the next
 LEARNED = 0.6  # the masks are final after this share of the steps
 WHERE = bp.first_of(bp.excluding(bp.convs(BLOCK), "body.0.*"), bp.excluding(bp.linears(BLOCK), "head.*"))
@@ -136,11 +136,11 @@ def straight_through(run: Run, *, decay: float) -> None:
         run.apply(bp.read_masks(run.model))
 
 
-def gated(run: Run, gate: Callable[[], bp.gates.Gate], *, strength: float, fold: bool) -> None:
+def gated(run: Run, gate: Callable[[], bp.gates.Gate], *, strength: float, lr: float, initial: float, fold: bool) -> None:
     """Gates with a penalty whose target rises; then masks of the gates, and the rest of the steps with these masks."""
     if run.step == 0:
-        bp.gates.add(run.model, where=WHERE, gate=gate())
-        run.logits = torch.optim.Adam(bp.gates.parameters(run.model), lr=0.05)
+        bp.gates.add(run.model, where=WHERE, gate=gate(), initial=initial)
+        run.logits = torch.optim.Adam(bp.gates.parameters(run.model), lr=lr)
         run.penalty = lambda model: strength * bp.gates.penalty(model, sparsity=rising(run))
     elif run.step == run.last:
         masks = bp.allocate.per_layer(bp.gates.scores(run.model), run.sparsity)
@@ -165,8 +165,8 @@ METHODS: Mapping[str, Method] = {
     "RigL": partial(exchanging, grow=gradient_scores, needs_gradients=True),
     "Top-KAST": top_kast,
     "STE": partial(straight_through, decay=2e-4),
-    "soft movement": partial(gated, gate=bp.gates.soft_movement, strength=1.0, fold=False),
-    "L0": partial(gated, gate=bp.gates.hard_concrete, strength=3.0, fold=True),
+    "soft movement": partial(gated, gate=bp.gates.soft_movement, strength=10.0, lr=0.05, initial=0.5, fold=False),
+    "L0": partial(gated, gate=bp.gates.hard_concrete, strength=10.0, lr=0.1, initial=1.0, fold=True),
     "group lasso": partial(group_lasso, strength=2e-3),
 }
 
@@ -232,6 +232,7 @@ def trained(method: Method, sparsity: float, seed: int, *, split: str, epochs: i
                 for trains in filter(None, (optimizer, run.logits)):
                     trains.zero_grad()
                 loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # batch norms amplify the gradients of channels that are nearly pruned
                 for trains in filter(None, (optimizer, run.logits)):
                     trains.step()
                 cosine.step()
