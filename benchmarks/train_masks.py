@@ -165,9 +165,9 @@ METHODS: Mapping[str, Method] = {
     "RigL": partial(exchanging, grow=gradient_scores, needs_gradients=True),
     "Top-KAST": top_kast,
     "STE": partial(straight_through, decay=2e-4),
-    "soft movement": partial(gated, gate=bp.gates.soft_movement, strength=10.0, lr=0.05, initial=0.5, fold=False),
-    "L0": partial(gated, gate=bp.gates.hard_concrete, strength=10.0, lr=0.1, initial=1.0, fold=True),
-    "group lasso": partial(group_lasso, strength=2e-3),
+    "soft movement": partial(gated, gate=bp.gates.soft_movement, strength=0.1, lr=0.05, initial=0.5, fold=False),
+    "L0": partial(gated, gate=bp.gates.hard_concrete, strength=10.0, lr=0.05, initial=0.5, fold=True),
+    "group lasso": partial(group_lasso, strength=1e-3),
 }
 
 
