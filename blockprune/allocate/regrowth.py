@@ -45,7 +45,7 @@ def regrow(masks: Masks, *, drop: Scores, grow: Scores, fraction: Sparsity, spar
 
     Raises:
         ValueError: a fraction or sparsity outside [0, 1], NaN scores, or scores of other blocks than those of the mask.
-        TypeError: a fraction that is neither a number nor a mapping, scores that are not floating point.
+        TypeError: a fraction that is neither a number nor a mapping; scores that are not floating point; values of another type.
         KeyError: a parameter that has a mask, but no scores; or scores, but no mask.
 
     Example:
@@ -104,12 +104,16 @@ def _of_each(masks: Masks, values: Sparsity, what: str) -> dict[str, float]:
 
 def _check_scores(masks: Masks, scores: Scores, what: str) -> None:
     """Raise unless there is one rankable score for each block of each mask, and no other."""
-    for name in masks:
+    for name, mask in masks.items():
+        if not isinstance(mask, BlockMask):
+            raise TypeError(f"masks[{name!r}] is a {type(mask).__name__}, not a BlockMask")
         if name not in scores:
             raise KeyError(f"{what} has no scores of {name!r}, which has a mask{suggest(name, scores)}; collect them with the same `where`")
     for name, score in scores.items():
         if name not in masks:
             raise KeyError(f"{what} has scores of {name!r}, which has no mask{suggest(name, masks)}; collect them with the same `where`")
+        if not isinstance(score, BlockScore):
+            raise TypeError(f"{what}[{name!r}] is a {type(score).__name__}, not a BlockScore; wrap it: BlockScore(value, grid)")
         if score.grid != masks[name].grid:
             raise ValueError(f"{name}: {what} has scores of {score.grid}, but the mask has {masks[name].grid}; use one `where` for both")
         if not score.value.is_floating_point():

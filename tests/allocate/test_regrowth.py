@@ -142,6 +142,10 @@ def test_scores_that_do_not_fit_the_masks_are_errors_that_name_the_parameter(wha
         call({"w": bp.BlockScore(torch.ones(4, 4), bp.BlockGrid((4, 4), (1, 1)))})
     with pytest.raises(ValueError, match=re.escape(f"w: 1 of the {what} scores (2, 2) are NaN")):
         call({"w": bp.BlockScore(torch.tensor([[1.0, torch.nan], [1, 1]]), GRID)})
+    with pytest.raises(TypeError, match=rf"{what}\['w'\] is a Tensor, not a BlockScore"):
+        call({"w": torch.ones(2, 2)})
+    with pytest.raises(TypeError, match=r"masks\['w'\] is a Tensor, not a BlockMask"):
+        bp.regrow({"w": MASK["w"].keep}, drop=SCORE, grow=SCORE, fraction=0.5)  # type: ignore[dict-item]
     with pytest.raises(TypeError, match=f"w: the {what} scores"):
         call({"w": bp.BlockScore(torch.ones(2, 2, dtype=torch.int64), GRID)})
 
