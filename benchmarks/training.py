@@ -47,7 +47,7 @@ def layer_step(layer: nn.Module, x: Tensor, grad: Tensor, with_optimizer: bool) 
 
 
 def masked_torch_bsr(layer: nn.Linear, mask: bp.BlockMask, x: Tensor) -> nn.Module | None:
-    """torch's own block-sparse weight, if its product with x has gradients."""
+    """Torch's own block-sparse weight, if its product with x has gradients."""
     plain = bp.finalize(bp.apply_masks(copy.deepcopy(layer), {"weight": mask}))
     plain.weight = nn.Parameter(plain.weight.detach().to_sparse_bsr(mask.grid.block))
     try:
@@ -87,7 +87,12 @@ def reading_batch(is_tiny: bool) -> Workload:
     """SmolLM2 with the loss of the next token, 4 texts of 512 tokens; or the tiny model."""
     name, model, window = language_model(is_tiny, length=16 if is_tiny else 512)
     windows = window.expand(4, -1).contiguous()
-    return f"{name}, {' x '.join(map(str, windows.shape))} tokens", model, windows, lambda model, x: model(x, labels=x, use_cache=False).loss
+    return (
+        f"{name}, {' x '.join(map(str, windows.shape))} tokens",
+        model,
+        windows,
+        lambda model, x: model(x, labels=x, use_cache=False).loss,
+    )
 
 
 def embedding_batch(is_tiny: bool) -> Workload:

@@ -5,7 +5,7 @@
 | folder       | what it holds                                                                                 |
 |--------------|-----------------------------------------------------------------------------------------------|
 | `core`       | block geometry, the values that flow between stages, `Pipeline`, masks as values and files    |
-| `model`      | parameters and their masks, which to prune (`linears`, `convs`, ...), how a model is run       |
+| `model`      | parameters, their masks and gates, which to prune (`linears`, ...), how a model is run         |
 | `statistics` | what can be collected from data                                                               |
 | `collect`    | stage 1: model -> data                                                                        |
 | `metric`     | stage 2: data -> scores                                                                       |
@@ -22,6 +22,7 @@
 
 from blockprune import allocate, collect, examples, export, metric, recipes, statistics
 from blockprune.allocate import budgets, schedule
+from blockprune.allocate.regrowth import regrow
 from blockprune.analysis import pictures
 from blockprune.analysis.hessian_conditioning import Conditioning, conditioning
 from blockprune.analysis.layer_sensitivity import Sensitivity, sensitivity
@@ -34,11 +35,24 @@ from blockprune.core.masks import agreement, difference, intersect, restrict, sp
 from blockprune.core.pipeline import Pipeline, requires
 from blockprune.core.types import BlockMask, BlockScore, Data, Masks, Param, Scores, Sparsity, Weights, Where
 from blockprune.core.unit_permutation import UnitPermutation
+from blockprune.model import gates, regularizers
 from blockprune.model.apply import apply_masks, finalize, masked_parameters, read_masks
 from blockprune.model.checkpoint import load_masked, masks_from_zeros
 from blockprune.model.hf_linears import as_linears, from_linears
+from blockprune.model.optimizer_state import reset_state, zero_new_blocks
 from blockprune.model.running import Calibration
-from blockprune.model.selection import convs, excluding, first_of, including, linears, named, norms_and_biases, units, with_block
+from blockprune.model.selection import (
+    batchnorms,
+    convs,
+    excluding,
+    first_of,
+    including,
+    linears,
+    named,
+    norms_and_biases,
+    units,
+    with_block,
+)
 from blockprune.reorder.clustering import cluster
 from blockprune.reorder.hidden_axes import find_axes
 from blockprune.reorder.permutation import permute, sort_units
@@ -76,6 +90,7 @@ __all__ = [
     "allocate",
     "apply_masks",
     "as_linears",
+    "batchnorms",
     "block_elements",
     "budgets",
     "cluster",
@@ -94,6 +109,7 @@ __all__ = [
     "finetune_layer",
     "first_of",
     "from_linears",
+    "gates",
     "including",
     "intersect",
     "linears",
@@ -113,7 +129,10 @@ __all__ = [
     "read_masks",
     "recipes",
     "reconstruct",
+    "regrow",
+    "regularizers",
     "requires",
+    "reset_state",
     "restrict",
     "save_masks",
     "save_repair",
@@ -128,4 +147,5 @@ __all__ = [
     "union",
     "units",
     "with_block",
+    "zero_new_blocks",
 ]

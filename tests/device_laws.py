@@ -109,6 +109,42 @@ def train(model: nn.Module, x: Tensor) -> Result:
     return movement, bp.restrict(movement, bp.read_masks(masked)), dict(bp.finalize(masked).named_parameters())
 
 
+def dynamic_masks(model: nn.Module, x: Tensor) -> Result:
+    masks = allocate.per_layer(metric.l1(collect.weights(model, where=WHERE)), 0.5)
+    wider = allocate.per_layer(metric.l1(collect.weights(model, where=WHERE)), 0.25)
+    bp.apply_masks(model, masks, straight_through=wider, decay=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    loss(model(x[0]), x[0]).backward()
+    partly = [p.grad for p in model.parameters()]
+    bp.apply_masks(model, masks, straight_through=True)
+    loss(model(x[0]), x[0]).backward()
+    optimizer.step()
+    gradients = collect.gradients(model, where=WHERE)
+    after = bp.regrow(masks, drop=metric.l1(gradients), grow=metric.gradient_magnitude(gradients), fraction=0.5)
+    bp.apply_masks(model, after, bp.zero_new_blocks(model, after))
+    bp.reset_state(optimizer, model, masks, after)
+    return partly, after, [state["momentum_buffer"] for state in optimizer.state.values()], model(x[0])
+
+
+def gates(model: nn.Module, x: Tensor) -> Result:
+    bp.gates.add(model, where=WHERE, gate=bp.gates.soft_movement(), initial=0.5)
+    before = bp.gates.expected_sparsity(model)
+    (loss(model(x[0]), x[0]) + bp.gates.penalty(model, sparsity=0.5)).backward()
+    optimizer = torch.optim.SGD(bp.gates.parameters(model), lr=4.0)
+    optimizer.step()
+    scores, outputs = bp.gates.scores(model), model(x[0])
+    return before, scores, outputs, bp.gates.remove(model)(x[0])
+
+
+def regularizers(model: nn.Module, x: Tensor) -> Result:
+    penalty = bp.regularizers.group_lasso(model, where=WHERE, l1_ratio=0.2)
+    state = bp.regularizers.admm(model, where=WHERE, prune=lambda data: allocate.per_layer(metric.l2(data), 0.5))
+    pull = bp.regularizers.admm_penalty(model, state, rho=0.5)
+    (penalty + pull).backward()
+    bp.regularizers.proximal_group_lasso(model, where=WHERE, strength=0.05, l1_ratio=0.2)
+    return penalty, pull, state, [(p, p.grad) for p in model.parameters() if p.grad is not None]
+
+
 def combine_masks(model: nn.Module, x: Tensor) -> Result:
     first, second = (allocate.per_layer(score(collect.weights(model, where=WHERE)), 0.5) for score in (metric.l1, metric.l2))
     with tempfile.TemporaryDirectory() as folder:
@@ -190,6 +226,9 @@ STAGES: dict[str, Callable[[nn.Module, Tensor], Result]] = {
     "conditioning": conditioning,
     "sensitivity": sensitivity,
     "train": train,
+    "dynamic masks": dynamic_masks,
+    "gates": gates,
+    "regularizers": regularizers,
     "masks": combine_masks,
     "block_sparse": export_kept_blocks,
     "shrink": shrink,
@@ -251,7 +290,16 @@ class OnItsDevice(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "stage", [*(f"allocate {name}" for name in ALLOCATORS if name != "coupled"), "metric.obs", "cluster", "sequential", "train"]
+    "stage",
+    [
+        *(f"allocate {name}" for name in ALLOCATORS if name != "coupled"),
+        "metric.obs",
+        "cluster",
+        "sequential",
+        "train",
+        "dynamic masks",
+        "gates",
+    ],
 )
 def test_a_model_on_two_devices_gives_what_it_gives_on_one(stage: str) -> None:
     torch.manual_seed(0)

@@ -90,6 +90,32 @@ def lamp(p: Param) -> Tensor:
     return torch.tensor(share).view(p.grid.size)
 
 
+# Dynamic sparsity.
+
+
+def regrow(keep: Tensor, drop: Tensor, grow: Tensor, grid: BlockGrid, *, fraction: float, sparsity: float | None = None) -> Tensor:
+    """Blocks leave in ascending order of `drop` and come back in descending order of `grow`, while that brings the total closer."""
+    sizes = block_elements(grid).flatten().tolist()
+    kept = keep.flatten().tolist()
+    falls, rises = drop.double().flatten().tolist(), grow.double().flatten().tolist()
+    candidates = [i for i, k in enumerate(kept) if not k and rises[i] != -math.inf]
+    present, room = sum(n for n, k in zip(sizes, kept, strict=True) if k), sum(sizes[i] for i in candidates)
+    wanted = present if sparsity is None else (1 - sparsity) * grid.elements
+    surplus, limit = max(0.0, present - wanted), room + present - wanted
+    new, dropped = list(kept), 0
+    for i in sorted((i for i, k in enumerate(kept) if k), key=lambda i: falls[i]):
+        middle, end = dropped + sizes[i] / 2, dropped + sizes[i]
+        if not (middle < surplus or (middle < fraction * present + surplus and end <= limit + 1e-6)):
+            break
+        new[i], dropped = False, dropped + sizes[i]
+    grown = 0
+    for i in sorted(candidates, key=lambda i: -rises[i]):
+        if not 2 * (grown + sizes[i]) - sizes[i] < 2 * (wanted - present + dropped):
+            break
+        new[i], grown = True, grown + sizes[i]
+    return torch.tensor(new).view(grid.size)
+
+
 # Budgets by shape.
 
 

@@ -72,6 +72,14 @@ def test_the_quality_table_and_the_speed_of_its_masks(tmp_path: Path) -> None:
     assert "tiny, 32x32, 0.5, OBS + budget + cluster, " in output
 
 
+def test_ways_to_train_masks_end_at_their_sparsity(tmp_path: Path) -> None:
+    output = run("train_masks.py", "--tiny", "--picture", str(tmp_path / "picture.png"))
+    rows = re.findall(r"^(\S+(?: \w+)?) +(\d+\.\d)% +[\d.]+ \+- 0\.0 +[\d.]+ +[\d.]+ +[\d.]+%$", output, re.MULTILINE)
+    assert len(rows) == 19
+    assert all(abs(float(pruned) - target) < 1 for (_, pruned), target in zip(rows[1:], [80, 90] * 9, strict=True))
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
 def test_the_front_page_draws_its_picture(tmp_path: Path) -> None:
     output = run("front_page.py", "--tiny", "--picture", str(tmp_path / "picture.png"))
     assert re.findall(r"^(dense int8|50% pruned, float32)  +\w+ +[\d.]+ ", output, re.MULTILINE) == ["dense int8", "50% pruned, float32"]

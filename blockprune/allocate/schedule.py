@@ -1,6 +1,7 @@
-"""Schedules: step -> sparsity, for a loop that prunes step by step. Bind the options with ``functools.partial``."""
+"""Schedules: step -> sparsity (or fraction), for a loop that prunes step by step. Bind the options with ``functools.partial``."""
 
 import bisect
+import math
 from collections.abc import Mapping
 
 
@@ -32,6 +33,18 @@ def cubic(step: int, *, final: float, end: int, begin: int = 0, initial: float =
         [0.0, 0.7000000000000001, 0.8]
     """
     return final + (initial - final) * (1 - _progress(step, begin, end)) ** 3
+
+
+def cosine(step: int, *, final: float, end: int, begin: int = 0, initial: float = 0.0) -> float:
+    """As `linear`, but slow at both ends: ``final + (initial - final) (1 + cos(pi t)) / 2`` (RigL, Evci et al. 1911.11134, section 3).
+
+    RigL's fraction of exchanged blocks falls from ``initial=0.3`` to ``final=0``.
+
+    Example:
+        >>> [round(bp.schedule.cosine(step, initial=0.3, final=0.0, end=100), 3) for step in (0, 25, 50, 100)]
+        [0.3, 0.256, 0.15, 0.0]
+    """
+    return final + (initial - final) * (1 + math.cos(math.pi * _progress(step, begin, end))) / 2
 
 
 def exponential(step: int, *, final: float, end: int, begin: int = 0, initial: float = 0.0) -> float:

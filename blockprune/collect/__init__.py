@@ -2,6 +2,6 @@
 
 from blockprune.collect.accumulate import Fold, compute, merge
 from blockprune.collect.from_batches import fold, with_statistics
-from blockprune.collect.from_weights import batchnorm_scales, movement, weights
+from blockprune.collect.from_weights import batchnorm_scales, gradients, movement, weights
 
-__all__ = ["Fold", "batchnorm_scales", "compute", "fold", "merge", "movement", "weights", "with_statistics"]
+__all__ = ["Fold", "batchnorm_scales", "compute", "fold", "gradients", "merge", "movement", "weights", "with_statistics"]

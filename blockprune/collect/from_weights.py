@@ -11,6 +11,7 @@ from blockprune.core._compat import BatchNorm, ConvTransposeNd, lazy_clone
 from blockprune.core.types import Data, Param, Where, check_finite, check_prunable
 from blockprune.model.parameters import find_parameters
 from blockprune.model.selection import select
+from blockprune.statistics.statistic import at_least_float32
 
 
 def weights(model: nn.Module, *, where: Where, masked: bool = False, lazy: bool = False) -> Data:
@@ -80,6 +81,43 @@ def movement(model: nn.Module, *, where: Where, previous: Data | None = None) ->
         before = previous[name].stats["movement"] if previous else 0
         summed[name] = attrs.evolve(param, stats={"movement": step.to(torch.promote_types(step.dtype, torch.float32)) + before})
     return summed
+
+
+def gradients(model: nn.Module, *, where: Where) -> Data:
+    """`weights`, with the statistic ``weight_grad``: the gradients that the model's parameters have, as ``backward`` left them.
+
+    Call it in the training loop after ``backward``; `with_statistics` runs batches of its own instead. Gradients reach the pruned blocks of
+    a masked model if its masks were applied with ``straight_through=True``.
+
+    Args:
+        model: any module, masked or not; it is not changed.
+        where: which parameters, in what blocks.
+
+    Raises:
+        ValueError: a parameter without a gradient, or with a mask that keeps gradients from its pruned blocks; and what `weights` raises.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((1, 2), (1, 1)))
+        >>> bp.apply_masks(model, {"weight": mask}, straight_through=True)(torch.tensor([[1.0, -3.0]])).sum().backward()
+        >>> bp.collect.gradients(model, where=bp.linears((1, 1)))["weight"].stats["weight_grad"]
+        tensor([[ 1., -3.]])
+    """
+    data = weights(model, where=where)
+    refs = find_parameters(model, data, what="where")
+    collected: dict[str, Param] = {}
+    for name, param in data.items():
+        ref = refs[name][0]
+        if ref.mask is not None and not (ref.mask.keep if ref.mask.reached is None else ref.mask.keep | ref.mask.reached).all():
+            raise ValueError(
+                f"{name} {ref.shape}: its mask keeps gradients from some pruned blocks, which would look as if they were 0; before "
+                "`backward`, call apply_masks(model, masks, straight_through=True)"
+            )
+        if not ref.is_plain or ref.stored.grad is None:
+            reason = "has no gradient; call `backward` first" if ref.is_plain else "is computed by another parametrization"
+            raise ValueError(f"{name} {ref.shape}: this weight {reason}, or leave it out with `excluding`")
+        collected[name] = attrs.evolve(param, stats={"weight_grad": at_least_float32(ref.stored.grad.detach().clone())})
+    return collected
 
 
 def batchnorm_scales(model: nn.Module, *, where: Where, pairs: Mapping[str, str] | None = None, lazy: bool = False) -> Data:

@@ -74,6 +74,7 @@ __all__ = [
     "packs_bfloat16",
     "parameter_names",
     "rebuild_rnn_caches",
+    "replace_data",
     "search_two_of_four",
     "shared_memory_bytes",
     "state_dict_hooks",

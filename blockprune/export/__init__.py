@@ -4,8 +4,11 @@
 |-------------------------------------------|-----------------------------------------------------------------------------------|
 | `conversion`                              | `block_sparse`, and back: `load_state_dict`, `dense`, `onnx`                      |
 | `candidates`, `autotune`, `choices`       | which masked layers can run block-sparse, and which backend runs each (`choose`)  |
-| `sparse_layers`, `semi_structured`        | layers that hold only the kept blocks, or 2:4 weights                             |
-| `format`, `ops`, `conv_ops`               | how kept blocks are stored; product and convolution as operators of torch         |
+| `sparse_layers`, `sparse_convs`           | layers that hold only the kept blocks, frozen or trainable                        |
+| `semi_structured`                         | layers with 2:4 weights                                                           |
+| `mask_updates`                            | `update`: other blocks for a model that trains                                    |
+| `format`                                  | how kept blocks are stored                                                        |
+| `ops`, `conv_ops`, `torch_products`       | product, convolution and their gradients as operators of torch; any device        |
 | `packing`, `quantization`                 | from a weight and its mask to stored blocks, in the weight's type or in int8      |
 | `triton_launch`, `triton_kernels`         | the product on a GPU                                                              |
 | `dense_baselines`, `timing`               | the fastest dense layers and models; interleaved median times                     |
@@ -26,7 +29,8 @@ from blockprune.export.model_size import ModelSize, count_model
 from blockprune.export.packing import pack_weight
 from blockprune.export.recommendation import BlockCost, BlockCosts, BlockRecommendation, BlockSpeedup, cost_table, recommend_blocks
 from blockprune.export.shrinking import ShrinkResult, Units, shrink
-from blockprune.export.sparse_layers import BlockSparseConv2d, BlockSparseLinear, Int8BlockSparseLinear
+from blockprune.export.sparse_convs import BlockSparseConv2d
+from blockprune.export.sparse_layers import BlockSparseLinear, Int8BlockSparseLinear
 
 __all__ = [
     "Backend",

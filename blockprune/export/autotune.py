@@ -19,7 +19,7 @@ from blockprune.export.dense_baselines import dense_int8_kernels, dense_kernels
 from blockprune.export.ops import BACKENDS, int8_backend
 from blockprune.export.packing import pack_int8, pack_weight
 from blockprune.export.quantization import output_error, wants_int8
-from blockprune.export.sparse_layers import sparse_layer_like
+from blockprune.export.sparse_convs import sparse_layer_like
 from blockprune.export.timing import cold_copies, time_interleaved
 from blockprune.model.apply import finalize
 from blockprune.model.running import Forward, default_forward, preserve_state

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blockprune.export.format import BlockSparse, ensure_valid
-from blockprune.export.ops import in_transform, input_grad, linear, torch_product, values_grad
+from blockprune.export.ops import in_transform, input_grad, linear, values_grad
+from blockprune.export.torch_products import torch_product
 from blockprune.native import spmm
 from blockprune.native.spmm import Window
 

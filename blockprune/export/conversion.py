@@ -18,7 +18,8 @@ from blockprune.export.choices import Choice, Choices, warn_if_all_dense
 from blockprune.export.module_replacement import replace_modules
 from blockprune.export.packing import pack_int8, pack_weight, read_state
 from blockprune.export.quantization import wants_int8
-from blockprune.export.sparse_layers import STATE_KEYS, BlockSparseConv2d, BlockSparseLinear, sparse_layer_like
+from blockprune.export.sparse_convs import BlockSparseConv2d, sparse_layer_like
+from blockprune.export.sparse_layers import STATE_KEYS, BlockSparseLinear
 from blockprune.model.apply import apply_masks, finalize, parameter_masks
 from blockprune.model.checkpoint import masks_in_state
 from blockprune.model.hf_checkpoint import prepare_checkpoints

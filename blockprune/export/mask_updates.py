@@ -60,7 +60,7 @@ def update(model: M, masks: Masks, *, weights: Weights | None = None, optimizer:
         apply_masks(model, masked | others, {name: weight for name, weight in (weights or {}).items() if name in others})
     for name, (weight, source) in new.items():
         _move_state(optimizer, layers[name], source)
-        layers[name]._store(weight)
+        layers[name].store(weight)
     return model
 
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from blockprune.core._compat import forward_ad_is_active, functorch_is_active
-from blockprune.core.precision import double
 from blockprune.export import triton_launch
-from blockprune.export.format import BlockSparse, block_rows, ensure_valid
-from blockprune.export.quantization import quantize_inputs
+from blockprune.export.format import BlockSparse, ensure_valid
+from blockprune.export.torch_products import torch_input_grad, torch_product, torch_values_grad
 from blockprune.native import spmm
 
 BACKENDS = ("native", "triton", "torch")
@@ -74,20 +73,13 @@ def linear_input_grad_op(
         >>> linear_input_grad_op(torch.ones(1, 4), w.values, w.crow, w.col, w.shape, w.block, w.paired, "native")
         tensor([[4., 4., 0., 0.]])
     """
-    row_count, column_count = shape
-    weight = BlockSparse(values, crow, col, (row_count, column_count), (block[0], block[1]), paired, scale)
+    weight = BlockSparse(values, crow, col, (shape[0], shape[1]), (block[0], block[1]), paired, scale)
     ensure_valid(weight)
     if paired and scale is None and backend not in ("torch", UNROUNDED):
         compiled = spmm.input_grad(grad, values, crow, col, shape=weight.shape, block=weight.block)
         if compiled is not None:
             return compiled
-    flat = grad.reshape(-1, row_count).mT  # [rows, n]
-    if scale is not None:
-        flat = flat * scale[:, None]
-    out = flat.new_zeros(column_count, flat.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))  # a sum over block rows
-    for rows, columns, weights in block_rows(weight):
-        out.index_add_(0, columns, (weights.to(flat.dtype) @ flat[rows]).to(out.dtype))
-    return out.mT.to(grad.dtype).contiguous().view(*grad.shape[:-1], column_count)
+    return torch_input_grad(grad, weight)
 
 
 @torch.library.custom_op("blockprune::linear_values_grad", mutates_args=())
@@ -120,12 +112,7 @@ def linear_values_grad_op(
         compiled = spmm.values_grad(grad, x, crow, col, shape=matrix, block=blocks, count=count)
         if compiled is not None:
             return compiled
-    outputs, inputs = grad.reshape(-1, matrix[0]).mT, x.reshape(-1, matrix[1])
-    positions = BlockSparse(torch.arange(count, device=x.device), crow, col, matrix, blocks, paired)
-    out = x.new_zeros(count)
-    for rows, columns, places in block_rows(positions):
-        out[places] = (outputs[rows] @ inputs[:, columns]).mT
-    return out
+    return torch_values_grad(grad, x, BlockSparse(torch.arange(count, device=x.device), crow, col, matrix, blocks, paired))
 
 
 @linear_values_grad_op.register_fake
@@ -374,47 +361,3 @@ def int8_backend(x: Tensor) -> str:
     values, crow, col = (torch.tensor(numbers, device=x.device) for numbers in ([1, 1], [0, 1], [0]))
     weight = BlockSparse(values.to(torch.int8), crow, col.int(), (1, 2), (1, 2), scale=values[:1].float())
     return "torch" if compiled_product(x.new_ones(1, 2), weight, None, "native") is None else "native"
-
-
-def torch_product(x: Tensor, sparse: BlockSparse, bias: Tensor | None = None, *, rounded: bool = True) -> Tensor:
-    """``x W^T + bias`` by operators of torch, on any device: each block row multiplies the columns of x that it keeps.
-
-    Args:
-        x: ``[..., columns]``.
-        sparse: the weight. With one of int8, each row of x is rounded to int8 numbers, whose products are added exactly; the sum is
-            multiplied with both scales in float32.
-        bias: ``[rows]``.
-        rounded: False multiplies the values of x as they are with an int8 weight.
-
-    Example:
-        >>> from blockprune.export.format import pack
-        >>> from blockprune.export.ops import torch_product
-        >>> w = pack(torch.ones(4, 4), torch.tensor([[True, False]]), bp.BlockGrid((4, 4), (4, 2)))
-        >>> torch_product(torch.ones(1, 4), w)
-        tensor([[2., 2., 2., 2.]])
-    """
-    row_count, column_count = sparse.shape
-    flat = x.reshape(-1, column_count)
-    if sparse.scale is None:
-        out = _sums(flat, sparse)
-    elif rounded:
-        numbers, scale = quantize_inputs(flat)
-        out = _sums(double(numbers), sparse).float() * (scale[:, None] * sparse.scale)
-        bias = None if bias is None else bias.float()
-    else:
-        out = _sums(flat, sparse) * sparse.scale
-    return (out if bias is None else out + bias).to(x.dtype).view(*x.shape[:-1], row_count)
-
-
-def _sums(x: Tensor, sparse: BlockSparse) -> Tensor:
-    """``x W^T`` of ``x [n, columns]`` with the stored values, in the type of x."""
-    transposed = x.mT.contiguous()  # [columns, n], so that the gathered columns of x are contiguous
-    out = transposed.new_zeros(sparse.shape[0], transposed.shape[1])
-    last_columns, gathered = torch.empty(0), transposed
-    for rows, columns, weights in block_rows(sparse):
-        if len(columns):
-            # A tall block is stored as several block rows with the same columns.
-            if last_columns.shape != columns.shape or not torch.equal(last_columns, columns):
-                last_columns, gathered = columns, transposed.index_select(0, columns)
-            torch.mm(weights.mT.to(x.dtype), gathered, out=out[rows])
-    return out.mT.contiguous()

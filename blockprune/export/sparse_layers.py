@@ -5,17 +5,14 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from blockprune.core._compat import conv_padding, dispatch_mode_is_active, is_tracing, replace_data
-from blockprune.core.grid import BlockGrid, expand
+from blockprune.core._compat import dispatch_mode_is_active, is_tracing, replace_data
+from blockprune.core.grid import BlockGrid
 from blockprune.core.types import BlockMask
 from blockprune.export import triton_launch
-from blockprune.export.conv_ops import compiled_conv2d, conv2d
 from blockprune.export.format import BlockSparse, ensure_valid, kept_blocks, to_layout, unpack, validate
 from blockprune.export.ops import BACKENDS, compiled_product, linear
 from blockprune.export.packing import read_state
-from blockprune.native.spmm import Window
 
 INDICES = ("crow", "col", "layout")
 STATE_KEYS = ("values", *INDICES)  # of a block-sparse weight in a state dict; one of int8 also has a "scale"
@@ -77,18 +74,14 @@ class BlockSparseLinear(nn.Module):
                 f"a bias of shape {tuple(bias.shape)} does not fit a weight of shape {weight.shape}: it must be ({weight.shape[0]},)"
             )
         self.backend = backend
+        self.trainable = trainable
         self.name = ""  # of the layer in the model that it was exported from; error messages begin with it
         if trainable:
             self.values = nn.Parameter(weight.values)
         elif "values" not in self.constants:
             self.register_buffer("values", None)
-        self._store(weight)
+        self.store(weight)
         self.register_parameter("bias", bias)
-
-    @property
-    def trainable(self) -> bool:
-        """Whether the kept weights are a parameter."""
-        return "values" in self._parameters
 
     @property
     def out_features(self) -> int:
@@ -175,8 +168,18 @@ class BlockSparseLinear(nn.Module):
         ensure_valid(packed, self.name)
         return packed
 
-    def _store(self, weight: BlockSparse) -> None:
-        """Store a weight in the layout of its device."""
+    def store(self, weight: BlockSparse) -> None:
+        """Hold another weight of the same shape, in the layout of its device; ``values`` remains the same parameter or buffer.
+
+        Example:
+            >>> from blockprune import export
+            >>> from blockprune.export.format import pack
+            >>> grid = bp.BlockGrid((4, 4), (4, 2))
+            >>> layer = export.BlockSparseLinear(pack(torch.ones(4, 4), torch.tensor([[True, False]]), grid), None)
+            >>> layer.store(pack(torch.ones(4, 4), torch.tensor([[True, True]]), grid))
+            >>> layer
+            BlockSparseLinear(4, 4, bias=False, 0.0% pruned, native)
+        """
         weight = to_layout(weight, paired=not triton_launch.uses_gpu_layout(weight.values.device))
         self.shape, self.block, self.paired = weight.shape, weight.block, weight.paired
         self._set_values(weight.values)
@@ -200,7 +203,7 @@ class BlockSparseLinear(nn.Module):
     def _convert_layout(self) -> None:
         """Convert a weight that came from another kind of device to the layout of this one."""
         if not self.values.is_meta and self.paired == triton_launch.uses_gpu_layout(self.values.device):
-            self._store(self.packed_weight)
+            self.store(self.packed_weight)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -303,124 +306,6 @@ class Int8BlockSparseLinear(BlockSparseLinear):
             raise TypeError(f"an input of {input.dtype} does not fit a weight of int8 with scales; give floating-point numbers")
         input, bias = input if dtype is None else input.to(dtype), cast(Tensor | None, self.bias)
         return input, self.values.to(self.like.device), bias if bias is None or bias.dtype == input.dtype else bias.float()
-
-
-class BlockSparseConv2d(BlockSparseLinear):
-    """A Conv2d (groups=1) whose kernel is stored as a matrix ``[out_channels, in_channels * kh * kw]`` of which blocks are kept.
-
-    The output has the memory format of the input. On a CPU the compiled kernel reads patches of the image where they are; elsewhere, and
-    where a gradient is needed, the matrix is multiplied with a copy of all patches (im2col).
-
-    Args:
-        weight: the kept blocks of the kernel as a matrix.
-        template: the convolution whose bias, kernel size, stride, padding and dilation the layer takes.
-        backend, trainable: as in `BlockSparseLinear`.
-
-    Example:
-        >>> from blockprune import export
-        >>> from blockprune.export.format import pack
-        >>> conv, x = nn.Conv2d(4, 6, 3, padding=1), torch.randn(2, 4, 5, 5)
-        >>> weight = pack(conv.weight.flatten(1), torch.ones(3, 1).bool(), bp.BlockGrid((6, 36), (2, 36)))
-        >>> torch.allclose(export.BlockSparseConv2d(weight, conv)(x), conv(x), atol=1e-6)
-        True
-    """
-
-    def __init__(self, weight: BlockSparse, template: nn.Conv2d, backend: str = "native", *, trainable: bool = False) -> None:
-        super().__init__(weight, cast(Any, template.bias), backend, trainable=trainable)
-        self.kernel_size, self.stride, self.dilation = template.kernel_size, template.stride, template.dilation
-        self.padding, self.padding_mode = template.padding, template.padding_mode
-        self._padding_sides = (
-            template._padding_sides if isinstance(template, BlockSparseConv2d) else conv_padding(template)
-        )  # as F.pad takes it
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of the input."""
-        return self.shape[1] // (self.kernel_size[0] * self.kernel_size[1])
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense kernel, zero where pruned. Each read computes it anew."""
-        return unpack(self.packed_weight).view(self.shape[0], -1, *self.kernel_size)
-
-    def block_mask(self) -> BlockMask:
-        """Which elements of the dense kernel are stored, in blocks of whole kernels if the storage has such blocks.
-
-        Raises:
-            ValueError: as `packed_weight`.
-
-        Example:
-            >>> from blockprune import export
-            >>> mask = bp.BlockMask(torch.tensor([True, False]).view(2, 1, 1, 1), bp.BlockGrid((4, 3, 2, 2), (2,)))
-            >>> layer = export.BlockSparseConv2d(export.pack_weight(torch.ones(4, 3, 2, 2), mask), nn.Conv2d(3, 4, 2))
-            >>> layer.block_mask() == mask
-            True
-        """
-        mask, (rows, _), (kh, kw) = super().block_mask(), self.shape, self.kernel_size
-        height, width = mask.grid.block
-        shape = (rows, self.in_channels, kh, kw)
-        if width % (kh * kw) == 0:
-            return BlockMask(mask.keep[..., None, None], BlockGrid(shape, (height, width // (kh * kw))))
-        columns = expand(mask.keep, BlockGrid((len(mask.keep), self.shape[1]), (1, width)))  # [block rows, columns]
-        return BlockMask(columns.view(len(columns), *shape[1:]), BlockGrid(shape, (height, 1, 1, 1)))
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.ndim not in (3, 4) or input.shape[-3] != self.in_channels:
-            raise ValueError(
-                f"an input of shape {tuple(input.shape)} does not fit a convolution of {self.in_channels} channels: "
-                f"it must be [n, {self.in_channels}, height, width]"
-            )
-        x = input if input.ndim == 4 else input[None]
-        sides = tuple(self._padding_sides)
-        if self.padding_mode != "zeros" and any(sides):
-            x, sides = F.pad(x, sides, mode=self.padding_mode), (0, 0, 0, 0)
-        window = Window(self.kernel_size, self.stride, self.dilation, sides)
-        if min(size := window.out_size(x)) < 1:
-            raise ValueError(
-                f"an input of shape {tuple(input.shape)} is smaller than the kernel of {self.kernel_size} with dilation {self.dilation} "
-                f"and padding {self._padding_sides}: the output would have {size[0]} rows and {size[1]} columns"
-            )
-        x, bias, weight = self._operands(x)
-        packed, out = self._readable_weight(weight), None
-        if packed is not None and self.backend != "torch":
-            out = compiled_conv2d(x, packed, bias, window)
-        if out is None:
-            out = conv2d(x, bias, weight[:-1], window)
-        return out if input.ndim == 4 else out[0]
-
-
-def sparse_layer_like(
-    template: nn.Module, weight: BlockSparse, backend: str = "native", *, trainable: bool | None = None
-) -> BlockSparseLinear:
-    """A block-sparse layer with this weight that takes the bias and options of a Linear, a Conv2d or another block-sparse layer.
-
-    Args:
-        template: the layer whose place it takes.
-        weight: what it holds.
-        backend: as in `BlockSparseLinear`.
-        trainable: whether its kept weights are a parameter; by default as in the template, if that is a block-sparse layer.
-
-    Raises:
-        ValueError: a weight of int8 for a convolution, or for a layer that trains.
-
-    Example:
-        >>> from blockprune.export import pack_weight
-        >>> from blockprune.export.sparse_layers import sparse_layer_like
-        >>> layer, mask = nn.Linear(4, 2), bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
-        >>> sparse_layer_like(layer, pack_weight(layer.weight, mask), "torch")
-        BlockSparseLinear(4, 2, bias=True, 50.0% pruned, torch)
-    """
-    is_int8 = weight.scale is not None
-    if trainable is None:
-        trainable = isinstance(template, BlockSparseLinear) and template.trainable and not is_int8
-    if trainable and is_int8:
-        raise ValueError("a weight of int8 does not train: give the weight in a floating-point type")
-    if isinstance(template, (nn.Conv2d, BlockSparseConv2d)):
-        return BlockSparseConv2d(weight, cast(Any, template), backend, trainable=trainable)  # both classes have the same options
-    if is_int8:
-        like = template.like if isinstance(template, Int8BlockSparseLinear) else cast(Tensor, template.weight)
-        return Int8BlockSparseLinear(weight, cast(Any, template.bias), backend, like.dtype)
-    return BlockSparseLinear(weight, cast(Any, template.bias), backend, trainable=trainable)
 
 
 def _moved(x: Tensor, device: torch.device, is_index: bool) -> Tensor:

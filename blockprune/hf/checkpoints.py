@@ -15,7 +15,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from blockprune.core._compat_hf import ignore_unexpected_keys, keep_device_hook, model_keys
 from blockprune.export.module_replacement import replace_modules
 from blockprune.export.packing import read_state
-from blockprune.export.sparse_layers import STATE_KEYS, BlockSparseLinear, sparse_layer_like
+from blockprune.export.sparse_convs import sparse_layer_like
+from blockprune.export.sparse_layers import STATE_KEYS, BlockSparseLinear
 from blockprune.model.apply import apply_masks
 from blockprune.model.checkpoint import masks_in_state
 from blockprune.model.hf_checkpoint import FORMAT, QUANT_METHOD, prepare_checkpoints

@@ -24,6 +24,7 @@ class GradualPruning(TrainerCallback):
         schedule: step -> sparsity; see `blockprune.schedule`. Steps count optimizer updates and go on after a resume.
         every: steps from one update of the masks to the next.
         end: the last step at which masks are updated; None for the whole training.
+        straight_through, decay: as in `apply_masks`.
 
     Raises:
         ValueError: ``every`` or ``end`` is not positive; in training, a checkpoint with masks was loaded into a model without.
@@ -36,11 +37,19 @@ class GradualPruning(TrainerCallback):
     """
 
     def __init__(
-        self, prune: Callable[[Any, float], Any], schedule: Callable[[int], float], *, every: int = 1, end: int | None = None
+        self,
+        prune: Callable[[Any, float], Any],
+        schedule: Callable[[int], float],
+        *,
+        every: int = 1,
+        end: int | None = None,
+        straight_through: bool = False,
+        decay: float = 0.0,
     ) -> None:
         if every < 1 or (end is not None and end < 1):
             raise ValueError(f"every={every} and end={end} must be positive numbers of steps")
         self.prune, self.schedule, self.every, self.end = prune, schedule, every, end
+        self.straight_through, self.decay = straight_through, decay
 
     def on_init_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Put masks on a plain model, so that a checkpoint's masks can be loaded."""
@@ -72,4 +81,5 @@ class GradualPruning(TrainerCallback):
         return step == self.end or (step % self.every == 0 and (self.end is None or step < self.end))
 
     def _update(self, model: nn.Module, step: int) -> None:
-        apply_masks(model, *masks_and_weights(self.prune(model, self.schedule(step)), "prune"))
+        masks, weights = masks_and_weights(self.prune(model, self.schedule(step)), "prune")
+        apply_masks(model, masks, weights, straight_through=self.straight_through, decay=self.decay)

@@ -5,7 +5,7 @@ sizes (ragged ones at the edge, or 4x4 and 16x16 in two layers) are then compare
 """
 
 from blockprune.metric.activations import apoz, block_output_error, mean_activation, wanda
-from blockprune.metric.gradients import fisher, grasp, movement, obd, snip, synflow, taylor, taylor_squared
+from blockprune.metric.gradients import fisher, gradient_magnitude, grasp, movement, obd, snip, synflow, taylor, taylor_squared
 from blockprune.metric.magnitude import batchnorm_scale, fpgm, l1, l2, lamp, lp, random
 from blockprune.metric.optimal_brain_surgeon import obs, sparsegpt
 
@@ -15,6 +15,7 @@ __all__ = [
     "block_output_error",
     "fisher",
     "fpgm",
+    "gradient_magnitude",
     "grasp",
     "l1",
     "l2",

@@ -4,6 +4,8 @@ Pruning a block sets its gate g to 0, which changes the loss by about ``-dL/dg +
 Scores are per element: multiplied by the block's number of elements they estimate the change of the loss.
 """
 
+import torch
+
 from blockprune import statistics
 from blockprune.core.grid import pool
 from blockprune.core.pipeline import requires
@@ -47,6 +49,24 @@ def taylor_squared(data: Data) -> Scores:
     return score_each(
         data, lambda p: pool(p.weight.to(p.stats["weight_grad_sq"]).square() * p.stats["weight_grad_sq"], p.grid, reduce="mean")
     )
+
+
+@requires(statistics.weight_grad)
+def gradient_magnitude(data: Data) -> Scores:
+    """Mean over the block of ``|E[g]|``, by which RigL grows blocks (Evci et al. 1911.11134, algorithm 1).
+
+    Needs the statistic ``weight_grad``, which `collect.gradients` reads from the model's gradients.
+
+    Raises:
+        ValueError: data without ``weight_grad``.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> (model(torch.tensor([[1.0, -3.0]]))).sum().backward()
+        >>> bp.metric.gradient_magnitude(bp.collect.gradients(model, where=bp.linears((1, 1))))["weight"].value
+        tensor([[1., 3.]])
+    """
+    return score_each(data, lambda p: pool(p.stats["weight_grad"], p.grid, reduce="mean", elementwise=torch.abs))
 
 
 @requires(statistics.gate_fisher)

@@ -1,8 +1,10 @@
 """Put masks on a model and take them off again, with ``torch.nn.utils.parametrize``. `apply_masks` changes the model in place."""
 
 import copy
+import math
+import numbers
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch.nn.utils import parametrize
 from blockprune.core._compat import parameter_names
 from blockprune.core._compat_hf import is_offloaded
 from blockprune.core.grid import BlockGrid
+from blockprune.core.patterns import suggest
 from blockprune.core.types import BlockMask, Masks, Weights
 from blockprune.model.hf_checkpoint import prepare_checkpoints
 from blockprune.model.masked_class import add_mask_methods, has_mask_methods, mask_index, own_class, refs_of_module, remove_mask_methods
@@ -21,7 +24,9 @@ from blockprune.model.parameters import (
     distinct,
     find_parameters,
     is_exported,
+    is_replicated,
     is_sharded,
+    parameter_order,
     parameter_refs,
 )
 from blockprune.model.parametrization import MaskBlocks
@@ -29,7 +34,7 @@ from blockprune.model.parametrization import MaskBlocks
 M = TypeVar("M", bound=nn.Module)
 
 
-def apply_masks(model: M, masks: Masks, weights: Weights | None = None) -> M:
+def apply_masks(model: M, masks: Masks, weights: Weights | None = None, *, straight_through: bool | Masks = False, decay: float = 0.0) -> M:
     """Change a model in place, so that it has exactly these masks, whichever it had before; return it.
 
     A masked parameter reads as zero in its pruned blocks. Its dense weight stays stored in the same Parameter, so existing optimizers stay
@@ -40,11 +45,18 @@ def apply_masks(model: M, masks: Masks, weights: Weights | None = None) -> M:
         model: any module, masked or not.
         masks: by parameter name.
         weights: new values for parameters, by name (repaired weights and biases); any parameter of the model.
+        straight_through: whether gradients also reach pruned blocks, so that the optimizer changes their stored values (the
+            straight-through estimator, Bengio et al. 1308.3432). Or masks: then gradients reach the blocks that these keep, as in Top-KAST
+            (Jayakumar et al. 2106.03517). This option holds until the next call, and is not saved with the model.
+        decay: with ``straight_through``, this number times the stored values of the pruned blocks that gradients reach is added to their
+            gradients (SR-STE, Zhou et al. 2102.04010).
 
     Raises:
-        KeyError: the model does not have a parameter of this name, or two names are those of one tied tensor.
+        KeyError: the model does not have a parameter of this name, two names are those of one tied tensor, or ``straight_through`` has a
+            parameter that ``masks`` does not have.
         ValueError: a mask or a weight does not have its parameter's shape, a weight has NaN or inf, accelerate has offloaded a parameter,
-            or masks would be added to or removed from a model in DistributedDataParallel.
+            masks would be added to or removed from a model in DistributedDataParallel, ``straight_through`` has other blocks than a mask,
+            or a decay is negative or without ``straight_through``.
         TypeError: ``masks`` is not a mapping of `BlockMask`, or a parameter cannot be masked (integer, complex, sparse).
             After any error the model is as it was before the call.
 
@@ -58,27 +70,59 @@ def apply_masks(model: M, masks: Masks, weights: Weights | None = None) -> M:
     _check_loaded([refs[0] for _, _, refs in new_masks], "apply_masks")
     _check_not_wrapped(model, new_masks)
     new_weights = _checked_weights(model, {} if weights is None else weights)
-    old_masks = [(ref, BlockMask(mask.keep.clone(), mask.grid)) for ref, mask in _masked_refs(model)]
+    reached = _checked_reached(model, {name: mask for name, mask, _ in new_masks}, straight_through, decay)
+    old_masks = [(ref, BlockMask(mask.keep.clone(), mask.grid), _copy(mask.reached), mask.decay) for ref, mask in _masked_refs(model)]
     # in the order in which they were put on, so that an error restores that order
     old_masks.sort(key=lambda item: list(item[0].owner.parametrizations).index(item[0].attr))  # type: ignore[arg-type]
     with torch.no_grad():
         old_weights = [(ref, ref.stored.detach().clone()) for ref, _ in new_weights]
         written: list[ParameterRef] = []
         try:
-            _replace_masks([ref for ref, _ in old_masks], new_masks)
+            _replace_masks([ref for ref, *_ in old_masks], new_masks)
             for ref, weight in new_weights:
                 ref.stored.copy_(weight)
                 written.append(ref)
+            for name, _, refs in new_masks:
+                for ref in refs:
+                    cast(MaskBlocks, ref.mask).pass_gradients(reached.get(name), decay)
         except BaseException:
             for ref, _ in _masked_refs(model):
                 _remove_mask(ref)
-            for ref, mask in old_masks:
+            for ref, mask, old_reached, old_decay in old_masks:
                 _set_mask(ref, mask)
+                cast(MaskBlocks, ref.mask).pass_gradients(old_reached, old_decay)
             for ref, weight in old_weights[: len(written)]:
                 ref.stored.copy_(weight)
             raise
     prepare_checkpoints(model)
     return model
+
+
+def _copy(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.clone()
+
+
+def _checked_reached(model: nn.Module, masks: Masks, straight_through: bool | Masks, decay: float) -> dict[str, Tensor]:
+    """The blocks of each masked parameter that gradients reach, by canonical name; none of a parameter that is not in the result."""
+    if isinstance(decay, bool) or not isinstance(decay, numbers.Real) or not 0 <= decay < math.inf:
+        raise ValueError(f"decay={decay!r} must be a number from 0 on")
+    if decay and straight_through is False:
+        raise ValueError(f"decay={decay} changes the gradients of pruned blocks, which reach none; give straight_through=True, too")
+    if isinstance(straight_through, bool):
+        return {name: torch.ones_like(mask.keep) for name, mask in masks.items()} if straight_through else {}
+    if not isinstance(straight_through, Mapping):
+        raise TypeError(f"straight_through is a {type(straight_through).__name__}; give True, False, or masks")
+    names = find_parameters(model, straight_through, what="straight_through")
+    reached: dict[str, Tensor] = {}
+    for name, mask in zip(names, straight_through.values(), strict=True):
+        if name not in masks:
+            raise KeyError(f"straight_through has {name!r}, which masks does not have{suggest(name, masks)}")
+        if not isinstance(mask, BlockMask):
+            raise TypeError(f"straight_through[{name!r}] is a {type(mask).__name__}, not a BlockMask")
+        if mask.grid != masks[name].grid:
+            raise ValueError(f"{name}: straight_through has {mask.grid}, but the mask has {masks[name].grid}; use one `where` for both")
+        reached[name] = mask.keep
+    return reached
 
 
 def _check_loaded(refs: list[ParameterRef], function: str) -> None:
@@ -93,11 +137,11 @@ def _check_loaded(refs: list[ParameterRef], function: str) -> None:
 
 def _check_not_wrapped(model: nn.Module, new_masks: list[tuple[str, BlockMask, list[ParameterRef]]]) -> None:
     """Raise if masks would be added or removed where DistributedDataParallel or fully_shard refer to the parameters already."""
-    is_replicated = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
+    replicated = is_replicated(model)
     before = dict(_masked_refs_by_name(model))
     after = {ref.name: ref for _, _, refs in new_masks for ref in distinct(refs)}
     for name in sorted(before.keys() ^ after.keys()):
-        if is_replicated:
+        if replicated:
             raise ValueError(
                 f"{name}: masks cannot be added to or removed from a model in DistributedDataParallel, which would no longer average the "
                 "gradients of this parameter; apply masks first and wrap the model afterwards (existing masks may be updated)"
@@ -168,7 +212,7 @@ def finalize(model: M) -> M:
                 parametrize.remove_parametrizations(ref.owner, ref.attr, leave_parametrized=True)
                 delattr(ref.owner, ref.attr)
                 ref.owner.register_parameter(ref.attr, nn.Parameter(weight, requires_grad=requires_grad))
-                _restore_order(ref.owner, mask.order)
+                restore_order(ref.owner, mask.order)
     prepare_checkpoints(plain)
     return plain
 
@@ -280,8 +324,7 @@ def _set_mask(ref: ParameterRef, mask: BlockMask) -> None:
     if old is not None and ref.parametrizations is not None:
         ref.parametrizations[mask_index(ref)] = _new_parametrization(mask, ref, old.order)
         return
-    orders = (other.mask.order for other in refs_of_module(owner) if other.mask)
-    order = next(orders, (*parameter_names(owner), *getattr(owner, "parametrizations", ())))
+    order = parameter_order(owner)
     if parametrize.is_parametrized(owner) and not has_mask_methods(owner):
         owner.__class__ = own_class(owner)  # torch lets a copy of a parametrized module share its class
     parametrize.register_parametrization(owner, ref.attr, _new_parametrization(mask, ref, order), unsafe=True)
@@ -300,14 +343,14 @@ def _remove_mask(ref: ParameterRef) -> None:
     assert parametrizations is not None
     if ref.is_plain:
         parametrize.remove_parametrizations(owner, ref.attr, leave_parametrized=False)
-        _restore_order(owner, mask.order)
+        restore_order(owner, mask.order)
     else:
         del parametrizations[mask_index(ref)]
     if parametrize.is_parametrized(owner) and not any(other.mask for other in refs_of_module(owner)):
         remove_mask_methods(owner)
 
 
-def _restore_order(owner: nn.Module, order: tuple[str, ...]) -> None:
+def restore_order(owner: nn.Module, order: tuple[str, ...]) -> None:
     """Put a module's parameters in this order: torch appends a restored parameter at the end, but optimizers rely on the order."""
     for name in sorted(parameter_names(owner), key=lambda attr: order.index(attr) if attr in order else len(order)):
         parameter = getattr(owner, name)

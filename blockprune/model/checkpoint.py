@@ -69,11 +69,14 @@ def load_masked(model: M, state: Mapping[str, Tensor]) -> M:
                 f"{name}: the state has a mask of blocks {masks[name].grid.block}, but the model has blocks {before[name].grid.block}; "
                 "remove the masks of the model first, with bp.apply_masks(model, {})"
             )
-    apply_masks(model, before | masks)
+    is_masked_anew = not masks.keys() <= before.keys()  # masks that stay keep their option straight_through
+    if is_masked_anew:
+        apply_masks(model, before | masks)
     try:
         _check_state(model, state)
     except ValueError:
-        apply_masks(model, before)
+        if is_masked_anew:
+            apply_masks(model, before)
         raise
     model.load_state_dict(state, strict=False)  # _check_state has compared the names; an alias of a tied tensor may be missing
     return model

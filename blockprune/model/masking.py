@@ -1,4 +1,4 @@
-"""`mask_blocks`, the arithmetic of a mask: zeros in the pruned blocks of a weight."""
+"""The arithmetic of a mask: zeros in the pruned blocks of a weight (`mask_blocks`), and gradients that reach them (`straight_through`)."""
 
 import math
 from typing import Any
@@ -21,16 +21,86 @@ def mask_blocks(weight: Tensor, keep: Tensor, grid: BlockGrid) -> Tensor:
     """
     is_plain_cpu_tensor = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu"
     if not is_plain_cpu_tensor or torch.compiler.is_compiling():
-        shape, mask = _broadcastable(keep, grid)
+        shape, mask = broadcastable(keep, grid)
         return torch.where(mask, weight.reshape(shape), 0).reshape(weight.shape)
     # torch.where is not vectorized on a CPU; a bitwise AND with all ones or all zeros gives the same bits in half the time
-    shape, bits = _broadcastable(keep.to(_INTEGER_OF_SIZE[weight.dtype.itemsize]).neg_(), grid)
+    shape, bits = broadcastable(keep.to(_INTEGER_OF_SIZE[weight.dtype.itemsize]).neg_(), grid)
     masked: Tensor = _AndBits.apply(weight.reshape(shape), bits)  # type: ignore[no-untyped-call]
     return masked.reshape(weight.shape)
 
 
-def _broadcastable(keep: Tensor, grid: BlockGrid) -> tuple[list[int], Tensor]:
-    """A shape to view the weight in and a mask that broadcasts to it; the mask repeats its values only along short contiguous runs."""
+def straight_through(weight: Tensor, keep: Tensor, reached: Tensor, grid: BlockGrid, *, decay: float) -> Tensor:
+    """`mask_blocks`, whose gradient also passes to the pruned blocks of ``reached``, plus ``decay`` times the values of those blocks.
+
+    Source: SR-STE, Zhou et al. 2102.04010; without a decay it is the straight-through estimator of Bengio et al. 1308.3432.
+
+    Args:
+        weight: ``[*grid.shape]``.
+        keep: ``[*grid.size]`` bool, True = kept.
+        reached: ``[*grid.size]`` bool, True = the gradient passes; it passes to kept blocks in any case.
+        grid: the blocks.
+        decay: what is multiplied with the pruned values and added to their gradient.
+
+    Example:
+        >>> from blockprune.model.masking import straight_through
+        >>> w, keep, reached = torch.ones(1, 2, requires_grad=True), torch.tensor([[True, False]]), torch.tensor([[True, True]])
+        >>> straight_through(w, keep, reached, bp.BlockGrid((1, 2), (1, 1)), decay=0.5).sum().backward()
+        >>> w.grad
+        tensor([[1.0000, 1.5000]])
+    """
+    function = _CompiledStraightThrough if torch.compiler.is_compiling() else _StraightThrough
+    masked: Tensor = function.apply(weight, keep, reached, grid, decay)  # type: ignore[no-untyped-call]
+    return masked
+
+
+class _CompiledStraightThrough(torch.autograd.Function):
+    """`mask_blocks`, with another gradient; compiled code accepts no function with a jvp."""
+
+    @staticmethod
+    def forward(weight: Tensor, keep: Tensor, reached: Tensor, grid: BlockGrid, decay: float) -> Tensor:
+        return mask_blocks(weight, keep, grid)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, BlockGrid, float], output: Tensor) -> None:
+        weight, keep, reached, ctx.grid, ctx.decay = inputs
+        ctx.save_for_backward(keep, reached, *([weight] if ctx.decay else []))
+        ctx.save_for_forward(keep, reached)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        keep, reached, *weight = ctx.saved_tensors
+        passed = _masked(grad, keep | reached, ctx.grid)
+        if weight:
+            passed = passed + ctx.decay * _masked(weight[0], reached & ~keep, ctx.grid)
+        return passed, None, None, None, None
+
+
+class _StraightThrough(_CompiledStraightThrough):
+    """The same for `torch.func` and forward-mode differentiation, too."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        keep, reached = ctx.saved_tensors[:2]
+        return _masked(tangent, keep | reached, ctx.grid)
+
+
+def _masked(x: Tensor, keep: Tensor, grid: BlockGrid) -> Tensor:
+    """`mask_blocks`, also of the batched tensors of ``torch.autograd.grad(is_grads_batched=True)``."""
+    if not torch.compiler.is_compiling() and is_legacy_batched(x):
+        return torch.where(expand(keep, grid), x, 0)
+    return mask_blocks(x, keep, grid)
+
+
+def broadcastable(keep: Tensor, grid: BlockGrid) -> tuple[list[int], Tensor]:
+    """A shape to view the weight in, and the values of the blocks so that they broadcast to it; they repeat along short contiguous runs.
+
+    Example:
+        >>> from blockprune.model.masking import broadcastable
+        >>> broadcastable(torch.tensor([[1, 2]]), bp.BlockGrid((2, 4), (2, 2)))
+        ([1, 2, 4], tensor([[[1, 1, 2, 2]]]))
+    """
     if grid.ragged:
         return list(grid.shape), expand(keep, grid)
     axes = list(zip(grid.size, grid.block, strict=True))

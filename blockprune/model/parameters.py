@@ -14,7 +14,7 @@ import attrs
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from blockprune.core._compat import has_one_original, originals
+from blockprune.core._compat import has_one_original, originals, parameter_names
 from blockprune.core.patterns import suggest
 from blockprune.model.parametrization import MaskBlocks
 
@@ -38,6 +38,12 @@ class ParameterRef:
     def mask(self) -> MaskBlocks | None:
         """The parameter's mask, or None."""
         return next((p for p in self.parametrizations or () if isinstance(p, MaskBlocks)), None)
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The names of the module's parameters in their original order, as a mask or gates of this parameter noted them; or none."""
+        orders = (getattr(parametrization, "order", ()) for parametrization in self.parametrizations or ())
+        return next((order for order in orders if isinstance(order, tuple) and order), ())
 
     @property
     def is_plain(self) -> bool:
@@ -180,8 +186,19 @@ def _parameter_attributes(module: nn.Module) -> list[str]:
         return names
     refs = [ParameterRef("", module, attr) for attr in cast(nn.ModuleDict, module.parametrizations)]
     refs = [ref for ref in refs if isinstance(ref.stored, nn.Parameter)]  # a buffer can be parametrized, too
-    order = next((ref.mask.order for ref in refs if ref.mask), ())
+    order = next((ref.order for ref in refs if ref.order), ())
     return sorted([*names, *(ref.attr for ref in refs)], key=lambda name: order.index(name) if name in order else len(order))
+
+
+def parameter_order(owner: nn.Module) -> tuple[str, ...]:
+    """The names of a module's parameters in the order of the plain module, as far as it is known."""
+    refs = [ParameterRef("", owner, attr) for attr in getattr(owner, "parametrizations", ())]
+    return next((ref.order for ref in refs if ref.order), (*parameter_names(owner), *(ref.attr for ref in refs)))
+
+
+def is_replicated(model: nn.Module) -> bool:
+    """Whether DistributedDataParallel refers to parameters of the model."""
+    return any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
 
 
 def computed_attributes(model: nn.Module) -> Iterator[ParameterRef]:

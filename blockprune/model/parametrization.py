@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from blockprune.core._compat import functorch_is_active, is_tracing
 from blockprune.core.grid import BlockGrid
 from blockprune.model.masked_weight import MaskedWeight
-from blockprune.model.masking import mask_blocks
+from blockprune.model.masking import mask_blocks, straight_through
 
 
 class MaskBlocks(nn.Module):
@@ -24,13 +24,19 @@ class MaskBlocks(nn.Module):
         keep: ``[*grid.size]`` bool, True = kept; it is copied.
         grid: the blocks.
         order: the names of the module's parameters in their original order, which torch loses when one is parametrized.
+
+    The gradient of a read passes to kept blocks, and also to the blocks of ``reached``, unless that is None; ``decay`` times the values of
+    pruned blocks is added to what reaches them. Both are options of the training loop: the state dict does not have them.
     """
 
     keep: Tensor
+    reached: Tensor | None  # [*grid.size] bool
 
     def __init__(self, keep: Tensor, grid: BlockGrid, *, order: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.register_buffer("keep", keep.clone())
+        self.register_buffer("reached", None, persistent=False)
+        self.decay = 0.0
         self.grid = grid
         self.order = order
         self._last_read: weakref.ref[MaskedWeight] | None = None
@@ -54,13 +60,26 @@ class MaskBlocks(nn.Module):
         return masked
 
     def _masked(self, weight: Tensor) -> Tensor:
-        return mask_blocks(weight, self.keep if self.keep.device == weight.device else self.keep.to(weight.device), self.grid)
+        keep = self.keep if self.keep.device == weight.device else self.keep.to(weight.device)
+        if self.reached is None:
+            return mask_blocks(weight, keep, self.grid)
+        return straight_through(weight, keep, self.reached.to(weight.device), self.grid, decay=self.decay)
+
+    def pass_gradients(self, reached: Tensor | None, decay: float) -> None:
+        """Let gradients pass to these pruned blocks ``[*grid.size]``; None lets them pass to kept blocks alone."""
+        self.decay = decay
+        if reached is None or self.reached is None or self.reached.is_inference():
+            with torch.inference_mode(False):
+                self.reached = None if reached is None else reached.to(self.keep.device, copy=True)
+        else:
+            self.reached.copy_(reached)  # in place, so that compiled models are not recompiled
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MaskBlocks":
         """Move the mask to another device, but keep its values: ``to_empty`` and the meta device would lose them."""
         device = fn(self.keep).device
         if device.type != "meta":
             self.keep = self.keep.to(device)
+            self.reached = None if self.reached is None else self.reached.to(device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blockprune.core._compat import ConvNd
+from blockprune.core._compat import BatchNorm, ConvNd
 from blockprune.core.grid import BlockGrid, BlockShape, int_tuple
 from blockprune.core.patterns import Pattern, matches, suggest
 from blockprune.core.pipeline import as_code
@@ -47,6 +47,16 @@ def convs(block: BlockShape) -> Where:
         (1,)
     """
     return _Rule(_convs, block=int_tuple("block", block))
+
+
+def batchnorms(block: BlockShape = (1,)) -> Where:
+    """The weight (scale) of every batch norm, such as for network slimming with `regularizers.group_lasso`.
+
+    Example:
+        >>> bp.batchnorms()("bn1.weight", nn.BatchNorm2d(8))
+        (1,)
+    """
+    return _Rule(_batchnorms, block=int_tuple("block", block))
 
 
 def named(pattern: Pattern, block: BlockShape) -> Where:
@@ -140,6 +150,10 @@ def _linears(name: str, owner: nn.Module, *, block: tuple[int, ...]) -> tuple[in
 
 def _convs(name: str, owner: nn.Module, *, block: tuple[int, ...]) -> tuple[int, ...] | None:
     return block if isinstance(owner, ConvNd) and name.endswith("weight") else None
+
+
+def _batchnorms(name: str, owner: nn.Module, *, block: tuple[int, ...]) -> tuple[int, ...] | None:
+    return block if isinstance(owner, BatchNorm) and name.endswith("weight") else None
 
 
 def _named(name: str, owner: nn.Module, *, pattern: Pattern, block: tuple[int, ...]) -> tuple[int, ...] | None:

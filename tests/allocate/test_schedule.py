@@ -1,6 +1,7 @@
 """A schedule is a plain function of the step: within its bounds, monotone, flat outside, and right at its ends."""
 
 import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from blockprune import schedule
 
-RAMPS = {"linear": schedule.linear, "cubic": schedule.cubic, "exponential": schedule.exponential}
+RAMPS = {"linear": schedule.linear, "cubic": schedule.cubic, "exponential": schedule.exponential, "cosine": schedule.cosine}
 ramps = pytest.mark.parametrize("ramp", RAMPS.values(), ids=RAMPS)
 shares = st.floats(0, 0.999)
 STEPS = st.integers(-10, 10_000)
@@ -44,6 +45,7 @@ def test_ramps_are_their_formulas(initial: float, final: float, end: int, step: 
     options = {"initial": initial, "final": final, "end": end}
     assert schedule.linear(step, **options) == pytest.approx((1 - t) * initial + t * final)
     assert schedule.cubic(step, **options) == pytest.approx(final + (initial - final) * (1 - t) ** 3)
+    assert schedule.cosine(step, **options) == pytest.approx(final + (initial - final) / 2 * (1 + math.cos(math.pi * t)))
     dense = (1 - initial) * ((1 - final) / (1 - initial)) ** t
     assert schedule.exponential(step, **options) == pytest.approx(1 - dense, abs=1e-9)
 

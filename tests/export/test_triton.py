@@ -25,9 +25,10 @@ from torch import Tensor, nn
 import blockprune as bp
 from blockprune import export
 from blockprune.core.grid import BlockGrid
-from blockprune.export import autotune, ops, semi_structured, triton_launch
+from blockprune.export import autotune, semi_structured, triton_launch
 from blockprune.export.autotune import fixed_backend
 from blockprune.export.format import BlockSparse, pack, to_layout
+from blockprune.export.torch_products import torch_product
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -68,7 +69,7 @@ def exact(x: Tensor, matrix: Matrix, bias: Tensor | None, dtype: torch.dtype) ->
     weight, keep, grid = matrix
     sparse = pack(weight.to(dtype), keep, grid)
     y = x @ torch.where(bp.expand(keep, grid), weight, 0).mT + (0 if bias is None else bias)
-    assert torch.equal(y, ops.torch_product(x, pack(weight, keep, grid), bias))
+    assert torch.equal(y, torch_product(x, pack(weight, keep, grid), bias))
     assert torch.equal(linear(x.to(dtype), sparse, None if bias is None else bias.to(dtype)), rounded(y, dtype))
 
 

@@ -98,6 +98,44 @@ def test_dynamic_masks_bring_blocks_back(tmp_path: Path) -> None:
     assert any((second[name].keep & ~first[name].keep).any() for name in first)
 
 
+def test_straight_through_gradients_change_pruned_blocks(tmp_path: Path) -> None:
+    for reaches in (True, False):
+        model = tiny_bert()
+        work = trainer(
+            model, tmp_path, GradualPruning(MAGNITUDE, partial(bp.schedule.constant, value=0.5), every=100, straight_through=reaches)
+        )
+        name = "bert.encoder.layer.0.output.dense.weight"
+        pruned = ~bp.expand((mask := bp.read_masks(model)[name]).keep, mask.grid)
+        stored = model.get_submodule(name.removesuffix(".weight")).parametrizations.weight.original
+        before = stored.detach().clone()
+        work.train()
+        assert bool((stored != before)[pruned].any()) is reaches
+
+
+class RigL(transformers.TrainerCallback):  # type: ignore[misc]
+    """The callback of the guide "Masks that learn"."""
+
+    def __init__(self, where: bp.Where, every: int, fraction: Any) -> None:
+        self.where, self.every, self.fraction = where, every, fraction
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **options: Any) -> None:
+        if state.global_step % self.every == self.every - 1:
+            before, data = bp.read_masks(model), bp.collect.gradients(model, where=self.where)
+            grow = bp.metric.gradient_magnitude(data)
+            after = bp.regrow(before, drop=bp.metric.l1(data), grow=grow, fraction=self.fraction(state.global_step))
+            bp.apply_masks(model, after, bp.zero_new_blocks(model, after), straight_through=True)
+            bp.reset_state(getattr(optimizer, "optimizer", optimizer), model, before, after)
+
+
+def test_rigl_is_a_callback_of_a_few_lines(tmp_path: Path) -> None:
+    model = tiny_bert()
+    before = bp.read_masks(bp.apply_masks(model, random_masks(model, 0.5), straight_through=True))
+    trainer(model, tmp_path, RigL(WHERE, 2, partial(bp.schedule.cosine, initial=0.3, final=0.0, end=8))).train()
+    after = bp.read_masks(model)
+    assert after != before
+    assert bp.sparsity(after) == bp.sparsity(before) == 0.5
+
+
 def test_a_callback_that_is_added_late_cannot_resume(tmp_path: Path) -> None:
     trainer(tiny_bert(), tmp_path / "a", GradualPruning(MAGNITUDE, CUBIC), steps=4).train()
     late = trainer(tiny_bert(), tmp_path / "b")

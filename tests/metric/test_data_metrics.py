@@ -346,6 +346,7 @@ METRICS: dict[str, tuple[Metric, str]] = {
     "mean_activation": (metric.mean_activation, "mean_activation"),
     "taylor": (metric.taylor, "weight_grad"),
     "taylor_squared": (metric.taylor_squared, "weight_grad_sq"),
+    "gradient_magnitude": (metric.gradient_magnitude, "weight_grad"),
     "fisher": (metric.fisher, "gate_fisher"),
     "obd": (metric.obd, "gate_hvp"),
     "snip": (metric.snip, "gate_grad"),
@@ -391,7 +392,9 @@ def test_a_score_is_finite_in_float32_and_writes_into_nothing(name: str, dtype: 
         assert torch.equal(data[n].stats[statistic], before[n][1])
 
 
-@pytest.mark.parametrize("name", [n for n in METRICS if n not in ("apoz", "mean_activation", "movement", "obd", "grasp")])
+@pytest.mark.parametrize(
+    "name", [n for n in METRICS if n not in ("apoz", "mean_activation", "movement", "obd", "grasp", "gradient_magnitude")]
+)
 def test_a_block_of_zeros_scores_zero_and_others_more(name: str) -> None:
     model = seeded(Tiny)
     with torch.no_grad():

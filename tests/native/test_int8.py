@@ -17,9 +17,9 @@ import blockprune as bp
 from blockprune.core.grid import BlockGrid
 from blockprune.core.types import BlockMask
 from blockprune.export.format import BlockSparse
-from blockprune.export.ops import torch_product
 from blockprune.export.packing import pack_int8
 from blockprune.export.quantization import quantize_inputs, quantize_weight
+from blockprune.export.torch_products import torch_product
 from blockprune.native import spmm
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -13,7 +13,18 @@ from torch import Tensor
 from blockprune.core._compat import gomp_parallel
 from blockprune.native.library import INSTRUCTIONS, available_instructions, chosen_instructions, is_numbers, load, runs_eagerly
 
-__all__ = ["INSTRUCTIONS", "Window", "conv2d", "instructions", "linear", "linear_int8", "memory_format", "status"]
+__all__ = [
+    "INSTRUCTIONS",
+    "Window",
+    "conv2d",
+    "input_grad",
+    "instructions",
+    "linear",
+    "linear_int8",
+    "memory_format",
+    "status",
+    "values_grad",
+]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _MULTIPLICATIONS = 1 << 32  # of one call of the compiled loops, a part of a second; between calls Python answers signals such as Ctrl-C

@@ -1,0 +1,383 @@
+"""Gates that learn which blocks a model needs: a trainable number for each block, which is multiplied with the block's weights.
+
+A gate is a function of a `logit`, an ordinary Parameter. `add` puts gates on a model, a penalty closes them until a target is met,
+`scores` and an allocator turn them into masks, and `remove` takes them off.
+"""
+
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TypeVar, cast
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from blockprune.core.grid import BlockGrid, block_elements
+from blockprune.core.patterns import resolve_by_name
+from blockprune.core.precision import no_autocast
+from blockprune.core.types import BlockScore, Where
+from blockprune.model.apply import restore_order
+from blockprune.model.masked_class import has_mask_methods, own_class
+from blockprune.model.masking import broadcastable
+from blockprune.model.parameters import ParameterRef, distinct, is_replicated, parameter_order, parameter_refs
+from blockprune.model.parametrization import MaskBlocks
+from blockprune.model.selection import select
+
+__all__ = ["Gate", "add", "expected_sparsity", "hard_concrete", "parameters", "penalty", "remove", "scores", "soft_movement"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@attrs.frozen
+class Gate:
+    """A kind of gate: two functions of its logits.
+
+    Args:
+        value: (logits, training) -> the factors of the blocks, of the shape of the logits; differentiable. It is called whenever a weight
+            is read.
+        open_probability: logits -> the probability that a factor is not 0, 0 to 1; differentiable and rising.
+
+    Example:
+        >>> scale = bp.gates.Gate(lambda logits, training: logits.sigmoid(), torch.sigmoid)
+        >>> model = bp.gates.add(nn.Linear(4, 2), where=bp.linears((2, 2)), gate=scale, initial=0.0)
+        >>> bp.gates.expected_sparsity(model).item()
+        0.5
+    """
+
+    value: Callable[[Tensor, bool], Tensor]
+    open_probability: Callable[[Tensor], Tensor]
+
+
+def hard_concrete(*, temperature: float = 2 / 3, low: float = -0.1, high: float = 1.1) -> Gate:
+    """Random gates in [0, 1] that are exactly 0 or 1 with some probability, for L0 regularisation.
+
+    Source: hard concrete gates, Louizos et al. 1712.01312, eq. 10 to 13.
+
+    In training a gate is drawn from torch's global generator whenever the weight is read; in evaluation mode it is its typical value.
+
+    Args:
+        temperature: beta of the paper, above 0.
+        low, high: the interval to which gates are stretched before they are clipped to [0, 1], gamma and zeta of the paper.
+
+    Raises:
+        ValueError: a temperature that is not positive, or an interval that does not extend beyond [0, 1].
+
+    Example:
+        >>> gate = bp.gates.hard_concrete()
+        >>> gate.value(torch.tensor([-5.0, 0.0, 5.0]), False), gate.open_probability(torch.tensor([-5.0, 0.0, 5.0]))
+        (tensor([0.0000, 0.5000, 1.0000]), tensor([0.0323, 0.8318, 0.9986]))
+    """
+    if not temperature > 0 or not low < 0 or not high > 1:
+        raise ValueError(f"temperature={temperature} must be above 0, low={low} below 0 and high={high} above 1")
+    value = partial(_hard_concrete, temperature=temperature, low=low, high=high)
+    return Gate(value, partial(_hard_concrete_is_open, shift=temperature * math.log(-low / high)))
+
+
+def _hard_concrete(logits: Tensor, training: bool, *, temperature: float, low: float, high: float) -> Tensor:
+    if training:
+        u = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+        logits = (u.log() - (-u).log1p() + logits) / temperature
+    return (logits.sigmoid() * (high - low) + low).clamp(0, 1)
+
+
+def _hard_concrete_is_open(logits: Tensor, *, shift: float) -> Tensor:
+    return (logits - shift).sigmoid()
+
+
+def soft_movement(*, threshold: float = 0.5) -> Gate:
+    """Gates that are 1 where ``sigmoid(logit)`` exceeds a threshold, else 0 (soft movement pruning, Sanh et al. 2005.07683, section 4).
+
+    The gradient of a factor passes to its logit unchanged, ``sum over the block of w dL/dw``, also where the gate is closed: blocks come
+    back that training would move away from zero. The open probability is exactly 0 or 1 and has the gradient of ``sigmoid(logit)``.
+
+    Args:
+        threshold: above 0 and below 1.
+
+    Raises:
+        ValueError: a threshold outside of that.
+
+    Example:
+        >>> bp.gates.soft_movement().value(torch.tensor([-1.0, 1.0]), True)
+        tensor([0., 1.])
+    """
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold={threshold} must be above 0 and below 1")
+    return Gate(partial(_step, threshold=threshold), partial(_sigmoid_step, threshold=threshold))
+
+
+def _step(logits: Tensor, training: bool, *, threshold: float) -> Tensor:
+    return (logits.sigmoid() > threshold).to(logits.dtype) + (logits - logits.detach())
+
+
+def _sigmoid_step(logits: Tensor, *, threshold: float) -> Tensor:
+    soft = logits.sigmoid()
+    return (soft > threshold).to(logits.dtype) + (soft - soft.detach())
+
+
+class GateBlocks(nn.Module):
+    """The parametrization that multiplies each block of a weight with its gate.
+
+    Args:
+        logits: ``[*grid.size]``.
+        grid: the blocks.
+        gate: the function of the logits.
+        order: the names of the module's parameters in their original order, which torch loses when one is parametrized.
+    """
+
+    def __init__(self, logits: Tensor, grid: BlockGrid, gate: Gate, order: tuple[str, ...]) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+        self.grid, self.gate, self.order = grid, gate, order
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with no_autocast():
+            shape, factors = broadcastable(self.gate.value(self.wide_logits(), self.training).to(weight.dtype), self.grid)
+            return (weight.reshape(shape) * factors).reshape(weight.shape)
+
+    def wide_logits(self) -> Tensor:
+        """The logits in at least float32."""
+        return self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Store an assigned weight (``layer.weight = w``) as it is."""
+        return weight
+
+    def extra_repr(self) -> str:
+        return f"shape={self.grid.shape}, block={self.grid.block}"
+
+
+def add(model: M, *, where: Where, gate: Gate | None = None, initial: float = 2.0) -> M:
+    """Change a model in place, so that every block that a rule selects is multiplied with a trainable gate; return it.
+
+    The stored weights stay the same Parameters. The logits are new ones, which an optimizer must be given: ``bp.gates.parameters(model)``.
+
+    Args:
+        model: any module, masked or not.
+        where: which parameters, in what blocks.
+        gate: the kind of gate; `hard_concrete` by default.
+        initial: the logit of every gate.
+
+    Raises:
+        ValueError: a parameter that has gates already, an ``initial`` that is not finite, a rule that matches nothing, a block that does
+            not fit.
+        TypeError: a ``gate`` that is no `Gate`, a weight that cannot be pruned. After any error the model is as it was before the call.
+
+    Example:
+        >>> model, x, y = nn.Linear(8, 4), torch.randn(64, 8), torch.randn(64, 4)
+        >>> where = bp.linears((2, 2))
+        >>> optimizer = torch.optim.Adam(bp.gates.add(model, where=where).parameters(), lr=0.05)
+        >>> for _ in range(200):
+        ...     optimizer.zero_grad()
+        ...     ((model(x) - y).square().mean() + 10 * bp.gates.penalty(model, sparsity=0.75)).backward()
+        ...     optimizer.step()
+        >>> masks = bp.allocate.per_layer(bp.gates.scores(model), 0.75)
+        >>> bp.sparsity(bp.read_masks(bp.apply_masks(bp.gates.remove(model), masks)))
+        0.75
+    """
+    gate = hard_concrete() if gate is None else gate
+    if not isinstance(gate, Gate):
+        raise TypeError(f"gate is a {type(gate).__name__}; give a Gate, such as bp.gates.hard_concrete()")
+    if isinstance(initial, bool) or not isinstance(initial, numbers.Real) or not math.isfinite(initial):
+        raise ValueError(f"initial={initial!r} must be a finite number")
+    _check_not_replicated(model)
+    selected, refs = select(model, where), parameter_refs(model)
+    for name, (ref, _) in selected.items():
+        if _gate_of(ref) is not None:
+            raise ValueError(f"{name} {ref.shape}: this parameter has gates already; take them off with bp.gates.remove(model)")
+    for name, (first, grid) in selected.items():
+        stored = first.stored
+        logits = torch.full(grid.size, float(initial), device=stored.device, dtype=torch.promote_types(stored.dtype, torch.float32))
+        shared: GateBlocks | None = None
+        for ref in distinct(refs[name]):
+            _own_class(ref.owner)
+            order = parameter_order(ref.owner)
+            shared = GateBlocks(logits, grid, gate, order) if shared is None else _of_other_owner(shared, order)
+            shared.train(ref.owner.training)
+            parametrize.register_parametrization(ref.owner, ref.attr, shared, unsafe=True)
+    return model
+
+
+def _check_not_replicated(model: nn.Module) -> None:
+    if is_replicated(model):
+        raise ValueError(
+            "gates cannot be added to or removed from a model in DistributedDataParallel, which would not average their gradients; change "
+            "the model first and wrap it afterwards"
+        )
+
+
+def _of_other_owner(gates: GateBlocks, order: tuple[str, ...]) -> GateBlocks:
+    """Gates with the same logits, for another module that uses a tied weight."""
+    other = GateBlocks(gates.logits.detach(), gates.grid, gates.gate, order)
+    other.logits = gates.logits
+    return other
+
+
+def remove(model: M, *, fold: bool = True) -> M:
+    """Change a model in place, so that it has no gates; return it. Weights and modules have the types and names that they had before `add`.
+
+    Args:
+        model: a model with gates.
+        fold: multiply the gates, as they are in evaluation mode, into the weights, so that the outputs in evaluation mode stay. With False
+            the weights become those that are stored.
+
+    Raises:
+        ValueError: a model without gates; or, with ``fold``, another parametrization besides masks that computes a gated weight.
+
+    Example:
+        >>> model = bp.gates.add(nn.Linear(4, 2), where=bp.linears((2, 2)))
+        >>> type(model).__name__, type(bp.gates.remove(model)).__name__
+        ('ParametrizedLinear', 'Linear')
+    """
+    _check_not_replicated(model)
+    gated = _gated(model)
+    for name, refs in gated.items():
+        others = [p for p in refs[0].parametrizations or () if not isinstance(p, (GateBlocks, MaskBlocks))]
+        if fold and others:
+            raise ValueError(
+                f"{name} {refs[0].shape}: {type(others[0]).__name__} also computes this weight, so no stored weight can hold the gates; "
+                "remove that parametrization first, or give fold=False"
+            )
+    with torch.no_grad():
+        for refs in gated.values():
+            stored, gates = refs[0].stored, _gates_of(refs[0])
+            folded = gates.eval()(stored.detach()) if fold else None
+            for ref in refs:
+                _remove_gates(ref)
+            if folded is not None:
+                stored.copy_(folded)
+    return model
+
+
+def _remove_gates(ref: ParameterRef) -> None:
+    gates, parametrizations = _gates_of(ref), cast(parametrize.ParametrizationList, ref.parametrizations)
+    _own_class(ref.owner)
+    if len(parametrizations) == 1:
+        parametrize.remove_parametrizations(ref.owner, ref.attr, leave_parametrized=False)
+        restore_order(ref.owner, gates.order)
+    else:
+        del parametrizations[next(i for i, p in enumerate(parametrizations) if p is gates)]
+
+
+def _own_class(owner: nn.Module) -> None:
+    """Give a parametrized module a class of its own, because torch lets a copy of it share the class that is about to change."""
+    if parametrize.is_parametrized(owner) and not has_mask_methods(owner):
+        owner.__class__ = own_class(owner)
+
+
+def parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The logits of all gates of a model, for a group of the optimizer with its own learning rate and no weight decay.
+
+    Raises:
+        ValueError: a model without gates.
+
+    Example:
+        >>> model = bp.gates.add(nn.Linear(4, 2), where=bp.linears((2, 2)))
+        >>> logits = bp.gates.parameters(model)
+        >>> weights = [p for p in model.parameters() if not any(p is logit for logit in logits)]
+        >>> optimizer = torch.optim.AdamW([{"params": weights}, {"params": logits, "lr": 0.1, "weight_decay": 0.0}])
+        >>> [len(group["params"]) for group in optimizer.param_groups]
+        [2, 1]
+    """
+    return [_gates_of(refs[0]).logits for refs in _gated(model).values()]
+
+
+def scores(model: nn.Module) -> dict[str, BlockScore]:
+    """The logits of all gates as scores of the blocks, by parameter name: what is closed first is pruned first.
+
+    Raises:
+        ValueError: a model without gates.
+
+    Example:
+        >>> model = bp.gates.add(nn.Linear(4, 2), where=bp.linears((2, 2)), initial=0.5)
+        >>> bp.gates.scores(model)["weight"].value
+        tensor([[0.5000, 0.5000]])
+    """
+    gates = {name: _gates_of(refs[0]) for name, refs in _gated(model).items()}
+    return {name: BlockScore(gate.wide_logits().detach().clone(), gate.grid) for name, gate in gates.items()}
+
+
+def expected_sparsity(model: nn.Module, *, costs: Mapping[str, float] | None = None) -> Tensor:
+    """The expected fraction of the gated parameters' elements whose gate is 0, differentiable (Louizos et al. 1712.01312, eq. 12).
+
+    Args:
+        model: a model with gates.
+        costs: what each parameter costs while all its blocks are kept, such as milliseconds, by name or pattern; then the result is the
+            expected fraction of the costs that closed gates save. By default each parameter costs its number of elements.
+
+    Raises:
+        ValueError: a model without gates; a cost that is negative or not finite, or costs that are all 0.
+        KeyError: a parameter without a cost, a cost of a parameter that has no gates.
+
+    Example:
+        >>> model = bp.gates.add(nn.Linear(4, 2), where=bp.linears((2, 2)), gate=bp.gates.soft_movement(), initial=1.0)
+        >>> bp.gates.expected_sparsity(model).item()
+        0.0
+    """
+    gates = {name: _gates_of(refs[0]) for name, refs in _gated(model).items()}
+    cost_of = _costs(gates, costs)
+    total = sum(cost_of.values())
+    saved: list[Tensor] = []
+    with no_autocast():
+        for name, gate in gates.items():
+            closed = 1 - gate.gate.open_probability(gate.wide_logits())
+            share = (closed * block_elements(gate.grid, device=closed.device)).sum() / gate.grid.elements
+            saved.append(share * (cost_of[name] / total))
+    return torch.stack([share.to(saved[0].device) for share in saved]).sum()
+
+
+def _costs(gates: Mapping[str, GateBlocks], costs: Mapping[str, float] | None) -> dict[str, float]:
+    if costs is None:
+        return {name: float(gate.grid.elements) for name, gate in gates.items()}
+    cost_of = resolve_by_name(costs, gates, what="costs")
+    if any(not 0 <= cost < math.inf for cost in cost_of.values()) or not sum(cost_of.values()):
+        raise ValueError(f"costs={dict(costs)} must be numbers from 0 on, not all of them 0")
+    return cost_of
+
+
+def penalty(model: nn.Module, *, sparsity: float, costs: Mapping[str, float] | None = None) -> Tensor:
+    """``|expected sparsity - target|``, to add to the loss with a factor.
+
+    Its slope does not vanish near the target, so that any factor above the loss's own slope meets the target exactly. For a Lagrangian with
+    multipliers that learn (CoFi, Xia et al. 2204.00408, section 3.2), compose it from `expected_sparsity`::
+
+        gap = bp.gates.expected_sparsity(model) - target
+        loss = loss + multipliers[0] * gap + multipliers[1] * gap**2  # an optimizer with maximize=True has the multipliers
+
+    Args:
+        model: a model with gates.
+        sparsity: the target, 0 to 1; a schedule may raise it step by step.
+        costs: as in `expected_sparsity`; then the target is the fraction of the costs to save.
+
+    Raises:
+        ValueError, KeyError: as `expected_sparsity`; a target outside [0, 1].
+
+    Example:
+        >>> model = bp.gates.add(nn.Linear(4, 2), where=bp.linears((2, 2)), gate=bp.gates.soft_movement(), initial=1.0)
+        >>> bp.gates.penalty(model, sparsity=0.75).item()
+        0.75
+    """
+    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real) or not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity={sparsity!r} must be a number from 0 (all gates open) to 1 (all closed)")
+    return (expected_sparsity(model, costs=costs) - sparsity).abs()
+
+
+def _gate_of(ref: ParameterRef) -> GateBlocks | None:
+    """The gates of a parameter, or None."""
+    return next((p for p in ref.parametrizations or () if isinstance(p, GateBlocks)), None)
+
+
+def _gates_of(ref: ParameterRef) -> GateBlocks:
+    gates = _gate_of(ref)
+    assert gates is not None
+    return gates
+
+
+def _gated(model: nn.Module) -> dict[str, list[ParameterRef]]:
+    """The parameters that have gates, by canonical name, with all modules that use them."""
+    gated = {name: distinct(refs) for name, refs in parameter_refs(model).items() if _gate_of(refs[0]) is not None}
+    if not gated:
+        raise ValueError(f"{type(model).__name__} has no gates; add them with bp.gates.add(model, where=...)")
+    return gated

@@ -1,0 +1,114 @@
+"""What changes with the masks of a model in training: the values of new blocks, and what the optimizer remembers of blocks."""
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from blockprune.core.grid import expand
+from blockprune.core.types import BlockMask, Masks
+from blockprune.model.masking import mask_blocks
+from blockprune.model.parameters import ParameterRef, find_parameters
+
+Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
+
+
+def zero_new_blocks(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
+    """The stored weights, with zeros in the blocks that these masks keep and the model's present masks prune; for `apply_masks`.
+
+    Without it, a block that comes back has the values that are stored for it, such as those from before it was pruned.
+
+    Args:
+        model: a masked model; it is not changed.
+        masks: the next masks, such as `regrow` returns them.
+
+    Raises:
+        KeyError: a parameter that the model does not have.
+        ValueError: a mask of other blocks than the present one, a parameter without a mask, or whose weight another parametrization
+            computes.
+
+    Example:
+        >>> grid = bp.BlockGrid((1, 2), (1, 1))
+        >>> before, after = ({"weight": bp.BlockMask(torch.tensor([keep]), grid)} for keep in ([True, False], [False, True]))
+        >>> model = bp.apply_masks(nn.Linear(2, 1), before, {"weight": torch.tensor([[3.0, 4.0]])})
+        >>> bp.zero_new_blocks(model, after)
+        {'weight': tensor([[3., 0.]])}
+    """
+    weights: dict[str, Tensor] = {}
+    for (name, refs), mask in zip(find_parameters(model, masks, what="masks").items(), masks.values(), strict=True):
+        ref, present = refs[0], refs[0].mask
+        if present is None or not ref.is_plain:
+            reason = "has no mask, so that no block of it is new" if ref.is_plain else "is computed by another parametrization"
+            raise ValueError(f"{name} {ref.shape}: this parameter {reason}; leave it out")
+        if present.grid != mask.grid:
+            raise ValueError(f"{name}: the masks have {mask.grid}, but the model has {present.grid}; use one `where` for both")
+        is_new = mask.keep.to(present.keep.device) & ~present.keep
+        weights[name] = mask_blocks(ref.stored.detach(), ~is_new, mask.grid)
+    return weights
+
+
+def reset_state(optimizer: Optimizer, model: nn.Module, before: Masks, after: Masks) -> Optimizer:
+    """Change an optimizer in place, so that it remembers nothing of the blocks that ``before`` or ``after`` keeps, but not both; return it.
+
+    In these blocks the tensors that it holds for a parameter, such as the momentum of SGD and both moments of Adam and AdamW, become zero.
+    Step counters stay, as in RigL.
+
+    Args:
+        optimizer: any optimizer whose tensors have the shapes of their parameters, with a step done or not.
+        model: the model that it trains; it is not changed.
+        before: the masks of the model until now. A parameter that it lacks was kept whole.
+        after: the masks from now on. A parameter that it lacks is kept whole.
+
+    Raises:
+        KeyError: a parameter that the model does not have.
+        ValueError: an optimizer that has none of these parameters, or that holds tensors of other shapes (Adafactor); a parameter with
+            different blocks in the two masks. The optimizer is as it was before the call.
+
+    Example:
+        >>> model, grid = nn.Linear(2, 1, bias=False), bp.BlockGrid((1, 2), (1, 1))
+        >>> before, after = ({"weight": bp.BlockMask(torch.tensor([keep]), grid)} for keep in ([True, True], [True, False]))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer = bp.reset_state(optimizer, model, before, after)
+        >>> optimizer.state[model.weight]["momentum_buffer"]
+        tensor([[1., 0.]])
+    """
+    refs = {name: users[0] for masks in (before, after) for name, users in find_parameters(model, masks, what="masks").items()}
+    old, new = (dict(zip(find_parameters(model, masks, what="masks"), masks.values(), strict=True)) for masks in (before, after))
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if refs and not any(id(ref.stored) in trained for ref in refs.values()):
+        raise ValueError(
+            f"optimizer is a {type(optimizer).__name__} that has none of the masked parameters, such as {next(iter(refs))!r}; give the "
+            "optimizer that trains this model"
+        )
+    changed = {name: _changed_elements(name, old.get(name), new.get(name)) for name in refs}
+    states = [(state, changed[name]) for name, ref in refs.items() for state in _states(optimizer, name, ref)]
+    with torch.no_grad():
+        for state, elements in states:
+            state.masked_fill_(elements.to(state.device), 0)
+    return optimizer
+
+
+def _changed_elements(name: str, old: BlockMask | None, new: BlockMask | None) -> Tensor:
+    """The elements of the blocks that one mask keeps and the other prunes; no mask keeps all."""
+    if old is not None and new is not None:
+        if old.grid != new.grid:
+            raise ValueError(f"{name} has different blocks in before and after, {old.grid} and {new.grid}; make both with one `where`")
+        return expand(old.keep ^ new.keep.to(old.keep.device), old.grid)
+    mask = new if old is None else old
+    assert mask is not None
+    return expand(~mask.keep, mask.grid)
+
+
+def _states(optimizer: torch.optim.Optimizer, name: str, ref: ParameterRef) -> list[Tensor]:
+    """The tensors that an optimizer holds for a parameter, in its shape; step counters have no axes."""
+    held = optimizer.state.get(ref.stored, {})
+    states = {key: state for key, state in held.items() if isinstance(state, Tensor) and state.ndim}
+    for key, state in states.items():
+        if tuple(state.shape) != ref.shape:
+            raise ValueError(
+                f"{name} {ref.shape}: {type(optimizer).__name__} holds {key!r} of shape {tuple(state.shape)}, which has no blocks; "
+                "use an optimizer such as SGD, Adam or AdamW, or make a new one"
+            )
+    return list(states.values())

@@ -1,0 +1,226 @@
+"""Penalties that push whole blocks to zero in training, their proximal maps, and ADMM. Each takes parameters and blocks from a rule."""
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import TypeVar
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from blockprune.core.grid import BlockGrid, block_elements, pool, tiles
+from blockprune.core.patterns import suggest
+from blockprune.core.precision import no_autocast
+from blockprune.core.types import Data, Masks, Param, Weights, Where
+from blockprune.model.masking import broadcastable, mask_blocks
+from blockprune.model.parameters import find_parameters
+from blockprune.model.selection import select
+
+__all__ = ["Admm", "admm", "admm_penalty", "group_lasso", "proximal_group_lasso"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def group_lasso(model: nn.Module, *, where: Where, l1_ratio: float = 0.0) -> Tensor:
+    """The mixed l1/l2 norm of the blocks, ``sum over blocks of sqrt(elements) * ||block||_2``; add a multiple of it to the loss.
+
+    Source: Yuan & Lin 2006, eq. 2.1; for networks Wen et al. 1608.03665; with ``l1_ratio`` the sparse group lasso (Simon et al. 2013).
+    With ``where=bp.batchnorms()`` it is the l1 norm of batch norm scales (network slimming, Liu et al. 1708.06519, eq. 1).
+
+    Gradient descent makes weights small, but hardly ever zero; `proximal_group_lasso` makes blocks exactly zero.
+
+    Args:
+        model: any module, masked or not; weights count as the model uses them, so that pruned blocks add nothing.
+        where: which parameters, in what blocks.
+        l1_ratio: r in ``(1 - r) * group lasso + r * l1 norm``, 0 to 1.
+
+    Returns:
+        One number, differentiable, in at least float32.
+
+    Raises:
+        ValueError, TypeError: a rule that matches nothing, a block that does not fit, an ``l1_ratio`` outside [0, 1].
+
+    Example:
+        >>> model = nn.Linear(4, 1, bias=False)
+        >>> _ = model.weight.data.copy_(torch.tensor([[3.0, 4.0, 0.0, 0.0]]))
+        >>> bp.regularizers.group_lasso(model, where=bp.linears((1, 2)))
+        tensor(7.0711, grad_fn=<SumBackward0>)
+    """
+    _check_ratio(l1_ratio)
+    penalties: list[Tensor] = []
+    with no_autocast():
+        for ref, grid in select(model, where).values():
+            weight = _at_least_float32(ref.masked)
+            norms = torch.linalg.vector_norm(tiles(weight, grid, fill=0), dim=1)  # [blocks]; its gradient is 0 for a block of zeros
+            group = (norms * _root_of_elements(grid, norms).flatten()).sum()
+            penalties.append((1 - l1_ratio) * group + l1_ratio * weight.abs().sum() if l1_ratio else group)
+    return _total(penalties)
+
+
+def proximal_group_lasso(model: M, *, where: Where, strength: float, l1_ratio: float = 0.0) -> M:
+    """Change the weights of a model in place: each becomes the ``v`` that minimises ``1/2 ||v - w||^2 + strength * group_lasso(v)``.
+
+    Call it after the optimizer's step, with ``strength`` = learning rate times the factor of the penalty, in place of adding the penalty to
+    the loss (proximal gradient descent, Parikh & Boyd 2014, section 6.5.4). Blocks whose norm is at most ``strength * sqrt(elements)``
+    become zero, all others shrink. `masks_from_zeros` reads the masks. Stored values of blocks that a mask prunes stay.
+
+    Args:
+        model: any module, masked or not; it is changed and returned.
+        where: which parameters, in what blocks.
+        strength: the factor of the penalty, at least 0.
+        l1_ratio: as in `group_lasso`. Elements are shrunk first, then blocks (Simon et al. 2013).
+
+    Raises:
+        ValueError, TypeError: as `group_lasso`; a negative strength; a weight that another parametrization computes. The model is as it was
+            before the call.
+
+    Example:
+        >>> model = nn.Linear(4, 1, bias=False)
+        >>> _ = model.weight.data.copy_(torch.tensor([[3.0, 4.0, 0.1, 0.1]]))
+        >>> bp.regularizers.proximal_group_lasso(model, where=bp.linears((1, 2)), strength=2.5 / 2**0.5).weight.data
+        tensor([[1.5000, 2.0000, 0.0000, 0.0000]])
+    """
+    _check_ratio(l1_ratio)
+    _check_not_negative("strength", strength)
+    selected = list(select(model, where).items())
+    for name, (ref, _) in selected:
+        if not ref.is_plain:
+            raise ValueError(f"{name} {ref.shape}: another parametrization computes this weight; leave it out with `excluding`")
+    with torch.no_grad():
+        for _, (ref, grid) in selected:
+            shrunk = _shrunk(ref.stored.detach(), grid, strength, l1_ratio)
+            if ref.mask is not None:  # the rule may have other blocks than the mask
+                pruned = mask_blocks(ref.stored.detach(), ~ref.mask.keep, ref.mask.grid)
+                shrunk = mask_blocks(_shrunk(ref.masked.detach(), grid, strength, l1_ratio), ref.mask.keep, ref.mask.grid) + pruned
+            ref.stored.copy_(shrunk)
+    return model
+
+
+def _shrunk(weight: Tensor, grid: BlockGrid, strength: float, l1_ratio: float) -> Tensor:
+    """The proximal map of ``strength`` times the sparse group lasso: soft thresholds of the elements, then of the norms of the blocks."""
+    wide = _at_least_float32(weight)
+    wide = wide.sign() * (wide.abs() - strength * l1_ratio).clamp_min(0) if l1_ratio else wide
+    norms = pool(wide, grid, elementwise=torch.square).sqrt()  # [*size]
+    threshold = strength * (1 - l1_ratio) * _root_of_elements(grid, norms)
+    shape, factor = broadcastable(torch.where(norms > threshold, 1 - threshold / norms, 0), grid)
+    return (wide.reshape(shape) * factor).reshape(weight.shape).to(weight.dtype)
+
+
+@attrs.frozen(eq=False)
+class Admm:
+    """The state of ADMM between two projections, by parameter name.
+
+    Args:
+        masks: of the last projection.
+        targets: the projected weights Z, with zeros in the blocks that the masks prune.
+        duals: the scaled dual variables U, the sum of all differences between weights and targets.
+
+    Example:
+        >>> state = bp.regularizers.admm(nn.Linear(4, 2), where=bp.linears((2, 2)),
+        ...                              prune=lambda data: bp.allocate.per_layer(bp.metric.l2(data), 0.5))
+        >>> bp.sparsity(state.masks)
+        0.5
+    """
+
+    masks: Masks
+    targets: Weights
+    duals: Weights
+
+
+def admm(model: nn.Module, *, where: Where, prune: Callable[[Data], Masks], previous: Admm | None = None) -> Admm:
+    """One projection of ADMM: ``Z = prune(W + U)`` and ``U = U + W - Z`` (Boyd et al. 2011, eq. 3.6 and 3.7; Zhang et al. 1804.03294).
+
+    Train with ``loss + admm_penalty(model, state, rho=...)`` from one projection to the next, then apply ``state.masks``.
+
+    Args:
+        model: any module, masked or not; it is not changed.
+        where: which parameters, in what blocks.
+        prune: data -> masks, a metric and an allocator. The weights of its data are W + U.
+        previous: the result of the projection before; None at the first.
+
+    Raises:
+        ValueError, TypeError: a rule that matches nothing; masks of other blocks.
+        KeyError: ``prune`` returns no mask of a parameter, or ``previous`` lacks a parameter.
+
+    Example:
+        >>> model, x, y = nn.Linear(4, 2), torch.randn(8, 4), torch.randn(8, 2)
+        >>> optimizer, state = torch.optim.SGD(model.parameters(), lr=0.1), None
+        >>> for step in range(40):
+        ...     if step % 10 == 0:
+        ...         state = bp.regularizers.admm(model, where=bp.linears((2, 2)), previous=state,
+        ...                                      prune=lambda data: bp.allocate.per_layer(bp.metric.l2(data), 0.5))
+        ...     optimizer.zero_grad()
+        ...     ((model(x) - y).square().mean() + bp.regularizers.admm_penalty(model, state, rho=1.0)).backward()
+        ...     optimizer.step()
+        >>> bp.sparsity(bp.read_masks(bp.apply_masks(model, state.masks)))
+        0.5
+    """
+    sums: dict[str, Param] = {}
+    for name, (ref, grid) in select(model, where).items():
+        if previous is not None and name not in previous.duals:
+            raise KeyError(f"previous lacks {name!r}, which `where` selects{suggest(name, previous.duals)}; give the same `where`")
+        weight = ref.masked.detach().clone()
+        sums[name] = Param(weight if previous is None else weight + previous.duals[name].to(weight), grid)
+    masks = prune(sums)
+    targets: dict[str, Tensor] = {}
+    for name, param in sums.items():
+        if name not in masks:
+            raise KeyError(f"prune returned no mask of {name!r}{suggest(name, masks)}; it must return one for each parameter of its data")
+        if masks[name].grid != param.grid:
+            raise ValueError(f"{name}: prune returned a mask of {masks[name].grid}, but its data has {param.grid}")
+        targets[name] = mask_blocks(param.weight, masks[name].keep.to(param.weight.device), param.grid)
+    return Admm({name: masks[name] for name in sums}, targets, {name: param.weight - targets[name] for name, param in sums.items()})
+
+
+def admm_penalty(model: nn.Module, state: Admm, *, rho: float) -> Tensor:
+    """``rho / 2 * ||W - Z + U||^2`` over all parameters of the state (Boyd et al. 2011, eq. 3.5), to add to the loss.
+
+    Args:
+        model: any module, masked or not.
+        state: of the last `admm`.
+        rho: the strength, at least 0.
+
+    Raises:
+        KeyError: the model does not have a parameter of the state.
+        ValueError: a parameter of another shape, a negative rho.
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> state = bp.regularizers.Admm({}, {"weight": torch.zeros(1, 1)}, {"weight": torch.zeros(1, 1)})
+        >>> bool(bp.regularizers.admm_penalty(model, state, rho=2.0) == model.weight.square())
+        True
+    """
+    _check_not_negative("rho", rho)
+    penalties: list[Tensor] = []
+    with no_autocast():
+        for (name, (ref, *_)), key in zip(find_parameters(model, state.targets, what="state").items(), state.targets, strict=True):
+            if ref.shape != tuple(state.targets[key].shape):
+                raise ValueError(f"{name} {ref.shape}: the state has the shape {tuple(state.targets[key].shape)}; make it from this model")
+            weight = _at_least_float32(ref.masked)
+            penalties.append(rho / 2 * (weight - state.targets[key].to(weight) + state.duals[key].to(weight)).square().sum())
+    return _total(penalties)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _root_of_elements(grid: BlockGrid, like: Tensor) -> Tensor:
+    """``[*grid.size]``."""
+    return block_elements(grid, device=like.device).to(like.dtype).sqrt()
+
+
+def _total(penalties: list[Tensor]) -> Tensor:
+    """Their sum, on the device of the first; 0 without any."""
+    return torch.stack([penalty.to(penalties[0].device) for penalty in penalties]).sum() if penalties else torch.zeros(())
+
+
+def _check_ratio(l1_ratio: float) -> None:
+    if isinstance(l1_ratio, bool) or not isinstance(l1_ratio, numbers.Real) or not 0 <= l1_ratio <= 1:
+        raise ValueError(f"l1_ratio={l1_ratio!r} must be a number from 0 (group lasso) to 1 (l1 norm)")
+
+
+def _check_not_negative(what: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+        raise ValueError(f"{what}={value!r} must be a number from 0 on")

@@ -1,0 +1,337 @@
+"""Gates on blocks: what they multiply, what their penalty means, and that nothing of them stays on a model."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import grids, normal, seeds
+from torch import Tensor, nn
+
+import blockprune as bp
+from blockprune import gates
+from blockprune.model.gates import Gate
+
+WHERE = bp.linears((2, 2))
+KINDS: dict[str, Callable[[], Gate]] = {"hard_concrete": gates.hard_concrete, "soft_movement": gates.soft_movement}
+each = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+
+
+class Net(nn.Module):
+    """Linears with and without a bias, a convolution, a tied weight and a module under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.twice, self.last = nn.Linear(6, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 6)
+        self.alias = self.twice
+        self.last.weight = self.first.weight
+        self.conv = nn.Conv1d(1, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(self.alias(self.twice(self.first(x)).relu()).relu())
+        return x + self.conv(x[:, None]).mean()
+
+
+X = normal((5, 6), 3).float()
+
+
+def set_logits(model: nn.Module, seed: int = 0) -> None:
+    """Logits of both signs, so that some gates are open and some closed."""
+    with torch.no_grad():
+        for number, logits in enumerate(gates.parameters(model)):
+            logits.copy_(4 * normal(tuple(logits.shape), seed + number))
+
+
+def traces(model: nn.Module) -> list[Any]:
+    """All that gates could leave on a model besides values."""
+    modules = [
+        (n, type(m), m.training, list(m._parameters), list(m._buffers), list(m._modules), sorted(vars(m))) for n, m in model.named_modules()
+    ]
+    return [*modules, [(n, p.shape, p.dtype, p.requires_grad) for n, p in model.named_parameters()], list(model.state_dict())]
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    before, state = traces(model), copy.deepcopy(model.state_dict())
+    yield
+    assert traces(model) == before
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
+
+
+# What gates compute.
+
+
+@given(grids(), seeds, st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+@settings(max_examples=40)
+def test_a_weight_is_multiplied_block_by_block(grid: bp.BlockGrid, seed: int, dtype: torch.dtype) -> None:
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(normal(grid.shape, seed).to(dtype))
+
+    model = One()
+    dense = model.weight.detach().clone()
+    gates.add(model, where=bp.named("weight", grid.block), gate=Gate(lambda logits, _: logits, torch.sigmoid))
+    set_logits(model, seed)
+    factors = gates.scores(model)["weight"].value.to(dtype)
+    assert torch.equal(model.weight, dense * reference.expand(factors, grid))
+
+
+@each
+def test_gates_change_the_output_as_their_weights_do_and_both_get_gradients(make: Any) -> None:
+    model = gates.add(Net(), where=WHERE, gate=make())
+    set_logits(model)
+    assert [n for n, _ in model.named_parameters() if n.endswith("logits")] == [
+        f"{owner}.parametrizations.weight.0.logits" for owner in ("first", "twice")
+    ]
+    model(X).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert gates.parameters(model)[0].grad.any()
+
+
+def test_the_gradient_of_a_movement_gate_is_weight_times_gradient_also_where_it_is_closed() -> None:
+    model = nn.Linear(6, 4, bias=False)
+    weight = model.weight.detach().clone()
+    gates.add(model, where=WHERE, gate=gates.soft_movement())
+    set_logits(model)
+    (logits,) = gates.parameters(model)
+    is_open = logits.detach().sigmoid() > 0.5
+    assert is_open.any()
+    assert not is_open.all()
+    used = (weight * bp.expand(is_open, bp.BlockGrid((4, 6), (2, 2)))).requires_grad_()
+    (X @ used.T).square().sum().backward()
+    model(X).square().sum().backward()
+    assert used.grad is not None
+    expected = reference.pool((weight * used.grad), bp.BlockGrid((4, 6), (2, 2)))
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def test_hard_concrete_gates_are_open_as_often_as_their_probability_says() -> None:
+    gate = gates.hard_concrete()
+    logits = torch.tensor([-3.0, -1.0, 0.0, 2.0])
+    torch.manual_seed(0)
+    drawn = gate.value(logits.repeat(20000, 1), True)
+    assert drawn.min() == 0
+    assert drawn.max() == 1
+    torch.testing.assert_close((drawn > 0).float().mean(0), gate.open_probability(logits), atol=0.015, rtol=0)
+    torch.manual_seed(1)
+    first = gate.value(logits, True)
+    torch.manual_seed(1)
+    assert torch.equal(gate.value(logits, True), first)  # the state of the generator is all that a resumed run needs
+    assert torch.equal(gate.value(logits, False), (logits.sigmoid() * 1.2 - 0.1).clamp(0, 1))
+
+
+@each
+def test_open_probabilities_rise_with_the_logits_and_reach_both_ends(make: Any) -> None:
+    probability = make().open_probability(torch.linspace(-30, 30, 301))
+    assert (probability.diff() >= 0).all()
+    assert probability[0] < 1e-6
+    assert probability[-1] > 1 - 1e-6
+
+
+# Penalties.
+
+
+def test_the_expected_sparsity_counts_elements_or_costs() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 1))
+    gates.add(model, where=WHERE_OR_ROWS)
+    set_logits(model)
+    grids_of = {name: score.grid for name, score in gates.scores(model).items()}
+    closed = {name: 1 - gates.hard_concrete().open_probability(s.value) for name, s in gates.scores(model).items()}
+    removed = {name: (closed[name] * reference.block_elements(grid)).sum() for name, grid in grids_of.items()}
+    torch.testing.assert_close(gates.expected_sparsity(model), (removed["0.weight"] + removed["1.weight"]) / 30)
+    by_cost = gates.expected_sparsity(model, costs={"0.*": 3.0, "*": 1.0})
+    torch.testing.assert_close(by_cost, 0.75 * removed["0.weight"] / 25 + 0.25 * removed["1.weight"] / 5)
+    torch.testing.assert_close(gates.penalty(model, sparsity=0.9), (gates.expected_sparsity(model) - 0.9).abs())
+    assert torch.autograd.grad(gates.penalty(model, sparsity=0.9), gates.parameters(model))[0].any()
+
+
+WHERE_OR_ROWS = bp.first_of(bp.named("1.weight", (1, 2)), WHERE)
+
+
+@each
+@pytest.mark.parametrize("target", [0.5, 0.8])
+def test_the_penalty_meets_its_target_within_one_percent(make: Any, target: float) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(128, 16), torch.randn(128, 16)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    gates.add(model, where=WHERE, gate=make())
+    with torch.no_grad():
+        for logits in gates.parameters(model):
+            logits.add_(0.1 * torch.randn(logits.shape))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 500)  # the last steps open or close single gates
+    for _ in range(500):
+        optimizer.zero_grad()
+        ((model(x) - y).square().mean() + 10 * gates.penalty(model, sparsity=target)).backward()
+        optimizer.step()
+        schedule.step()
+    assert abs(gates.expected_sparsity(model).item() - target) < 0.01
+    masks = bp.allocate.per_model(gates.scores(model), target)
+    assert bp.sparsity(masks) == pytest.approx(target, abs=0.01)
+    gates.remove(model)
+    bp.apply_masks(model, masks)
+    assert bp.sparsity(bp.read_masks(model)) == bp.sparsity(masks)
+
+
+def test_gates_open_for_planted_blocks() -> None:
+    torch.manual_seed(0)
+    solution = torch.zeros(8, 16)
+    solution[:2, :2], solution[4:6, 8:10] = 1.5, -1.5
+    x = torch.randn(256, 16)
+    model = gates.add(nn.Linear(16, 8, bias=False), where=WHERE)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        ((model(x) - x @ solution.T).square().mean() + gates.penalty(model, sparsity=30 / 32)).backward()
+        optimizer.step()
+    keep = bp.allocate.per_layer(gates.scores(model), 30 / 32)["weight"].keep
+    assert keep.nonzero().tolist() == [[0, 0], [2, 4]]
+
+
+# Nothing stays.
+
+
+@each
+@pytest.mark.parametrize("training", [True, False])
+def test_removing_gates_leaves_no_trace_but_the_folded_values(make: Any, training: bool) -> None:
+    model = Net().train(training)
+    before, stored = traces(model), dict(model.named_parameters())
+    gates.add(model, where=WHERE, gate=make())
+    set_logits(model)
+    outputs = copy.deepcopy(model).eval()(X)
+    assert gates.remove(model) is model
+    assert traces(model) == before
+    assert all(p is stored[n] for n, p in model.named_parameters())
+    torch.testing.assert_close(model.eval()(X), outputs)
+
+
+def test_removing_gates_without_folding_restores_the_stored_values() -> None:
+    model = Net()
+    with unchanged(model):
+        gates.add(model, where=WHERE)
+        set_logits(model)
+        gates.remove(model, fold=False)
+
+
+@each
+def test_copies_of_a_gated_model_do_not_share_anything(make: Any) -> None:
+    model = gates.add(Net(), where=WHERE, gate=make()).eval()
+    set_logits(model)
+    outputs, replica = model(X), copy.deepcopy(model)
+    gates.remove(replica)
+    assert torch.equal(model(X), outputs)
+    torch.testing.assert_close(replica(X), outputs)
+    again = gates.add(Net(), where=WHERE, gate=make()).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(X), outputs)
+
+
+@pytest.mark.parametrize("masks_first", [True, False])
+@pytest.mark.parametrize("gates_last", [True, False])
+def test_masks_and_gates_come_and_go_in_any_order(masks_first: bool, gates_last: bool) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+    before, dense = traces(model), copy.deepcopy(model)
+    masks = bp.recipes.magnitude(WHERE)(model, 0.5).masks
+    steps: list[Callable[[], Any]] = [lambda: bp.apply_masks(model, masks), lambda: gates.add(model, where=WHERE)]
+    for step in steps if masks_first else reversed(steps):
+        step()
+    set_logits(model)
+    assert bp.read_masks(model) == masks
+    model.eval()
+    outputs, plain = model(X), bp.finalize(model)
+    torch.testing.assert_close(plain(X), outputs)
+    factors = {name: gates.hard_concrete().value(score.value, False) for name, score in gates.scores(model).items()}
+    for name, mask in masks.items():
+        expected = dense.get_parameter(name) * bp.expand(factors[name] * mask.keep, mask.grid)
+        torch.testing.assert_close(plain.get_parameter(name), expected)
+    if gates_last:
+        gates.remove(bp.apply_masks(model, {}))
+    else:
+        gates.remove(model)
+        torch.testing.assert_close(model(X), outputs)
+        bp.apply_masks(model, {})
+    assert traces(model.train()) == before
+
+
+def test_optimizers_and_half_precision_and_autocast() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    weight = model.first.weight.detach().clone()
+    gates.add(model, where=WHERE)
+    optimizer.add_param_group({"params": gates.parameters(model), "lr": 1.0})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.first.weight.dtype == torch.float32
+        model(X).float().square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(gates.remove(model, fold=False).first.weight, weight)
+    half = gates.add(Net().bfloat16(), where=WHERE)
+    assert half.first.weight.dtype == torch.bfloat16
+    assert half.bfloat16()(X.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+def test_gates_compile() -> None:
+    model = gates.add(nn.Linear(6, 4), where=WHERE, gate=gates.soft_movement())
+    set_logits(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(X), model(X))
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    "call", [gates.remove, gates.parameters, gates.scores, gates.expected_sparsity, lambda m: gates.penalty(m, sparsity=0.5)]
+)
+def test_a_model_without_gates_is_an_error_that_says_how_to_add_them(call: Any) -> None:
+    with pytest.raises(ValueError, match=r"Net has no gates; add them with bp\.gates\.add"):
+        call(Net())
+
+
+def test_bad_options_are_errors_and_change_nothing() -> None:
+    model = Net()
+    with unchanged(model):
+        for initial in (math.nan, math.inf, "1", True):
+            with pytest.raises(ValueError, match="initial="):
+                gates.add(model, where=WHERE, initial=initial)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="gate is a function; give a Gate"):
+            gates.add(model, where=WHERE, gate=lambda x: x)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="matches no parameter"):
+            gates.add(model, where=bp.batchnorms())
+    gates.add(model, where=bp.including(WHERE, "twice.*"))
+    with unchanged(model):
+        with pytest.raises(ValueError, match=r"twice\.weight \(6, 6\): this parameter has gates already"):
+            gates.add(model, where=WHERE)
+        for sparsity in (-0.1, 1.1, math.nan, "1"):
+            with pytest.raises(ValueError, match="sparsity="):
+                gates.penalty(model, sparsity=sparsity)  # type: ignore[arg-type]
+        for costs in ({"*": -1.0}, {"*": 0.0}, {"*": math.inf}):
+            with pytest.raises(ValueError, match="costs="):
+                gates.expected_sparsity(model, costs=costs)
+        with pytest.raises(KeyError, match=r"costs has a key 'first\.weight' that matches no parameter"):
+            gates.expected_sparsity(model, costs={"first.weight": 1.0})
+
+
+def test_gates_on_a_computed_weight_are_removed_without_folding_alone() -> None:
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    gates.add(model, where=WHERE)
+    with pytest.raises(ValueError, match=r"weight \(4, 4\): _WeightNorm also computes this weight"):
+        gates.remove(model)
+    plain = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    assert list(gates.remove(model, fold=False).state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"low": 0.0}, {"high": 1.0}, {"temperature": math.nan}])
+def test_hard_concrete_refuses_intervals_that_do_not_extend_beyond_0_and_1(options: Any) -> None:
+    with pytest.raises(ValueError, match="temperature="):
+        gates.hard_concrete(**options)
+    with pytest.raises(ValueError, match="threshold="):
+        gates.soft_movement(threshold=1.0)
