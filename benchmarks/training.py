@@ -16,6 +16,7 @@ import re
 import resource
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def layer_step(layer: nn.Module, x: Tensor, grad: Tensor, with_optimizer: bool) 
 def masked_torch_bsr(layer: nn.Linear, mask: bp.BlockMask, x: Tensor) -> nn.Module | None:
     """Torch's own block-sparse weight, if its product with x has gradients."""
     plain = bp.finalize(bp.apply_masks(copy.deepcopy(layer), {"weight": mask}))
-    plain.weight = nn.Parameter(plain.weight.detach().to_sparse_bsr(mask.grid.block))
+    with warnings.catch_warnings(action="ignore"):  # torch's BSR is in beta state
+        plain.weight = nn.Parameter(plain.weight.detach().to_sparse_bsr(mask.grid.block))
     try:
         plain(x.clone().requires_grad_()).sum().backward()
     except RuntimeError:
@@ -70,8 +72,12 @@ def layers(options: argparse.Namespace, dtype: torch.dtype, shape: tuple[int, in
         masked = bp.apply_masks(copy.deepcopy(layer), {"weight": mask})
         if "masked" not in calls:
             calls["masked"] = layer_step(masked, x, grad, options.optimizer)
-            if block[0] == block[1] and dtype == torch.float32 and (bsr := masked_torch_bsr(layer, mask, x)):
-                calls["torch BSR"] = layer_step(bsr, x, grad, options.optimizer)
+            if block[0] == block[1] and dtype == torch.float32:
+                bsr = masked_torch_bsr(layer, mask, x)
+                if bsr is None:
+                    print("torch's BSR weight has no gradient here")
+                else:
+                    calls["torch BSR"] = layer_step(bsr, x, grad, options.optimizer)
         sparse = export.block_sparse(masked, backend=options.backend, trainable=True)
         calls[block, sparsity] = layer_step(sparse, x, grad, options.optimizer)
     seconds = median_seconds(calls, rounds=options.rounds)

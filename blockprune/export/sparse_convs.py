@@ -89,8 +89,8 @@ class BlockSparseConv2d(BlockSparseLinear):
                 f"an input of shape {tuple(input.shape)} is smaller than the kernel of {self.kernel_size} with dilation {self.dilation} "
                 f"and padding {self._padding_sides}: the output would have {size[0]} rows and {size[1]} columns"
             )
-        x, bias, weight = self._operands(x)
-        packed, out = self._readable_weight(weight), None
+        x, bias, weight = self.operands(x)
+        packed, out = self.readable_weight(weight), None
         if packed is not None and self.backend != "torch":
             out = compiled_conv2d(x, packed, bias, window)
         if out is None:

@@ -129,14 +129,14 @@ class BlockSparseLinear(nn.Module):
             raise ValueError(
                 f"an input of shape {tuple(input.shape)} does not fit a weight of shape {self.shape}: its last axis must be {self.shape[1]}"
             )
-        input, bias, weight = self._operands(input)
-        if (packed := self._readable_weight(weight)) is not None:
+        input, bias, weight = self.operands(input)
+        if (packed := self.readable_weight(weight)) is not None:
             out = compiled_product(input, packed, bias, self.backend)  # a direct call avoids the overhead of torch's dispatcher
             if out is not None:
                 return out
         return linear(input, bias, *weight)
 
-    def _operands(self, input: Tensor) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
+    def operands(self, input: Tensor) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
         """The input, the bias and the arguments of an operator for the weight; under autocast in its type."""
         dtype = None
         if not input.is_meta and torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
@@ -159,7 +159,7 @@ class BlockSparseLinear(nn.Module):
             )
         return input, values, bias
 
-    def _readable_weight(self, weight: tuple[Any, ...]) -> BlockSparse | None:
+    def readable_weight(self, weight: tuple[Any, ...]) -> BlockSparse | None:
         """The weight, validated, where its numbers can be read: not while a graph is recorded."""
         values, crow, col, shape, block, paired, _, scale = weight
         if values.is_meta or torch.compiler.is_compiling() or is_tracing() or dispatch_mode_is_active():

@@ -40,8 +40,14 @@ static void unpack_columns(const float* from, int64_t pitch, int64_t first, int6
 
 template <class T> static void pack_rows(const Gradient& g, int64_t first, int64_t count, const RowTile& tile, float* to) {
     const T* row = (const T*)g.dy + first * g.rows + tile.band * g.height + tile.first;
-    for (int64_t i = 0; i < count; i++, row += g.rows, to += tile.lanes)
-        for (int64_t r = 0; r < tile.lanes; r++) to[r] = r < tile.rows ? load_float(row + r) : 0.0f;
+    const bool is_whole = tile.rows == TALLEST_TILE;
+    for (int64_t i = 0; i < count; i++, row += g.rows, to += tile.lanes) {
+        if (is_whole) {
+            UNROLL for (int64_t r = 0; r < TALLEST_TILE; r += LANES) store(to + r, load_floats<LANES>(row + r));
+        } else {
+            for (int64_t r = 0; r < tile.lanes; r++) to[r] = r < tile.rows ? load_float(row + r) : 0.0f;
+        }
+    }
 }
 
 template <class T> static const float* widen(const void* values, int64_t first, int64_t count, float* scratch) {
