@@ -124,12 +124,14 @@ def version_counter(x: Tensor) -> int:
 
 
 def replace_data(parameter: Tensor, data: Tensor) -> None:
-    """Give a parameter numbers of another length. A graph that lives still expects gradients of the old length; another type ends that
-    (torch 2.0).
+    """Give a parameter other numbers, maybe of another length. Backward through earlier graphs raises (torch 2.1).
+
+    torch keeps the node that accumulates a gradient, and with it the old shape, as long as such a graph lives, unless the type changes.
     """
     if parameter.shape != data.shape:
         parameter.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float64 else torch.float64)
     parameter.data = data
+    torch.autograd.graph.increment_version(parameter)
 
 
 def without_base(x: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def choose(
     its outputs are precise enough. Weights have a scale for each output, and inputs one for each row, found while the model runs.
 
     With ``training=True``, the forward pass and the gradients of the input, the weight and the bias are timed together, and a layer is
-    block-sparse if that is faster than the masked layer, which would train otherwise.
+    block-sparse if that is faster than the masked layer, which would train otherwise. The time of the layer without its mask is there, too.
 
     Args:
         model: with masks; it is not changed.
@@ -114,7 +114,11 @@ def choose(
         with_int8 = int8 and not obstacle
         key = _timing_key(candidate, x), with_int8
         if key not in timed:
-            timed[key] = _time_steps(candidate, x, rounds) if training else _time_kernels(candidate, x, rounds, graph, with_int8)
+            if training:
+                with torch.inference_mode(False):
+                    timed[key] = _time_steps(candidate, x.clone(), rounds)
+            else:
+                timed[key] = _time_kernels(candidate, x, rounds, graph, with_int8)
         choice = _fastest_choice(candidate, timed[key], x, error, obstacle)
         choices.append(attrs.evolve(choice, reason=choice.reason + _error_note(inputs, error)))
     warn_if_all_dense(Choices(tuple(choices)))
@@ -361,6 +365,7 @@ def _fastest_choice(candidate: Candidate, milliseconds: Mapping[str, float], x: 
     best_dense = min((name for name in milliseconds if name not in sparse), key=milliseconds.__getitem__)
     compared = dict.fromkeys((fastest, best_sparse, plain, best_dense))
     times = ", ".join(f"{name} {milliseconds[name]:.3g} ms" for name in compared)
-    reason = f"{milliseconds[best_dense] / milliseconds[best_sparse]:.2f}x on {tuple(x.shape)}: {times}"
+    against = plain if plain == "masked" else best_dense  # a layer that trains with its zeros cannot run without a mask
+    reason = f"{milliseconds[against] / milliseconds[best_sparse]:.2f}x on {tuple(x.shape)}: {times}"
     backend, dtype = layers[fastest]
     return choice(backend, f"{obstacle}; {reason}" if obstacle else reason, dtype=dtype)

@@ -47,8 +47,10 @@ def block_sparse(
     layer whose error is too large or that is not faster so stays in its type, or becomes dense int8.
 
     The kept weights are frozen, and gradients reach the inputs, the biases and all other parameters. With ``trainable=True`` the kept
-    weights are parameters too, so that a training step computes and stores nothing for pruned blocks; make the optimizer from the new
-    model's parameters. `update` changes the masks of such a model, and `read_masks` and `dense` lead back.
+    weights are parameters too, with names such as ``fc.values`` and one axis, so that a training step computes and stores nothing for
+    pruned blocks. Make the optimizer from the new model's parameters. `update` gives such a model other masks, and
+    ``bp.apply_masks(export.dense(sparse), bp.read_masks(sparse))`` is the masked model again. A model that is saved and loaded is frozen
+    until ``export.load_state_dict(model, model.state_dict(), trainable=True)``.
 
     A layer that has no block-sparse form, or that is faster dense, becomes a plain layer with zeros; if it is to train, it stays masked, so
     that its zeros remain. ``choose(model)`` says which, and why. A warning names the layers that have no block-sparse form, and says so if
@@ -80,6 +82,12 @@ def block_sparse(
         )
         >>> torch.allclose(sparse(x), model(x), atol=1e-6), list(sparse.state_dict())
         (True, ['0.bias', '0.values', '0.crow', '0.col', '0.layout'])
+        >>> trains = export.block_sparse(model, backend="torch", trainable=True)
+        >>> optimizer = torch.optim.AdamW(trains.parameters(), lr=1e-3)
+        >>> trains(x).square().sum().backward()
+        >>> optimizer.step()
+        >>> {name: tuple(p.shape) for name, p in trains.named_parameters()}
+        {'0.values': (4,), '0.bias': (2,)}
     """
     options: dict[str, Any] = {"dtype": dtype, "max_error": max_error, "inputs": inputs, "rows": rows, "forward": forward}
     if trainable and dtype is not None:
@@ -237,8 +245,8 @@ def _loaded_layer(name: str, template: nn.Module, tensors: Mapping[str, Tensor],
         raise ValueError(f"{name}: {error}") from None
     if weight.scale is not None and isinstance(template, (nn.Conv2d, BlockSparseConv2d)):
         raise ValueError(f"{name}: the state dict has a weight of int8 for a {type(template).__name__}; only a Linear can have one")
-    plain: Any = template.weight
-    shape = (len(plain), plain[0].numel())
+    plain: Any = template.values if isinstance(template, BlockSparseLinear) else template.weight
+    shape = template.shape if isinstance(template, BlockSparseLinear) else (len(plain), plain[0].numel())
     if weight.shape != shape:
         raise ValueError(
             f"{name}: the state dict has a weight of shape {weight.shape}, and the layer one of {shape}; is it that of another model?"
@@ -279,7 +287,7 @@ def _plain_layer(module: nn.Module) -> nn.Module | None:
         plain: Any = nn.Conv2d(module.in_channels, module.out_features, bias=False, device="meta", **options)
     else:
         plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-    trains = isinstance(module, BlockSparseLinear) and module.trainable
+    trains = isinstance(module, BlockSparseLinear) and module.trainable and module.values.requires_grad
     plain.weight, plain.bias = nn.Parameter(weight.detach(), requires_grad=trains), bias
     return cast(nn.Module, plain)
 

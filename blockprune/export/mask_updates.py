@@ -1,11 +1,12 @@
-"""Other masks for a model that trains block-sparse: kept blocks go on where they were."""
+"""Other masks for a model that trains block-sparse: blocks kept by both masks keep their values and the optimizer's state."""
 
-from collections.abc import Mapping
-from typing import TypeVar, cast
+from collections.abc import Sequence
+from typing import TypeVar
 
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from blockprune.core.patterns import suggest
 from blockprune.core.types import BlockMask, Masks, Weights
@@ -13,27 +14,30 @@ from blockprune.export.format import BlockSparse, unpack
 from blockprune.export.packing import pack_weight
 from blockprune.export.sparse_layers import BlockSparseLinear
 from blockprune.model.apply import apply_masks, parameter_masks
+from blockprune.model.parameters import is_sharded
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def update(model: M, masks: Masks, *, weights: Weights | None = None, optimizer: torch.optim.Optimizer | None = None) -> M:
+def update(model: M, masks: Masks, *, optimizer: Optimizer | Sequence[Optimizer] | None, weights: Weights | None = None) -> M:
     """Change in place which blocks the layers of an exported model hold; return it.
 
-    A block that stays has its values, and in the optimizer its state, as before. A block that comes starts at zero, or with the values of
-    ``weights``, and with a state of zero. The kept weights of a layer remain the same Parameter, so the optimizer stays valid; its length
-    changes and it has no gradient. Wrap the model in DistributedDataParallel or `fully_shard` again afterwards: both hold the old length.
+    A block that both masks keep has the same values as before, and in the optimizer the same state. A new block starts at zero, or with the
+    values of ``weights``, and with a state of zero. The kept weights of a layer remain the same Parameter, without a gradient, whose length
+    changes. So give all optimizers that hold them, call `update` on averages of the model (an EMA) with the same masks, and wrap the model
+    in DistributedDataParallel again.
 
     Args:
         model: the result of `block_sparse`, trainable or not. Weights that are masked instead get the new masks as by `apply_masks`.
         masks: by the name of the weight, as `bp.read_masks` gives them. Weights that are not named keep their blocks.
-        weights: dense, by the same names: the values of blocks that come.
-        optimizer: of the model's parameters; its state of kept weights is carried over.
+        optimizer: that of the model's parameters, or several; None if there is none.
+        weights: dense, by the same names: the values of new blocks.
 
     Raises:
         KeyError: a name that is no block-sparse or masked weight of the model, or weights without a mask.
-        ValueError: a mask or weight of another shape than the layer's, or a layer of int8; an optimizer that lacks the kept weights of a
-            layer: it was made before `block_sparse` made this model. The model is then as it was before the call.
+        ValueError: a mask or weight of another shape than the layer's; a layer of int8; a layer that `fully_shard` has sharded; two masks
+            for one layer; an optimizer without the kept weights of a layer, or whose state is not one number for each of them (LBFGS).
+        TypeError: a mask that is no `BlockMask`. After any error the model is as it was before the call.
 
     Example:
         >>> from blockprune import export
@@ -46,41 +50,57 @@ def update(model: M, masks: Masks, *, weights: Weights | None = None, optimizer:
         >>> model.weight[:, 2:].count_nonzero().item()
         0
     """
-    sparse, masked = _named_layers(model), parameter_masks(model)
-    for name in masks:
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    sparse, masked, weights = _named_layers(model), parameter_masks(model), {} if weights is None else weights
+    for name, mask in masks.items():
         if name not in sparse and name not in masked:
             raise KeyError(f"masks has {name!r}, which is no block-sparse weight of the model{suggest(name, [*sparse, *masked])}")
-    if unmasked := [name for name in weights or {} if name not in masks]:
+        if not isinstance(mask, BlockMask):
+            raise TypeError(f"masks[{name!r}] is a {type(mask).__name__} and must be a BlockMask(keep, grid)")
+    if unmasked := [name for name in weights if name not in masks]:
         raise KeyError(f"weights has {unmasked[0]!r}, and masks has not; give the mask of every weight that is given")
     layers = {name: sparse[name] for name in masks if name in sparse}
     for name, layer in layers.items():
-        _check(name, layer, masks[name], (weights or {}).get(name), optimizer)
-    new = {name: _with_mask(layer, masks[name], (weights or {}).get(name)) for name, layer in layers.items()}
+        _check(name, layer, masks[name], weights.get(name), optimizers)
+        if twin := next((other for other in layers if layers[other] is layer and masks[other] != masks[name]), None):
+            raise ValueError(f"{name} and {twin} are names of the same layer, and masks has two different masks for it")
+    new = {name: _with_mask(layer, masks[name], weights.get(name)) for name, layer in layers.items()}
     if others := {name: mask for name, mask in masks.items() if name in masked}:
-        apply_masks(model, masked | others, {name: weight for name, weight in (weights or {}).items() if name in others})
+        apply_masks(model, masked | others, {name: weight for name, weight in weights.items() if name in others})
+    done: set[BlockSparseLinear] = set()
     for name, (weight, source) in new.items():
-        _move_state(optimizer, layers[name], source)
-        layers[name].store(weight)
+        if layers[name] not in done:
+            for holder in optimizers:
+                _move_state(holder, layers[name], source)
+            layers[name].store(weight)
+        done.add(layers[name])
     return model
 
 
 def _named_layers(model: nn.Module) -> dict[str, BlockSparseLinear]:
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, BlockSparseLinear)}
+    modules = model.named_modules(remove_duplicate=False)
+    layers = {name: module for name, module in modules if isinstance(module, BlockSparseLinear)}
     return {f"{name}.weight" if name else "weight": layer for name, layer in layers.items()}
 
 
-def _check(name: str, layer: BlockSparseLinear, mask: BlockMask, weight: Tensor | None, optimizer: torch.optim.Optimizer | None) -> None:
-    shape = tuple(layer.weight.shape) if len(mask.grid.shape) != 2 else layer.shape
+def _check(name: str, layer: BlockSparseLinear, mask: BlockMask, weight: Tensor | None, optimizers: Sequence[Optimizer]) -> None:
     if layer.scale is not None:
         raise ValueError(f"{name}: the blocks of a weight of int8 cannot be changed; export the masked model again")
+    if is_sharded(layer.values):
+        raise ValueError(f"{name}: fully_shard has sharded this layer; update the model before it is sharded, and make the optimizer then")
+    shape = tuple(layer.weight.shape)
     for what, given in (("mask", mask.grid.shape), ("weight", None if weight is None else tuple(weight.shape))):
         if given is not None and given != shape:
             raise ValueError(f"{name}: the {what} has shape {given}, and the weight {shape}")
-    parameters = [] if optimizer is None else [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if optimizer is not None and layer.trainable and not any(parameter is layer.values for parameter in parameters):
+    parameters = [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
+    if optimizers and layer.trainable and layer.values.requires_grad and not any(parameter is layer.values for parameter in parameters):
         raise ValueError(
-            f"optimizer has no parameter of {name}: block_sparse made new parameters; make the optimizer from model.parameters()"
+            f"optimizer has not the kept weights of {name}; make it from the parameters of this model, which block_sparse has made anew"
         )
+    for optimizer in optimizers:
+        lists = [key for state in optimizer.state.values() for key, value in state.items() if isinstance(value, (list, tuple))]
+        if lists:
+            raise ValueError(f"optimizer: the state {lists[0]!r} of {type(optimizer).__name__} is not one number for each kept weight")
 
 
 def _with_mask(layer: BlockSparseLinear, mask: BlockMask, weight: Tensor | None) -> tuple[BlockSparse, Tensor]:
@@ -101,8 +121,8 @@ def _carried(old: Tensor, source: Tensor, start: Tensor) -> Tensor:
     return torch.where(source >= 0, old[source.clamp(min=0)], start) if len(old) else start
 
 
-def _move_state(optimizer: torch.optim.Optimizer | None, layer: BlockSparseLinear, source: Tensor) -> None:
-    state = cast(Mapping[str, object], {} if optimizer is None else optimizer.state.get(layer.values, {}))
+def _move_state(optimizer: Optimizer, layer: BlockSparseLinear, source: Tensor) -> None:
+    state = optimizer.state.get(layer.values, {})
     for key, x in state.items():
         if isinstance(x, Tensor) and x.shape == layer.values.shape:
-            cast(dict[str, object], state)[key] = _carried(x, source, x.new_zeros(source.shape))
+            state[key] = _carried(x, source, x.new_zeros(source.shape))

@@ -162,8 +162,13 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, bias: Tensor | None, *weight: Any) -> tuple[Tensor, int]:
-        if any(dim is not None for dim in (*in_dims[2:5], in_dims[-1])):
-            raise NotImplementedError("vmap is over inputs and biases, not over block-sparse weights: call the model once for each weight")
+        if any(dim is not None for dim in (*in_dims[3:5], in_dims[-1])):
+            raise NotImplementedError("vmap is over inputs, biases and kept values, not over the indices or scales of a weight")
+        if in_dims[2] is not None:
+            operands = zip(
+                *(_batch(operand, dim, info.batch_size) for operand, dim in zip((x, bias, weight[0]), in_dims, strict=False)), strict=True
+            )
+            return torch.stack([linear(y, b, values, *weight[1:]) for y, b, values in operands]), 0
         x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
         if bias is None or in_dims[1] is None:
             return linear(x, bias, *weight), 0
@@ -199,6 +204,11 @@ class _InputGrad(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], grad: Tensor, *weight: Any) -> tuple[Tensor, int]:
+        if in_dims[1] is not None:
+            operands = zip(
+                *(_batch(operand, dim, info.batch_size) for operand, dim in zip((grad, weight[0]), in_dims, strict=False)), strict=True
+            )
+            return torch.stack([input_grad(g, values, *weight[1:]) for g, values in operands]), 0
         return input_grad(grad.movedim(cast(int, in_dims[0]), 0), *weight), 0
 
 
@@ -233,11 +243,13 @@ class _ValuesGrad(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], grad: Tensor, x: Tensor, *layout: Any) -> tuple[Tensor, int]:
-        batches = [
-            operand.expand(info.batch_size, *operand.shape) if dim is None else operand.movedim(dim, 0)
-            for operand, dim in zip((grad, x), in_dims[:2], strict=True)
-        ]
-        return torch.stack([values_grad(g, y, *layout) for g, y in zip(*batches, strict=True)]), 0
+        operands = zip(*(_batch(operand, dim, info.batch_size) for operand, dim in zip((grad, x), in_dims, strict=False)), strict=True)
+        return torch.stack([values_grad(g, y, *layout) for g, y in operands]), 0
+
+
+def _batch(operand: Tensor | None, dim: int | None, size: int) -> Sequence[Tensor | None]:
+    """The operand of each call in a batch: slices along an axis, or always the same."""
+    return [operand] * size if dim is None or operand is None else operand.unbind(dim)
 
 
 def _save(ctx: Any, weight: Sequence[Any], operand: Tensor | None) -> None:

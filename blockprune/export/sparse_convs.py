@@ -124,9 +124,18 @@ def sparse_layer_like(
         trainable = isinstance(template, BlockSparseLinear) and template.trainable and not is_int8
     if trainable and is_int8:
         raise ValueError("a weight of int8 does not train: give the weight in a floating-point type")
-    if isinstance(template, (nn.Conv2d, BlockSparseConv2d)):
-        return BlockSparseConv2d(weight, cast(Any, template), backend, trainable=trainable)  # both classes have the same options
     if is_int8:
+        if isinstance(template, (nn.Conv2d, BlockSparseConv2d)):
+            raise ValueError("a convolution has no int8 form: give its weight in a floating-point type")
         like = template.like if isinstance(template, Int8BlockSparseLinear) else cast(Tensor, template.weight)
         return Int8BlockSparseLinear(weight, cast(Any, template.bias), backend, like.dtype)
-    return BlockSparseLinear(weight, cast(Any, template.bias), backend, trainable=trainable)
+    if isinstance(template, (nn.Conv2d, BlockSparseConv2d)):
+        layer: BlockSparseLinear = BlockSparseConv2d(
+            weight, cast(Any, template), backend, trainable=trainable
+        )  # both have the same options
+    else:
+        layer = BlockSparseLinear(weight, cast(Any, template.bias), backend, trainable=trainable)
+    if trainable and not (isinstance(template, BlockSparseLinear) and not template.trainable):  # a parameter that was frozen remains so
+        weight_of_template = template.values if isinstance(template, BlockSparseLinear) else next(template.parameters())
+        layer.values.requires_grad_(weight_of_template.requires_grad)
+    return layer

@@ -22,7 +22,9 @@ class BlockSparseLinear(nn.Module):
     """A Linear that holds and multiplies only the kept blocks of its weight.
 
     Its kept weights, ``values``, are a buffer, or a parameter if the layer is ``trainable``: then gradients and the state of an optimizer
-    exist for kept weights alone. The bias, if any, is a parameter.
+    exist for kept weights alone. They have one axis, so an optimizer that decays parameters of two axes or more must be given them by name.
+    The bias, if any, is a parameter. A state dict with another number of kept weights makes the state of an optimizer invalid: load it
+    before the first step.
 
     Its state dict holds ``values``, ``crow`` and ``col`` (see `format.BlockSparse`), ``layout`` (rows, columns, height and width of a
     stored block, and 1 for the CPU layout or 0 for the GPU layout) and ``bias``. A weight of the same shape with other kept blocks loads
@@ -77,7 +79,8 @@ class BlockSparseLinear(nn.Module):
         self.trainable = trainable
         self.name = ""  # of the layer in the model that it was exported from; error messages begin with it
         if trainable:
-            self.values = nn.Parameter(weight.values)
+            with torch.inference_mode(False):
+                self.values = nn.Parameter(weight.values.clone() if weight.values.is_inference() else weight.values)
         elif "values" not in self.constants:
             self.register_buffer("values", None)
         self.store(weight)
@@ -190,8 +193,9 @@ class BlockSparseLinear(nn.Module):
     def _set_values(self, values: Tensor) -> None:
         """Replace the values; a parameter remains the same object, which optimizers hold."""
         if self.trainable:
-            self.values.grad = None
-            replace_data(self.values, values.detach())
+            with torch.inference_mode(False):
+                self.values.grad = None
+                replace_data(self.values, values.clone() if values.is_inference() else values.detach())
         else:
             self.values = values
 

@@ -34,7 +34,9 @@ from blockprune.model.parametrization import MaskBlocks
 M = TypeVar("M", bound=nn.Module)
 
 
-def apply_masks(model: M, masks: Masks, weights: Weights | None = None, *, straight_through: bool | Masks = False, decay: float = 0.0) -> M:
+def apply_masks(
+    model: M, masks: Masks | None, weights: Weights | None = None, *, straight_through: bool | Masks = False, decay: float = 0.0
+) -> M:
     """Change a model in place, so that it has exactly these masks, whichever it had before; return it.
 
     A masked parameter reads as zero in its pruned blocks. Its dense weight stays stored in the same Parameter, so existing optimizers stay
@@ -43,7 +45,7 @@ def apply_masks(model: M, masks: Masks, weights: Weights | None = None, *, strai
 
     Args:
         model: any module, masked or not.
-        masks: by parameter name.
+        masks: by parameter name; None, with weights, for the masks that are on the model.
         weights: new values for parameters, by name (repaired weights and biases); any parameter of the model.
         straight_through: whether gradients also reach pruned blocks, so that the optimizer changes their stored values (the
             straight-through estimator, Bengio et al. 1308.3432). Or masks: then gradients reach the blocks that these keep, as in Top-KAST
@@ -66,7 +68,7 @@ def apply_masks(model: M, masks: Masks, weights: Weights | None = None, *, strai
         >>> bp.apply_masks(model, {"weight": mask}).weight[:, 2:].abs().sum().item()
         0.0
     """
-    new_masks = _checked_masks(model, masks)
+    new_masks = _checked_masks(model, parameter_masks(model) if masks is None and weights is not None else cast(Masks, masks))
     _check_loaded([refs[0] for _, _, refs in new_masks], "apply_masks")
     _check_not_wrapped(model, new_masks)
     new_weights = _checked_weights(model, {} if weights is None else weights)

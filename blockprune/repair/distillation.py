@@ -102,7 +102,8 @@ def distill(
     masks: pruned elements are exactly zero in it.
 
     Args:
-        model: the model that was pruned, or a masked model.
+        model: the model that was pruned, or a masked model; or a block-sparse one, ``export.block_sparse(masked, trainable=True)``, with
+            masks None: then its kept values are among the weights, and ``apply_masks(model, None, weights)`` sets them.
         masks: by parameter name; None for the masks that are on the model.
         weights: the weights to start from where they are not the model's own, such as those of a recipe; or None.
         batches: what is trained on, in this order and, if that is not enough, again: a list or a DataLoader.

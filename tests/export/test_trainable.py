@@ -165,8 +165,12 @@ def test_functional_transforms_see_the_values(backend: str) -> None:
     for name, right in zip(parameters, whole, strict=True):
         torch.testing.assert_close(by_name[name], right)
         torch.testing.assert_close(by_sample[name].sum(0), right)
-    with pytest.raises(NotImplementedError, match="not over block-sparse weights"):
-        torch.func.vmap(loss, in_dims=(0, None))({name: torch.stack([p, p]) for name, p in parameters.items()}, x)
+    by_weights = torch.func.vmap(loss, in_dims=(0, None))({name: torch.stack([p, 2 * p]) for name, p in parameters.items()}, x)
+    torch.testing.assert_close(by_weights[0], loss(parameters, x))
+    torch.testing.assert_close(by_weights[1], loss({name: 2 * p for name, p in parameters.items()}, x))
+    forward, reverse = (jacobian(loss)(parameters, x[:1]) for jacobian in (torch.func.jacfwd, torch.func.jacrev))
+    for name in parameters:
+        torch.testing.assert_close(forward[name], reverse[name])
 
 
 def test_averages_frozen_weights_and_files(tmp_path: Path) -> None:
@@ -221,9 +225,9 @@ def test_an_update_keeps_values_and_state_of_blocks_that_stay(backend: str, kind
     model = masked(layers).train()
     sparse, weights = trainable(model, backend), {name: torch.ones(mask.grid.shape) for name, mask in bp.read_masks(model).items()}
     optimizer = torch.optim.AdamW(sparse.parameters(), lr=1e-2)
-    loss = sparse(x).square().mean()  # its graph lives on while the masks change
-    loss.backward()
+    sparse(x).square().mean().backward()
     optimizer.step()
+    loss = sparse(x).square().mean()  # its graph lives on while the masks change
     named = {name: sparse.get_submodule(name.removesuffix(".weight")) for name in weights}
     before = {name: (layer.weight.detach().clone(), layer.values) for name, layer in named.items()}
 
@@ -234,7 +238,9 @@ def test_an_update_keeps_values_and_state_of_blocks_that_stay(backend: str, kind
 
     states, new = {name: dense_state(name) for name in named}, other_masks(model)
     old = {name: bp.expand(mask.keep, mask.grid) for name, mask in bp.read_masks(sparse).items()}
-    assert export.update(sparse, new, weights=weights, optimizer=optimizer) is sparse
+    assert export.update(sparse, new, weights=weights, optimizer=[optimizer]) is sparse
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
     assert bp.read_masks(sparse) == new
     for name, layer in named.items():
         weight, values = before[name]
@@ -252,7 +258,7 @@ def test_an_update_reaches_weights_that_stayed_masked() -> None:
         still_masked = export.block_sparse(model, backend=export.Choices((export.Choice("0.weight", 0.5, "dense", ""),)), trainable=True)
     assert bp.read_masks(still_masked) == bp.read_masks(model)
     new = other_masks(model)
-    export.update(still_masked, new, weights={"0.weight": torch.ones(8, 8)})
+    export.update(still_masked, new, weights={"0.weight": torch.ones(8, 8)}, optimizer=None)
     assert torch.equal(still_masked[0].weight, bp.expand(new["0.weight"].keep, new["0.weight"].grid).float())
     loaded = export.load_state_dict(nn.Sequential(nn.Linear(8, 8)), still_masked.state_dict())
     assert bp.read_masks(loaded) == new
@@ -270,6 +276,67 @@ def test_auto_measures_steps_and_leaves_slow_layers_masked() -> None:
     train(sparse, torch.randn(8, 128))
     assert bp.read_masks(sparse) == bp.read_masks(model)
     assert sparse[0].weight[~bp.expand(*attrs.astuple(bp.read_masks(model)["0.weight"], recurse=False))].count_nonzero() == 0
+
+
+@TRAINING_BACKENDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_type_has_no_influence(backend: str, dtype: torch.dtype) -> None:
+    sparse, x = trainable(masked(mlp()), backend), torch.randn(5, 24)
+    expected = torch.autograd.grad(sparse(x).sum(), list(sparse.parameters()))
+    torch.set_default_dtype(dtype)
+    try:
+        for computed, right in zip(torch.autograd.grad(sparse(x).sum(), list(sparse.parameters())), expected, strict=True):
+            torch.testing.assert_close(computed, right)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_frozen_weights_stay_frozen() -> None:
+    model = masked(mlp())
+    model[0].requires_grad_(False)
+    sparse = trainable(model)
+    assert [layer.values.requires_grad for layer in (sparse[0], sparse[2])] == [False, True]
+    assert [export.dense(sparse)[i].weight.requires_grad for i in (0, 2)] == [False, True]
+    again = export.load_state_dict(sparse, sparse.state_dict())
+    assert [again[i].values.requires_grad for i in (0, 2)] == [False, True]
+    optimizer = torch.optim.Adam([p for p in sparse.parameters() if p.requires_grad])
+    export.update(sparse, other_masks(model), optimizer=optimizer)
+    meta = copy.deepcopy(sparse).to("meta")
+    assert torch.equal(export.load_state_dict(meta, sparse.state_dict())[2].values, sparse[2].values)
+
+
+def test_an_update_knows_all_names_of_a_layer_and_what_an_optimizer_holds() -> None:
+    model = masked(nn.ModuleDict({"a": nn.Linear(8, 8)}))
+    model["b"] = model["a"]
+    sparse, mask = trainable(model), other_masks(model)["a.weight"]
+    export.update(sparse, {"b.weight": mask}, optimizer=None)
+    assert bp.read_masks(sparse)["a.weight"] == mask
+    other = bp.BlockMask(~mask.keep, mask.grid)
+    with pytest.raises(ValueError, match="two different masks"):
+        export.update(sparse, {"a.weight": mask, "b.weight": other}, optimizer=None)
+    optimizer = torch.optim.LBFGS(sparse.parameters())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = sparse["a"](torch.ones(2, 8)).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with pytest.raises(ValueError, match="is not one number for each kept weight"):
+        export.update(sparse, {"a.weight": other}, optimizer=optimizer)
+
+
+def test_it_is_distilled_as_the_masked_model_is() -> None:
+    dense, batches = mlp().double(), [torch.randn(16, 24).double() for _ in range(3)]
+    model = masked(copy.deepcopy(dense))
+    sparse, options = trainable(model), {"teacher": dense, "loss": bp.losses.kl, "steps": 5, "progress": False}
+    before = copy.deepcopy(sparse.state_dict())
+    weights = bp.distill(sparse, None, None, batches, **options)
+    assert all(torch.equal(x, before[name]) for name, x in sparse.state_dict().items())
+    bp.apply_masks(sparse, None, weights)
+    bp.apply_masks(model, None, bp.distill(model, None, None, batches, **options))
+    torch.testing.assert_close(sparse(batches[0]), model(batches[0]))
 
 
 def test_bad_input_is_refused_and_changes_nothing() -> None:
@@ -292,18 +359,19 @@ def test_bad_input_is_refused_and_changes_nothing() -> None:
     for arguments, error, said in [
         (({**masks, "2.weight": wrong},), ValueError, r"2\.weight: the mask has shape \(8, 8\), and the weight \(10, 32\)"),
         (({"3.weight": wrong},), KeyError, "no block-sparse weight of the model"),
-        ((masks, old), ValueError, "make the optimizer from model.parameters"),
+        ((masks, old), ValueError, "make it from the parameters of this model"),
+        (({"0.weight": masks["0.weight"].keep},), TypeError, r"masks\['0\.weight'\] is a Tensor and must be a BlockMask"),
     ]:
         with pytest.raises(error, match=said):
-            export.update(sparse, arguments[0], **({"optimizer": arguments[1]} if len(arguments) > 1 else {}))
+            export.update(sparse, arguments[0], optimizer=arguments[1] if len(arguments) > 1 else None)
     with pytest.raises(KeyError, match=r"weights has '0\.weight'"):
-        export.update(sparse, {}, weights={"0.weight": torch.ones(32, 24)})
+        export.update(sparse, {}, weights={"0.weight": torch.ones(32, 24)}, optimizer=None)
     with pytest.raises(ValueError, match=r"the weight has shape \(2, 2\)"):
-        export.update(sparse, masks, weights={"0.weight": torch.ones(2, 2)})
+        export.update(sparse, masks, weights={"0.weight": torch.ones(2, 2)}, optimizer=None)
     assert all(torch.equal(x, state[name]) for name, x in sparse.state_dict().items())
     int8 = export.block_sparse(model, backend="torch", dtype="int8", max_error=float("inf"))
     with pytest.raises(ValueError, match="int8 cannot be changed"):
-        export.update(int8, masks)
+        export.update(int8, masks, optimizer=None)
     with pytest.raises(ValueError, match=r"0: a weight of int8 does not train"):
         export.load_state_dict(mlp(), int8.state_dict(), trainable=True)
 
@@ -316,6 +384,9 @@ def run_rank(index: int, folder: str) -> None:
         torch.manual_seed(0)
         model = wrap(trainable(masked(mlp().double())))
         train(model, x, foreach=False)
+        if kind == "fsdp":
+            with pytest.raises(ValueError, match="fully_shard has sharded this layer"):
+                export.update(model, bp.read_masks(masked(mlp())), optimizer=None)
         state = {key.removeprefix("module."): t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in model.state_dict().items()}
         torch.save(state, f"{folder}/{kind} {index}.pt")
     dist.destroy_process_group()

@@ -343,6 +343,14 @@ BAD: dict[str, tuple[Any, Any, type[Exception] | tuple[type[Exception], ...], li
 }
 
 
+def test_weights_without_masks_leave_the_masks_as_they_are() -> None:
+    masks = {"5.weight": GOOD}
+    model = bp.apply_masks(Plain(), masks)
+    bp.apply_masks(model, None, {"5.weight": torch.ones(5, 6)})
+    assert bp.read_masks(model) == masks
+    assert torch.equal(model.get_submodule("5").weight, bp.expand(GOOD.keep, GOOD.grid).float())
+
+
 @pytest.mark.parametrize(("masks", "weights", "error", "words"), BAD.values(), ids=BAD)
 def test_a_refused_call_changes_nothing(masks: Any, weights: Any, error: type[Exception], words: list[str]) -> None:
     for old in ({}, {"0.weight": (2, 2)}, {"5.weight": (2, 2)}, {"5.weight": (1,), "5.bias": (2,)}):

@@ -166,7 +166,7 @@ def values_grad(
     """
     if x.dtype != grad.dtype or not _readable(x := x.contiguous(), x.dtype):
         return None
-    out = torch.empty(count) if grad.numel() else torch.zeros(count)
+    out = torch.empty(count, dtype=torch.float32) if grad.numel() else torch.zeros(count, dtype=torch.float32)
     return out.to(x.dtype) if _gradient(None, x, grad, out, (crow, col), shape=shape, block=block) else None
 
 
