@@ -35,7 +35,7 @@ def test_the_readmes_code_runs_as_printed() -> None:
     names["loss"], names["evaluate"] = lambda output, batch: output.square().mean(), lambda model: model(x).square().mean()
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     for block in blocks:
-        names |= {"model": layered() if "model.layers" in block else small(), "skeleton": small(), "batch": x}
+        names |= {"model": layered() if "model.layers" in block else small(), "dense": small(), "skeleton": small(), "batch": x}
         if "block_sparse" in block:
             bp.apply_masks(names["model"], names["prune"](names["model"], 0.5))
         exec(block, names)
