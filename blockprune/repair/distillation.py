@@ -3,8 +3,9 @@
 import contextlib
 import copy
 import math
+import numbers
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
 from typing import Any
 
@@ -41,7 +42,8 @@ class DistillState:
         best_loss: the lowest held-out loss; None without held-out batches.
         history: (step, count, mean training loss since the last entry, held-out loss), an entry for each evaluation, the first before
             training; what does not exist is None.
-        internals: what ``resume=`` needs besides: what is trained, the optimizer, random number generators, the place in the batches.
+        internals: what ``resume=`` needs besides: what is trained, the masks, the optimizer, torch's random number generators, the place
+            in the batches.
 
     Example:
         >>> import copy
@@ -101,6 +103,9 @@ def distill(
     A masked copy of the model is trained; the model and the teacher stay as they are. Give the result to `apply_masks` together with the
     masks: pruned elements are exactly zero in it.
 
+    Random numbers are those of torch: the generators that ``seed`` sets, and a generator that the DataLoader or its sampler has, which is
+    set back at the end. Python's and NumPy's generators are not set or recorded; if a dataset or sampler uses them, set them yourself.
+
     Args:
         model: the model that was pruned, or a masked model.
         masks: by parameter name; None for the masks that are on the model.
@@ -111,8 +116,8 @@ def distill(
         optimizer: parameters -> optimizer, such as ``partial(torch.optim.SGD, lr=0.1)``; its learning rates are the highest ones. By
             default AdamW with a learning rate of 3e-4.
         steps: optimizer steps; by default one pass over the batches.
-        warmup: steps in which the learning rate rises linearly from near 0; then it falls along a cosine.
-        final_lr: what the learning rate falls to, as a share of the highest; 1 leaves it constant.
+        warmup: steps in which the learning rate rises linearly from near 0, 0 to ``steps``; then it falls along a cosine.
+        final_lr: what the learning rate falls to, as a share of the highest, 0 to 1; 1 leaves it constant.
         accumulate: batches whose gradients are averaged for one step.
         clip: the largest norm of the gradient of all parameters; None for no limit.
         where: which parameters are trained: a rule such as `norms_and_biases`, or names or patterns of names. By default all of
@@ -125,7 +130,7 @@ def distill(
         held_out: batches that are not trained on. The weights with the lowest mean loss on them are returned.
         every: steps from one evaluation on the held-out batches, and call of ``callback``, to the next.
         patience: evaluations in a row without a lower held-out loss that are allowed; one more ends the training. None never ends it.
-        seed: of dropout, of the factors of ``lora_rank``, and of DataLoaders that shuffle.
+        seed: of dropout, of the factors of ``lora_rank``, and of DataLoaders that shuffle without a generator of their own.
         forward: (model, batch) -> output, for both models; by default as in `Calibration`.
         progress: show a progress bar; by default in a terminal and in a notebook.
         callback: called with a `DistillState` every ``every`` steps and at the end.
@@ -133,8 +138,9 @@ def distill(
 
     Raises:
         KeyError, ValueError, TypeError: as `apply_masks`, for masks and weights.
-        ValueError: batches that run out, a loss that is NaN or inf or has no gradient, options that do not fit each other or the model.
-        TypeError: ``batches`` that is one tensor or mapping, a teacher that is no module, a loss that is no tensor.
+        ValueError: batches that run out, a loss or gradient that is NaN or inf, a loss that has no gradient, options that do not fit each
+            other or the model.
+        TypeError: ``batches`` that is one tensor or mapping, a teacher that is no module, a loss that is no function or returns no tensor.
 
     Example:
         >>> import copy
@@ -146,12 +152,20 @@ def distill(
         >>> bool(bp.losses.kl(recovered(x), model(x)) < bp.losses.kl(pruned(x), model(x)))
         True
     """
-    _check_options(model, teacher, train=train, autocast=autocast, checkpointing=checkpointing)
-    _check_counts(accumulate=accumulate, every=every, **({} if steps is None else {"steps": steps}))
+    _check_options(model, teacher, loss, train=train, autocast=autocast, checkpointing=checkpointing)
+    _check_counts(1, accumulate=accumulate, every=every)
+    _check_counts(1, **{name: x for name, x in {"steps": steps, "lora_rank": lora_rank}.items() if x is not None})
     batches = Calibration(batches).batches
+    if _length(batches) == 0:
+        raise ValueError("batches has no batches; give a list or a DataLoader that has at least one")
     steps = _steps_of_one_pass(batches, accumulate) if steps is None else steps
+    _check_schedule(steps, warmup=warmup, final_lr=final_lr, clip=clip)
+    if patience is not None:
+        _check_counts(0, patience=patience)
+        if held_out is None:
+            raise ValueError(f"patience={patience} compares losses on held-out batches; give held_out=, too, or patience=None")
     held_out = None if held_out is None else Calibration(held_out).batches
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(cuda_devices(model)):
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(cuda_devices(model)), _keep_generators(batches):
         torch.manual_seed(seed)
         student = make_student(model, masks, weights, where=where, lora_rank=lora_rank)
         if checkpointing and (enable := _checkpointing_method(student.module)):
@@ -170,7 +184,7 @@ def distill(
                     break
                 student.set_mode(train)
                 training.update(accumulate, clip, _lr_factor(step, steps, warmup, final_lr))
-                speed = (training.count - first) / (time.monotonic() - start)
+                speed = (training.count - first) / max(time.monotonic() - start, 1e-9)  # clocks may stand still for a while
                 show_values(bar, {"loss": f"{training.losses[-1]:.4g}", f"{training.unit}/s": f"{speed:,.0f}"})
                 if training.step % every == 0 or training.step == steps:
                     training.compare(held_out)
@@ -213,8 +227,15 @@ class _Training:
             raise ValueError(
                 f"the training loss is {total} in step {self.step}; check the batches for NaN and inf, or take a lower learning rate"
             )
-        if clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters, clip)
+        if clip is None:
+            is_finite = _gradients_are_finite(self.parameters)
+        else:
+            is_finite = bool(nn.utils.clip_grad_norm_(self.parameters, clip).isfinite())
+        if not is_finite:
+            raise ValueError(
+                f"the gradient is NaN or inf in step {self.step}, though the loss is {total}; look for a square root or logarithm of 0, or "
+                "take a lower learning rate"
+            )
         for group, lr in zip(self.optimizer.param_groups, self.highest_lrs, strict=True):
             group["lr"] = lr * lr_factor
         self.optimizer.step()
@@ -235,7 +256,7 @@ class _Training:
 
     def _held_out_loss(self, batches: Iterable[Any]) -> float:
         self.student.set_mode(False)
-        with torch.no_grad(), torch.random.fork_rng(cuda_devices(self.student.module)):
+        with torch.no_grad(), torch.random.fork_rng(cuda_devices(self.student.module)), _keep_generators(batches):
             losses = [float(self.loss_of(batch)) for batch in batches]
         mean = sum(losses) / len(losses) if losses else math.nan
         if not math.isfinite(mean):
@@ -254,20 +275,36 @@ class _Training:
             "parameters": {name: p.detach().clone() for name, p in self.student.trained.items()},
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "stream": self.stream.state(),
+            "masks": self._masks(),
             "worse": self.worse,
             "unit": self.unit,
         }
-        best = weights if self.best_weights is None else dict(self.best_weights)
+        best = weights if self.best_weights is None else _copies(self.best_weights)
         return DistillState(self.step, self.count, weights, best, self.best_loss, tuple(self.history), internals)
 
     def restore(self, state: DistillState) -> None:
-        """Go on from a state."""
+        """Go on from a state.
+
+        Raises:
+            ValueError: a state of other parameters, masks or batches.
+        """
+        masks, before = self._masks(), state.internals["masks"]
+        different = sorted(masks.keys() ^ before.keys()) or [n for n, keep in masks.items() if not torch.equal(keep, before[n].to(keep))]
+        if different:
+            raise ValueError(f"resume: its state has other masks, such as that of {different[0]!r}; give the masks of the first call")
         self.student.load(state.internals["parameters"])
         self.optimizer.load_state_dict(copy.deepcopy(state.internals["optimizer"]))
         self.stream.restore(state.internals["stream"])
         self.step, self.count, self.unit = state.step, state.count, state.internals["unit"]
         self.best_loss, self.worse, self.history = state.best_loss, state.internals["worse"], list(state.history)
-        self.best_weights = None if state.best_loss is None else dict(state.best)
+        self.best_weights = None if state.best_loss is None else _copies(state.best)
+
+    def _masks(self) -> dict[str, Tensor]:
+        return {name: mask.keep.clone() for name, mask in parameter_masks(self.student.module).items()}
+
+
+def _copies(weights: Weights) -> dict[str, Tensor]:
+    return {name: x.clone() for name, x in weights.items()}
 
 
 class _Stream:
@@ -275,17 +312,17 @@ class _Stream:
 
     def __init__(self, batches: Iterable[Any], devices: Sequence[int]) -> None:
         self.batches, self.devices = batches, devices
-        self._begin(_random_state(devices))
+        self._begin(self._random_state())
 
-    def _begin(self, random_state: list[Tensor]) -> None:
+    def _begin(self, random_state: dict[str, list[Tensor]]) -> None:
         self.taken, self.first_state = 0, random_state
-        _set_random_state(random_state, self.devices)
+        self._set_random_state(random_state)
         self.iterator = iter(self.batches)
 
     def __next__(self) -> Any:
         batch = next(self.iterator, _END)
         if batch is _END:
-            self._begin(_random_state(self.devices))
+            self._begin(self._random_state())
             batch = next(self.iterator, _END)
         if batch is _END:
             raise ValueError("batches has no more batches for the steps that remain; give a list or a DataLoader, or fewer steps")
@@ -294,27 +331,62 @@ class _Stream:
 
     def state(self) -> dict[str, Any]:
         """What `restore` takes."""
-        return {"taken": self.taken, "first_state": self.first_state, "state": _random_state(self.devices)}
+        return {"taken": self.taken, "first_state": self.first_state, "state": self._random_state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Pass over the batches that were taken."""
         self._begin(state["first_state"])
         for _ in range(state["taken"]):
             next(self)
-        _set_random_state(state["state"], self.devices)
+        self._set_random_state(state["state"])
+
+    def _random_state(self) -> dict[str, list[Tensor]]:
+        return {
+            "torch": [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self.devices)],
+            "batches": [generator.get_state() for generator in _generators(self.batches)],
+        }
+
+    def _set_random_state(self, state: Mapping[str, Sequence[Tensor]]) -> None:
+        of_cpu, *of_devices = state["torch"]
+        torch.set_rng_state(of_cpu)
+        for device, of_device in zip(self.devices, of_devices, strict=False):
+            torch.cuda.set_rng_state(of_device, device)
+        generators = _generators(self.batches)
+        if len(generators) != len(state["batches"]):
+            raise ValueError(
+                f"resume: batches has {len(generators)} random number generators of its own, and those of the state had "
+                f"{len(state['batches'])}; give a DataLoader like that of the first call"
+            )
+        for generator, of_generator in zip(generators, state["batches"], strict=True):
+            generator.set_state(of_generator)
 
 
 _END = object()
 
 
-def _random_state(devices: Sequence[int]) -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+def _generators(batches: Any) -> list[torch.Generator]:
+    """The random number generators of a DataLoader and its samplers."""
+    batch_sampler = getattr(batches, "batch_sampler", None)
+    owners = (batches, getattr(batches, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    generators = [getattr(owner, "generator", None) for owner in owners]
+    return list({id(generator): generator for generator in generators if isinstance(generator, torch.Generator)}.values())
 
 
-def _set_random_state(state: Sequence[Tensor], devices: Sequence[int]) -> None:
-    torch.set_rng_state(state[0])
-    for device, of_device in zip(devices, state[1:], strict=False):
-        torch.cuda.set_rng_state(of_device, device)
+@contextlib.contextmanager
+def _keep_generators(batches: Any) -> Iterator[None]:
+    """Set the generators of batches back at the end."""
+    states = [(generator, generator.get_state()) for generator in _generators(batches)]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def _gradients_are_finite(parameters: Sequence[Tensor]) -> bool:
+    gradients = [p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
+    finite = [x.isfinite().all() for x in gradients]
+    return not finite or bool(torch.stack([x.to(finite[0].device) for x in finite]).all())
 
 
 def _loss_of(
@@ -370,24 +442,50 @@ def _size(batch: Any) -> tuple[int, str]:
 
 
 def _steps_of_one_pass(batches: Iterable[Any], accumulate: int) -> int:
-    if not isinstance(batches, Sized):
-        raise ValueError(f"batches is a {type(batches).__name__} of unknown length; say how many optimizer steps to take: steps=")
-    return max(1, len(batches) // accumulate)
+    length = _length(batches)
+    if length is None:
+        raise ValueError(
+            f"batches has the type {type(batches).__name__} and an unknown length; say how many optimizer steps to take: steps="
+        )
+    return max(1, length // accumulate)
 
 
-def _check_counts(**counts: int) -> None:
+def _length(batches: Iterable[Any]) -> int | None:
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:  # a DataLoader of an IterableDataset
+        return None
+
+
+def _check_counts(lowest: int, **counts: int) -> None:
     for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}={count} must be at least 1")
+        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < lowest:
+            raise ValueError(f"{name}={count!r} must be an integer, at least {lowest}")
 
 
-def _check_options(model: nn.Module, teacher: nn.Module | None, *, train: bool, autocast: torch.dtype | None, checkpointing: bool) -> None:
+def _check_schedule(steps: int, *, warmup: int, final_lr: float, clip: float | None) -> None:
+    _check_counts(0, warmup=warmup)
+    if warmup > steps:
+        raise ValueError(f"warmup={warmup} must be at most the number of steps, which is {steps}")
+    if isinstance(final_lr, bool) or not isinstance(final_lr, numbers.Real) or not 0 <= final_lr <= 1:
+        raise ValueError(f"final_lr={final_lr!r} must be a number from 0 to 1, the share of the highest learning rate")
+    if clip is not None and (isinstance(clip, bool) or not isinstance(clip, numbers.Real) or not 0 < clip < math.inf):
+        raise ValueError(f"clip={clip!r} must be a positive number, or None for no limit")
+
+
+def _check_options(
+    model: nn.Module, teacher: nn.Module | None, loss: DistillLoss, *, train: bool, autocast: torch.dtype | None, checkpointing: bool
+) -> None:
+    if not callable(loss):
+        raise TypeError(f"loss={loss!r} must be a function of the student's output, the teacher's output and the batch, such as losses.kl")
     if teacher is not None and not isinstance(teacher, nn.Module):
-        raise TypeError(f"teacher is a {type(teacher).__name__}; give the dense model, or None if the loss needs no teacher")
+        raise TypeError(f"teacher has the type {type(teacher).__name__}; give the dense model, or None if the loss needs no teacher")
     if teacher is model and parameter_masks(model):
         raise ValueError("the teacher is the masked model itself; give the dense model, such as a copy made before apply_masks")
     if autocast is torch.float16:
         raise ValueError("autocast=torch.float16 needs its loss scaled, or small gradients become 0; give torch.bfloat16")
+    if autocast is not None and not (isinstance(autocast, torch.dtype) and autocast.is_floating_point):
+        raise ValueError(f"autocast={autocast!r} must be a floating-point dtype, such as torch.bfloat16, or None")
     if checkpointing and _checkpointing_method(model) is None:
         raise ValueError(f"checkpointing=True needs a model with gradient_checkpointing_enable, which {type(model).__name__} does not have")
     if checkpointing and not train:
