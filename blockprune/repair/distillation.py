@@ -3,9 +3,8 @@
 import contextlib
 import copy
 import math
-import numbers
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +19,8 @@ from blockprune.core.progress import progress_bar, show_values
 from blockprune.core.types import Masks, Weights, Where
 from blockprune.model.apply import parameter_masks
 from blockprune.model.running import Calibration, Forward, cuda_devices, default_forward, inputs_of, preserve_state, to_model_device
+from blockprune.repair.batch_stream import BatchStream, keep_generators
+from blockprune.repair.distill_options import check_counts, check_options, check_schedule, checkpointing_method, length, steps_of_one_pass
 from blockprune.repair.losses import DistillLoss
 from blockprune.repair.student import Student, make_student
 
@@ -152,23 +153,23 @@ def distill(
         >>> bool(bp.losses.kl(recovered(x), model(x)) < bp.losses.kl(pruned(x), model(x)))
         True
     """
-    _check_options(model, teacher, loss, train=train, autocast=autocast, checkpointing=checkpointing)
-    _check_counts(1, accumulate=accumulate, every=every)
-    _check_counts(1, **{name: x for name, x in {"steps": steps, "lora_rank": lora_rank}.items() if x is not None})
+    check_options(model, teacher, loss, train=train, autocast=autocast, checkpointing=checkpointing)
+    check_counts(1, accumulate=accumulate, every=every)
+    check_counts(1, **{name: x for name, x in {"steps": steps, "lora_rank": lora_rank}.items() if x is not None})
     batches = Calibration(batches).batches
-    if _length(batches) == 0:
+    if length(batches) == 0:
         raise ValueError("batches has no batches; give a list or a DataLoader that has at least one")
-    steps = _steps_of_one_pass(batches, accumulate) if steps is None else steps
-    _check_schedule(steps, warmup=warmup, final_lr=final_lr, clip=clip)
+    steps = steps_of_one_pass(batches, accumulate) if steps is None else steps
+    check_schedule(steps, warmup=warmup, final_lr=final_lr, clip=clip)
     if patience is not None:
-        _check_counts(0, patience=patience)
+        check_counts(0, patience=patience)
         if held_out is None:
             raise ValueError(f"patience={patience} compares losses on held-out batches; give held_out=, too, or patience=None")
     held_out = None if held_out is None else Calibration(held_out).batches
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(cuda_devices(model)), _keep_generators(batches):
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(cuda_devices(model)), keep_generators(batches):
         torch.manual_seed(seed)
         student = make_student(model, masks, weights, where=where, lora_rank=lora_rank)
-        if checkpointing and (enable := _checkpointing_method(student.module)):
+        if checkpointing and (enable := checkpointing_method(student.module)):
             enable({"use_reentrant": False})
         with preserve_state(student.module), preserve_state(teacher) if teacher is not None else contextlib.nullcontext():
             loss_of = partial(_loss_of, student.module, teacher, forward=forward, loss=loss, autocast=autocast)
@@ -202,7 +203,7 @@ class _Training:
         self.parameters = list(student.trained.values())
         self.optimizer = optimizer(self.parameters)
         self.highest_lrs = [group["lr"] for group in self.optimizer.param_groups]
-        self.stream = _Stream(batches, cuda_devices(student.module))
+        self.stream = BatchStream(batches, cuda_devices(student.module))
         self.step, self.count, self.unit = 0, 0, "samples"
         self.best_weights: dict[str, Tensor] | None = None
         self.best_loss: float | None = None
@@ -256,7 +257,7 @@ class _Training:
 
     def _held_out_loss(self, batches: Iterable[Any]) -> float:
         self.student.set_mode(False)
-        with torch.no_grad(), torch.random.fork_rng(cuda_devices(self.student.module)), _keep_generators(batches):
+        with torch.no_grad(), torch.random.fork_rng(cuda_devices(self.student.module)), keep_generators(batches):
             losses = [float(self.loss_of(batch)) for batch in batches]
         mean = sum(losses) / len(losses) if losses else math.nan
         if not math.isfinite(mean):
@@ -305,82 +306,6 @@ class _Training:
 
 def _copies(weights: Weights) -> dict[str, Tensor]:
     return {name: x.clone() for name, x in weights.items()}
-
-
-class _Stream:
-    """Batches without end, pass after pass. Its state is the place in the pass, and the random numbers there and where the pass began."""
-
-    def __init__(self, batches: Iterable[Any], devices: Sequence[int]) -> None:
-        self.batches, self.devices = batches, devices
-        self._begin(self._random_state())
-
-    def _begin(self, random_state: dict[str, list[Tensor]]) -> None:
-        self.taken, self.first_state = 0, random_state
-        self._set_random_state(random_state)
-        self.iterator = iter(self.batches)
-
-    def __next__(self) -> Any:
-        batch = next(self.iterator, _END)
-        if batch is _END:
-            self._begin(self._random_state())
-            batch = next(self.iterator, _END)
-        if batch is _END:
-            raise ValueError("batches has no more batches for the steps that remain; give a list or a DataLoader, or fewer steps")
-        self.taken += 1
-        return batch
-
-    def state(self) -> dict[str, Any]:
-        """What `restore` takes."""
-        return {"taken": self.taken, "first_state": self.first_state, "state": self._random_state()}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Pass over the batches that were taken."""
-        self._begin(state["first_state"])
-        for _ in range(state["taken"]):
-            next(self)
-        self._set_random_state(state["state"])
-
-    def _random_state(self) -> dict[str, list[Tensor]]:
-        return {
-            "torch": [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self.devices)],
-            "batches": [generator.get_state() for generator in _generators(self.batches)],
-        }
-
-    def _set_random_state(self, state: Mapping[str, Sequence[Tensor]]) -> None:
-        of_cpu, *of_devices = state["torch"]
-        torch.set_rng_state(of_cpu)
-        for device, of_device in zip(self.devices, of_devices, strict=False):
-            torch.cuda.set_rng_state(of_device, device)
-        generators = _generators(self.batches)
-        if len(generators) != len(state["batches"]):
-            raise ValueError(
-                f"resume: batches has {len(generators)} random number generators of its own, and those of the state had "
-                f"{len(state['batches'])}; give a DataLoader like that of the first call"
-            )
-        for generator, of_generator in zip(generators, state["batches"], strict=True):
-            generator.set_state(of_generator)
-
-
-_END = object()
-
-
-def _generators(batches: Any) -> list[torch.Generator]:
-    """The random number generators of a DataLoader and its samplers."""
-    batch_sampler = getattr(batches, "batch_sampler", None)
-    owners = (batches, getattr(batches, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    generators = [getattr(owner, "generator", None) for owner in owners]
-    return list({id(generator): generator for generator in generators if isinstance(generator, torch.Generator)}.values())
-
-
-@contextlib.contextmanager
-def _keep_generators(batches: Any) -> Iterator[None]:
-    """Set the generators of batches back at the end."""
-    states = [(generator, generator.get_state()) for generator in _generators(batches)]
-    try:
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
 
 
 def _gradients_are_finite(parameters: Sequence[Tensor]) -> bool:
@@ -439,59 +364,3 @@ def _size(batch: Any) -> tuple[int, str]:
     if first is not None and first.ndim == 2 and not first.is_floating_point():
         return first.numel(), "tokens"
     return len(first) if first is not None and first.ndim else 1, "samples"
-
-
-def _steps_of_one_pass(batches: Iterable[Any], accumulate: int) -> int:
-    length = _length(batches)
-    if length is None:
-        raise ValueError(
-            f"batches has the type {type(batches).__name__} and an unknown length; say how many optimizer steps to take: steps="
-        )
-    return max(1, length // accumulate)
-
-
-def _length(batches: Iterable[Any]) -> int | None:
-    try:
-        return len(batches) if isinstance(batches, Sized) else None
-    except TypeError:  # a DataLoader of an IterableDataset
-        return None
-
-
-def _check_counts(lowest: int, **counts: int) -> None:
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < lowest:
-            raise ValueError(f"{name}={count!r} must be an integer, at least {lowest}")
-
-
-def _check_schedule(steps: int, *, warmup: int, final_lr: float, clip: float | None) -> None:
-    _check_counts(0, warmup=warmup)
-    if warmup > steps:
-        raise ValueError(f"warmup={warmup} must be at most the number of steps, which is {steps}")
-    if isinstance(final_lr, bool) or not isinstance(final_lr, numbers.Real) or not 0 <= final_lr <= 1:
-        raise ValueError(f"final_lr={final_lr!r} must be a number from 0 to 1, the share of the highest learning rate")
-    if clip is not None and (isinstance(clip, bool) or not isinstance(clip, numbers.Real) or not 0 < clip < math.inf):
-        raise ValueError(f"clip={clip!r} must be a positive number, or None for no limit")
-
-
-def _check_options(
-    model: nn.Module, teacher: nn.Module | None, loss: DistillLoss, *, train: bool, autocast: torch.dtype | None, checkpointing: bool
-) -> None:
-    if not callable(loss):
-        raise TypeError(f"loss={loss!r} must be a function of the student's output, the teacher's output and the batch, such as losses.kl")
-    if teacher is not None and not isinstance(teacher, nn.Module):
-        raise TypeError(f"teacher has the type {type(teacher).__name__}; give the dense model, or None if the loss needs no teacher")
-    if teacher is model and parameter_masks(model):
-        raise ValueError("the teacher is the masked model itself; give the dense model, such as a copy made before apply_masks")
-    if autocast is torch.float16:
-        raise ValueError("autocast=torch.float16 needs its loss scaled, or small gradients become 0; give torch.bfloat16")
-    if autocast is not None and not (isinstance(autocast, torch.dtype) and autocast.is_floating_point):
-        raise ValueError(f"autocast={autocast!r} must be a floating-point dtype, such as torch.bfloat16, or None")
-    if checkpointing and _checkpointing_method(model) is None:
-        raise ValueError(f"checkpointing=True needs a model with gradient_checkpointing_enable, which {type(model).__name__} does not have")
-    if checkpointing and not train:
-        raise ValueError("checkpointing=True needs train=True: transformers keeps all activations in evaluation mode")
-
-
-def _checkpointing_method(model: Any) -> Callable[[Mapping[str, Any]], None] | None:
-    """The method of a Hugging Face model that turns checkpointing on; it has a second name from transformers 5 on."""
-    return getattr(model, "activation_checkpointing_enable", None) or getattr(model, "gradient_checkpointing_enable", None)
