@@ -30,3 +30,16 @@ def test_its_code_runs_and_prints_what_the_page_says(path: Path, tmp_path: Path,
         with contextlib.redirect_stdout(output):
             exec(compile(code, path.name, "exec"), names)
         assert doctest.OutputChecker().check_output(expected, output.getvalue(), FLAGS), f"{code}\nprinted\n{output.getvalue()}"
+
+
+def test_the_lines_in_the_table_of_methods_run() -> None:
+    page = (FOLDER / "train.md").read_text()
+    first, *_ = BLOCK.findall(page)
+    table = page.partition("| method |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(table) == 9
+    for row in table:
+        names: dict[str, object] = {}
+        exec(compile(first[0], "train.md", "exec"), names)
+        for code in re.findall(r"`([^`]*\([^`]*)`", row):
+            if not code.startswith("sparsity="):
+                exec(compile(code, row, "exec"), names)

@@ -51,7 +51,8 @@ def apply_masks(
             straight-through estimator, Bengio et al. 1308.3432). Or masks: then gradients reach the blocks that these keep, as in Top-KAST
             (Jayakumar et al. 2106.03517). This option holds until the next call, and is not saved with the model.
         decay: with ``straight_through``, this number times the stored values of the pruned blocks that gradients reach is added to their
-            gradients (SR-STE, Zhou et al. 2102.04010).
+            gradients (SR-STE, Zhou et al. 2102.04010). It is added once for each read of the weight in a backward pass, so twice if a
+            forward uses the weight twice or two batches are accumulated, and it is not scaled with the loss.
 
     Raises:
         KeyError: the model does not have a parameter of this name, two names are those of one tied tensor, or ``straight_through`` has a

@@ -72,8 +72,8 @@ def proximal_group_lasso(model: M, *, where: Where, strength: float, l1_ratio: f
         l1_ratio: as in `group_lasso`. Elements are shrunk first, then blocks (Simon et al. 2013).
 
     Raises:
-        ValueError, TypeError: as `group_lasso`; a negative strength; a weight that another parametrization computes. The model is as it was
-            before the call.
+        ValueError, TypeError: as `group_lasso`; a negative strength; a weight that has NaN or inf, or that another parametrization
+            computes. The model is as it was before the call.
 
     Example:
         >>> model = nn.Linear(4, 1, bias=False)
@@ -87,6 +87,8 @@ def proximal_group_lasso(model: M, *, where: Where, strength: float, l1_ratio: f
     for name, (ref, _) in selected:
         if not ref.is_plain:
             raise ValueError(f"{name} {ref.shape}: another parametrization computes this weight; leave it out with `excluding`")
+        if not ref.masked.detach().isfinite().all():
+            raise ValueError(f"{name} {ref.shape}: the weight has NaN or inf, so its blocks have no norm; take a lower learning rate")
     with torch.no_grad():
         for _, (ref, grid) in selected:
             shrunk = _shrunk(ref.stored.detach(), grid, strength, l1_ratio)

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blockprune.core._compat import BatchNorm, ConvNd
+from blockprune.core._compat import BatchNorm, ConvNd, NormBase
 from blockprune.core.grid import BlockGrid, BlockShape, int_tuple
 from blockprune.core.patterns import Pattern, matches, suggest
 from blockprune.core.pipeline import as_code
 from blockprune.core.types import Where, check_prunable
 from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.hf_linears import is_transposed
-from blockprune.model.parameters import ParameterRef, computed_attributes, parameter_refs
+from blockprune.model.parameters import ParameterRef, computed_attributes, is_exported, parameter_refs
 
 
 class _Rule(partial[Any]):
@@ -89,15 +89,20 @@ def units(axes: Sequence[UnitPermutation]) -> Where:
 
 
 def norms_and_biases(name: str, owner: nn.Module) -> BlockShape | None:
-    """The parameters with at most one axis: scales of norms and biases. It is a rule itself, for ``where=`` of `distill`.
+    """The parameters of norms, and biases. It is a rule itself, for ``where=`` of `distill`.
+
+    Norms are those of torch, and modules whose class has "Norm" in its name, such as an RMSNorm of your own; biases are parameters whose
+    name contains "bias".
 
     Example:
         >>> layer = nn.Linear(4, 2)
         >>> bp.norms_and_biases("bias", layer), bp.norms_and_biases("weight", layer), bp.norms_and_biases("weight", nn.LayerNorm(4))
         ((), None, ())
     """
-    parameter = ParameterRef(name, owner, name.rpartition(".")[2])
-    return () if len(parameter.shape) <= 1 else None
+    is_norm = isinstance(owner, (NormBase, nn.LayerNorm, nn.GroupNorm)) or (
+        "Norm" in _type_name(owner) and not isinstance(owner, (nn.Linear, ConvNd, nn.Embedding)) and not is_exported(owner)
+    )
+    return () if is_norm or "bias" in name.rpartition(".")[2] else None
 
 
 def first_of(*rules: Where) -> Where:

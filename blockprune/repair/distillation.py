@@ -4,7 +4,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,8 @@ from blockprune.core.progress import progress_bar, show_values
 from blockprune.core.types import Masks, Weights, Where
 from blockprune.model.apply import parameter_masks
 from blockprune.model.running import Calibration, Forward, cuda_devices, default_forward, inputs_of, preserve_state, to_model_device
+from blockprune.repair.batch_stream import BatchStream, keep_generators
+from blockprune.repair.distill_options import check_counts, check_options, check_schedule, checkpointing_method, length, steps_of_one_pass
 from blockprune.repair.losses import DistillLoss
 from blockprune.repair.student import Student, make_student
 
@@ -41,7 +43,8 @@ class DistillState:
         best_loss: the lowest held-out loss; None without held-out batches.
         history: (step, count, mean training loss since the last entry, held-out loss), an entry for each evaluation, the first before
             training; what does not exist is None.
-        internals: what ``resume=`` needs besides: what is trained, the optimizer, random number generators, the place in the batches.
+        internals: what ``resume=`` needs besides: what is trained, the masks, the optimizer, torch's random number generators, the place
+            in the batches.
 
     Example:
         >>> import copy
@@ -101,6 +104,9 @@ def distill(
     A masked copy of the model is trained; the model and the teacher stay as they are. Give the result to `apply_masks` together with the
     masks: pruned elements are exactly zero in it.
 
+    Random numbers are those of torch: the generators that ``seed`` sets, and a generator that the DataLoader or its sampler has, which is
+    set back at the end. Python's and NumPy's generators are not set or recorded; if a dataset or sampler uses them, set them yourself.
+
     Args:
         model: the model that was pruned, or a masked model; or a block-sparse one, ``export.block_sparse(masked, trainable=True)``, with
             masks None: then its kept values are among the weights, and ``apply_masks(model, None, weights)`` sets them.
@@ -112,8 +118,8 @@ def distill(
         optimizer: parameters -> optimizer, such as ``partial(torch.optim.SGD, lr=0.1)``; its learning rates are the highest ones. By
             default AdamW with a learning rate of 3e-4.
         steps: optimizer steps; by default one pass over the batches.
-        warmup: steps in which the learning rate rises linearly from near 0; then it falls along a cosine.
-        final_lr: what the learning rate falls to, as a share of the highest; 1 leaves it constant.
+        warmup: steps in which the learning rate rises linearly from near 0, 0 to ``steps``; then it falls along a cosine.
+        final_lr: what the learning rate falls to, as a share of the highest, 0 to 1; 1 leaves it constant.
         accumulate: batches whose gradients are averaged for one step.
         clip: the largest norm of the gradient of all parameters; None for no limit.
         where: which parameters are trained: a rule such as `norms_and_biases`, or names or patterns of names. By default all of
@@ -126,7 +132,7 @@ def distill(
         held_out: batches that are not trained on. The weights with the lowest mean loss on them are returned.
         every: steps from one evaluation on the held-out batches, and call of ``callback``, to the next.
         patience: evaluations in a row without a lower held-out loss that are allowed; one more ends the training. None never ends it.
-        seed: of dropout, of the factors of ``lora_rank``, and of DataLoaders that shuffle.
+        seed: of dropout, of the factors of ``lora_rank``, and of DataLoaders that shuffle without a generator of their own.
         forward: (model, batch) -> output, for both models; by default as in `Calibration`.
         progress: show a progress bar; by default in a terminal and in a notebook.
         callback: called with a `DistillState` every ``every`` steps and at the end.
@@ -134,8 +140,9 @@ def distill(
 
     Raises:
         KeyError, ValueError, TypeError: as `apply_masks`, for masks and weights.
-        ValueError: batches that run out, a loss that is NaN or inf or has no gradient, options that do not fit each other or the model.
-        TypeError: ``batches`` that is one tensor or mapping, a teacher that is no module, a loss that is no tensor.
+        ValueError: batches that run out, a loss or gradient that is NaN or inf, a loss that has no gradient, options that do not fit each
+            other or the model.
+        TypeError: ``batches`` that is one tensor or mapping, a teacher that is no module, a loss that is no function or returns no tensor.
 
     Example:
         >>> import copy
@@ -147,15 +154,23 @@ def distill(
         >>> bool(bp.losses.kl(recovered(x), model(x)) < bp.losses.kl(pruned(x), model(x)))
         True
     """
-    _check_options(model, teacher, train=train, autocast=autocast, checkpointing=checkpointing)
-    _check_counts(accumulate=accumulate, every=every, **({} if steps is None else {"steps": steps}))
+    check_options(model, teacher, loss, train=train, autocast=autocast, checkpointing=checkpointing)
+    check_counts(1, accumulate=accumulate, every=every)
+    check_counts(1, **{name: x for name, x in {"steps": steps, "lora_rank": lora_rank}.items() if x is not None})
     batches = Calibration(batches).batches
-    steps = _steps_of_one_pass(batches, accumulate) if steps is None else steps
+    if length(batches) == 0:
+        raise ValueError("batches has no batches; give a list or a DataLoader that has at least one")
+    steps = steps_of_one_pass(batches, accumulate) if steps is None else steps
+    check_schedule(steps, warmup=warmup, final_lr=final_lr, clip=clip)
+    if patience is not None:
+        check_counts(0, patience=patience)
+        if held_out is None:
+            raise ValueError(f"patience={patience} compares losses on held-out batches; give held_out=, too, or patience=None")
     held_out = None if held_out is None else Calibration(held_out).batches
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(cuda_devices(model)):
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(cuda_devices(model)), keep_generators(batches):
         torch.manual_seed(seed)
         student = make_student(model, masks, weights, where=where, lora_rank=lora_rank)
-        if checkpointing and (enable := _checkpointing_method(student.module)):
+        if checkpointing and (enable := checkpointing_method(student.module)):
             enable({"use_reentrant": False})
         with preserve_state(student.module), preserve_state(teacher) if teacher is not None else contextlib.nullcontext():
             loss_of = partial(_loss_of, student.module, teacher, forward=forward, loss=loss, autocast=autocast)
@@ -171,7 +186,7 @@ def distill(
                     break
                 student.set_mode(train)
                 training.update(accumulate, clip, _lr_factor(step, steps, warmup, final_lr))
-                speed = (training.count - first) / (time.monotonic() - start)
+                speed = (training.count - first) / max(time.monotonic() - start, 1e-9)  # clocks may stand still for a while
                 show_values(bar, {"loss": f"{training.losses[-1]:.4g}", f"{training.unit}/s": f"{speed:,.0f}"})
                 if training.step % every == 0 or training.step == steps:
                     training.compare(held_out)
@@ -189,7 +204,7 @@ class _Training:
         self.parameters = list(student.trained.values())
         self.optimizer = optimizer(self.parameters)
         self.highest_lrs = [group["lr"] for group in self.optimizer.param_groups]
-        self.stream = _Stream(batches, cuda_devices(student.module))
+        self.stream = BatchStream(batches, cuda_devices(student.module))
         self.step, self.count, self.unit = 0, 0, "samples"
         self.best_weights: dict[str, Tensor] | None = None
         self.best_loss: float | None = None
@@ -214,8 +229,15 @@ class _Training:
             raise ValueError(
                 f"the training loss is {total} in step {self.step}; check the batches for NaN and inf, or take a lower learning rate"
             )
-        if clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters, clip)
+        if clip is None:
+            is_finite = _gradients_are_finite(self.parameters)
+        else:
+            is_finite = bool(nn.utils.clip_grad_norm_(self.parameters, clip).isfinite())
+        if not is_finite:
+            raise ValueError(
+                f"the gradient is NaN or inf in step {self.step}, though the loss is {total}; look for a square root or logarithm of 0, or "
+                "take a lower learning rate"
+            )
         for group, lr in zip(self.optimizer.param_groups, self.highest_lrs, strict=True):
             group["lr"] = lr * lr_factor
         self.optimizer.step()
@@ -236,7 +258,7 @@ class _Training:
 
     def _held_out_loss(self, batches: Iterable[Any]) -> float:
         self.student.set_mode(False)
-        with torch.no_grad(), torch.random.fork_rng(cuda_devices(self.student.module)):
+        with torch.no_grad(), torch.random.fork_rng(cuda_devices(self.student.module)), keep_generators(batches):
             losses = [float(self.loss_of(batch)) for batch in batches]
         mean = sum(losses) / len(losses) if losses else math.nan
         if not math.isfinite(mean):
@@ -255,67 +277,42 @@ class _Training:
             "parameters": {name: p.detach().clone() for name, p in self.student.trained.items()},
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "stream": self.stream.state(),
+            "masks": self._masks(),
             "worse": self.worse,
             "unit": self.unit,
         }
-        best = weights if self.best_weights is None else dict(self.best_weights)
+        best = weights if self.best_weights is None else _copies(self.best_weights)
         return DistillState(self.step, self.count, weights, best, self.best_loss, tuple(self.history), internals)
 
     def restore(self, state: DistillState) -> None:
-        """Go on from a state."""
+        """Go on from a state.
+
+        Raises:
+            ValueError: a state of other parameters, masks or batches.
+        """
+        masks, before = self._masks(), state.internals["masks"]
+        different = sorted(masks.keys() ^ before.keys()) or [n for n, keep in masks.items() if not torch.equal(keep, before[n].to(keep))]
+        if different:
+            raise ValueError(f"resume: its state has other masks, such as that of {different[0]!r}; give the masks of the first call")
         self.student.load(state.internals["parameters"])
         self.optimizer.load_state_dict(copy.deepcopy(state.internals["optimizer"]))
         self.stream.restore(state.internals["stream"])
         self.step, self.count, self.unit = state.step, state.count, state.internals["unit"]
         self.best_loss, self.worse, self.history = state.best_loss, state.internals["worse"], list(state.history)
-        self.best_weights = None if state.best_loss is None else dict(state.best)
+        self.best_weights = None if state.best_loss is None else _copies(state.best)
+
+    def _masks(self) -> dict[str, Tensor]:
+        return {name: mask.keep.clone() for name, mask in parameter_masks(self.student.module).items()}
 
 
-class _Stream:
-    """Batches without end, pass after pass. Its state is the place in the pass, and the random numbers there and where the pass began."""
-
-    def __init__(self, batches: Iterable[Any], devices: Sequence[int]) -> None:
-        self.batches, self.devices = batches, devices
-        self._begin(_random_state(devices))
-
-    def _begin(self, random_state: list[Tensor]) -> None:
-        self.taken, self.first_state = 0, random_state
-        _set_random_state(random_state, self.devices)
-        self.iterator = iter(self.batches)
-
-    def __next__(self) -> Any:
-        batch = next(self.iterator, _END)
-        if batch is _END:
-            self._begin(_random_state(self.devices))
-            batch = next(self.iterator, _END)
-        if batch is _END:
-            raise ValueError("batches has no more batches for the steps that remain; give a list or a DataLoader, or fewer steps")
-        self.taken += 1
-        return batch
-
-    def state(self) -> dict[str, Any]:
-        """What `restore` takes."""
-        return {"taken": self.taken, "first_state": self.first_state, "state": _random_state(self.devices)}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Pass over the batches that were taken."""
-        self._begin(state["first_state"])
-        for _ in range(state["taken"]):
-            next(self)
-        _set_random_state(state["state"], self.devices)
+def _copies(weights: Weights) -> dict[str, Tensor]:
+    return {name: x.clone() for name, x in weights.items()}
 
 
-_END = object()
-
-
-def _random_state(devices: Sequence[int]) -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
-
-
-def _set_random_state(state: Sequence[Tensor], devices: Sequence[int]) -> None:
-    torch.set_rng_state(state[0])
-    for device, of_device in zip(devices, state[1:], strict=False):
-        torch.cuda.set_rng_state(of_device, device)
+def _gradients_are_finite(parameters: Sequence[Tensor]) -> bool:
+    gradients = [p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
+    finite = [x.isfinite().all() for x in gradients]
+    return not finite or bool(torch.stack([x.to(finite[0].device) for x in finite]).all())
 
 
 def _loss_of(
@@ -368,33 +365,3 @@ def _size(batch: Any) -> tuple[int, str]:
     if first is not None and first.ndim == 2 and not first.is_floating_point():
         return first.numel(), "tokens"
     return len(first) if first is not None and first.ndim else 1, "samples"
-
-
-def _steps_of_one_pass(batches: Iterable[Any], accumulate: int) -> int:
-    if not isinstance(batches, Sized):
-        raise ValueError(f"batches is a {type(batches).__name__} of unknown length; say how many optimizer steps to take: steps=")
-    return max(1, len(batches) // accumulate)
-
-
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}={count} must be at least 1")
-
-
-def _check_options(model: nn.Module, teacher: nn.Module | None, *, train: bool, autocast: torch.dtype | None, checkpointing: bool) -> None:
-    if teacher is not None and not isinstance(teacher, nn.Module):
-        raise TypeError(f"teacher is a {type(teacher).__name__}; give the dense model, or None if the loss needs no teacher")
-    if teacher is model and parameter_masks(model):
-        raise ValueError("the teacher is the masked model itself; give the dense model, such as a copy made before apply_masks")
-    if autocast is torch.float16:
-        raise ValueError("autocast=torch.float16 needs its loss scaled, or small gradients become 0; give torch.bfloat16")
-    if checkpointing and _checkpointing_method(model) is None:
-        raise ValueError(f"checkpointing=True needs a model with gradient_checkpointing_enable, which {type(model).__name__} does not have")
-    if checkpointing and not train:
-        raise ValueError("checkpointing=True needs train=True: transformers keeps all activations in evaluation mode")
-
-
-def _checkpointing_method(model: Any) -> Callable[[Mapping[str, Any]], None] | None:
-    """The method of a Hugging Face model that turns checkpointing on; it has a second name from transformers 5 on."""
-    return getattr(model, "activation_checkpointing_enable", None) or getattr(model, "gradient_checkpointing_enable", None)

@@ -21,22 +21,33 @@ DistillLoss = Callable[[Any, Any, Any], Tensor]  # (student's output, teacher's 
 IGNORED = -100  # the label that Hugging Face and `F.cross_entropy` leave out
 
 
-def kl(student: Any, teacher: Any, batch: Any = None, *, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
+def kl(
+    student: Any,
+    teacher: Any,
+    batch: Any = None,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    shift: bool | None = None,
+) -> Tensor:
     """Kullback-Leibler divergence of the student's predictions from the teacher's, mean over positions (Hinton et al. 1503.02531, eq. 4).
 
-    ``T^2 KL(softmax(teacher / T) || softmax(student / T))``; the factor keeps the size of the gradients when T changes.
+    ``T^2 KL(softmax(teacher / T) || softmax(student / T))``; the factor keeps the size of the gradients when T changes. A class whose logit
+    is -inf in the teacher adds nothing.
 
     Args:
-        student: logits ``[..., classes]``, or an output that has ``logits``.
+        student: logits ``[batch, classes]`` or ``[batch, positions, classes]``, or an output that has ``logits``.
         teacher: the same of the teacher.
-        batch: what the models were called with; it tells which positions are padding.
+        batch: what the models were called with; it tells which positions are padding, and with labels which positions count.
         temperature: T; higher temperatures give more weight to unlikely classes.
         top_k: compare only the teacher's k most likely classes, and all other classes as one. This takes less memory for large
             vocabularies, and is never more than the whole divergence.
+        shift: as in `cross_entropy`; with True a position counts if the next position has a label.
 
     Raises:
         TypeError: an output without logits.
-        ValueError: logits of different shapes, a temperature that is not positive, ``top_k`` below 1, or only padding.
+        ValueError: logits of different shapes or with four or more axes, a temperature that is not positive, ``top_k`` below 1, only
+            padding, or labels that need ``shift``.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0, -1.0]])
@@ -51,12 +62,21 @@ def kl(student: Any, teacher: Any, batch: Any = None, *, temperature: float = 1.
         raise ValueError(f"top_k={top_k} must be at least 1 class, or None for all")
     q, p = _logits(student, "student"), _logits(teacher, "teacher")
     _check_shapes("kl", "logits", q, p)
+    if q.ndim > 3:
+        raise ValueError(
+            f"kl: the logits have shape {tuple(q.shape)}, and which axis is that of the classes is not known; give a forward that returns "
+            "logits [batch, positions, classes], for an image model model(batch).flatten(2).mT"
+        )
+    batch = _decoder_batch(student, batch)
+    _check_shift("kl", _own_labels(batch), batch, shift)
     q, p = (F.log_softmax(x if temperature == 1 else x / temperature, -1) for x in (_wide(q), _wide(p.to(q.device))))  # log-probabilities
     if top_k is not None and top_k < p.shape[-1]:
         p, classes = p.topk(top_k, -1)
         p, q = _with_rest(p), _with_rest(q.gather(-1, classes))  # [..., k + 1]
+    if (never := p == -torch.inf).any():  # 0 * -inf would be NaN
+        q, p = q.masked_fill(never, 0), p.masked_fill(never, 0)
     divergence = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)  # [...]
-    return temperature**2 * _mean(divergence, _decoder_batch(student, batch))
+    return temperature**2 * _mean(divergence, batch, shift)
 
 
 def _with_rest(log_probabilities: Tensor) -> Tensor:
@@ -100,20 +120,22 @@ def _relative_error(student: Tensor, teacher: Tensor, batch: Any) -> Tensor:
     return _mean((x - y).square().mean(-1), batch) / _mean(y.square().mean(-1), batch).clamp_min(SMALLEST)
 
 
-def cross_entropy(student: Any, teacher: Any, batch: Any) -> Tensor:
+def cross_entropy(student: Any, teacher: Any, batch: Any, *, shift: bool | None = None) -> Tensor:
     """Cross-entropy of the labels; the teacher is not used.
 
-    Labels are the ``labels`` of a mapping, the second element of a tuple, or, without either, the input tokens. Labels that repeat the
-    input tokens, as those of causal language models in Hugging Face do, are compared with the logits of the position before them.
+    Labels are the ``labels`` of a mapping, the second element of a tuple, or, without either, the input tokens.
 
     Args:
         student: logits ``[..., classes]``, or an output that has ``logits``.
         teacher: anything.
         batch: what the model was called with.
+        shift: True compares labels with the logits of the position before them (causal language models), False with those of their own
+            position. None shifts if the labels equal the input tokens wherever they are not -100, and at least half of the positions that
+            are not padding have a label. Labels that equal the input tokens at fewer positions could be either, which is an error.
 
     Raises:
         TypeError: an output without logits, or a batch without labels or tokens.
-        ValueError: labels of another shape than the positions, or only labels of -100.
+        ValueError: labels of another shape than the positions, only labels of -100, or labels that need ``shift``.
 
     Example:
         >>> logits = torch.zeros(1, 3, 50)
@@ -124,15 +146,16 @@ def cross_entropy(student: Any, teacher: Any, batch: Any) -> Tensor:
     labels = _labels(batch)
     if labels is None:
         raise TypeError(
-            f"cross_entropy: the batch is a {type(batch).__name__} without labels; give a mapping with 'labels' or 'input_ids', or a "
-            "tuple (inputs, labels)"
+            f"cross_entropy: the batch has the type {type(batch).__name__} and no labels; give a mapping with 'labels' or 'input_ids', or "
+            "a tuple (inputs, labels)"
         )
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"cross_entropy: the logits {tuple(logits.shape)} need labels {tuple(logits.shape[:-1])}, not {tuple(labels.shape)}"
         )
     labels = labels.to(logits.device)
-    if _are_next_tokens(labels, batch):
+    _check_shift("cross_entropy", labels, batch, shift)
+    if _are_next_tokens(labels, batch) if shift is None else shift:
         weights = _attention(labels, batch)
         labels = labels if weights is None else labels.masked_fill(weights.to(labels.device) == 0, IGNORED)
         logits, labels = logits[:, :-1], labels[:, 1:]
@@ -147,14 +170,14 @@ def cosine(student: Any, teacher: Any, batch: Any = None) -> Tensor:
     """One minus the cosine between the student's and the teacher's embeddings, mean over the samples.
 
     Args:
-        student: embeddings ``[samples, width]`` (with more axes, each vector along the last counts), or an output that has
+        student: embeddings ``[samples, width]`` (with three axes, each vector along the last counts), or an output that has
             ``last_hidden_state``, whose mean over all positions but padding is the embedding.
         teacher: the same of the teacher.
         batch: what the models were called with; it tells which positions are padding.
 
     Raises:
         TypeError: an output without ``last_hidden_state``.
-        ValueError: embeddings of different shapes.
+        ValueError: embeddings of different shapes, or with four or more axes, as those of image models.
 
     Example:
         >>> bp.losses.cosine(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])).item()
@@ -162,6 +185,8 @@ def cosine(student: Any, teacher: Any, batch: Any = None) -> Tensor:
     """
     x, y = _embeddings(student, batch, "student"), _embeddings(teacher, batch, "teacher")
     _check_shapes("cosine", "embeddings", x, y)
+    if x.ndim > 3:
+        raise _no_embeddings("student", x)
     distance = 1 - F.cosine_similarity(_wide(x), _wide(y.to(x.device)), dim=-1)
     return _mean(distance, batch)
 
@@ -223,11 +248,20 @@ def _embeddings(output: Any, batch: Any, who: str) -> Tensor:
         raise TypeError(
             f"the {who}'s output ({_kind(output)}) has no last_hidden_state; give a forward that returns the embeddings as a tensor"
         )
+    if hidden.ndim != 3:
+        raise _no_embeddings(who, hidden)
     weights = _attention(hidden[..., 0], batch)
     if weights is None:
         return _wide(hidden).mean(1)
     weights = weights.to(hidden.device)[..., None]
     return (_wide(hidden).masked_fill(weights == 0, 0) * weights).sum(1) / weights.sum(1).clamp_min(1)
+
+
+def _no_embeddings(who: str, x: Tensor) -> ValueError:
+    return ValueError(
+        f"cosine: the {who}'s output has shape {tuple(x.shape)}, and which axis holds the embeddings is unknown; give a forward that "
+        "returns embeddings [samples, width], for an image model model(batch).last_hidden_state.mean((2, 3))"
+    )
 
 
 def _kind(output: Any) -> str:
@@ -245,13 +279,20 @@ def _decoder_batch(output: Any, batch: Any) -> Any:
 
 def _labels(batch: Any) -> Tensor | None:
     """The labels of a batch: its own, or the input tokens."""
+    labels = _own_labels(batch)
+    if labels is not None:
+        return labels
     inputs = inputs_of(batch)
-    if isinstance(inputs, Mapping):
-        labels = inputs.get("labels", inputs.get("input_ids"))
-    elif inputs is not batch:
-        labels = batch[1] if len(batch) > 1 else inputs
-    else:
-        labels = inputs
+    has_target = (inputs is not batch and len(batch) > 1) or (isinstance(inputs, Mapping) and inputs.get("labels") is not None)
+    return None if has_target else _tokens(batch)  # a target of other numbers is no label
+
+
+def _own_labels(batch: Any) -> Tensor | None:
+    """The labels of a batch, not its input tokens."""
+    inputs = inputs_of(batch)
+    labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+    if labels is None and inputs is not batch and len(batch) > 1:
+        labels = batch[1]
     return labels if isinstance(labels, Tensor) and not labels.is_floating_point() else None
 
 
@@ -262,7 +303,32 @@ def _tokens(batch: Any) -> Tensor | None:
 
 
 def _are_next_tokens(labels: Tensor, batch: Any) -> bool:
-    """Whether labels repeat the input tokens, so that the logits of a position predict the label of the next position."""
+    """Whether labels repeat the input tokens at half of all positions, so that logits predict the label of the next position."""
+    if not _are_tokens(labels, batch):
+        return False
+    attention = _attention(labels, batch)
+    attended = torch.ones_like(labels, dtype=torch.bool) if attention is None else attention.to(labels.device) != 0
+    return bool(2 * ((labels != IGNORED) & attended).sum() >= attended.sum())
+
+
+def _check_shift(loss: str, labels: Tensor | None, batch: Any, shift: bool | None) -> None:
+    """Raise if nobody said whether labels belong to the next position, and the labels do not tell."""
+    if shift not in (None, True, False):
+        raise ValueError(f"{loss}: shift={shift!r} must be True, False or None")
+    if labels is None:
+        return
+    if shift and labels.ndim < 2:
+        raise ValueError(f"{loss}: shift=True needs labels [batch, positions], not {tuple(labels.shape)}")
+    is_unclear = shift is None and _are_tokens(labels, batch) and not _are_next_tokens(labels, batch)
+    if is_unclear and (labels != IGNORED).any():
+        raise ValueError(
+            f"{loss}: the labels equal the input tokens, but fewer than half of the positions have a label; give shift=True for a causal "
+            f"language model whose prompts have no labels, or shift=False for a masked one: partial(losses.{loss}, shift=True)"
+        )
+
+
+def _are_tokens(labels: Tensor, batch: Any) -> bool:
+    """Whether labels equal the input tokens wherever there is a label."""
     tokens = _tokens(batch)
     if tokens is None or tokens.shape != labels.shape or labels.ndim < 2:
         return False
@@ -285,9 +351,9 @@ def _attention(x: Tensor, batch: Any) -> Tensor | None:
     return mask
 
 
-def _mean(values: Tensor, batch: Any) -> Tensor:
+def _mean(values: Tensor, batch: Any, shift: bool | None = None) -> Tensor:
     """The mean of numbers by position over all positions that count."""
-    counted = _counted(values, batch)
+    counted = _counted(values, batch, shift)
     if counted is None:
         return values.mean()
     counted = counted.to(values.device).reshape(*counted.shape, *[1] * (values.ndim - counted.ndim)).expand_as(values)
@@ -296,15 +362,14 @@ def _mean(values: Tensor, batch: Any) -> Tensor:
     return values.masked_fill(~counted, 0).sum() / counted.sum()
 
 
-def _counted(values: Tensor, batch: Any) -> Tensor | None:
+def _counted(values: Tensor, batch: Any, shift: bool | None) -> Tensor | None:
     """Which positions count, ``[batch, positions]`` bool; None if all do."""
     attention = _attention(values, batch)
     counted = None if attention is None else attention != 0
-    inputs = inputs_of(batch)
-    labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
-    if isinstance(labels, Tensor) and labels.ndim >= 2 and labels.shape == values.shape and not labels.is_floating_point():
+    labels = _own_labels(batch)
+    if labels is not None and labels.ndim >= 2 and labels.shape == values.shape:
         has_label = labels != IGNORED
-        if _are_next_tokens(labels, batch):  # a position counts if the next one has a label
+        if _are_next_tokens(labels, batch) if shift is None else shift:  # a position counts if the next one has a label
             has_label = F.pad(has_label[:, 1:], (0, 1), value=False)
         counted = has_label if counted is None else counted.to(has_label.device) & has_label
     return counted

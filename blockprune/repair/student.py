@@ -12,6 +12,7 @@ from blockprune.core._compat import NormBase
 from blockprune.core.patterns import Pattern, matches, suggest
 from blockprune.core.types import Masks, Weights, Where
 from blockprune.model.apply import apply_masks, parameter_masks
+from blockprune.model.gates import GateBlocks
 from blockprune.model.parameters import ParameterRef, distinct, parameter_refs
 from blockprune.model.selection import norms_and_biases, select
 
@@ -80,8 +81,13 @@ def make_student(
     chosen = _chosen(module, where, lora_rank)
     refs = parameter_refs(module)
     low_rank = {name: refs[name] for name in chosen if lora_rank is not None and refs[name][0].mask and len(refs[name][0].shape) > 1}
-    if lora_rank is not None and not (lora_rank >= 1 and low_rank):
-        raise ValueError(f"lora_rank={lora_rank} must be a positive number, and one of the parameters that are trained a masked matrix")
+    if lora_rank is not None and lora_rank < 1:
+        raise ValueError(f"lora_rank={lora_rank} must be at least 1, or None to train whole weights")
+    if lora_rank is not None and not low_rank:
+        raise ValueError(
+            f"lora_rank={lora_rank} is for masked matrices, and none of the trained parameters, such as {chosen[0]!r}, is masked and has "
+            "two axes; give masks, another where=, or lora_rank=None"
+        )
     _keep_kept_values(refs)
     if lora_rank is not None:
         masks = parameter_masks(module)
@@ -111,6 +117,8 @@ def _chosen(module: nn.Module, where: Where | Pattern | Sequence[Pattern] | None
     if where is None:
         small = norms_and_biases
         chosen = [n for n in floating if lora_rank is None or refs[n][0].mask or small(n, refs[n][0].owner) is not None]
+    elif where is norms_and_biases:  # scalars included, which have no blocks
+        chosen = [n for n in floating if norms_and_biases(n, refs[n][0].owner) is not None]
     elif callable(where):
         chosen = list(select(module, where))
     else:
@@ -118,6 +126,10 @@ def _chosen(module: nn.Module, where: Where | Pattern | Sequence[Pattern] | None
     if not chosen:
         raise ValueError(f"where={where!r} chooses no floating-point parameter of the model, so there is nothing to train")
     if computed := [name for name in chosen if not refs[name][0].is_plain]:
+        if any(isinstance(p, GateBlocks) for p in refs[computed[0]][0].parametrizations or ()):
+            raise ValueError(
+                f"{computed[0]} {refs[computed[0]][0].shape}: this weight has gates; take them off with bp.gates.remove(model)"
+            )
         raise ValueError(
             f"{computed[0]} {refs[computed[0]][0].shape}: another parametrization computes this weight, so no new weight could be written "
             "to it; remove the parametrization, or leave the parameter out with where="

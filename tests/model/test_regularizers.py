@@ -237,3 +237,17 @@ def test_admm_says_which_parameter_does_not_fit() -> None:
         admm_penalty(model, attrs.evolve(state, targets={"other": torch.zeros(4, 4)}), rho=1.0)
     with pytest.raises(ValueError, match=r"weight \(4, 4\): the state has the shape \(2, 2\)"):
         admm_penalty(model, attrs.evolve(state, targets={"weight": torch.zeros(2, 2)}), rho=1.0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_is_an_error_and_nothing_is_written(value: float) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight.data[0, 0] = value
+    before = copy.deepcopy(model.state_dict())
+    where = bp.linears((2, 2))
+    with pytest.raises(ValueError, match=r"1\.weight \(4, 4\).*NaN or inf"):
+        proximal_group_lasso(model, where=where, strength=0.1)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+    keep = torch.tensor([[False, True], [True, True]])  # what a mask prunes may be anything
+    bp.apply_masks(model, {"1.weight": bp.BlockMask(keep, bp.BlockGrid((4, 4), (2, 2)))})
+    assert proximal_group_lasso(model, where=where, strength=0.1)[1].weight.isfinite().all()

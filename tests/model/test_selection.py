@@ -316,3 +316,40 @@ def test_a_stem_that_blocks_do_not_fit_comes_with_the_call_that_leaves_it_out() 
     call = str(caught.value).rpartition("where=")[2]
     assert call == "bp.excluding(bp.convs(block=(4, 4)), '0.weight')"
     assert list(select(model, eval(call))) == ["1.weight"]
+
+
+class RMSNorm(nn.Module):
+    """One of a user's own, with a gain of no axis besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.gain = nn.Parameter(torch.ones(4)), nn.Parameter(torch.tensor(1.0))
+
+
+class NormedLinear(nn.Linear):
+    """Its name has "Norm" in it, but its weight is a matrix."""
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (nn.LayerNorm((2, 3, 4)), ["weight", "bias"]),
+        (nn.BatchNorm2d(4), ["weight", "bias"]),
+        (nn.GroupNorm(2, 4), ["weight", "bias"]),
+        (RMSNorm(), ["weight", "gain"]),
+        (NormedLinear(4, 4), ["bias"]),
+        (nn.PReLU(), []),
+        (nn.ParameterDict({"scale": torch.ones(4)}), []),
+        (nn.GRU(4, 4), ["bias_ih_l0", "bias_hh_l0"]),
+        (nn.MultiheadAttention(4, 2, add_bias_kv=True), ["in_proj_bias", "bias_k", "bias_v", "out_proj.bias"]),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_norms_and_biases(module: nn.Module, expected: list[str]) -> None:
+    refs = parameter_refs(module)
+    assert [name for name, (ref, *_) in refs.items() if bp.norms_and_biases(name, ref.owner) is not None] == expected
+
+
+def test_norms_and_biases_are_not_the_kept_values_of_an_exported_layer() -> None:
+    model = bp.export.block_sparse(masked(nn.Sequential(nn.Linear(8, 8)), bp.linears((4, 4))), backend="torch", trainable=True)
+    assert list(select(model, bp.norms_and_biases)) == ["0.bias"]

@@ -252,9 +252,72 @@ def test_low_rank_factors_reach_all_modules_of_a_tied_weight_and_keep_the_rank()
     assert weights.keys() == {where}
 
 
+def test_a_loader_with_its_own_generator_resumes_and_comes_back_as_it_was() -> None:
+    model, masks, batches = problem()
+    generator = torch.Generator().manual_seed(3)
+    loader = DataLoader(torch.cat(batches), batch_size=4, shuffle=True, generator=generator)  # type: ignore[arg-type]
+    held_out = DataLoader(torch.cat(tokens(2, seed=9)), batch_size=3, shuffle=True, generator=generator)  # type: ignore[arg-type]
+    before, states = generator.get_state(), list[bp.DistillState]()
+    options = {"teacher": model, "loss": losses.kl, "optimizer": ADAM, "steps": 13, "every": 5, "held_out": held_out}
+    weights = bp.distill(model, masks, None, loader, **options, callback=states.append)
+    assert torch.equal(generator.get_state(), before)
+    for state in states:
+        generator.manual_seed(99)  # another process made another generator
+        assert same(bp.distill(model, masks, None, loader, **options, resume=state), weights)
+    with pytest.raises(ValueError, match="random number generators of its own"):
+        bp.distill(model, masks, None, batches, **options, resume=states[0])
+
+
+def test_what_a_callback_does_to_a_state_changes_no_result() -> None:
+    model, masks, batches = problem()
+    options = {"teacher": model, "loss": losses.kl, "optimizer": ADAM, "steps": 4, "every": 1, "held_out": batches[:2]}
+    states: list[bp.DistillState] = []
+
+    def spoil(state: bp.DistillState) -> None:
+        for x in (*state.best.values(), *state.weights.values()):
+            x.zero_()
+
+    expected = bp.distill(model, masks, None, batches, **options, callback=states.append)
+    assert same(bp.distill(model, masks, None, batches, **options, callback=spoil), expected)
+    best = {name: x.clone() for name, x in states[-1].best.items()}
+    again = bp.distill(model, masks, None, batches, **options, resume=states[-1])
+    for x in again.values():
+        x.zero_()
+    assert same(dict(states[-1].best), best)
+
+
+def test_a_clock_that_stands_still_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blockprune.repair.distillation.time.monotonic", lambda: 5.0)
+    model, masks, batches = problem()
+    bp.distill(model, masks, None, batches, teacher=model, loss=losses.kl, steps=1)
+
+
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_a_gradient_that_is_not_finite_is_an_error_before_the_step(clip: float | None) -> None:
+    model = nn.Linear(4, 2)
+    with pytest.raises(ValueError, match="gradient is NaN or inf in step 0"):
+        bp.distill(
+            model, {}, None, [torch.ones(2, 4)], teacher=model, loss=lambda s, t, b: (s - t).norm() * (s - t).abs().sqrt().sum(), clip=clip
+        )
+
+
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"steps": 0}, ValueError, "steps=0"),
     ({"accumulate": 0}, ValueError, "accumulate=0"),
+    ({"steps": 2.5}, ValueError, "steps=2.5 must be an integer"),
+    ({"every": True}, ValueError, "every=True must be an integer"),
+    ({"lora_rank": 1.5}, ValueError, "lora_rank=1.5 must be an integer"),
+    ({"warmup": -1}, ValueError, "warmup=-1"),
+    ({"warmup": 9, "steps": 8}, ValueError, "warmup=9 must be at most .* 8"),
+    ({"final_lr": -0.1}, ValueError, "final_lr=-0.1"),
+    ({"final_lr": float("nan")}, ValueError, "final_lr=nan"),
+    ({"clip": 0.0}, ValueError, "clip=0.0"),
+    ({"clip": float("inf")}, ValueError, "clip=inf"),
+    ({"patience": 1}, ValueError, "patience=1 .*held_out="),
+    ({"patience": -1, "held_out": tokens(1)}, ValueError, "patience=-1"),
+    ({"autocast": torch.int8}, ValueError, "autocast=torch.int8"),
+    ({"loss": "kl"}, TypeError, "loss='kl' must be a function"),
+    ({"batches": []}, ValueError, "batches has no batches"),
     ({"batches": iter([])}, ValueError, "unknown length"),
     ({"batches": iter([]), "steps": 1}, ValueError, "no more batches"),
     ({"batches": torch.zeros(2)}, TypeError, "one Tensor"),
@@ -265,7 +328,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"where": "nothing.*"}, ValueError, "matches no floating-point parameter"),
     ({"where": bp.named("nothing.*", (1,))}, ValueError, "matches no parameter"),
     ({"lora_rank": 0}, ValueError, "lora_rank=0"),
-    ({"lora_rank": 2, "where": "norm.*"}, ValueError, "masked matrix"),
+    ({"lora_rank": 2, "where": "norm.*"}, ValueError, "masked matrices"),
     ({"autocast": torch.float16}, ValueError, "bfloat16"),
     ({"checkpointing": True, "train": True}, ValueError, "gradient_checkpointing_enable"),
     ({"teacher": lambda x: x}, TypeError, "teacher"),
@@ -290,6 +353,15 @@ def test_a_masked_model_is_not_its_own_teacher_and_a_state_belongs_to_its_parame
     bp.distill(model, masks, None, batches, teacher=model, loss=losses.kl, steps=1, every=1, callback=states.append)
     with pytest.raises(ValueError, match="other parameters"):
         bp.distill(model, masks, None, batches, teacher=model, loss=losses.kl, where="norm.*", resume=states[0])
+    others = {name: bp.BlockMask(~mask.keep, mask.grid) for name, mask in masks.items()}
+    with pytest.raises(ValueError, match="other masks, such as that of"):
+        bp.distill(model, others, None, batches, teacher=model, loss=losses.kl, steps=2, resume=states[0])
     masked = bp.apply_masks(copy.deepcopy(model), masks)
     with pytest.raises(ValueError, match="masked model itself"):
         bp.distill(masked, None, None, batches, teacher=masked, loss=losses.kl)
+
+
+def test_a_model_with_gates_is_refused_with_the_remedy() -> None:
+    gated = bp.gates.add(nn.Linear(4, 4), where=bp.linears((2, 2)))
+    with pytest.raises(ValueError, match=r"bp.gates.remove\(model\)"):
+        bp.distill(gated, None, None, [torch.ones(2, 4)], teacher=nn.Linear(4, 4), loss=losses.hidden_states)

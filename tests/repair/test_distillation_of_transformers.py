@@ -1,7 +1,9 @@
 """Distilling Hugging Face models: their outputs, gradient checkpointing, tied heads."""
 
 import copy
+import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,3 +98,24 @@ def test_an_encoder_and_an_image_classifier_come_closer_on_what_is_held_out() ->
         losses_held_out = [entry[3] for entry in history[-1].history]
         assert losses_held_out[-1] < losses_held_out[0]  # type: ignore[operator]
         assert repr(history[-1]).split(", ")[1].endswith("tokens" if model is bert else "samples")
+
+
+def test_the_guides_trainer_averages_accumulated_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    guide = (Path(__file__).parents[2] / "notebooks" / "guides" / "recover.md").read_text()
+    block = next(code for code in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "class DistillationTrainer" in code)
+    names: dict[str, Any] = {"bp": bp, "torch": torch, "copy": copy, "losses": losses}
+    exec(compile(block, "recover.md", "exec"), names)
+    options = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "use_cpu": True}
+    options |= {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}
+    students = []
+    for size, accumulate in ((8, 1), (2, 4)):
+        student = bp.apply_masks(copy.deepcopy(names["teacher"]), names["masks"])
+        arguments = transformers.TrainingArguments(
+            "trainer", per_device_train_batch_size=size, gradient_accumulation_steps=accumulate, **options
+        )
+        names["DistillationTrainer"](student, arguments, train_dataset=names["tokens"]).train()
+        students.append(bp.finalize(student).state_dict())
+    torch.testing.assert_close(*students, rtol=1e-4, atol=1e-6)
+    start = bp.finalize(bp.apply_masks(copy.deepcopy(names["teacher"]), names["masks"])).state_dict()
+    assert max((students[0][name] - start[name]).abs().max() for name in start) > 1e-4

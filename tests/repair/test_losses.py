@@ -69,6 +69,18 @@ def test_confident_predictions_have_finite_gradients() -> None:
     assert student.grad.isfinite().all()
 
 
+def test_classes_that_both_forbid_count_nothing() -> None:
+    """The twin: the same logits without these classes."""
+    student, teacher = logits(0, (2, 5))
+    infinite = torch.tensor([True, False, False, True, False])
+    for top_k in (None, 2, 4):
+        kept = losses.kl(student[:, ~infinite], teacher[:, ~infinite], top_k=top_k)
+        whole = losses.kl(student.masked_fill(infinite, -torch.inf), teacher.masked_fill(infinite, -torch.inf), top_k=top_k)
+        torch.testing.assert_close(whole, kept)
+        expected, actual = (torch.autograd.grad(loss, student)[0] for loss in (kept, whole))
+        torch.testing.assert_close(actual, expected)
+
+
 @given(seed=seeds)
 def test_hidden_states_is_its_formula(seed: int) -> None:
     student, teacher = ([scale * normal((2, 3, 4), seed + i) for scale in (1.0, 100.0)] for i in (0, 1))
@@ -136,6 +148,31 @@ def test_other_labels_belong_to_their_own_position() -> None:
         torch.testing.assert_close(losses.cross_entropy(of_samples, None, batch), F.cross_entropy(of_samples, classes))
 
 
+def test_labels_of_few_positions_need_shift() -> None:
+    """Masked tokens that stay as they are look like a prompt without labels."""
+    student, teacher = logits(0, (1, 4, 9))
+    tokens, labels = torch.tensor([[4, 5, 6, 7]]), torch.tensor([[-100, -100, 6, -100]])
+    for batch in ({"input_ids": tokens, "labels": labels}, (tokens, labels), ({"input_ids": tokens}, labels)):
+        for shift, position in ((False, 2), (True, 1)):
+            expected = F.cross_entropy(student[:, position], labels[:, 2])
+            torch.testing.assert_close(losses.cross_entropy(student, None, batch, shift=shift), expected)
+            here = losses.kl(student[:, position], teacher[:, position])
+            torch.testing.assert_close(losses.kl(student, teacher, batch, shift=shift), here)
+        for loss in (losses.kl, losses.cross_entropy):
+            with pytest.raises(ValueError, match="give shift=True"):
+                loss(student, teacher, batch)
+    padded = {"input_ids": tokens, "labels": labels, "attention_mask": torch.tensor([[0, 1, 1, 0]])}  # half of the others has a label
+    torch.testing.assert_close(losses.cross_entropy(student, None, padded), F.cross_entropy(student[:, 1], labels[:, 2]))
+
+
+def test_labels_mean_the_same_in_tuples_and_mappings() -> None:
+    student, teacher = logits(0, (2, 6, 9))
+    tokens = torch.randint(9, (2, 6), generator=torch.Generator().manual_seed(0))
+    labels = tokens.masked_fill(torch.arange(6) >= 4, -100)
+    for loss in (losses.kl, losses.cross_entropy):
+        assert loss(student, teacher, (tokens, labels)) == loss(student, teacher, {"input_ids": tokens, "labels": labels})
+
+
 def test_a_decoder_has_its_own_padding() -> None:
     student, teacher = logits(0, (2, 5, 7))
     output = SimpleNamespace(logits=student, encoder_last_hidden_state=torch.zeros(2, 5, 4))
@@ -169,10 +206,14 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: losses.kl(X, X, top_k=0), ValueError, "top_k=0"),
     (lambda: losses.kl(X, X, {"attention_mask": torch.zeros(2, 3)}), ValueError, "no position"),
     (lambda: losses.kl(X, X, {"attention_mask": torch.ones(2, 5)}), ValueError, "other positions"),
+    (lambda: losses.kl(X[None], X[None]), ValueError, r"\(1, 2, 3, 4\).*forward that returns logits"),
+    (lambda: losses.cosine(SimpleNamespace(last_hidden_state=X[None]), X), ValueError, r"\(1, 2, 3, 4\).*returns embeddings"),
+    (lambda: losses.cosine(X[None], X[None]), ValueError, r"\(1, 2, 3, 4\).*forward that returns embeddings"),
+    (lambda: losses.cross_entropy(X, None, {"input_ids": X[..., 0].long(), "labels": X[..., 0]}), TypeError, "no labels"),
     (lambda: losses.hidden_states(SimpleNamespace(logits=X, hidden_states=None), X), TypeError, "output_hidden_states=True"),
     (lambda: losses.hidden_states([X, X], [X]), ValueError, "2 hidden states and the teacher 1"),
     (lambda: losses.cosine(SimpleNamespace(logits=X), X), TypeError, "last_hidden_state"),
-    (lambda: losses.cross_entropy(X, None, torch.zeros(2, 3)), TypeError, "without labels"),
+    (lambda: losses.cross_entropy(X, None, torch.zeros(2, 3)), TypeError, "no labels"),
     (lambda: losses.cross_entropy(X, None, torch.zeros(2, 5, dtype=torch.long)), ValueError, r"need labels \(2, 3\)"),
     (lambda: losses.cross_entropy(X, None, {"labels": torch.full((2, 3), -100)}), ValueError, "no label"),
     (lambda: losses.weighted({}), ValueError, "empty"),

@@ -1,0 +1,73 @@
+"""What the options of `distill` must be."""
+
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sized
+from typing import Any
+
+import torch
+from torch import nn
+
+from blockprune.model.apply import parameter_masks
+from blockprune.repair.losses import DistillLoss
+
+
+def steps_of_one_pass(batches: Iterable[Any], accumulate: int) -> int:
+    """The optimizer steps of one pass over the batches."""
+    count = length(batches)
+    if count is None:
+        raise ValueError(
+            f"batches has the type {type(batches).__name__} and an unknown length; say how many optimizer steps to take: steps="
+        )
+    return max(1, count // accumulate)
+
+
+def length(batches: Iterable[Any]) -> int | None:
+    """The number of batches; None if they do not tell."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:  # a DataLoader of an IterableDataset
+        return None
+
+
+def check_counts(lowest: int, **counts: int) -> None:
+    """Raise for a count that is no integer, or below the lowest."""
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < lowest:
+            raise ValueError(f"{name}={count!r} must be an integer, at least {lowest}")
+
+
+def check_schedule(steps: int, *, warmup: int, final_lr: float, clip: float | None) -> None:
+    """Raise for a schedule or a limit that makes no sense."""
+    check_counts(0, warmup=warmup)
+    if warmup > steps:
+        raise ValueError(f"warmup={warmup} must be at most the number of steps, which is {steps}")
+    if isinstance(final_lr, bool) or not isinstance(final_lr, numbers.Real) or not 0 <= final_lr <= 1:
+        raise ValueError(f"final_lr={final_lr!r} must be a number from 0 to 1, the share of the highest learning rate")
+    if clip is not None and (isinstance(clip, bool) or not isinstance(clip, numbers.Real) or not 0 < clip < math.inf):
+        raise ValueError(f"clip={clip!r} must be a positive number, or None for no limit")
+
+
+def check_options(
+    model: nn.Module, teacher: nn.Module | None, loss: DistillLoss, *, train: bool, autocast: torch.dtype | None, checkpointing: bool
+) -> None:
+    """Raise for a loss, a teacher or modes that do not fit the model."""
+    if not callable(loss):
+        raise TypeError(f"loss={loss!r} must be a function of the student's output, the teacher's output and the batch, such as losses.kl")
+    if teacher is not None and not isinstance(teacher, nn.Module):
+        raise TypeError(f"teacher has the type {type(teacher).__name__}; give the dense model, or None if the loss needs no teacher")
+    if teacher is model and parameter_masks(model):
+        raise ValueError("the teacher is the masked model itself; give the dense model, such as a copy made before apply_masks")
+    if autocast is torch.float16:
+        raise ValueError("autocast=torch.float16 needs its loss scaled, or small gradients become 0; give torch.bfloat16")
+    if autocast is not None and not (isinstance(autocast, torch.dtype) and autocast.is_floating_point):
+        raise ValueError(f"autocast={autocast!r} must be a floating-point dtype, such as torch.bfloat16, or None")
+    if checkpointing and checkpointing_method(model) is None:
+        raise ValueError(f"checkpointing=True needs a model with gradient_checkpointing_enable, which {type(model).__name__} does not have")
+    if checkpointing and not train:
+        raise ValueError("checkpointing=True needs train=True: transformers keeps all activations in evaluation mode")
+
+
+def checkpointing_method(model: Any) -> Callable[[Mapping[str, Any]], None] | None:
+    """The method of a Hugging Face model that turns checkpointing on; it has a second name from transformers 5 on."""
+    return getattr(model, "activation_checkpointing_enable", None) or getattr(model, "gradient_checkpointing_enable", None)
