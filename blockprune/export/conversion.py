@@ -19,7 +19,7 @@ from blockprune.export.module_replacement import replace_modules
 from blockprune.export.packing import pack_int8, pack_weight, read_state
 from blockprune.export.quantization import wants_int8
 from blockprune.export.sparse_convs import BlockSparseConv2d, sparse_layer_like
-from blockprune.export.sparse_layers import STATE_KEYS, BlockSparseLinear
+from blockprune.export.sparse_layers import STATE_KEYS, BlockSparseLinear, Int8BlockSparseLinear
 from blockprune.model.apply import apply_masks, finalize, parameter_masks
 from blockprune.model.checkpoint import masks_in_state
 from blockprune.model.hf_checkpoint import prepare_checkpoints
@@ -245,8 +245,11 @@ def _loaded_layer(name: str, template: nn.Module, tensors: Mapping[str, Tensor],
         raise ValueError(f"{name}: {error}") from None
     if weight.scale is not None and isinstance(template, (nn.Conv2d, BlockSparseConv2d)):
         raise ValueError(f"{name}: the state dict has a weight of int8 for a {type(template).__name__}; only a Linear can have one")
-    plain: Any = template.values if isinstance(template, BlockSparseLinear) else template.weight
-    shape = template.shape if isinstance(template, BlockSparseLinear) else (len(plain), plain[0].numel())
+    if isinstance(template, BlockSparseLinear):
+        plain, shape = template.like if isinstance(template, Int8BlockSparseLinear) else template.values, template.shape
+    else:
+        plain = template.weight
+        shape = (len(plain), plain[0].numel())
     if weight.shape != shape:
         raise ValueError(
             f"{name}: the state dict has a weight of shape {weight.shape}, and the layer one of {shape}; is it that of another model?"
