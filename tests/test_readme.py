@@ -62,6 +62,15 @@ def test_the_first_table_says_what_was_recorded() -> None:
     assert f"takes {float(pruned[1]):.0f} ms an image on the EPYC, dense {float(dense[0]):.0f} ms" in README
 
 
+def test_the_speed_of_training_is_what_was_recorded() -> None:
+    recorded = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "training_layers.json").read_text())["output"]
+    start = next(i for i, line in enumerate(recorded) if "4096x4096      512" in line)
+    dense, masked = map(float, re.findall(r"([\d.]+) ms", recorded[start]))
+    speedups = re.findall(r"([\d.]+)x(?: |$)", next(line for line in recorded[start:] if "32x32" in line))
+    assert f"is {speedups[0]}, {speedups[1]} and {speedups[2]} times as fast as the dense step" in README
+    assert f"a masked one {dense / masked:.2f} times" in README
+
+
 def fastest(output: str, start: str) -> str:
     times = re.findall(rf"^{start}(?:, oneDNN packed)?  +\w+ +([\d.]+) ", output, re.MULTILINE)
     return f"{min(map(float, times)):.0f}"
