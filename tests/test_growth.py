@@ -6,6 +6,7 @@ measures the seconds.
 
 import collections
 import copy
+import gc
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -41,11 +42,14 @@ def calls(run: Callable[[], object], *, ours: bool) -> int:
         if event in ("call", "c_call"):
             total[frame.f_code.co_filename.startswith(FOLDER)] += 1
 
+    gc.collect()
+    gc.disable()  # a collection in between calls finalizers of other tests' objects
     sys.setprofile(count)
     try:
         run()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return total[True] if ours else total.total()
 
 
