@@ -317,19 +317,24 @@ def main(options: argparse.Namespace) -> None:
     torch.set_num_threads(all_threads)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("layers", "models"))
-    parser.add_argument("--models", nargs="+", choices=MODELS)
+def add_layer_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every benchmark of layers and models; their defaults can be set anew."""
     parser.add_argument("--tiny", action="store_true", help="small shapes, a random model, few blocks, one round")
     parser.add_argument("--shapes", nargs="+", type=pair, default=[(4096, 4096)])
     parser.add_argument("--batches", nargs="+", type=int, default=[128])
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.75, 0.9])
     parser.add_argument("--blocks", nargs="+", type=pair)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--backend", default=next(row.name for row in export.backends().rows if row.available))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("layers", "models"))
+    parser.add_argument("--models", nargs="+", choices=MODELS)
+    add_layer_options(parser)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--masks", nargs="+", default=[], help="files that quality.py --save wrote for the one model that --models names")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda: as CUDA graphs, on weights that no cache holds")
     parser.add_argument("--roofline", action="store_true", help="also the share of what the device could do")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed import DTYPES, Workload, encoder, language_model, pair, random_mask
+from speed import DTYPES, Workload, add_layer_options, encoder, language_model, random_mask
 from timing import machine, median_seconds
 from torch import Tensor, nn
 
@@ -201,15 +201,9 @@ def main(options: argparse.Namespace) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("layers", "models"))
-    parser.add_argument("--tiny", action="store_true", help="small shapes, a random model, few blocks, one round")
-    parser.add_argument("--shapes", nargs="+", type=pair, default=[(4096, 4096)])
-    parser.add_argument("--batches", nargs="+", type=int, default=[512])
-    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.75, 0.9])
-    parser.add_argument("--blocks", nargs="+", type=pair)
+    add_layer_options(parser)
+    parser.set_defaults(batches=[512], rounds=9)
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
-    parser.add_argument("--threads", nargs="+", type=int, default=[1])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--backend", default=next(row.name for row in export.backends().rows if row.available))
     parser.add_argument("--optimizer", action="store_true", help="AdamW belongs to the step of a layer")
     parser.add_argument("--models", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure the peak memory of models")

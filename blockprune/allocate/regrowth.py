@@ -4,13 +4,13 @@ import math
 from collections.abc import Mapping
 
 import attrs
-import torch
 from torch import Tensor
 
 from blockprune.allocate.budgets import check_fraction
 from blockprune.allocate.ranking import prune_lowest
 from blockprune.core.grid import block_elements
 from blockprune.core.patterns import resolve_by_name, suggest
+from blockprune.core.precision import at_least_float32
 from blockprune.core.types import BlockMask, BlockScore, Masks, Scores, Sparsity
 
 
@@ -57,8 +57,8 @@ def regrow(masks: Masks, *, drop: Scores, grow: Scores, fraction: Sparsity, spar
     """
     _check_scores(masks, drop, "drop")
     _check_scores(masks, grow, "grow")
-    fractions = _of_each(masks, fraction, "fraction")
-    sparsities = None if sparsity is None else _of_each(masks, sparsity, "sparsity")
+    fractions = _by_parameter(masks, fraction, "fraction")
+    sparsities = None if sparsity is None else _by_parameter(masks, sparsity, "sparsity")
     return {
         name: _exchanged(mask, drop[name], grow[name], fractions[name], None if sparsities is None else sparsities[name])
         for name, mask in masks.items()
@@ -88,11 +88,10 @@ def _exchanged(mask: BlockMask, drop: BlockScore, grow: BlockScore, fraction: fl
 
 def _ranked(score: BlockScore, keep: Tensor) -> Tensor:
     """The scores ``[blocks]`` on the device of the mask, in a type that `prune_lowest` can rank."""
-    value = score.value.detach().flatten()
-    return value.to(keep.device, torch.promote_types(value.dtype, torch.float32))
+    return at_least_float32(score.value.detach().flatten().to(keep.device))
 
 
-def _of_each(masks: Masks, values: Sparsity, what: str) -> dict[str, float]:
+def _by_parameter(masks: Masks, values: Sparsity, what: str) -> dict[str, float]:
     """The fraction or sparsity of each parameter."""
     if not isinstance(values, Mapping):
         check_fraction(what, values)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.core._compat import BatchNorm, ConvTransposeNd, lazy_clone
+from blockprune.core.precision import at_least_float32
 from blockprune.core.types import Data, Param, Where, check_finite, check_prunable
 from blockprune.model.parameters import find_parameters
 from blockprune.model.selection import select
-from blockprune.statistics.statistic import at_least_float32
 
 
 def weights(model: nn.Module, *, where: Where, masked: bool = False, lazy: bool = False) -> Data:

@@ -31,6 +31,11 @@ def double(x: Tensor) -> Tensor:
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """A tensor of a half-precision type in float32; any other as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def is_in_range(x: Tensor) -> bool:
     """Whether all numbers are finite, and none but 0 is so small that float32 loses its digits."""
     size = x.abs()

@@ -276,9 +276,8 @@ def _time_steps(candidate: Candidate, x: Tensor, rounds: int) -> dict[str, float
         "masked": partial(copy.deepcopy, candidate.module),
         "unmasked": partial(copy.deepcopy, plain),
     }
-    for name in (row.name for row in backends().rows if row.available and row.name in BACKENDS):
-        if _DEVICES.get(name, x.device.type) == x.device.type:
-            layers[name] = partial(copy.deepcopy, sparse_layer_like(plain, packed, name, trainable=True))
+    for name in _backends_on(x.device):
+        layers[name] = partial(copy.deepcopy, sparse_layer_like(plain, packed, name, trainable=True))
     calls = {name: [_training_step(make(), x) for _ in _copies(candidate, x, packed.values.nbytes)] for name, make in layers.items()}
     with torch.enable_grad():
         return {name: 1e3 * seconds for name, seconds in time_interleaved(calls, x.device, rounds=rounds).items()}
@@ -295,6 +294,12 @@ def _training_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
         torch.autograd.grad(layer(x), [x, *layer.parameters()], grad)
 
     return step
+
+
+def _backends_on(device: torch.device) -> list[str]:
+    """The block-sparse backends of this machine that run on a device."""
+    names = (row.name for row in backends().rows if row.available and row.name in BACKENDS)
+    return [name for name in names if _DEVICES.get(name, device.type) == device.type]
 
 
 def _copies(candidate: Candidate, x: Tensor, nbytes: int) -> range:
@@ -320,10 +325,9 @@ def _dense_calls(candidate: Candidate, x: Tensor) -> Calls:
 def _sparse_calls(candidate: Candidate, x: Tensor, graph: bool) -> Calls:
     plain, packed = finalize(candidate.module), pack_weight(candidate.weight, candidate.mask)
     calls: Calls = {}
-    for name in (row.name for row in backends().rows if row.available and row.name in BACKENDS):
+    for name in _backends_on(x.device):
         # The torch backend waits for the device, which a CUDA graph cannot capture.
-        captured = not x.is_cuda or not graph or (name != "torch" and x.dtype in triton_launch.DTYPES)
-        if captured and _DEVICES.get(name, x.device.type) == x.device.type:
+        if not x.is_cuda or not graph or (name != "torch" and x.dtype in triton_launch.DTYPES):
             calls[name] = [
                 partial(sparse_layer_like(plain, attrs.evolve(packed, values=packed.values.clone(), col=packed.col.clone()), name), x)
                 for _ in _copies(candidate, x, packed.values.nbytes)

@@ -64,16 +64,13 @@ def update(model: M, masks: Masks, *, optimizer: Optimizer | Sequence[Optimizer]
         _check(name, layer, masks[name], weights.get(name), optimizers)
         if twin := next((other for other in layers if layers[other] is layer and masks[other] != masks[name]), None):
             raise ValueError(f"{name} and {twin} are names of the same layer, and masks has two different masks for it")
-    new = {name: _with_mask(layer, masks[name], weights.get(name)) for name, layer in layers.items()}
+    new = {layer: _with_mask(layer, masks[name], weights.get(name)) for name, layer in layers.items()}
     if others := {name: mask for name, mask in masks.items() if name in masked}:
         apply_masks(model, masked | others, {name: weight for name, weight in weights.items() if name in others})
-    done: set[BlockSparseLinear] = set()
-    for name, (weight, source) in new.items():
-        if layers[name] not in done:
-            for holder in optimizers:
-                _move_state(holder, layers[name], source)
-            layers[name].store(weight)
-        done.add(layers[name])
+    for layer, (weight, source) in new.items():
+        for holder in optimizers:
+            _move_state(holder, layer, source)
+        layer.store(weight)
     return model
 
 
@@ -88,7 +85,7 @@ def _check(name: str, layer: BlockSparseLinear, mask: BlockMask, weight: Tensor 
         raise ValueError(f"{name}: the blocks of a weight of int8 cannot be changed; export the masked model again")
     if is_sharded(layer.values):
         raise ValueError(f"{name}: fully_shard has sharded this layer; update the model before it is sharded, and make the optimizer then")
-    shape = tuple(layer.weight.shape)
+    shape = layer.weight_shape
     for what, given in (("mask", mask.grid.shape), ("weight", None if weight is None else tuple(weight.shape))):
         if given is not None and given != shape:
             raise ValueError(f"{name}: the {what} has shape {given}, and the weight {shape}")

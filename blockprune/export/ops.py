@@ -1,7 +1,7 @@
 # ruff: noqa: PLR0917  (operators of torch take everything by position)
 """The product with a block-sparse weight as an operator of torch, so that autograd, compile, export and vmap support it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -165,10 +165,8 @@ class _Linear(torch.autograd.Function):
         if any(dim is not None for dim in (*in_dims[3:5], in_dims[-1])):
             raise NotImplementedError("vmap is over inputs, biases and kept values, not over the indices or scales of a weight")
         if in_dims[2] is not None:
-            operands = zip(
-                *(_batch(operand, dim, info.batch_size) for operand, dim in zip((x, bias, weight[0]), in_dims, strict=False)), strict=True
-            )
-            return torch.stack([linear(y, b, values, *weight[1:]) for y, b, values in operands]), 0
+            calls = _unbatched((x, bias, weight[0]), in_dims, info.batch_size)
+            return torch.stack([linear(y, b, values, *weight[1:]) for y, b, values in calls]), 0
         x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
         if bias is None or in_dims[1] is None:
             return linear(x, bias, *weight), 0
@@ -205,10 +203,8 @@ class _InputGrad(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], grad: Tensor, *weight: Any) -> tuple[Tensor, int]:
         if in_dims[1] is not None:
-            operands = zip(
-                *(_batch(operand, dim, info.batch_size) for operand, dim in zip((grad, weight[0]), in_dims, strict=False)), strict=True
-            )
-            return torch.stack([input_grad(g, values, *weight[1:]) for g, values in operands]), 0
+            calls = _unbatched((grad, weight[0]), in_dims, info.batch_size)
+            return torch.stack([input_grad(g, values, *weight[1:]) for g, values in calls]), 0
         return input_grad(grad.movedim(cast(int, in_dims[0]), 0), *weight), 0
 
 
@@ -243,13 +239,14 @@ class _ValuesGrad(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], grad: Tensor, x: Tensor, *layout: Any) -> tuple[Tensor, int]:
-        operands = zip(*(_batch(operand, dim, info.batch_size) for operand, dim in zip((grad, x), in_dims, strict=False)), strict=True)
-        return torch.stack([values_grad(g, y, *layout) for g, y in operands]), 0
+        calls = _unbatched((grad, x), in_dims, info.batch_size)
+        return torch.stack([values_grad(g, y, *layout) for g, y in calls]), 0
 
 
-def _batch(operand: Tensor | None, dim: int | None, size: int) -> Sequence[Tensor | None]:
-    """The operand of each call in a batch: slices along an axis, or always the same."""
-    return [operand] * size if dim is None or operand is None else operand.unbind(dim)
+def _unbatched(operands: Sequence[Tensor | None], in_dims: Sequence[int | None], size: int) -> Iterator[tuple[Any, ...]]:
+    """The operands of each call that a batch of calls stands for: slices along their axes; those without an axis are always the same."""
+    slices = ([x] * size if dim is None or x is None else x.unbind(dim) for x, dim in zip(operands, in_dims, strict=False))
+    return zip(*slices, strict=True)
 
 
 def _save(ctx: Any, weight: Sequence[Any], operand: Tensor | None) -> None:

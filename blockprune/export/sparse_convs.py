@@ -48,9 +48,14 @@ class BlockSparseConv2d(BlockSparseLinear):
         return self.shape[1] // (self.kernel_size[0] * self.kernel_size[1])
 
     @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """That of the dense ``weight``: filters, channels, height and width."""
+        return self.shape[0], self.in_channels, *self.kernel_size
+
+    @property
     def weight(self) -> Tensor:
         """The dense kernel, zero where pruned. Each read computes it anew."""
-        return unpack(self.packed_weight).view(self.shape[0], -1, *self.kernel_size)
+        return unpack(self.packed_weight).view(self.weight_shape)
 
     def block_mask(self) -> BlockMask:
         """Which elements of the dense kernel are stored, in blocks of whole kernels if the storage has such blocks.
@@ -65,9 +70,9 @@ class BlockSparseConv2d(BlockSparseLinear):
             >>> layer.block_mask() == mask
             True
         """
-        mask, (rows, _), (kh, kw) = super().block_mask(), self.shape, self.kernel_size
+        mask, (kh, kw) = super().block_mask(), self.kernel_size
         height, width = mask.grid.block
-        shape = (rows, self.in_channels, kh, kw)
+        shape = self.weight_shape
         if width % (kh * kw) == 0:
             return BlockMask(mask.keep[..., None, None], BlockGrid(shape, (height, width // (kh * kw))))
         columns = expand(mask.keep, BlockGrid((len(mask.keep), self.shape[1]), (1, width)))  # [block rows, columns]
@@ -135,7 +140,7 @@ def sparse_layer_like(
         )  # both have the same options
     else:
         layer = BlockSparseLinear(weight, cast(Any, template.bias), backend, trainable=trainable)
-    if trainable and not (isinstance(template, BlockSparseLinear) and not template.trainable):  # a parameter that was frozen remains so
-        weight_of_template = template.values if isinstance(template, BlockSparseLinear) else next(template.parameters())
-        layer.values.requires_grad_(weight_of_template.requires_grad)
+    if trainable:  # a parameter that is frozen remains so; the buffer of an export has no say
+        of_template = template.values if isinstance(template, BlockSparseLinear) else next(template.parameters())
+        layer.values.requires_grad_(of_template.requires_grad or not isinstance(of_template, nn.Parameter))
     return layer

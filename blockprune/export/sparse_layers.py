@@ -97,6 +97,11 @@ class BlockSparseLinear(nn.Module):
         return self.shape[1]
 
     @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """That of the dense ``weight``."""
+        return self.shape
+
+    @property
     def packed_weight(self) -> BlockSparse:
         """The weight as it is stored.
 

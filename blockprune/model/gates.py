@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from blockprune.core.grid import BlockGrid, block_elements
 from blockprune.core.patterns import resolve_by_name
-from blockprune.core.precision import no_autocast
+from blockprune.core.precision import at_least_float32, no_autocast
 from blockprune.core.types import BlockScore, Where
 from blockprune.model.apply import restore_order
 from blockprune.model.masked_class import has_mask_methods, own_class
@@ -139,7 +139,7 @@ class GateBlocks(nn.Module):
 
     def wide_logits(self) -> Tensor:
         """The logits in at least float32."""
-        return self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
+        return at_least_float32(self.logits)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Store an assigned weight (``layer.weight = w``) as it is."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from blockprune.core.grid import BlockGrid, block_elements, pool, tiles
 from blockprune.core.patterns import suggest
-from blockprune.core.precision import no_autocast
+from blockprune.core.precision import at_least_float32, no_autocast
 from blockprune.core.types import Data, Masks, Param, Weights, Where
 from blockprune.model.masking import broadcastable, mask_blocks
 from blockprune.model.parameters import find_parameters
@@ -51,7 +51,7 @@ def group_lasso(model: nn.Module, *, where: Where, l1_ratio: float = 0.0) -> Ten
     penalties: list[Tensor] = []
     with no_autocast():
         for ref, grid in select(model, where).values():
-            weight = _at_least_float32(ref.masked)
+            weight = at_least_float32(ref.masked)
             norms = torch.linalg.vector_norm(tiles(weight, grid, fill=0), dim=1)  # [blocks]; its gradient is 0 for a block of zeros
             group = (norms * _root_of_elements(grid, norms).flatten()).sum()
             penalties.append((1 - l1_ratio) * group + l1_ratio * weight.abs().sum() if l1_ratio else group)
@@ -101,7 +101,7 @@ def proximal_group_lasso(model: M, *, where: Where, strength: float, l1_ratio: f
 
 def _shrunk(weight: Tensor, grid: BlockGrid, strength: float, l1_ratio: float) -> Tensor:
     """The proximal map of ``strength`` times the sparse group lasso: soft thresholds of the elements, then of the norms of the blocks."""
-    wide = _at_least_float32(weight)
+    wide = at_least_float32(weight)
     wide = wide.sign() * (wide.abs() - strength * l1_ratio).clamp_min(0) if l1_ratio else wide
     norms = pool(wide, grid, elementwise=torch.square).sqrt()  # [*size]
     threshold = strength * (1 - l1_ratio) * _root_of_elements(grid, norms)
@@ -199,13 +199,9 @@ def admm_penalty(model: nn.Module, state: Admm, *, rho: float) -> Tensor:
         for (name, (ref, *_)), key in zip(find_parameters(model, state.targets, what="state").items(), state.targets, strict=True):
             if ref.shape != tuple(state.targets[key].shape):
                 raise ValueError(f"{name} {ref.shape}: the state has the shape {tuple(state.targets[key].shape)}; make it from this model")
-            weight = _at_least_float32(ref.masked)
+            weight = at_least_float32(ref.masked)
             penalties.append(rho / 2 * (weight - state.targets[key].to(weight) + state.duals[key].to(weight)).square().sum())
     return _total(penalties)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _root_of_elements(grid: BlockGrid, like: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blockprune.core.precision import SMALLEST
+from blockprune.core.precision import SMALLEST, at_least_float32
 from blockprune.model.running import inputs_of
 
 __all__ = ["cosine", "cross_entropy", "hidden_states", "kl", "weighted"]
@@ -69,7 +69,9 @@ def kl(
         )
     batch = _decoder_batch(student, batch)
     _check_shift("kl", _own_labels(batch), batch, shift)
-    q, p = (F.log_softmax(x if temperature == 1 else x / temperature, -1) for x in (_wide(q), _wide(p.to(q.device))))  # log-probabilities
+    q, p = (
+        F.log_softmax(x if temperature == 1 else x / temperature, -1) for x in (at_least_float32(q), at_least_float32(p.to(q.device)))
+    )  # log-probabilities
     if top_k is not None and top_k < p.shape[-1]:
         p, classes = p.topk(top_k, -1)
         p, q = _with_rest(p), _with_rest(q.gather(-1, classes))  # [..., k + 1]
@@ -114,7 +116,7 @@ def hidden_states(student: Any, teacher: Any, batch: Any = None) -> Tensor:
 
 def _relative_error(student: Tensor, teacher: Tensor, batch: Any) -> Tensor:
     _check_shapes("hidden_states", "hidden states", student, teacher)
-    x, y = _wide(student), _wide(teacher.to(student.device))
+    x, y = at_least_float32(student), at_least_float32(teacher.to(student.device))
     if x.ndim < 2:  # one vector
         x, y = x.view(1, -1), y.view(1, -1)
     return _mean((x - y).square().mean(-1), batch) / _mean(y.square().mean(-1), batch).clamp_min(SMALLEST)
@@ -159,7 +161,7 @@ def cross_entropy(student: Any, teacher: Any, batch: Any, *, shift: bool | None 
         weights = _attention(labels, batch)
         labels = labels if weights is None else labels.masked_fill(weights.to(labels.device) == 0, IGNORED)
         logits, labels = logits[:, :-1], labels[:, 1:]
-    loss = F.cross_entropy(_wide(logits).flatten(0, -2), labels.flatten(), reduction="none", ignore_index=IGNORED)
+    loss = F.cross_entropy(at_least_float32(logits).flatten(0, -2), labels.flatten(), reduction="none", ignore_index=IGNORED)
     counted = labels.flatten() != IGNORED
     if not counted.any():
         raise ValueError("cross_entropy: no label of this batch counts; all are -100 or padding")
@@ -187,7 +189,7 @@ def cosine(student: Any, teacher: Any, batch: Any = None) -> Tensor:
     _check_shapes("cosine", "embeddings", x, y)
     if x.ndim > 3:
         raise _no_embeddings("student", x)
-    distance = 1 - F.cosine_similarity(_wide(x), _wide(y.to(x.device)), dim=-1)
+    distance = 1 - F.cosine_similarity(at_least_float32(x), at_least_float32(y.to(x.device)), dim=-1)
     return _mean(distance, batch)
 
 
@@ -252,9 +254,9 @@ def _embeddings(output: Any, batch: Any, who: str) -> Tensor:
         raise _no_embeddings(who, hidden)
     weights = _attention(hidden[..., 0], batch)
     if weights is None:
-        return _wide(hidden).mean(1)
+        return at_least_float32(hidden).mean(1)
     weights = weights.to(hidden.device)[..., None]
-    return (_wide(hidden).masked_fill(weights == 0, 0) * weights).sum(1) / weights.sum(1).clamp_min(1)
+    return (at_least_float32(hidden).masked_fill(weights == 0, 0) * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
 def _no_embeddings(who: str, x: Tensor) -> ValueError:
@@ -380,7 +382,3 @@ def _check_shapes(loss: str, what: str, student: Tensor, teacher: Tensor) -> Non
         raise ValueError(
             f"{loss}: the student's {what} have shape {tuple(student.shape)} and the teacher's {tuple(teacher.shape)}; both need one shape"
         )
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from blockprune.core.precision import double, float32_if_in_range
+from blockprune.core.precision import at_least_float32, double, float32_if_in_range
 from blockprune.core.types import Param
 from blockprune.model.parameters import ParameterRef
-from blockprune.statistics.statistic import Gates, Statistic, Sums, at_least_float32, zeros
+from blockprune.statistics.statistic import Gates, Statistic, Sums, zeros
 
 
 def _of_weight(name: str, contribution: Callable[[Tensor], Tensor]) -> Statistic:

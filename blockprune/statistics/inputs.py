@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blockprune.core.precision import at_least_float32
 from blockprune.core.types import Param
 from blockprune.model.inputs import along_weight, input_axis
 from blockprune.model.parameters import ParameterRef
@@ -14,7 +15,6 @@ from blockprune.statistics.statistic import (
     Call,
     Statistic,
     Sums,
-    at_least_float32,
     column_sums,
     count_input_rows,
     count_output_rows,

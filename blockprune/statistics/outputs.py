@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blockprune.core.precision import at_least_float32
 from blockprune.core.types import Param
 from blockprune.model.hf_linears import is_transposed
 from blockprune.model.inputs import input_axis
 from blockprune.model.parameters import ParameterRef
-from blockprune.statistics.statistic import Call, Statistic, Sums, at_least_float32, count_output_rows, row_weights, weighted_sum, zeros
+from blockprune.statistics.statistic import Call, Statistic, Sums, count_output_rows, row_weights, weighted_sum, zeros
 
 
 def _per_output(name: str, contribution: Callable[[Tensor], Tensor], of: Literal["output", "output_grad"] = "output") -> Statistic:

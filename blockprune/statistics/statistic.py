@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from blockprune import native
+from blockprune.core.precision import at_least_float32
 from blockprune.core.types import Param
 from blockprune.model.inputs import input_axis
 from blockprune.model.parameters import ParameterRef
@@ -109,10 +110,6 @@ class Statistic:
 
     def __repr__(self) -> str:
         return self.code or self.name
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def zeros(*size: int, like: Param) -> Tensor:

@@ -114,10 +114,6 @@ void cut_rows(Convolution& c, int64_t tile_limit, int64_t element_bytes) {
     }
 }
 
-template <class Body> void for_each_task(const Team& team, int64_t count, Body body) {
-    run_tasks(team, count, [](void* data, int64_t i) { (*(Body*)data)(i); }, &body);
-}
-
 void run(const Convolution& c, const ConvKernels& kernels, const Team& team) {
     int64_t tallest = 0;
     for (const ConvGroup& group : c.groups) tallest = std::max(tallest, group.end - group.first);
@@ -186,7 +182,7 @@ EXPORT int32_t conv2d(const void* values, const int32_t* col, const int64_t* cro
         cut_rows(c, kernels->tile_rows, element_bytes);
         const double kept = (double)crow[c.bands()] * (double)(height * width), outputs = (double)((end - begin) * c.out_width);
         const double nanoseconds = 0.01 * kept * outputs + 0.5 * outputs * (double)rows;
-        const Team team = {threads, std::max<int64_t>(1, std::min<int64_t>(threads, (int64_t)(nanoseconds / 8000)))};
+        const Team team = {threads, threads_for(threads, nanoseconds)};
         run(c, *kernels, team);
     } catch (const std::bad_alloc&) {
         return 2;

@@ -11,23 +11,6 @@ namespace {
 const int64_t INPUTS = 256;            // rows of x and dy that are packed at a time
 const int64_t COLUMNS_BYTES = 262144;  // of packed columns that stay in the cache while all bands meet them
 
-template <class Body> void for_each_task(const Team& team, int64_t count, Body body) {
-    run_tasks(team, count, [](void* data, int64_t i) { (*(Body*)data)(i); }, &body);
-}
-
-int64_t kept_columns(const Layer& w, int64_t band) {
-    const int64_t begin = w.crow[band], end = w.crow[band + 1];
-    const int64_t beyond = begin < end ? std::max<int64_t>(0, (w.col[end - 1] + 1) * w.width - w.cols) : 0;
-    return (end - begin) * w.width - beyond;
-}
-
-std::vector<int64_t> starts_of(const Layer& w) {
-    std::vector<int64_t> starts;
-    int64_t start = 0;
-    for (int64_t band = 0; band < w.bands(); band++) starts.push_back(start), start += kept_columns(w, band) * w.height_of(band);
-    return starts;
-}
-
 std::vector<RowTile> tiles_of(const Layer& w) {
     std::vector<RowTile> tiles;
     for (int64_t band = 0; band < w.bands(); band++) {
@@ -43,7 +26,7 @@ std::vector<RowTile> tiles_of(const Layer& w) {
 
 // How many kept columns of a band lie before a column, which is a multiple of the width of a block or the last.
 int64_t kept_before(const Layer& w, int64_t band, int64_t column) {
-    if (column >= w.cols) return kept_columns(w, band);
+    if (column >= w.cols) return w.kept_columns(band);
     const int32_t *begin = w.col + w.crow[band], *end = w.col + w.crow[band + 1];
     return (std::lower_bound(begin, end, column / w.width, [](int32_t a, int64_t b) { return a < b; }) - begin) * w.width;
 }
@@ -84,7 +67,7 @@ void add_up_inputs(const Gradient& g, const GradientKernels& kernels, const Team
             std::memset(dx, 0, (columns.end - columns.begin) * d.pitch * sizeof(float));
             std::vector<float*> pointers;
             for (int64_t band = 0; band < g.bands(); band++) {
-                const int64_t height = g.height_of(band), kept = kept_columns(g, band);
+                const int64_t height = g.height_of(band), kept = g.kept_columns(band);
                 const int64_t begin = kept_before(g, band, columns.begin), end = kept_before(g, band, columns.end);
                 if (begin == end) continue;
                 point_at(pointers, g, band, begin, end, dx - columns.begin * d.pitch, d.pitch);
@@ -122,7 +105,7 @@ void add_up_weights(const Gradient& g, const GradientKernels& kernels, const Tea
             std::vector<const float*> pointers;
             for (int64_t t = tile_count * share / shares; t < tile_count * (share + 1) / shares; t++) {
                 const RowTile& tile = tiles[t];
-                const int64_t height = g.height_of(tile.band), kept = kept_columns(g, tile.band);
+                const int64_t height = g.height_of(tile.band), kept = g.kept_columns(tile.band);
                 const int64_t begin = std::min(kept, round_up(kept_before(g, tile.band, columns.begin), 2));  // no pair is parted
                 const int64_t end = std::min(kept, round_up(kept_before(g, tile.band, columns.end), 2));
                 if (begin == end) continue;
@@ -145,11 +128,11 @@ EXPORT int32_t gradient(const void* values, const int32_t* col, const int64_t* c
     if (!kernels || height < 1 || width < 1 || (width > 1 && width % 2)) return 1;
     try {
         Gradient g{{values, col, crow, rows, cols, height, width}, x, dy, n, out, nullptr};
-        const std::vector<int64_t> starts = starts_of(g);
+        const std::vector<int64_t> starts = g.Layer::band_starts();
         g.starts = starts.data();
         const double kept = (double)crow[g.bands()] * (double)(height * width), size = (double)n * (double)(rows + cols);
-        const int64_t useful = std::max<int64_t>(1, std::min<int64_t>(threads, (int64_t)((0.02 * kept * (double)n + 0.5 * size) / 8000)));
-        (x ? add_up_weights : add_up_inputs)(g, is_bf16 ? *kernels->gradient_bf16 : *kernels->gradient_f32, {threads, useful});
+        const Team team = {threads, threads_for(threads, 0.02 * kept * (double)n + 0.5 * size)};
+        (x ? add_up_weights : add_up_inputs)(g, is_bf16 ? *kernels->gradient_bf16 : *kernels->gradient_f32, team);
     } catch (const std::bad_alloc&) {
         return 2;
     }

@@ -69,10 +69,6 @@ const int64_t MIN_COLUMNS = 128;      // at a time
 const int64_t MAX_INPUTS = 256;       // rows of x whose panels are multiplied at a time
 const int64_t PACKED_BYTES = 4194304; // of panels that are packed before they are multiplied
 
-template <class Body> void for_each_task(const Team& team, int64_t count, Body body) {
-    run_tasks(team, count, [](void* data, int64_t i) { (*(Body*)data)(i); }, &body);
-}
-
 struct Runner {
     const Product& p;
     const Kernels& kernels;
@@ -144,11 +140,10 @@ struct Runner {
     }
 };
 
-// Threads that get at least some microseconds of work each.
 int64_t useful_threads(const Product& p, int64_t threads, bool is_bf16) {
     const double kept = (double)p.crow[p.bands()] * p.height * p.width, cost = is_bf16 ? 0.5 : 1;
     const double nanoseconds = kept * std::max(0.15, 0.01 * (double)p.n) * cost + 0.5 * (double)p.n * (double)(p.rows + p.cols);
-    return std::max<int64_t>(1, std::min<int64_t>(threads, (int64_t)(nanoseconds / 8000)));
+    return threads_for(threads, nanoseconds);
 }
 
 }  // namespace
@@ -162,14 +157,8 @@ template <class Body> static int32_t with_starts(Product p, Body body) {
     if (!p.n || !p.rows) return 0;
     try {
         std::vector<int64_t> starts;
-        if (p.cols % p.width) {  // a band that keeps a block of the ragged last column of blocks has fewer weights
-            const int64_t last = p.cols / p.width;
-            int64_t start = 0;
-            for (int64_t band = 0; band < p.bands(); band++) {
-                starts.push_back(start);
-                const int64_t blocks = p.crow[band + 1] - p.crow[band], ragged = blocks && p.col[p.crow[band + 1] - 1] == last;
-                start += p.height_of(band) * (blocks * p.width - ragged * (p.width - p.cols % p.width));
-            }
+        if (p.cols % p.width) {  // else crow says it
+            starts = p.Layer::band_starts();
             p.starts = starts.data();
         }
         body(p);

@@ -24,6 +24,15 @@ struct Layer {
 
     int64_t bands() const { return (rows + height - 1) / height; }
     int64_t height_of(int64_t band) const { return std::min(height, rows - band * height); }
+    int64_t kept_columns(int64_t band) const {  // the last block may reach beyond W
+        const int64_t begin = crow[band], end = crow[band + 1];
+        return (end - begin) * width - (begin < end ? std::max<int64_t>(0, (col[end - 1] + 1) * width - cols) : 0);
+    }
+    std::vector<int64_t> band_starts() const {  // [bands] where the values of each band start
+        std::vector<int64_t> all;
+        for (int64_t band = 0, start = 0; band < bands(); start += kept_columns(band) * height_of(band), band++) all.push_back(start);
+        return all;
+    }
 };
 
 struct Product : Layer {
@@ -101,3 +110,11 @@ struct Team {
 // Runs body(data, task) for each task of [0, count) on the threads of a team, the calling one included, or on fewer where the system refuses
 // them. Throws what a task has thrown.
 void run_tasks(const Team& team, int64_t count, void (*body)(void*, int64_t), void* data);
+template <class Body> static void for_each_task(const Team& team, int64_t count, Body body) {
+    run_tasks(team, count, [](void* data, int64_t i) { (*(Body*)data)(i); }, &body);
+}
+
+// As many threads as get at least 8 microseconds of work each.
+static inline int64_t threads_for(int64_t threads, double nanoseconds) {
+    return std::max<int64_t>(1, std::min<int64_t>(threads, (int64_t)(nanoseconds / 8000)));
+}
