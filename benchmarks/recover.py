@@ -201,6 +201,8 @@ def main(options: argparse.Namespace) -> None:
     print(machine())
     options.folder.mkdir(parents=True, exist_ok=True)
     problem = PROBLEMS[options.model](options)
+    if options.bfloat16 and hasattr(problem.task.model, "set_attn_implementation"):
+        problem.task.model.set_attn_implementation("eager")  # the backward of torch's fused attention is slow in bfloat16 on CPUs
     options.loss = options.loss or problem.losses[0]
     if options.loss not in problem.losses:
         raise SystemExit(f"--loss {options.loss!r} does not suit {options.model}; use one of {problem.losses}")

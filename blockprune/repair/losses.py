@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from blockprune.core.precision import SMALLEST, at_least_float32
 from blockprune.model.running import inputs_of
+from blockprune.repair import divergence
 
 __all__ = ["cosine", "cross_entropy", "hidden_states", "kl", "weighted"]
 
@@ -69,16 +70,13 @@ def kl(
         )
     batch = _decoder_batch(student, batch)
     _check_shift("kl", _own_labels(batch), batch, shift)
-    q, p = (
-        F.log_softmax(x if temperature == 1 else x / temperature, -1) for x in (at_least_float32(q), at_least_float32(p.to(q.device)))
-    )  # log-probabilities
-    if top_k is not None and top_k < p.shape[-1]:
-        p, classes = p.topk(top_k, -1)
-        p, q = _with_rest(p), _with_rest(q.gather(-1, classes))  # [..., k + 1]
-    if (never := p == -torch.inf).any():  # 0 * -inf would be NaN
-        q, p = q.masked_fill(never, 0), p.masked_fill(never, 0)
-    divergence = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)  # [...]
-    return temperature**2 * _mean(divergence, batch, shift)
+    p = p.to(q.device)
+    if top_k is None or top_k >= p.shape[-1]:
+        return temperature**2 * _mean(divergence.of_logits(q, p, temperature), batch, shift)
+    q, p = divergence.log_softmax(q, temperature), divergence.log_softmax(p, temperature)
+    p, classes = p.topk(top_k, -1)
+    of_top_k = divergence.of_log_probabilities(_with_rest(q.gather(-1, classes)), _with_rest(p))  # of k + 1 classes
+    return temperature**2 * _mean(of_top_k, batch, shift)
 
 
 def _with_rest(log_probabilities: Tensor) -> Tensor:
