@@ -4,8 +4,9 @@ python benchmarks/recover.py --model minilm --sparsity 0.5 --tokens 4_000_000
 python benchmarks/recover.py --model smollm --sparsity 0 --loss cross-entropy      # the control: the dense model trained alike
 python benchmarks/recover.py --draw RUN.json ... --picture curve.png               # curves of finished runs in one picture
 
-A run writes its state to --folder at each evaluation; the same command goes on from there. Training texts are Wikipedia articles. Choices
-(learning rate, loss) are made by the validation articles; the articles and the news texts that are reported decide nothing.
+A run writes its state to --folder at each evaluation; the same command goes on from there. Training texts are Wikipedia articles, for
+MiniLM also the news texts that it is calibrated on. Choices (learning rate, loss) are made by the validation texts; the articles and the
+news texts that are reported decide nothing.
 """
 
 import argparse
@@ -39,6 +40,7 @@ LOSSES: dict[str, losses.DistillLoss] = {
     "cosine + hidden states": losses.weighted({losses.cosine: 1.0, losses.hidden_states: 1.0}),
 }
 REPORTED, VALIDATION = 30, 4  # articles: the last ones are reported, those before them are for choices, all others are trained on
+NEWS_VALIDATION, NEWS_REPEATS = 20, 3  # of the news texts of MiniLM: how many are for choices, and how often a pass has the others
 
 
 class Spans:
@@ -106,6 +108,8 @@ def minilm_problem(options: argparse.Namespace) -> Problem:
     model, tokenizer = task.model, minilm.load()[1]
     texts = smollm.articles()
     training, validation = texts[: -REPORTED - VALIDATION], texts[-REPORTED - VALIDATION : -REPORTED]
+    news = minilm.background()
+    training = [*training, *NEWS_REPEATS * news[:-NEWS_VALIDATION]]
     ids = [token for text in training for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
     def as_batch(spans: Tensor) -> dict[str, Tensor]:
@@ -118,7 +122,7 @@ def minilm_problem(options: argparse.Namespace) -> Problem:
         return [{key: x.to(options.device) for key, x in batch.items()} for batch in batches]
 
     batches = {
-        "validation": encoded(paragraphs(validation)[:60]),
+        "validation": encoded([*paragraphs(validation)[:60], *news[-NEWS_VALIDATION:]]),
         "Wikipedia": encoded(paragraphs(texts[-REPORTED:])[: 5 * options.held_out]),
         "Lee50": encoded(minilm.documents()),
     }

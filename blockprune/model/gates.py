@@ -6,11 +6,9 @@ A gate is a function of a `logit`, an ordinary Parameter. `add` puts gates on a 
 
 import math
 import numbers
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import TypeVar, cast
 
-import attrs
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -20,101 +18,16 @@ from blockprune.core.patterns import resolve_by_name
 from blockprune.core.precision import at_least_float32, no_autocast
 from blockprune.core.types import BlockScore, Where
 from blockprune.model.apply import restore_order
+from blockprune.model.gate_kinds import Gate, hard_concrete, n_of_m, soft_movement
 from blockprune.model.masked_class import has_mask_methods, own_class
 from blockprune.model.masking import broadcastable
 from blockprune.model.parameters import ParameterRef, distinct, is_replicated, parameter_order, parameter_refs
 from blockprune.model.parametrization import MaskBlocks
 from blockprune.model.selection import select
 
-__all__ = ["Gate", "add", "expected_sparsity", "hard_concrete", "parameters", "penalty", "remove", "scores", "soft_movement"]
+__all__ = ["Gate", "add", "expected_sparsity", "hard_concrete", "n_of_m", "parameters", "penalty", "remove", "scores", "soft_movement"]
 
 M = TypeVar("M", bound=nn.Module)
-
-
-@attrs.frozen
-class Gate:
-    """A kind of gate: two functions of its logits.
-
-    Args:
-        value: (logits, training) -> the factors of the blocks, of the shape of the logits; differentiable. It is called whenever a weight
-            is read.
-        open_probability: logits -> the probability that a factor is not 0, 0 to 1; differentiable and rising.
-
-    Example:
-        >>> scale = bp.gates.Gate(lambda logits, training: logits.sigmoid(), torch.sigmoid)
-        >>> model = bp.gates.add(nn.Linear(4, 2), where=bp.linears((2, 2)), gate=scale, initial=0.0)
-        >>> bp.gates.expected_sparsity(model).item()
-        0.5
-    """
-
-    value: Callable[[Tensor, bool], Tensor]
-    open_probability: Callable[[Tensor], Tensor]
-
-
-def hard_concrete(*, temperature: float = 2 / 3, low: float = -0.1, high: float = 1.1) -> Gate:
-    """Random gates in [0, 1] that are exactly 0 or 1 with some probability, for L0 regularisation.
-
-    Source: hard concrete gates, Louizos et al. 1712.01312, eq. 10 to 13.
-
-    In training a gate is drawn from torch's global generator whenever the weight is read; in evaluation mode it is its typical value.
-
-    Args:
-        temperature: beta of the paper, above 0.
-        low, high: the interval to which gates are stretched before they are clipped to [0, 1], gamma and zeta of the paper.
-
-    Raises:
-        ValueError: a temperature that is not positive, or an interval that does not extend beyond [0, 1].
-
-    Example:
-        >>> gate = bp.gates.hard_concrete()
-        >>> gate.value(torch.tensor([-5.0, 0.0, 5.0]), False), gate.open_probability(torch.tensor([-5.0, 0.0, 5.0]))
-        (tensor([0.0000, 0.5000, 1.0000]), tensor([0.0323, 0.8318, 0.9986]))
-    """
-    if not temperature > 0 or not low < 0 or not high > 1:
-        raise ValueError(f"temperature={temperature} must be above 0, low={low} below 0 and high={high} above 1")
-    value = partial(_hard_concrete, temperature=temperature, low=low, high=high)
-    return Gate(value, partial(_hard_concrete_is_open, shift=temperature * math.log(-low / high)))
-
-
-def _hard_concrete(logits: Tensor, training: bool, *, temperature: float, low: float, high: float) -> Tensor:
-    if training:
-        u = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
-        logits = (u.log() - (-u).log1p() + logits) / temperature
-    return (logits.sigmoid() * (high - low) + low).clamp(0, 1)
-
-
-def _hard_concrete_is_open(logits: Tensor, *, shift: float) -> Tensor:
-    return (logits - shift).sigmoid()
-
-
-def soft_movement(*, threshold: float = 0.5) -> Gate:
-    """Gates that are 1 where ``sigmoid(logit)`` exceeds a threshold, else 0 (soft movement pruning, Sanh et al. 2005.07683, section 4).
-
-    The gradient of a factor passes to its logit unchanged, ``sum over the block of w dL/dw``, also where the gate is closed: blocks come
-    back that training would move away from zero. The open probability is exactly 0 or 1 and has the gradient of ``sigmoid(logit)``.
-
-    Args:
-        threshold: above 0 and below 1.
-
-    Raises:
-        ValueError: a threshold outside of that.
-
-    Example:
-        >>> bp.gates.soft_movement().value(torch.tensor([-1.0, 1.0]), True)
-        tensor([0., 1.])
-    """
-    if not 0 < threshold < 1:
-        raise ValueError(f"threshold={threshold} must be above 0 and below 1")
-    return Gate(partial(_step, threshold=threshold), partial(_sigmoid_step, threshold=threshold))
-
-
-def _step(logits: Tensor, training: bool, *, threshold: float) -> Tensor:
-    return (logits.sigmoid() > threshold).to(logits.dtype) + (logits - logits.detach())
-
-
-def _sigmoid_step(logits: Tensor, *, threshold: float) -> Tensor:
-    soft = logits.sigmoid()
-    return (soft > threshold).to(logits.dtype) + (soft - soft.detach())
 
 
 class GateBlocks(nn.Module):
