@@ -6,11 +6,13 @@ python benchmarks/front_page.py --tiny               # seconds, one layer and on
 
 import argparse
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from timing import machine
+from torch import nn
 
 import blockprune as bp
 from blockprune import export
@@ -25,15 +27,26 @@ WHERE = bp.including(bp.linears((16, 16)), "encoder.*")
 
 def main(sparsities: list[float], layers: int | None, texts: int, rounds: int, picture: Path) -> None:
     print(machine())
+    dense, tokenizer = minilm.load(layers)
+    repair = bp.recipes.obs(WHERE, minilm.calibration(dense, tokenizer, texts))
+    results = {f"{sparsity:.0%} pruned": repair(dense, sparsity) for sparsity in sparsities}
+    pruned = {name: bp.apply_masks(copy.deepcopy(dense), result.masks, result.weights) for name, result in results.items()}
+    speeds, quality = compared(dense, tokenizer, pruned, rounds)
+    draw(speeds, quality, {"pruned": {f"{sparsity:.0%}": f"{sparsity:.0%} pruned" for sparsity in sparsities}}, picture)
+    best = max(speeds.rows, key=lambda row: row.speedup)
+    print(f"In short: {verdict(speeds, quality, sparsities)} The fastest model of all is {best.name}, {best.milliseconds:.0f} ms.")
+
+
+def compared(
+    dense: nn.Module, tokenizer: Any, masked: Mapping[str, nn.Module], rounds: int
+) -> tuple[export.SpeedComparison, dict[str, float]]:
+    """Time masked models, exported in each type, beside dense ones with one thread; and the cosine of each with the dense embeddings."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    dense, tokenizer = minilm.load(layers)
     judged = [minilm.tokens(tokenizer, minilm.documents()[i : i + 10]) for i in range(0, 50, 10)]
     with torch.no_grad():
         embeddings = torch.cat([minilm.embed(dense, batch) for batch in judged])
     inputs = minilm.tokens(tokenizer, minilm.background()[:8], longest=128)
-    repair = bp.recipes.obs(WHERE, minilm.calibration(dense, tokenizer, texts))
-
     quality = {"dense": 1.0, "dense int8": minilm.likeness(dynamic_int8(dense), judged, embeddings)}
     quality["dense int8, row by row"] = minilm.likeness(rowwise_int8(dense), judged, embeddings)
     dtypes = ["float32", "int8"]
@@ -41,34 +54,23 @@ def main(sparsities: list[float], layers: int | None, texts: int, rounds: int, p
         dtypes.append("bfloat16")
         quality["dense bfloat16"] = minilm.likeness(copy.deepcopy(dense).bfloat16(), judged, embeddings)
     models = {}
-    for sparsity in sparsities:
-        result = repair(dense, sparsity)
-        masked = bp.apply_masks(copy.deepcopy(dense), result.masks, result.weights)
+    for title, model in masked.items():
         for dtype in dtypes:
-            name = f"{sparsity:.0%} pruned, {dtype}"
-            cast = copy.deepcopy(masked).to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+            name = f"{title}, {dtype}"
+            cast = copy.deepcopy(model).to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
             asked: Any = {"dtype": "int8"} if dtype == "int8" else {}
             models[name] = export.block_sparse(cast, inputs=inputs, forward=minilm.embed, **asked)
             quality[name] = minilm.likeness(models[name], judged, embeddings)
-            linears, dense_linears = (sum(isinstance(m, torch.nn.Linear) for m in model.modules()) for model in (dense, models[name]))
+            linears, dense_linears = (sum(isinstance(m, nn.Linear) for m in model.modules()) for model in (dense, models[name]))
             print(f"{name}: {dense_linears} of {linears} Linears stay dense", flush=True)
-    speeds = export.benchmark(
-        dense,
-        *models.values(),
-        names=list(models),
-        inputs=inputs,
-        forward=minilm.embed,
-        dtypes=dtypes,
-        rounds=rounds,
-    )
+    options: dict[str, Any] = {"inputs": inputs, "forward": minilm.embed, "dtypes": dtypes, "rounds": rounds}
+    speeds = export.benchmark(dense, *models.values(), names=list(models), **options)
+    torch.set_num_threads(threads)
     print(f"\nOne thread, {'x'.join(map(str, inputs['input_ids'].shape))} tokens a call; 16x16 blocks, recipe obs\n{speeds}\n")
     print("cosine of the embeddings with those of the dense model (50 news texts that were not calibrated on):")
     for name, value in quality.items():
         print(f"  {name:26}{value:.3f}")
-    draw(speeds, quality, sparsities, dtypes, picture)
-    torch.set_num_threads(threads)
-    best = max(speeds.rows, key=lambda row: row.speedup)
-    print(f"In short: {verdict(speeds, quality, sparsities)} The fastest model of all is {best.name}, {best.milliseconds:.0f} ms.")
+    return speeds, quality
 
 
 def milliseconds(speeds: export.SpeedComparison, start: str) -> float:
@@ -76,22 +78,38 @@ def milliseconds(speeds: export.SpeedComparison, start: str) -> float:
     return min(row.milliseconds for row in speeds.rows if row.name.removesuffix(", oneDNN packed") == start)
 
 
-def draw(speeds: export.SpeedComparison, quality: dict[str, float], sparsities: list[float], dtypes: list[str], picture: Path) -> None:
+def draw(
+    speeds: export.SpeedComparison,
+    quality: Mapping[str, float],
+    series: Mapping[str, Mapping[str, str]],
+    picture: Path,
+    title: str = "MiniLM in 16x16 blocks, repaired without training",
+) -> None:
+    """Quality against milliseconds.
+
+    Args:
+        speeds, quality: as `compared` returns them.
+        series: for each line of the picture, the label of each point and the name of its masked model.
+        picture: the file.
+        title: of the picture.
+    """
     labels = {"dense": "float32", "dense bfloat16": "bfloat16", "dense int8": "int8 of torch", "dense int8, row by row": "int8"}
     measured = {row.name for row in speeds.rows}
     points = {label: (milliseconds(speeds, name), quality[name]) for name, label in labels.items() if name in measured}
     pruned = {
-        f"pruned, {dtype}": {
-            f"{sparsity:.0%}": (milliseconds(speeds, name := f"{sparsity:.0%} pruned, {dtype}"), quality[name]) for sparsity in sparsities
+        f"{line}, {dtype}": {
+            label: (milliseconds(speeds, name), quality[name]) for label, start in models.items() if (name := f"{start}, {dtype}")
         }
-        for dtype in dtypes
+        for line, models in series.items()
+        for dtype in ("float32", "int8", "bfloat16")
+        if f"{next(iter(models.values()))}, {dtype}" in measured
     }
     axes = quality_against_latency(
         points,
         pruned,
         latency="milliseconds a call (8 texts of 128 tokens, one thread)",
         quality="cosine with the dense embeddings",
-        title="MiniLM in 16x16 blocks, repaired without training",
+        title=title,
     )
     axes.figure.savefig(picture, dpi=150)
 

@@ -15,12 +15,13 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import attrs
+import front_page
 import tiny
 import torch
 from quality import METHODS, PATTERNS, SEED, Task, minilm_task, next_token_loss, smollm_task, tiny_task
@@ -265,6 +266,17 @@ def main(options: argparse.Namespace) -> None:
     print_figures(figures, problem, options, record["curve"][-1])
     if options.picture:
         draw([finished], options.picture)
+    if options.deploy:
+        deployed = {"repaired": judged(weights), "distilled": bp.apply_masks(copy.deepcopy(model), masks, final)}
+        deploy(model, minilm.load()[1], deployed, options)
+
+
+def deploy(dense: nn.Module, tokenizer: Any, masked: Mapping[str, nn.Module], options: argparse.Namespace) -> None:
+    """Speed and size of the exported models beside dense ones, in a table and a picture."""
+    speeds, quality = front_page.compared(dense, tokenizer, masked, options.rounds)
+    share = f"{options.sparsity:.0%}"
+    title = f"MiniLM with {share} of its 16x16 blocks pruned"
+    front_page.draw(speeds, quality, {name: {share: name} for name in masked}, options.deploy, title)
 
 
 def print_row(tokens: int, seconds: float, figure: float) -> None:
@@ -328,6 +340,8 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path, default=Path(".cache/recover"), help="of the files from which runs go on")
     parser.add_argument("--control", type=Path, help="the .json of the dense model's run, to compare with the better of it and dense")
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--deploy", type=Path, help="MiniLM: export the model, time it beside dense ones, and draw this picture")
+    parser.add_argument("--rounds", type=int, default=9, help="of --deploy, of which the median counts")
     parser.add_argument("--draw", type=Path, nargs="+", help="only draw these runs (.json) into --picture")
     options = parser.parse_args()
     if options.draw:
