@@ -3,6 +3,9 @@
 INLINE U<4> extend(H<4> x) { return (U<4>)_mm_cvtepu16_epi32(_mm_cvtsi64_si128(load<int64_t>(&x))); }
 INLINE U<8> extend(H<8> x) { return (U<8>)_mm256_cvtepu16_epi32((__m128i)x); }
 
+INLINE U<8> zip(H<8> a, H<8> b) { return extend(a) | extend(b) << 16; }
+INLINE U<4> zip(H<4> a, H<4> b) { return extend(a) | extend(b) << 16; }
+
 INLINE F<4> permute(F<4> x, U<4> order) { return (F<4>)_mm_permutevar_ps((__m128)x, (__m128i)order); }
 INLINE F<8> permute(F<8> x, U<8> order) { return (F<8>)_mm256_permutevar8x32_ps((__m256)x, (__m256i)order); }
 
