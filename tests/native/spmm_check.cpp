@@ -150,7 +150,7 @@ static int run_gradients(int64_t rows, int64_t cols, int64_t height, int64_t wid
 int main(int argc, char** argv) {
     const int rounds = argc > 1 ? std::atoi(argv[1]) : 300;
     int wrong = 0, ran = 0;
-    for (int isa = 0; isa < 5; isa++) {
+    for (int isa = 0; isa < 6; isa++) {
         if (!has_isa(isa)) continue;
         std::printf("instructions %d\n", isa);
         for (int round = 0; round < rounds; round++) {

@@ -135,6 +135,12 @@ struct Bf16Columns : Floats<uint16_t> {  // bfloat16 of which any two kept colum
 };
 #endif
 
+// A part of four weights of a row, which is multiplied by itself, because an instruction would saturate with the whole.
+struct Remainder {
+    int32_t row, column;  // of the band, and of the panel: the first of the four
+    uint32_t word;
+};
+
 // What the micro-kernel multiplies: some kept blocks of a band, or pairs of its columns where blocks are one column wide.
 template <class K> struct TileInput {
     const typename K::Weight* w;
@@ -148,6 +154,8 @@ template <class K> struct TileInput {
     int64_t origin;          // the column of the panel that columns are counted from
     bool first;              // `sums` hold nothing yet
     float* sums;             // [MR][P], or integers
+    const Remainder* remainders = nullptr;
+    int64_t remainder_count = 0;
 };
 
 // SINGLE says that blocks are one column wide.
@@ -267,6 +275,16 @@ template <class K, int L, int NV, bool SINGLE> struct PanelProduct {
             input.offsets = offsets + top;
             kernel_for(bottom - top, std::make_integer_sequence<int, TILE_ROWS>())(input);
         }
+        if constexpr (K::GROUP == 4)
+            for (int64_t i = 0; i < input.remainder_count; i++) {
+                const Remainder& remainder = input.remainders[i];
+                I<L> acc[1][NV];
+                float* to = sums + remainder.row * P;
+                UNROLL for (int v = 0; v < NV; v++) acc[0][v] = load<I<L>>(to + v * L);
+                const uint32_t* x = input.panel + K::template offset<P>(remainder.column);
+                K::template pair<L>(acc, x, x, (const int8_t*)&remainder.word);
+                UNROLL for (int v = 0; v < NV; v++) store(to + v * L, acc[0][v]);
+            }
     }
 
     static void store_output(const Product& p, const Panel& panel, int64_t top, int64_t rows) {
@@ -321,15 +339,28 @@ template <class K, bool SINGLE> struct BandProduct {
             with_panel_product<K, SINGLE>(panel.slice.panel, [&](auto product) { product.multiply(input); });
         }
     }
+    // The columns of remainders are counted among those of the part at first.
+    void add_offsets(TileInput<K>& input) const {
+        if constexpr (K::GROUP == 4) {
+            auto* quads = (typename K::Weights*)scratch;
+            for (int64_t i = 0; i < quads->remainder_count; i++) {
+                int32_t& column = quads->remainders[i].column;
+                const int32_t width = (int32_t)input.width, block = column / width;
+                column += (input.col[block] - block) * width;
+            }
+            input.offsets = quads->offsets(), input.remainders = quads->remainders, input.remainder_count = quads->remainder_count;
+        }
+    }
     void multiply(const Range& columns) const {
         const bool is_last = columns.end >= p.cols;
         const int64_t begin = columns.begin ? first_after(columns.begin) : 0, end = is_last ? count : first_after(columns.end);
         // several tiles and all panels read the weights: they are read in parts, which stay in the cache
         const int64_t step = std::max<int64_t>(1, CACHED_BYTES / (weights * (int64_t)sizeof(typename K::Weight)));
-        TileInput<K> input = {nullptr, nullptr, nullptr, 0, p.width, height, (const int32_t*)scratch, nullptr, 0, 0, false, nullptr};
+        TileInput<K> input = {nullptr, nullptr, nullptr, 0, p.width, height, nullptr, nullptr, 0, 0, false, nullptr};
         for (int64_t j = begin; j < end; j += step) {
             input.count = std::min(step, end - j), input.first = j == 0, input.col = col + per_item * j;
             input.w = K::weights(values + j * weights, input.count * per_item * p.width, height, scratch);
+            add_offsets(input);
             multiply_panels(input);
         }
         if (is_last && tail) multiply_tail(input);
@@ -343,6 +374,7 @@ template <class K, bool SINGLE> struct BandProduct {
         input.first = count == 0, input.col = &zero, input.count = pairs > 0, input.width = K::GROUP * pairs;
         input.origin = SINGLE ? 0 : last_block;
         input.w = K::weights(values + count * weights, columns, height, scratch);
+        add_offsets(input);
         if (K::GROUP == 2 && columns & 1) input.last = input.w + 2 * pairs * height, input.last_col = SINGLE ? col[blocks - 1] : columns - 1;
         multiply_panels(input);
     }

@@ -26,6 +26,30 @@ INLINE void narrow(int8_t* p, I<8> x) {
 INLINE I<4> dot_pairs(I<4> sums, U<4> a, U<4> b) { return sums + (I<4>)_mm_madd_epi16((__m128i)a, (__m128i)b); }
 INLINE I<8> dot_pairs(I<8> sums, U<8> a, U<8> b) { return sums + (I<8>)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 
+#if defined(DOT_QUADS) && LANES == 8
+// sums + a * b of all four bytes in each word, unsigned ones of a
+#if defined(SATURATING)
+INLINE I<8> dot_quads(I<8> sums, U<8> a, U<8> b) {
+    return sums + (I<8>)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)a, (__m256i)b), _mm256_set1_epi16(1));
+}
+INLINE I<4> dot_quads(I<4> sums, U<4> a, U<4> b) {
+    return sums + (I<4>)_mm_madd_epi16(_mm_maddubs_epi16((__m128i)a, (__m128i)b), _mm_set1_epi16(1));
+}
+// Whether the sum of two weights is not from -128 to 128.
+INLINE bool may_saturate(U<8> words) {
+    const __m256i sums = _mm256_abs_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), (__m256i)words));
+    return _mm256_movemask_epi8(_mm256_cmpgt_epi16(sums, _mm256_set1_epi16(128)));
+}
+INLINE bool may_saturate(U<4> words) {
+    const __m128i sums = _mm_abs_epi16(_mm_maddubs_epi16(_mm_set1_epi8(1), (__m128i)words));
+    return _mm_movemask_epi8(_mm_cmpgt_epi16(sums, _mm_set1_epi16(128)));
+}
+#else
+INLINE I<8> dot_quads(I<8> sums, U<8> a, U<8> b) { return (I<8>)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)a, (__m256i)b); }
+INLINE I<4> dot_quads(I<4> sums, U<4> a, U<4> b) { return (I<4>)_mm_dpbusd_avx_epi32((__m128i)sums, (__m128i)a, (__m128i)b); }
+#endif
+#endif
+
 #if LANES == 8
 INLINE void transpose(F<8> (&x)[8]) {
     __m256 t[8], u[8];

@@ -169,7 +169,7 @@ static void gemv_int8_bands(const Product& p, const Slice& slice, float* scratch
     }
 }
 
-static void gemv_int8(const Product& p, const Slice& slice, float* scratch, int64_t begin, int64_t end) {
+[[maybe_unused]] static void gemv_int8(const Product& p, const Slice& slice, float* scratch, int64_t begin, int64_t end) {
     typedef void (*Bands)(const Product&, const Slice&, float*, int64_t, int64_t);
     static const Bands bands[2][4] = {
         {gemv_int8_bands<1, false>, gemv_int8_bands<2, false>, gemv_int8_bands<3, false>, gemv_int8_bands<4, false>},

@@ -1,6 +1,7 @@
-// int8 where blocks are a multiple of four columns wide: four neighbouring columns are a word of four bytes, and one instruction multiplies
-// and adds them. It takes numbers of x as unsigned bytes, so x is moved up by OFFSET; OFFSET times the sum of a row's weights is taken off
-// again, which leaves the same exact sums. Included once for each instruction set that has `dot_quads`.
+// int8 where blocks are a multiple of four columns wide: four neighbouring columns are a word of four bytes, which `dot_quads` multiplies and
+// adds. It takes numbers of x as unsigned bytes, so 128 is added to x; 128 times the sum of a row's weights is taken off again, which leaves
+// the same exact sums. Where SATURATING is defined, `dot_quads` adds two products in int16, which hold 255 * 128: of two weights whose sum is
+// larger, a remainder is multiplied by itself. If weights are normally distributed, one pair in 150 has a remainder.
 
 static const uint32_t OFFSETS = 0x80808080u;  // 128 in each byte: adding it to a number of int8 is inverting its highest bit
 
@@ -12,48 +13,96 @@ static uint32_t quad_of(const int8_t* stored, int64_t columns, int64_t height, i
     return columns - c == 1 ? last : load<uint16_t>(first) | last << 16;
 }
 
-// Stored pairs of columns as quads of columns [columns / 4][height], and what takes the offset of x off the sums of each row.
-template <int L> static void join_pairs(const int8_t* stored, int64_t columns, int64_t height, int64_t r, uint32_t* quads, int32_t* offsets) {
+// The weights of some columns for the micro-kernel, and what belongs to them, in one buffer.
+struct Quads {
+    Remainder* remainders;
+    int64_t remainder_count;
+
+    int32_t* offsets() { return (int32_t*)this + 16; }  // [height] what takes the 128 off the sums of each row
+    uint32_t* words(int64_t height) { return (uint32_t*)offsets() + round_up(height, 16); }  // [columns / 4][height]
+    void start(int64_t columns, int64_t height) {
+        remainder_count = 0, remainders = (Remainder*)(words(height) + (columns + 3) / 4 * height);
+    }
+    // Takes the remainders out of a word and off the offset of its row.
+    uint32_t split(uint32_t word, int64_t row, int64_t column) {
+        int8_t weights[4], left[4] = {};
+        std::memcpy(weights, &word, 4);
+        for (int k = 0; k < 4; k += 2) {
+            const int sum = weights[k] + weights[k + 1], over = sum - std::max(-128, std::min(128, sum));
+            const int larger = k + (std::abs(weights[k + 1]) > std::abs(weights[k]));
+            left[larger] = (int8_t)over, weights[larger] = (int8_t)(weights[larger] - over);
+            offsets()[row] -= 128 * over;
+        }
+        remainders[remainder_count++] = {(int32_t)row, (int32_t)column, load<uint32_t>(left)};
+        return load<uint32_t>(weights);
+    }
+};
+
+// Joins stored pairs of columns, rows from r on.
+template <int L> static void join_pairs(const int8_t* stored, int64_t columns, int64_t height, int64_t r, Quads* quads) {
     const int64_t whole = columns / 4 * 4;
+    uint32_t* const all = quads->words(height);
+    const auto join = [&](U<L>& words, int64_t c) __attribute__((always_inline)) {
+#if defined(SATURATING)
+        if (may_saturate(words)) {
+            uint32_t some[L];
+            store(some, words);
+            for (int i = 0; i < L; i++)
+                if (may_saturate(U<4>{some[i]})) some[i] = quads->split(some[i], r + i, c);
+            words = load<U<L>>(some);
+        }
+#endif
+    };
     for (; r + L <= height; r += L) {
         const int8_t* pairs = stored + 2 * r;
-        uint32_t* to = quads + r;
+        uint32_t* to = all + r;
         I<L> sums = {};
+        store(quads->offsets() + r, sums);
         for (int64_t c = 0; c < whole; c += 4, pairs += 4 * height, to += height) {
             prefetch_after(pairs);
-            const U<L> words = zip(load<H<L>>(pairs), load<H<L>>(pairs + 2 * height));
+            U<L> words = zip(load<H<L>>(pairs), load<H<L>>(pairs + 2 * height));
+            join(words, c);
             store(to, words);
             sums = dot_quads(sums, U<L>{} + OFFSETS, words);
         }
         if (whole < columns) {
             uint32_t last[L];
             for (int i = 0; i < L; i++) last[i] = quad_of(stored, columns, height, whole, r + i);
-            store(to, load<U<L>>(last));
-            sums = dot_quads(sums, U<L>{} + OFFSETS, load<U<L>>(last));
+            U<L> words = load<U<L>>(last);
+            join(words, whole);
+            store(to, words);
+            sums = dot_quads(sums, U<L>{} + OFFSETS, words);
         }
-        store(offsets + r, -sums);
+        store(quads->offsets() + r, load<I<L>>(quads->offsets() + r) - sums);
     }
-    if constexpr (L > 4) return join_pairs<L / 2>(stored, columns, height, r, quads, offsets);
-    for (; r < height; r++) {
-        I<4> sums = {};
-        for (int64_t c = 0; c < columns; c += 4) {
-            const uint32_t word = quad_of(stored, columns, height, c, r);
-            quads[c / 4 * height + r] = word;
-            sums = dot_quads(sums, U<4>{} + OFFSETS, U<4>{word});
+    if constexpr (L > 4) {
+        join_pairs<L / 2>(stored, columns, height, r, quads);
+    } else {
+        for (; r < height; r++) {
+            I<L> sums = {};
+            quads->offsets()[r] = 0;
+            for (int64_t c = 0; c < columns; c += 4) {
+                U<L> word = {quad_of(stored, columns, height, c, r)};
+                join(word, c);
+                all[c / 4 * height + r] = word[0];
+                sums = dot_quads(sums, U<L>{} + OFFSETS, word);
+            }
+            quads->offsets()[r] -= sums[0];
         }
-        offsets[r] = -sums[0];
     }
 }
 
 struct Int8Quads : Int8 {
     typedef int8_t Weight;
+    typedef Quads Weights;
     static const int GROUP = 4;
     static const int64_t COLUMNS = 4 * LANES;
     template <int P> static constexpr int64_t offset(int64_t column) { return column / 4 * P; }
     static const int8_t* weights(const int8_t* stored, int64_t columns, int64_t height, void* scratch) {
-        uint32_t* quads = (uint32_t*)scratch + round_up(height, 16);
-        join_pairs<LANES>(stored, columns, height, 0, quads, (int32_t*)scratch);
-        return (const int8_t*)quads;
+        Quads* quads = (Quads*)scratch;
+        quads->start(columns, height);
+        join_pairs<LANES>(stored, columns, height, 0, quads);
+        return (const int8_t*)quads->words(height);
     }
     INLINE F<LANES> load_columns(const int8_t* row) { return (F<LANES>)(load<U<LANES>>(row) ^ OFFSETS); }
     template <int P> INLINE void store_packed(uint32_t* panel, int64_t k, const F<LANES>& x) { F32::store_packed<P>((float*)panel, k, x); }
@@ -70,6 +119,10 @@ struct Int8Quads : Int8 {
     }
 };
 
+#if defined(SATURATING)
+#define GEMV_QUADS gemv_int8  // pairs are as fast, because reading the weights takes the time
+#else
+#define GEMV_QUADS gemv_quads
 // sums[i][r] for rows [top, top + NV * L) of a band and N rows of x, which have the offset.
 template <int L, int NV, int N>
 static void multiply_quad_rows(const Product& p, const uint8_t* x, int64_t stride, const Band<int8_t>& band, int64_t top, int32_t* sums) {
@@ -154,3 +207,4 @@ static void gemv_quads(const Product& p, const Slice& slice, float* scratch, int
     static const Bands bands[4] = {gemv_quad_bands<1>, gemv_quad_bands<2>, gemv_quad_bands<3>, gemv_quad_bands<4>};
     bands[slice.count - 1](p, slice, scratch, begin, end);
 }
+#endif

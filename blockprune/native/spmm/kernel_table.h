@@ -35,5 +35,5 @@ template <class BlockType, class ColumnType, class Words> static Kernels float_k
 
 #if defined(DOT_QUADS)
 static const Kernels int8_quads = {LANES * PANEL_VECTORS, Int8Quads::MIN_PANEL, {packed_bytes<Int8Quads>(), packed_bytes<Int8Quads>()}, 4,
-                                   pack_panel<Int8Quads>, gemm<Int8Quads, false>, gemv_quads};
+                                   pack_panel<Int8Quads>, gemm<Int8Quads, false>, GEMV_QUADS};
 #endif

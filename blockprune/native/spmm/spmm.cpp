@@ -7,7 +7,7 @@
 #include "scratch.h"
 
 const KernelSet* kernels_of(int32_t isa) {
-    static const KernelSet* const sets[ISA_COUNT] = {plain_kernels(), avx2_kernels(), avx512_kernels(), avx512_vnni_kernels(), avx512_bf16_kernels()};
+    static const KernelSet* const sets[ISA_COUNT] = {plain_kernels(), avx2_kernels(), avx_vnni_kernels(), avx512_kernels(), avx512_vnni_kernels(), avx512_bf16_kernels()};
     if (isa != BEST) return isa >= 0 && isa < ISA_COUNT ? sets[isa] : nullptr;
     for (int32_t best = ISA_COUNT - 1; best > PLAIN; best--)
         if (sets[best]) return sets[best];
