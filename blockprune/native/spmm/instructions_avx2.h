@@ -35,12 +35,12 @@ INLINE I<8> dot_quads(I<8> sums, U<8> a, U<8> b) {
 INLINE I<4> dot_quads(I<4> sums, U<4> a, U<4> b) {
     return sums + (I<4>)_mm_madd_epi16(_mm_maddubs_epi16((__m128i)a, (__m128i)b), _mm_set1_epi16(1));
 }
-// Whether the sum of two weights is not from -128 to 128.
-INLINE bool may_saturate(U<8> words) {
+// Ones for the bytes of two weights whose sum is not from -128 to 128.
+INLINE uint32_t saturating(U<8> words) {
     const __m256i sums = _mm256_abs_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), (__m256i)words));
     return _mm256_movemask_epi8(_mm256_cmpgt_epi16(sums, _mm256_set1_epi16(128)));
 }
-INLINE bool may_saturate(U<4> words) {
+INLINE uint32_t saturating(U<4> words) {
     const __m128i sums = _mm_abs_epi16(_mm_maddubs_epi16(_mm_set1_epi8(1), (__m128i)words));
     return _mm_movemask_epi8(_mm_cmpgt_epi16(sums, _mm_set1_epi16(128)));
 }

@@ -23,18 +23,16 @@ struct Quads {
     void start(int64_t columns, int64_t height) {
         remainder_count = 0, remainders = (Remainder*)(words(height) + (columns + 3) / 4 * height);
     }
-    // Takes the remainders out of a word and off the offset of its row.
-    uint32_t split(uint32_t word, int64_t row, int64_t column) {
-        int8_t weights[4], left[4] = {};
-        std::memcpy(weights, &word, 4);
-        for (int k = 0; k < 4; k += 2) {
-            const int sum = weights[k] + weights[k + 1], over = sum - std::max(-128, std::min(128, sum));
-            const int larger = k + (std::abs(weights[k + 1]) > std::abs(weights[k]));
-            left[larger] = (int8_t)over, weights[larger] = (int8_t)(weights[larger] - over);
-            offsets()[row] -= 128 * over;
+    // Takes the remainders out of a word.
+    void split(uint32_t& word, int64_t row, int64_t column) {
+        uint32_t left = 0;
+        for (int shift = 0; shift < 32; shift += 16) {
+            const int a = (int8_t)(word >> shift), b = (int8_t)(word >> (shift + 8)), over = a + b - std::max(-128, std::min(128, a + b));
+            left |= (uint32_t)(uint8_t)over << (shift + (std::abs(b) > std::abs(a) ? 8 : 0));
         }
-        remainders[remainder_count++] = {(int32_t)row, (int32_t)column, load<uint32_t>(left)};
-        return load<uint32_t>(weights);
+        const uint32_t odd = 0x80808080u;  // bytes are subtracted without borrowing from their neighbours
+        word = ((word | odd) - (left & ~odd)) ^ ((word ^ ~left) & odd);
+        remainders[remainder_count++] = {(int32_t)row, (int32_t)column, left};
     }
 };
 
@@ -42,52 +40,43 @@ struct Quads {
 template <int L> static void join_pairs(const int8_t* stored, int64_t columns, int64_t height, int64_t r, Quads* quads) {
     const int64_t whole = columns / 4 * 4;
     uint32_t* const all = quads->words(height);
-    const auto join = [&](U<L>& words, int64_t c) __attribute__((always_inline)) {
+    I<L> sums;
+    const auto put = [&](const U<L>& words, int64_t c, uint32_t* to) __attribute__((always_inline)) {
+        store(to, words);
+        sums = dot_quads(sums, U<L>{} + OFFSETS, words);
 #if defined(SATURATING)
-        if (may_saturate(words)) {
-            uint32_t some[L];
-            store(some, words);
-            for (int i = 0; i < L; i++)
-                if (may_saturate(U<4>{some[i]})) some[i] = quads->split(some[i], r + i, c);
-            words = load<U<L>>(some);
+        for (uint32_t bytes = saturating(words), i = 0; bytes; bytes &= ~(15u << 4 * i)) {
+            i = __builtin_ctz(bytes) / 4;
+            quads->split(to[i], r + i, c);
         }
 #endif
     };
     for (; r + L <= height; r += L) {
         const int8_t* pairs = stored + 2 * r;
         uint32_t* to = all + r;
-        I<L> sums = {};
-        store(quads->offsets() + r, sums);
+        sums = I<L>{};
         for (int64_t c = 0; c < whole; c += 4, pairs += 4 * height, to += height) {
             prefetch_after(pairs);
-            U<L> words = zip(load<H<L>>(pairs), load<H<L>>(pairs + 2 * height));
-            join(words, c);
-            store(to, words);
-            sums = dot_quads(sums, U<L>{} + OFFSETS, words);
+            put(zip(load<H<L>>(pairs), load<H<L>>(pairs + 2 * height)), c, to);
         }
         if (whole < columns) {
             uint32_t last[L];
             for (int i = 0; i < L; i++) last[i] = quad_of(stored, columns, height, whole, r + i);
-            U<L> words = load<U<L>>(last);
-            join(words, whole);
-            store(to, words);
-            sums = dot_quads(sums, U<L>{} + OFFSETS, words);
+            put(load<U<L>>(last), whole, to);
         }
-        store(quads->offsets() + r, load<I<L>>(quads->offsets() + r) - sums);
+        store(quads->offsets() + r, -sums);
     }
     if constexpr (L > 4) {
         join_pairs<L / 2>(stored, columns, height, r, quads);
     } else {
         for (; r < height; r++) {
-            I<L> sums = {};
-            quads->offsets()[r] = 0;
+            sums = I<L>{};
             for (int64_t c = 0; c < columns; c += 4) {
-                U<L> word = {quad_of(stored, columns, height, c, r)};
-                join(word, c);
-                all[c / 4 * height + r] = word[0];
-                sums = dot_quads(sums, U<L>{} + OFFSETS, word);
+                uint32_t one_row[L] = {};
+                put(U<L>{quad_of(stored, columns, height, c, r)}, c, one_row);
+                all[c / 4 * height + r] = one_row[0];
             }
-            quads->offsets()[r] -= sums[0];
+            quads->offsets()[r] = -sums[0];
         }
     }
 }
