@@ -114,5 +114,5 @@ def test_the_environment_chooses_for_all_loops(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv("BLOCKPRUNE_INSTRUCTIONS", name)
         assert chosen_instructions() == position
     monkeypatch.setenv("BLOCKPRUNE_INSTRUCTIONS", "sse9")
-    with pytest.raises(ValueError, match="BLOCKPRUNE_INSTRUCTIONS='sse9' must be one of plain, avx2, avx512, avx512_bf16"):
+    with pytest.raises(ValueError, match="BLOCKPRUNE_INSTRUCTIONS='sse9' must be one of plain, avx2, avx_vnni, avx512, avx512_vnni, avx512_bf16"):
         chosen_instructions()
