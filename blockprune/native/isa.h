@@ -3,9 +3,12 @@
 #pragma once
 
 #include <cstdint>
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#include <cpuid.h>
+#endif
 
 // The numbers are positions in INSTRUCTIONS of library.py; there, -1 stands for the best one.
-enum Isa : int32_t { BEST = -1, PLAIN, AVX2, AVX512, AVX512_BF16, ISA_COUNT };
+enum Isa : int32_t { BEST = -1, PLAIN, AVX2, AVX_VNNI, AVX512, AVX512_VNNI, AVX512_BF16, ISA_COUNT };
 
 #if (defined(__x86_64__) || defined(__aarch64__)) && (defined(__GNUC__) || defined(__clang__)) && !defined(WITHOUT_VECTORS)
 #define HAS_VECTORS  // the vector extension of gcc and clang
@@ -24,7 +27,11 @@ enum Isa : int32_t { BEST = -1, PLAIN, AVX2, AVX512, AVX512_BF16, ISA_COUNT };
 #endif
 #endif
 #define TARGET_AVX2 "avx2,fma"
+#if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 11)
+#define TARGET_AVX_VNNI "avx2,fma,avxvnni"
+#endif
 #define TARGET_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"
+#define TARGET_AVX512_VNNI "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,avx512vnni"
 #define TARGET_AVX512_BF16 "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,avx512bf16,avx512vnni"  // processors with one have both
 
 static inline bool processor_has(Isa isa) {
@@ -33,7 +40,12 @@ static inline bool processor_has(Isa isa) {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (isa == AVX2) return avx2;
+    if (isa == AVX_VNNI) {  // not all compilers know its name in __builtin_cpu_supports
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        return avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+    }
     if (isa == AVX512) return avx512;
+    if (isa == AVX512_VNNI) return avx512 && __builtin_cpu_supports("avx512vnni");
     if (isa == AVX512_BF16) return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #endif
     return isa == PLAIN;

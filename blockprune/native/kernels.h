@@ -66,8 +66,10 @@ static inline const Kernels* kernels_of(int32_t isa) {
     switch (isa) {
         case PLAIN: return plain_kernels();
         case AVX2: return avx2_kernels();
+        case AVX_VNNI: return processor_has(AVX_VNNI) ? avx2_kernels() : nullptr;
         case AVX512: return avx512_kernels();
-        case AVX512_BF16: return processor_has(AVX512_BF16) ? avx512_kernels() : nullptr;
+        case AVX512_VNNI:
+        case AVX512_BF16: return processor_has((Isa)isa) ? avx512_kernels() : nullptr;
         case BEST: break;
         default: return nullptr;
     }

@@ -21,7 +21,8 @@ from blockprune.core._compat import (
     is_zero_tensor,
 )
 
-INSTRUCTIONS = ("plain", "avx2", "avx512", "avx512_bf16")  # as isa.h numbers them; "plain" is what every processor has: SSE2, NEON
+# as isa.h numbers them; "plain" is what every processor has: SSE2, NEON
+INSTRUCTIONS = ("plain", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16")
 BEST = -1  # where no position in INSTRUCTIONS is asked for
 
 

@@ -100,7 +100,7 @@ static Geometry geometry(int64_t images, int64_t channels, int64_t most, int64_t
 int main(int argc, char** argv) {
     const int rounds = argc > 1 ? std::atoi(argv[1]) : 300;
     int wrong = 0, ran = 0;
-    for (int isa = 0; isa < 4; isa++) {
+    for (int isa = 0; isa < 6; isa++) {
         if (!has_isa(isa)) continue;
         std::printf("instructions %d\n", isa);
         for (int round = 0; round < rounds; round++) {

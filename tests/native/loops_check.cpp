@@ -110,7 +110,7 @@ template <class T> static void run_correlated(int64_t blocks, int64_t m, int64_t
 
 int main(int argc, char** argv) {
     const int rounds = argc > 1 ? std::atoi(argv[1]) : 100;
-    for (int isa = 0; isa < 4; isa++) {
+    for (int isa = 0; isa < 6; isa++) {
         if (!has_isa(isa)) continue;
         std::printf("instructions %d\n", isa);
         for (int round = 0; round < rounds; round++) {

@@ -150,7 +150,7 @@ static int run_gradients(int64_t rows, int64_t cols, int64_t height, int64_t wid
 int main(int argc, char** argv) {
     const int rounds = argc > 1 ? std::atoi(argv[1]) : 300;
     int wrong = 0, ran = 0;
-    for (int isa = 0; isa < 4; isa++) {
+    for (int isa = 0; isa < 6; isa++) {
         if (!has_isa(isa)) continue;
         std::printf("instructions %d\n", isa);
         for (int round = 0; round < rounds; round++) {
@@ -179,7 +179,9 @@ int main(int argc, char** argv) {
         for (int64_t n : {1, 7, 40, 129})  // enough work for several threads, all of it in one band or spread
             for (int64_t height : {8, 96}) {
                 wrong += run(96, 1024, height, n % 2 ? 1 : 4, n, 0.9, n > 7, true, 3, isa);
-                wrong += run_gradients(96, 1024, height, n % 2 ? 1 : 4, n, 0.9, n > 7, 3, isa), ran += 2;
+                wrong += run(96, 1021, height, n % 2 ? 1 : 4, n, 0.9, n > 7, true, 3, isa, true);
+                wrong += run(91, 1021, height, 8, n, 0.9, n > 7, true, 3, isa, true);
+                wrong += run_gradients(96, 1024, height, n % 2 ? 1 : 4, n, 0.9, n > 7, 3, isa), ran += 4;
             }
     }
     std::printf("%d products, %d numbers wrong, %d allocations and %d threads refused\n", ran, wrong, (int)refused_allocations,

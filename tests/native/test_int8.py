@@ -65,7 +65,7 @@ def close(got: Tensor, expected: Tensor, size: Tensor, dtype: torch.dtype) -> No
 
 
 @EVERY
-@given(kept_matrices(), batch_sizes, st.sampled_from(DTYPES), st.data())
+@given(kept_matrices(), batch_sizes | st.sampled_from([48, 70]), st.sampled_from(DTYPES), st.data())
 def test_sums_are_exact(product: Product, matrix: Matrix, n: int, dtype: torch.dtype, data: st.DataObject) -> None:
     """All scales are 1, so that every output is the sum itself."""
     (weight, keep, grid), x = matrix, data.draw(int8_inputs(n, matrix[2].shape[1]))
@@ -110,13 +110,28 @@ def test_a_row_that_is_not_finite_gives_a_row_of_nan_and_no_other(
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("columns", [2, 64, 1000, 5000])
 def test_the_largest_numbers_do_not_saturate(product: Product, sign: int, columns: int) -> None:
-    weight, x = torch.full((40, columns), 127.0), torch.full((37, columns), 127.0 * sign)
+    weight, x = torch.full((40, columns), 127.0), torch.full((50, columns), 127.0 * sign)
     for block in ((16, 16), (16, 1), (4, 4)):
         grid = BlockGrid(weight.shape, tuple(min(b, s) for b, s in zip(block, weight.shape, strict=True)))
         sparse = pack_int8(weight, BlockMask(torch.ones(grid.size).bool(), grid))
-        assert torch.equal(product(x, sparse, None), torch.full((37, 40), float(127 * 127 * columns * sign)))
+        assert torch.equal(product(x, sparse, None), torch.full((50, 40), float(127 * 127 * columns * sign)))
         sparse.values.neg_()
-        assert torch.equal(product(x, sparse, None), torch.full((37, 40), -float(127 * 127 * columns * sign)))
+        assert torch.equal(product(x, sparse, None), torch.full((50, 40), -float(127 * 127 * columns * sign)))
+
+
+@EVERY
+@pytest.mark.parametrize("block", [(4, 4), (5, 8), (16, 16), (12, 20)])
+@pytest.mark.parametrize("n", [1, 7, 60])
+def test_any_two_neighbouring_weights_are_added_without_saturation(product: Product, block: tuple[int, int], n: int) -> None:
+    """All sums of two weights from -254 to 254 occur, for inputs of -127, of 127 and of both."""
+    first, second = torch.meshgrid(torch.arange(-127, 128), torch.arange(-127, 128), indexing="ij")
+    weight = torch.stack((first, second), -1).flatten(1).float()  # [255, 510]
+    weight[:, 0] = 127
+    x = 127 * integers((n, weight.shape[1]), 0, top=1).float()
+    x[0], x[-1], x[:, 0] = -127, 127, 127
+    grid = BlockGrid((255, 510), block)
+    sparse = pack_int8(weight, BlockMask(torch.ones(grid.size).bool(), grid))
+    assert torch.equal(product(x, sparse, None), x @ weight.mT)
 
 
 @EVERY

@@ -6,6 +6,8 @@
 
 #if defined(BEGIN_TARGET)
 #define INSTRUCTIONS "instructions_avx2.h"
+#define DOT_QUADS
+#define SATURATING
 #define LANES 8
 #define PANEL_VECTORS 2  // vectors of the widest panel
 #define TILE_ROWS 6      // most rows of W in a tile several vectors wide
@@ -16,6 +18,7 @@ namespace {
 #include "gemm.h"
 #include "gemv.h"
 #include "int8.h"
+#include "int8_quads.h"
 #include "kernel_table.h"
 #include "conv_kernels.h"
 #include "gradient_kernels.h"
@@ -23,7 +26,7 @@ const Kernels f32 = float_kernels<F32, F32, F32Words>(), bf16 = float_kernels<Bf
 const Kernels int8 = kernels<Int8Pairs, Int8Columns>(4, gemv_int8);
 const ConvKernels conv_f32 = conv_kernels<F32>(), conv_bf16 = conv_kernels<Bf16AsF32>();
 const GradientKernels gradient_f32 = gradient_kernels<float>(), gradient_bf16 = gradient_kernels<uint16_t>();
-const KernelSet set = {&f32, &bf16, &int8, quantize, &conv_f32, &conv_bf16, &gradient_f32, &gradient_bf16};
+const KernelSet set = {&f32, &bf16, &int8, &int8_quads, 48, quantize, &conv_f32, &conv_bf16, &gradient_f32, &gradient_bf16};
 }  // namespace
 END_TARGET
 

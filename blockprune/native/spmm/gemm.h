@@ -20,8 +20,9 @@ template <class T> struct Floats {
     typedef T Weight;  // as the micro-kernel reads it
     template <int L> using Sums = F<L>;
     static const bool IS_SCALED = false;  // whether sums are integers, which scales make floats
+    static const int GROUP = 2;           // columns that `pair` multiplies
     static const int64_t MIN_PANEL = 4;   // rows of the smallest panel
-    INLINE const T* weights(const T* stored, int64_t, void*) { return stored; }
+    INLINE const T* weights(const T* stored, int64_t, int64_t, void*) { return stored; }  // of some columns, and their height
 };
 
 struct F32 : Floats<float> {
@@ -134,18 +135,27 @@ struct Bf16Columns : Floats<uint16_t> {  // bfloat16 of which any two kept colum
 };
 #endif
 
+// A part of four weights of a row, which is multiplied by itself, because an instruction would saturate with the whole.
+struct Remainder {
+    int32_t row, column;  // of the band, and of the panel: the first of the four
+    uint32_t word;
+};
+
 // What the micro-kernel multiplies: some kept blocks of a band, or pairs of its columns where blocks are one column wide.
 template <class K> struct TileInput {
     const typename K::Weight* w;
     const typename K::Packed* panel;
     const int32_t* col;      // the column of blocks of each block, or the two columns of each pair
-    int64_t count, width;    // blocks of `width` columns, an even number; or pairs
-    int64_t height;          // of the band: the weights of two pairs are 2 * height apart
+    int64_t count, width;    // blocks of `width` columns, a multiple of GROUP; or pairs
+    int64_t height;          // of the band: the weights of two groups are GROUP * height apart
+    const int32_t* offsets;  // what is added to the sums of each row, where numbers of x have an offset
     const typename K::Weight* last;  // the weights of an odd last column, or null
     int64_t last_col;
     int64_t origin;          // the column of the panel that columns are counted from
     bool first;              // `sums` hold nothing yet
     float* sums;             // [MR][P], or integers
+    const Remainder* remainders = nullptr;
+    int64_t remainder_count = 0;
 };
 
 // SINGLE says that blocks are one column wide.
@@ -155,12 +165,14 @@ template <class K, int L, int NV, int MR, bool SINGLE> static void micro_kernel(
     Sums acc[SETS][MR][NV] = {};
     UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < NV; v++)
         if (!input.first) acc[0][m][v] = load<Sums>(input.sums + m * P + v * L);
+    if constexpr (K::GROUP == 4)
+        UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < NV; v++) acc[0][m][v] += input.offsets[m];
     const auto* w = input.w;
     const auto pair = [&](int set, const typename K::Packed* a, const typename K::Packed* b) __attribute__((always_inline)) {
         K::template pair<L>(acc[set], a, b, w);
         if (!K::IS_SCALED)  // else they are in the cache
             UNROLL for (int byte = 0; byte < 2 * MR * (int)sizeof(*w); byte += 64) prefetch_after((const char*)w + byte);
-        w += 2 * input.height;
+        w += K::GROUP * input.height;
     };
     if (SINGLE) {
         const auto column = [&](int64_t i) __attribute__((always_inline)) { return input.panel + K::template offset<P>(input.col[i]); };
@@ -170,8 +182,8 @@ template <class K, int L, int NV, int MR, bool SINGLE> static void micro_kernel(
                 UNROLL for (int s = 0; s < SETS; s++) pair(s, column(2 * (j + s)), column(2 * (j + s) + 1));
         for (; j < input.count; j++) pair(0, column(2 * j), column(2 * j + 1));
     } else {
-        constexpr int64_t step = K::template offset<P>(2);
-        const int64_t pairs = input.width / 2;
+        constexpr int64_t step = K::template offset<P>(K::GROUP);
+        const int64_t pairs = input.width / K::GROUP;
         for (int64_t j = 0; j < input.count; j++) {
             const auto* a = input.panel + K::template offset<P>(input.col[j] * input.width);
             int64_t k = 0;
@@ -180,7 +192,8 @@ template <class K, int L, int NV, int MR, bool SINGLE> static void micro_kernel(
             for (; k < pairs; k++, a += step) pair(0, a, a + step / 2);
         }
     }
-    if (input.last) K::template single<L>(acc[0], input.panel + K::template offset<P>(input.last_col), input.last);
+    if constexpr (K::GROUP == 2)
+        if (input.last) K::template single<L>(acc[0], input.panel + K::template offset<P>(input.last_col), input.last);
     UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < NV; v++) {
         UNROLL for (int s = 1; s < SETS; s++) acc[0][m][v] += acc[s][m][v];
         store(input.sums + m * P + v * L, acc[0][m][v]);
@@ -253,13 +266,25 @@ template <class K, int L, int NV, bool SINGLE> struct PanelProduct {
     static void multiply(TileInput<K> input) {  // all rows of a band, in tiles of about the same number of rows
         const int height = (int)input.height, tiles = height % MAX_ROWS ? (height + TILE_ROWS - 1) / TILE_ROWS : height / MAX_ROWS;
         const auto *w = input.w, *last = input.last;
+        const int32_t* offsets = input.offsets;
         float* sums = input.sums;
         input.panel += K::template offset<P>(input.origin);
         for (int t = 0, top = 0, bottom; t < tiles; t++, top = bottom) {
             bottom = height * (t + 1) / tiles;
-            input.w = w + 2 * top, input.last = last ? last + top : nullptr, input.sums = sums + top * P;
+            input.w = w + K::GROUP * top, input.last = last ? last + top : nullptr, input.sums = sums + top * P;
+            input.offsets = offsets + top;
             kernel_for(bottom - top, std::make_integer_sequence<int, TILE_ROWS>())(input);
         }
+        if constexpr (K::GROUP == 4)
+            for (int64_t i = 0; i < input.remainder_count; i++) {
+                const Remainder& remainder = input.remainders[i];
+                I<L> acc[1][NV];
+                float* to = sums + remainder.row * P;
+                UNROLL for (int v = 0; v < NV; v++) acc[0][v] = load<I<L>>(to + v * L);
+                const uint32_t* x = input.panel + K::template offset<P>(remainder.column);
+                K::template pair<L>(acc, x, x, (const int8_t*)&remainder.word);
+                UNROLL for (int v = 0; v < NV; v++) store(to + v * L, acc[0][v]);
+            }
     }
 
     static void store_output(const Product& p, const Panel& panel, int64_t top, int64_t rows) {
@@ -287,7 +312,7 @@ template <class K, bool SINGLE> struct BandProduct {
     const Product& p;
     const Panel* panels;
     int64_t panel_count, band, top;
-    typename K::Weight* scratch;
+    void* scratch;
 
     const int64_t height = p.height_of(band), blocks = p.crow[band + 1] - p.crow[band];
     const int32_t* col = p.col + p.crow[band];
@@ -314,15 +339,28 @@ template <class K, bool SINGLE> struct BandProduct {
             with_panel_product<K, SINGLE>(panel.slice.panel, [&](auto product) { product.multiply(input); });
         }
     }
+    // The columns of remainders are counted among those of the part at first.
+    void add_offsets(TileInput<K>& input) const {
+        if constexpr (K::GROUP == 4) {
+            auto* quads = (typename K::Weights*)scratch;
+            for (int64_t i = 0; i < quads->remainder_count; i++) {
+                int32_t& column = quads->remainders[i].column;
+                const int32_t width = (int32_t)input.width, block = column / width;
+                column += (input.col[block] - block) * width;
+            }
+            input.offsets = quads->offsets(), input.remainders = quads->remainders, input.remainder_count = quads->remainder_count;
+        }
+    }
     void multiply(const Range& columns) const {
         const bool is_last = columns.end >= p.cols;
         const int64_t begin = columns.begin ? first_after(columns.begin) : 0, end = is_last ? count : first_after(columns.end);
         // several tiles and all panels read the weights: they are read in parts, which stay in the cache
         const int64_t step = std::max<int64_t>(1, CACHED_BYTES / (weights * (int64_t)sizeof(typename K::Weight)));
-        TileInput<K> input = {nullptr, nullptr, nullptr, 0, p.width, height, nullptr, 0, 0, false, nullptr};
+        TileInput<K> input = {nullptr, nullptr, nullptr, 0, p.width, height, nullptr, nullptr, 0, 0, false, nullptr};
         for (int64_t j = begin; j < end; j += step) {
             input.count = std::min(step, end - j), input.first = j == 0, input.col = col + per_item * j;
-            input.w = K::weights(values + j * weights, input.count * weights, scratch);
+            input.w = K::weights(values + j * weights, input.count * per_item * p.width, height, scratch);
+            add_offsets(input);
             multiply_panels(input);
         }
         if (is_last && tail) multiply_tail(input);
@@ -332,11 +370,12 @@ template <class K, bool SINGLE> struct BandProduct {
     }
     void multiply_tail(TileInput<K>& input) const {
         static const int32_t zero = 0;
-        const int64_t columns = SINGLE ? 1 : tail, pairs = columns / 2;
-        input.first = count == 0, input.col = &zero, input.count = pairs > 0, input.width = 2 * pairs;
+        const int64_t columns = SINGLE ? 1 : tail, pairs = K::GROUP == 4 ? (columns + 3) / 4 : columns / 2;
+        input.first = count == 0, input.col = &zero, input.count = pairs > 0, input.width = K::GROUP * pairs;
         input.origin = SINGLE ? 0 : last_block;
-        input.w = K::weights(values + count * weights, columns * height, scratch);
-        if (columns & 1) input.last = input.w + 2 * pairs * height, input.last_col = SINGLE ? col[blocks - 1] : columns - 1;
+        input.w = K::weights(values + count * weights, columns, height, scratch);
+        add_offsets(input);
+        if (K::GROUP == 2 && columns & 1) input.last = input.w + 2 * pairs * height, input.last_col = SINGLE ? col[blocks - 1] : columns - 1;
         multiply_panels(input);
     }
 };
@@ -345,7 +384,7 @@ template <class K, bool SINGLE>
 static void gemm(const Product& p, const Panel* panels, int64_t count, const Range& bands, const Range& columns, void* scratch) {
     int64_t rows = 0;
     for (int64_t band = bands.begin; band < bands.end; rows += p.height_of(band++))
-        BandProduct<K, SINGLE>{p, panels, count, band, rows, (typename K::Weight*)scratch}.multiply(columns);
+        BandProduct<K, SINGLE>{p, panels, count, band, rows, scratch}.multiply(columns);
     if (columns.end < p.cols) return;
     for (int64_t i = 0; i < count; i++)
         with_panel_product<K, SINGLE>(panels[i].slice.panel,

@@ -7,9 +7,12 @@ struct Int8 {
     typedef uint32_t Packed;
     template <int L> using Sums = I<L>;
     static const bool IS_SCALED = true;
+    static const int GROUP = 2;
     static const int64_t MIN_PANEL = LANES;  // fewer sizes than of floats, because each takes seconds to compile
     static const int64_t COLUMNS = 2 * LANES;
-    INLINE const int16_t* weights(const int8_t* stored, int64_t count, int16_t* scratch) {
+    INLINE const int16_t* weights(const int8_t* stored, int64_t columns, int64_t height, void* to) {
+        const int64_t count = columns * height;
+        int16_t* scratch = (int16_t*)to;
         int64_t i = 0;
         for (; i + 2 * LANES <= count; i += 2 * LANES) {
             prefetch_after(stored + i);
@@ -158,7 +161,7 @@ static void gemv_int8_bands(const Product& p, const Slice& slice, float* scratch
     int32_t* sums = (int32_t*)scratch;
     int16_t* x = (int16_t*)(scratch + 4 * p.height);
     const int64_t stride = p.cols + 2;
-    for (int64_t i = 0; i < N; i++) Int8::weights((const int8_t*)p.x + (slice.first + i) * p.cols, p.cols, x + i * stride);
+    for (int64_t i = 0; i < N; i++) Int8::weights((const int8_t*)p.x + (slice.first + i) * p.cols, p.cols, 1, x + i * stride);
     for (int64_t b = begin; b < end; b++) {
         const Band<int8_t> band(p, b);
         multiply_int8_band<LANES, N, SINGLE>(p, x, stride, band, 0, sums);
@@ -166,7 +169,7 @@ static void gemv_int8_bands(const Product& p, const Slice& slice, float* scratch
     }
 }
 
-static void gemv_int8(const Product& p, const Slice& slice, float* scratch, int64_t begin, int64_t end) {
+[[maybe_unused]] static void gemv_int8(const Product& p, const Slice& slice, float* scratch, int64_t begin, int64_t end) {
     typedef void (*Bands)(const Product&, const Slice&, float*, int64_t, int64_t);
     static const Bands bands[2][4] = {
         {gemv_int8_bands<1, false>, gemv_int8_bands<2, false>, gemv_int8_bands<3, false>, gemv_int8_bands<4, false>},
@@ -174,7 +177,7 @@ static void gemv_int8(const Product& p, const Slice& slice, float* scratch, int6
     bands[p.width == 1][slice.count - 1](p, slice, scratch, begin, end);
 }
 
-static void quantize(const void* x, bool is_bf16, int64_t cols, int8_t* out, float* scale) {
+[[maybe_unused]] static void quantize(const void* x, bool is_bf16, int64_t cols, int8_t* out, float* scale) {
     if (is_bf16) quantize_row((const uint16_t*)x, cols, out, scale);
     else quantize_row((const float*)x, cols, out, scale);
 }

@@ -2,16 +2,20 @@
 
 template <class K> static void pack_panel(const Product& p, const Slice& slice, int64_t begin, int64_t end, void* to) {
     switch (slice.panel) {
-        case 4: return pack<K, 4>(p, slice, begin, end, to);
-        case 8: return pack<K, 8>(p, slice, begin, end, to);
+        case 4:
+            if constexpr (K::MIN_PANEL <= 4) return pack<K, 4>(p, slice, begin, end, to);
+            break;
+        case 8:
+            if constexpr (K::MIN_PANEL <= 8) return pack<K, 8>(p, slice, begin, end, to);
+            break;
 #if LANES * PANEL_VECTORS > 16
         case 16: return pack<K, 16>(p, slice, begin, end, to);
 #endif
-        default: return pack<K, LANES * PANEL_VECTORS>(p, slice, begin, end, to);
     }
+    pack<K, LANES * PANEL_VECTORS>(p, slice, begin, end, to);
 }
 
-template <class K> static constexpr int64_t packed_bytes() { return K::template offset<64>(2) * sizeof(typename K::Packed) / 128; }
+template <class K> static constexpr int64_t packed_bytes() { return K::template offset<64>(4) * sizeof(typename K::Packed) / 256; }
 
 // BlockType packs whole blocks, ColumnType single columns.
 template <class BlockType, class ColumnType>
@@ -28,3 +32,8 @@ static Kernels kernels(int64_t gemv_rows, void (*gemv)(const Product&, const Sli
 template <class BlockType, class ColumnType, class Words> static Kernels float_kernels() {
     return kernels<BlockType, ColumnType>(Words::template VECTOR_ROWS<4>, gemv<Words>);
 }
+
+#if defined(DOT_QUADS)
+static const Kernels int8_quads = {LANES * PANEL_VECTORS, Int8Quads::MIN_PANEL, {packed_bytes<Int8Quads>(), packed_bytes<Int8Quads>()}, 4,
+                                   pack_panel<Int8Quads>, gemm<Int8Quads, false>, GEMV_QUADS};
+#endif

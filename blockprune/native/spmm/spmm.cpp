@@ -7,7 +7,7 @@
 #include "scratch.h"
 
 const KernelSet* kernels_of(int32_t isa) {
-    static const KernelSet* const sets[ISA_COUNT] = {plain_kernels(), avx2_kernels(), avx512_kernels(), avx512_bf16_kernels()};
+    static const KernelSet* const sets[ISA_COUNT] = {plain_kernels(), avx2_kernels(), avx_vnni_kernels(), avx512_kernels(), avx512_vnni_kernels(), avx512_bf16_kernels()};
     if (isa != BEST) return isa >= 0 && isa < ISA_COUNT ? sets[isa] : nullptr;
     for (int32_t best = ISA_COUNT - 1; best > PLAIN; best--)
         if (sets[best]) return sets[best];
@@ -190,6 +190,7 @@ EXPORT int32_t spmm_int8(const int8_t* values, const int32_t* col, const int64_t
     whole.weight_scale = scale, whole.is_bf16 = is_bf16;
     return with_starts(whole, [&](Product p) {
         const int64_t bytes = is_bf16 ? 2 : 4, most = std::min(n, std::max<int64_t>(MAX_INPUTS, PACKED_BYTES / cols));
+        const Kernels* quads = p.width % 4 == 0 && p.height >= 4 && n >= kernels->min_quads_inputs ? kernels->int8_quads : nullptr;
         ScratchBuffer quantized(most * cols), scales(most * (int64_t)sizeof(float));
         for (int64_t first = 0; first < n; first += most) {
             p.n = std::min(most, n - first);
@@ -200,7 +201,7 @@ EXPORT int32_t spmm_int8(const int8_t* values, const int32_t* col, const int64_t
                     kernels->quantize((const char*)x + (first + row) * cols * bytes, is_bf16, cols, (int8_t*)quantized.get() + row * cols,
                                       (float*)scales.get() + row);
             });
-            Runner{p, *kernels->int8, team}.run();
+            Runner{p, quads ? *quads : *kernels->int8, team}.run();
         }
     });
 }

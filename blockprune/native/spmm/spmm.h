@@ -78,9 +78,9 @@ static const int64_t CACHED_BYTES = 8192;       // of weights that stay in the c
 static const int64_t PREFETCH_DISTANCE = 8192;  // bytes
 static const float SMALLEST_INPUT = 1e-36f;     // rows of x without larger numbers are zero in int8: 127 / x must be finite
 
-// Bytes for weights that are widened before they are multiplied: of int8, two bytes each.
+// Bytes for weights of int8 as they are multiplied, at most four each, and what is added to the sums of each row.
 static inline int64_t gemm_scratch(const Product& p) {
-    return p.weight_scale ? std::max(CACHED_BYTES, 2 * p.height * std::max<int64_t>(2, p.width)) : 0;
+    return p.weight_scale ? 64 + 4 * round_up(p.height, 16) + 4 * std::max(CACHED_BYTES, p.height * round_up(p.width, 4)) : 0;
 }
 static inline int64_t gemv_scratch(const Product& p) { return 4 * (p.height + p.cols + 32); }
 
@@ -89,6 +89,8 @@ struct GradientKernels;  // of gradients.h
 
 struct KernelSet {
     const Kernels *f32, *bf16, *int8;
+    const Kernels* int8_quads;  // for blocks a multiple of four wide and at least four high, or null
+    int64_t min_quads_inputs;   // rows of x from which on they are faster
     // A row of x, of float32 or bfloat16, in int8, and its scale: NaN where it is not finite.
     void (*quantize)(const void* x, bool is_bf16, int64_t cols, int8_t* out, float* scale);
     const ConvKernels *conv_f32, *conv_bf16;  // null where there are none
@@ -99,7 +101,9 @@ const KernelSet* kernels_of(int32_t isa);  // null where the processor lacks it
 
 const KernelSet* plain_kernels();
 const KernelSet* avx2_kernels();  // null where the compiler or the processor lacks the instruction set, as below
+const KernelSet* avx_vnni_kernels();
 const KernelSet* avx512_kernels();
+const KernelSet* avx512_vnni_kernels();
 const KernelSet* avx512_bf16_kernels();
 
 // The threads that torch uses, and how many of them get at least some microseconds of work each.
