@@ -4,7 +4,8 @@ import contextlib
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -20,18 +21,32 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], m
     Raises:
         OSError: the disk is full, or the folder is missing or cannot be written to. An existing file is as it was.
     """
+    try:
+        replace_file(path, lambda unfinished: save_file(_with_own_memory(tensors), unfinished, metadata=dict(metadata)))
+    except SafetensorError as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        raise (OSError(int(code[1]), os.strerror(int(code[1])), os.fspath(path)) if code else OSError(f"{path}: {error}")) from None
+
+
+def replace_file(path: str | os.PathLike[str], write: Callable[[str], Any]) -> None:
+    """Write a file as a whole or not at all: under another name, then to the disk, then in the old file's place.
+
+    Args:
+        path: of the file; its folder exists.
+        write: (path) -> None, writes the file.
+
+    Raises:
+        OSError: the disk is full, or the folder is missing or cannot be written to. An existing file is as it was.
+    """
     unfinished = f"{os.fspath(path)}.{secrets.token_hex(8)}.tmp"
     try:
         with open(unfinished, "xb") as file:
             permissions = os.fstat(file.fileno()).st_mode
-        save_file(_with_own_memory(tensors), unfinished, metadata=dict(metadata))
+        write(unfinished)
         os.chmod(unfinished, permissions)  # some versions of safetensors let only the owner read a file
         with open(unfinished, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except SafetensorError as error:
-        code = re.search(r"\(os error (\d+)\)", str(error))
-        raise (OSError(int(code[1]), os.strerror(int(code[1])), os.fspath(path)) if code else OSError(f"{path}: {error}")) from None
     finally:
         with contextlib.suppress(OSError):
             os.remove(unfinished)

@@ -6,7 +6,7 @@ the dense layer first, which notes the inputs of each weight and the residual st
 
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -80,7 +80,7 @@ class PrunedPass:
     """
 
     names: Sequence[str]  # weights whose statistics are collected
-    pruned: Sequence[LayerBatch]
+    pruned: Iterable[LayerBatch]
 
     @property
     def statistics(self) -> Sequence[Statistic]:
@@ -105,8 +105,8 @@ class DenseReferencePass:
     """
 
     names: Sequence[str]  # weights whose statistics are collected
-    pruned: Sequence[LayerBatch]
-    dense: Sequence[LayerBatch]
+    pruned: Iterable[LayerBatch]
+    dense: Iterable[LayerBatch]
     hooks: InputHooks
     trace: LayerTrace
 

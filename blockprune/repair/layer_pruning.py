@@ -1,0 +1,258 @@
+"""How each layer is pruned and repaired in turn, while the model's other layers may not be loaded at all."""
+
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+from inspect import Parameter, signature
+from typing import Any, cast
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from blockprune.core.grid import BlockShape
+from blockprune.core.patterns import resolve_by_name
+from blockprune.core.pipeline import Pipeline, required_statistics
+from blockprune.core.progress import progress_bar
+from blockprune.core.types import Data, Masks, Reconstruct, Sparsity, Weights, Where
+from blockprune.model.apply import read_masks
+from blockprune.model.inputs import InputHooks, input_axis, input_hooks
+from blockprune.model.masking import mask_blocks
+from blockprune.model.parameters import find_parameters
+from blockprune.model.running import Calibration, preserve_state
+from blockprune.model.selection import select
+from blockprune.repair.dense_reference import DenseReferencePass, LayerBatch, LayerTrace, PrunedPass, trace_layer
+from blockprune.repair.hidden_states import HiddenStates, LayerBatches, Store, Tensors, in_memory
+from blockprune.repair.transformer_layers import Layer, LoadWeights, find_layers
+from blockprune.statistics import Statistic
+
+
+@attrs.frozen(eq=False)
+class LayerResult:
+    """The masks and the repaired weights of one layer, by their names in the model.
+
+    Example:
+        >>> from blockprune.repair.layer_pruning import LayerResult
+        >>> LayerResult().masks
+        {}
+    """
+
+    masks: Masks = attrs.field(factory=dict)
+    weights: Weights = attrs.field(factory=dict)
+
+    def joined(self, masks: Masks, weights: Weights) -> "LayerResult":
+        """With more masks and weights."""
+        return LayerResult({**self.masks, **masks}, {**self.weights, **weights})
+
+    def only(self, names: Collection[str]) -> "LayerResult":
+        """Those of these names."""
+        masks = {name: mask for name, mask in self.masks.items() if name in names}
+        return LayerResult(masks, {name: weight for name, weight in self.weights.items() if name in names})
+
+    def parameters(self, layer: Layer) -> dict[str, Tensor]:
+        """The parameters of a layer that are masked or repaired, each by its first name in the layer."""
+        parameters: dict[str, Tensor] = {}
+        for name, local_name in layer.local_names.items():
+            if name in self.masks or name in self.weights:
+                stored = layer.module.get_parameter(local_name)
+                value = self.weights[name].to(stored) if name in self.weights else stored
+                if name in self.masks:
+                    value = mask_blocks(value, self.masks[name].keep.to(stored.device), self.masks[name].grid)
+                parameters[local_name] = value
+        return parameters
+
+
+@attrs.frozen(eq=False)
+class LayerPruning:
+    """The layers of a model, and how each of them is pruned and repaired; the arguments of `sequential`, checked.
+
+    Example:
+        >>> from blockprune.repair.layer_pruning import LayerPruning
+        >>> recipe = bp.recipes.sparsegpt(bp.linears((2, 2)), bp.Calibration([torch.ones(4, 2)]))
+        >>> pruning = LayerPruning.of(nn.Sequential(nn.Linear(2, 2)), recipe.pipeline, recipe.reconstruct, 0.5)
+        >>> [layer.parameters for layer in pruning.order]
+        [['0.weight']]
+    """
+
+    order: Sequence[Layer]
+    pipeline: Pipeline
+    reconstruct: Reconstruct
+    where: Where
+    statistics: Sequence[Statistic]
+    sparsity: Sparsity
+    extra_data: Data
+    target: str
+    finetune: Callable[..., Mapping[str, Tensor]] | None
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        pipeline: Pipeline,
+        reconstruct: Reconstruct,
+        sparsity: Sparsity,
+        *,
+        layers: Sequence[str] | None = None,
+        extra_data: Data | None = None,
+        target: str = "dense",
+        finetune: Callable[..., Mapping[str, Tensor]] | None = None,
+    ) -> "LayerPruning":
+        """Check the arguments of `sequential` and find the layers; the weights may be missing (on the meta device)."""
+        if target not in ("pruned", "dense"):
+            raise ValueError(f"target={target!r} must be 'pruned' or 'dense'")
+        where, statistics = _collector_options(pipeline, reconstruct)
+        names = _prunable(model, where)
+        order = find_layers(model, layers, names)
+        shares = resolve_by_name(sparsity, names, what="sparsity") if isinstance(sparsity, Mapping) else sparsity
+        return cls(order, pipeline, reconstruct, where, statistics, shares, extra_data or {}, target, finetune)
+
+    def run(
+        self,
+        model: nn.Module,
+        calibration: Calibration,
+        *,
+        done: Callable[[Layer], LayerResult | None],
+        receive: Callable[[Layer, LayerResult], None],
+        load: LoadWeights | None = None,
+        store: Store = in_memory,
+    ) -> None:
+        """Prune the layers in order.
+
+        Args:
+            model: whose weights may be missing if ``load`` provides them; it is as it was afterwards.
+            calibration: batches and forward.
+            done: the result of a layer that an earlier call has finished, or None.
+            receive: is given each new layer's result, while the layer's weights are loaded.
+            load: loads the weights of one layer at a time.
+            store: where hidden states are kept.
+        """
+        last_layer = {name: number for number, layer in enumerate(self.order) for name in layer.local_names}
+        earlier = LayerResult()  # of tensors that a later layer has, too
+        with preserve_state(model), torch.no_grad():
+            keep_dense = self.target == "dense" or self.finetune is not None
+            states = HiddenStates.of(model, self.order, calibration, keep_dense=keep_dense, load=load, store=store)
+            for number, layer in enumerate(progress_bar(self.order, "sequential", calibration.progress)):
+                with load(layer) if load else contextlib.nullcontext():
+                    finished = done(layer)
+                    result = earlier.joined(finished.masks, finished.weights) if finished else self._prune(layer, states, earlier)
+                    targets = states.advance_dense(layer)
+                    parameters = result.parameters(layer)
+                    if self.finetune and layer.parameters and not finished:
+                        parameters |= _finetuned(self.finetune, states.batches(layer, parameters), result.masks, targets)
+                        result = result.joined({}, {name: parameters[layer.local_names[name]] for name in layer.parameters})
+                    states.advance_pruned(layer, parameters)
+                    if not finished:
+                        receive(layer, result)
+                    earlier = result.only({name for name, last in last_layer.items() if last > number})
+
+    def _prune(self, layer: Layer, states: HiddenStates, result: LayerResult) -> LayerResult:
+        """The result with the masks and weights of the layer."""
+        for names, hooks, trace in self._groups(layer, states):
+            if trace is None:
+                batches: PrunedPass | DenseReferencePass = PrunedPass(names, states.batches(layer, {}))
+            else:  # the weights of the groups before are pruned already
+                pruned = states.batches(layer, result.parameters(layer))
+                batches = DenseReferencePass(names, pruned, states.batches(layer, {}, dense=True), hooks, trace)
+            data = self._collect(layer, names, batches)
+            sparsity = {name: self.sparsity[name] for name in names} if isinstance(self.sparsity, Mapping) else self.sparsity
+            masks = self.pipeline.allocate(self.pipeline.score(data, sparsity), sparsity)
+            result = result.joined(masks, self.reconstruct(data, masks))
+            del data
+        return result
+
+    def _groups(self, layer: Layer, states: HiddenStates) -> list[tuple[Sequence[str], InputHooks, LayerTrace | None]]:
+        """The weights of a layer that are pruned at one time: all of them, or beside the dense layer those that are given one input."""
+        if not layer.parameters:
+            return []
+        if self.target == "pruned":
+            return [(layer.parameters, [], None)]
+        refs = find_parameters(layer.root, layer.parameters, what="where")
+        hooks = [
+            (name, ref, module)
+            for name, ref, module in input_hooks(layer.root, refs)
+            if input_axis(ref) == input_axis(refs[name][0])  # not a head tied to an embedding
+        ]
+        trace = trace_layer(states.batches(layer, {})[0], hooks)
+        return [(names, [hook for hook in hooks if hook[0] in names], trace) for names in trace.groups]
+
+    def _collect(self, layer: Layer, names: Sequence[str], batches: PrunedPass | DenseReferencePass) -> Data:
+        data = cast(Any, self.pipeline.collect)(
+            layer.root,
+            where=partial(_only, self.where, frozenset(names)),
+            statistics=_with_required(self.statistics, batches.statistics),
+            calibration=Calibration(batches, forward=_run_batch, token_weights=_token_weights, progress=False),
+        )
+        extra = {name: self.extra_data[name].stats if name in self.extra_data else {} for name in data}
+        return {name: attrs.evolve(p, stats={**extra[name], **p.stats}) for name, p in data.items()}
+
+
+def _collector_options(pipeline: Pipeline, reconstruct: Reconstruct) -> tuple[Where, list[Statistic]]:
+    """The rule and the statistics of a pipeline's collector, and the statistics that its metric and the repair require."""
+    options = signature(pipeline.collect).parameters
+    where = options["where"].default if "where" in options else Parameter.empty
+    if where is Parameter.empty or "statistics" not in options or "calibration" not in options:
+        raise TypeError(
+            "sequential gives pipeline.collect the batches of each layer: it must take where=, statistics= and calibration=, and have a "
+            "default for where; such as collect=partial(collect.with_statistics, where=...)"
+        )
+    bound = options["statistics"].default
+    statistics = _with_required(() if bound is Parameter.empty else bound, required_statistics(pipeline.metric))
+    statistics = _with_required(statistics, required_statistics(reconstruct))
+    if any(s.name in ("input_cross", "residual_cross") for s in statistics):
+        raise ValueError("input_cross and residual_cross compare two models; leave them out of the statistics: target='dense' adds them")
+    if bad := [s.name for s in statistics if s.sees not in ("inputs", "output")]:
+        raise ValueError(
+            f"{', '.join(bad)} needs gradients, which a single layer does not have; collect it from the whole model and pass it as "
+            "extra_data="
+        )
+    fields = {"calibration", *(field.name for field in attrs.fields(Calibration))}
+    if own := [key for key in getattr(pipeline.collect, "keywords", {}) if key in fields]:
+        raise TypeError(f"pipeline.collect binds {', '.join(own)}, which sequential would not use; give it to sequential instead")
+    return cast(Where, where), statistics
+
+
+def _with_required(statistics: Sequence[Statistic], required: Iterable[Statistic]) -> list[Statistic]:
+    names = {s.name for s in statistics}
+    return [*statistics, *(s for s in required if s.name not in names)]
+
+
+def _prunable(model: nn.Module, where: Where) -> list[str]:
+    """The chosen parameters of a plain model."""
+    if read_masks(model):
+        raise ValueError("the model is masked; prune a plain one: bp.finalize(model)")
+    chosen = select(model, where)
+    if computed := [name for name, (ref, _) in chosen.items() if not ref.is_plain]:
+        raise ValueError(f"{computed[0]} is computed by another parametrization, so it cannot be repaired; remove that first")
+    return list(chosen)
+
+
+def _run_batch(model: Any, batch: Any) -> Any:
+    return batch.run()
+
+
+def _token_weights(batch: Any) -> Tensor | None:
+    weights: Tensor | None = batch.token_weights
+    return weights
+
+
+def _only(where: Where, names: Collection[str], name: str, owner: nn.Module) -> BlockShape | None:
+    return where(name, owner) if name in names else None
+
+
+def _finetuned(finetune: Callable[..., Mapping[str, Tensor]], batches: LayerBatches, masks: Masks, targets: Tensors) -> dict[str, Tensor]:
+    """The layer's tuned parameters, by its own names."""
+    layer, parameters = batches.layer, batches.parameters
+
+    def run(parameters: Mapping[str, Tensor], batch: LayerBatch) -> Tensor:
+        return _weighted_tokens(attrs.evolve(batch, parameters=parameters).run(), batch.token_weights)
+
+    weighted = [_weighted_tokens(targets[i], weights) for i, weights in enumerate(batches.token_weights)]
+    return dict(finetune(run, parameters, {layer.local_names[name]: masks[name] for name in layer.parameters}, list(batches), weighted))
+
+
+def _weighted_tokens(x: Tensor, weights: Tensor | None) -> Tensor:
+    """The tokens that count, times the square root of their weights, so that a plain squared error is the weighted one."""
+    if weights is None or x.shape[: weights.ndim] != weights.shape:
+        return x
+    counts = weights > 0
+    return x[counts] * weights[counts].to(x).sqrt().view(-1, *[1] * (x.ndim - weights.ndim))
