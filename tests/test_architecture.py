@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reorder": {"allocate", "core", "model"},
     "analysis": {"allocate", "core", "model"},
     "export": {"core", "model", "native"},
-    "hf": {"core", "export", "model"},
+    "hf": {"collect", "core", "export", "model", "recipes", "repair"},
     "examples": {"model"},
     "recipes": {"allocate", "collect", "core", "metric", "model", "reorder", "repair", "statistics"},
 }

@@ -5,9 +5,11 @@ As in `_compat`, each docstring ends with the first version that has the API. hf
 every quantization method does (transformers 4.57).
 """
 
-from collections.abc import Collection, Iterable
+import re
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -19,6 +21,7 @@ __all__ = [
     "experts_are_concatenated",
     "experts_are_gated",
     "experts_are_transposed",
+    "float32_patterns",
     "ignore_unexpected_keys",
     "is_offloaded",
     "keep_device_hook",
@@ -66,6 +69,20 @@ def apply_expert_gate(experts: Any, original_class: Any, gate_and_up: Tensor) ->
 def use_eager_experts(config: Any) -> None:
     """Run stacked experts by their own Python code, since their kernels support only some types and sizes (transformers 5.0)."""
     config._experts_implementation = "eager"
+
+
+def float32_patterns(model: Any, dtype: torch.dtype) -> Callable[[str], Any]:
+    """Whether ``from_pretrained`` keeps a parameter, given by its name, in float32 when it loads a model in this dtype (transformers 4.57).
+
+    Args:
+        model: a Hugging Face model, which lists parts of such names.
+        dtype: of the model.
+    """
+    parts = {
+        *((model._keep_in_fp32_modules or ()) if dtype == torch.float16 else ()),
+        *((model._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else ()),
+    }
+    return re.compile("|".join(rf"(?:^|\.){part}(?:$|\.)" for part in parts) or "(?!)").search
 
 
 # accelerate

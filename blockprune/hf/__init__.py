@@ -11,6 +11,8 @@
 | `checkpoints` | the loader of `from_pretrained`: kept blocks and masks                                           |
 | `training`    | `GradualPruning`, a callback of `transformers.Trainer`                                           |
 | `adapters`    | `masked_lora_config`: adapters of peft that stay in the kept blocks                              |
+| `streaming`   | `prune_checkpoint`: a folder into another, one layer in memory at a time                         |
+| `checkpoint_folder`, `pruned_folder` | what it reads and what it writes                                          |
 """
 
 try:
@@ -20,6 +22,7 @@ except ImportError as error:
 
 from blockprune.hf.adapters import masked_lora_config
 from blockprune.hf.checkpoints import BlockpruneConfig, BlockpruneQuantizer
+from blockprune.hf.streaming import prune_checkpoint
 from blockprune.hf.training import GradualPruning
 
-__all__ = ["BlockpruneConfig", "BlockpruneQuantizer", "GradualPruning", "masked_lora_config"]
+__all__ = ["BlockpruneConfig", "BlockpruneQuantizer", "GradualPruning", "masked_lora_config", "prune_checkpoint"]

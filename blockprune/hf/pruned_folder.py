@@ -1,0 +1,196 @@
+"""The folder into which a pruned checkpoint is written piece by piece, so that an interrupted call can go on.
+
+While it is not finished, it has files of weights, a state that says what is being made, and a folder for what only the work needs. The
+index of the weights is written last.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from blockprune.core.mask_file import load_masks, save_masks
+from blockprune.core.tensor_file import replace_file, write_tensors
+from blockprune.core.types import Masks
+from blockprune.hf.checkpoint_folder import INDEX, Checkpoint, stored_tensors
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+STATE, MASKS, WORK = "pruning.json", "masks.safetensors", "unfinished"
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt", ".index.json")
+
+
+@attrs.frozen(eq=False)
+class PrunedFolder:
+    """A folder that is being written.
+
+    Args:
+        path: of the folder.
+        parts: the keys that each file of weights has, in the order of the files.
+
+    Example:
+        >>> import tempfile
+        >>> from blockprune.hf.pruned_folder import PrunedFolder
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pruned = PrunedFolder(Path(folder), [["a"], ["b"]])
+        ...     pruned.work.mkdir()
+        ...     pruned.write(0, {"a": torch.ones(2)}, masks={})
+        ...     pruned.is_written(0), pruned.is_written(1), pruned.file(1)
+        (True, False, 'model-00002-of-00002.safetensors')
+    """
+
+    path: Path
+    parts: Sequence[Collection[str]]
+
+    @property
+    def work(self) -> Path:
+        """The folder for what is not part of the result."""
+        return self.path / WORK
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all files are complete."""
+        return (self.path / INDEX).exists()
+
+    def file(self, number: int) -> str:
+        """The name of a file of weights."""
+        return f"model-{number + 1:05d}-of-{len(self.parts):05d}.safetensors"
+
+    def is_written(self, number: int) -> bool:
+        """Whether a file of weights is complete.
+
+        Raises:
+            ValueError: the file has been damaged or is another one.
+        """
+        path = self.path / self.file(number)
+        if not path.exists():
+            return False
+        if set(stored_tensors(path)) != set(self.parts[number]):
+            raise ValueError(f"{path} has other tensors than this checkpoint; delete it, and it will be made again")
+        return True
+
+    def write(self, number: int, tensors: Mapping[str, Tensor], *, masks: Masks) -> None:
+        """Write a file of weights, after its masks.
+
+        Raises:
+            OSError: the disk is full, or the folder cannot be written to.
+        """
+        save_masks(masks, self._masks(number))
+        write_tensors(tensors, self.path / self.file(number), {"format": "pt"})
+
+    def masks(self, number: int) -> Masks:
+        """The masks of a file that is written."""
+        return load_masks(self._masks(number))
+
+    def read(self, number: int, key: str) -> Tensor:
+        """A tensor of a file that is written."""
+        return Checkpoint(self.path, stored_tensors(self.path / self.file(number))).read(key)
+
+    def finish(self, source: Path) -> Masks:
+        """Write the masks and the index, and copy all files of the source but its weights."""
+        masks = {name: mask for number in range(len(self.parts)) for name, mask in self.masks(number).items()}
+        save_masks(masks, self.path / MASKS)
+        for file in sorted(source.iterdir()):
+            if file.is_file() and not file.name.endswith(WEIGHT_FILES):
+                replace_file(self.path / file.name, lambda path, file=file: shutil.copyfile(file, path))  # type: ignore[misc]
+        weight_map = {key: self.file(number) for number, keys in enumerate(self.parts) for key in keys}
+        size = sum(_data_bytes(self.path / self.file(number)) for number in range(len(self.parts)))
+        write_json(self.path / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
+        return masks
+
+    def _masks(self, number: int) -> Path:
+        return self.work / f"masks-{number + 1:05d}.safetensors"
+
+
+def _data_bytes(path: Path) -> int:
+    """The bytes of the tensors of a safetensors file: what follows the header, whose length it begins with."""
+    with open(path, "rb") as file:
+        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+
+
+@contextlib.contextmanager
+def opened(folder: PrunedFolder, state: Mapping[str, Any]) -> Iterator[None]:
+    """Let this process alone write into a folder, and remove what only the work needs if it is finished at the end.
+
+    Args:
+        folder: it may exist if it is empty, or if an earlier call with the same state has written it.
+        state: what the result depends on, by the words that an error message says.
+
+    Raises:
+        ValueError: the folder holds something else, or has another state.
+        BlockingIOError: another process is writing into it.
+        OSError: it cannot be made.
+
+    Example:
+        >>> import tempfile
+        >>> from blockprune.hf.pruned_folder import PrunedFolder, opened
+        >>> with tempfile.TemporaryDirectory() as path, opened(PrunedFolder(Path(path), []), {"sparsity": 0.5}):
+        ...     sorted(os.listdir(path))
+        ['pruning.json', 'unfinished']
+    """
+    path = folder.path
+    path.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        if not (path / STATE).exists():
+            if others := sorted(other.name for other in path.iterdir()):
+                raise ValueError(f"{path} holds {others[0]} and is not a folder that prune_checkpoint began; give an empty or new folder")
+            write_json(path / STATE, state)
+        _check_state(path / STATE, state)
+        folder.work.mkdir(exist_ok=True)
+        for unfinished in path.glob("*.tmp"):  # of a process that was killed
+            unfinished.unlink()
+        yield
+        if folder.is_finished:
+            shutil.rmtree(folder.work)
+
+
+def _check_state(path: Path, state: Mapping[str, Any]) -> None:
+    try:
+        before = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; delete the folder and begin again") from None
+    for what, value in state.items():
+        if before.get(what) != json.loads(json.dumps(value)):
+            raise ValueError(
+                f"{path.parent} was begun with another {what}: {before.get(what)!r} and not {value!r}; call prune_checkpoint as before, or "
+                "give another folder"
+            )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock that the system releases when the process ends, however it ends. Windows has none for folders."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise BlockingIOError(f"another process is writing into {folder}; wait for it, or give another folder") from None
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
+    """Write a JSON file as a whole or not at all.
+
+    Example:
+        >>> import tempfile
+        >>> from blockprune.hf.pruned_folder import write_json
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_json(f"{folder}/a.json", {"a": 1})
+        ...     Path(f"{folder}/a.json").read_text()
+        '{"a": 1}'
+    """
+    replace_file(path, lambda unfinished: Path(unfinished).write_text(json.dumps(value)))
