@@ -172,6 +172,7 @@ def _prune_at_once(
             tensors = {key: _masked(skeleton, key, masks) for key in keys}
             names = {skeleton.names[key] for key in keys}
             folder.write(number, tensors, masks={name: mask for name, mask in masks.items() if name in names})
+            del tensors  # before those of the next file are read
             if callback:
                 callback(folder.file(number))
 

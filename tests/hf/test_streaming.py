@@ -1,0 +1,407 @@
+"""A checkpoint folder is pruned layer by layer into the bits that the loaded model gives, wherever it was interrupted."""
+
+import gc
+import json
+import shutil
+import weakref
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import blockprune as bp
+from blockprune import recipes
+
+transformers = pytest.importorskip("transformers")
+from blockprune.hf import prune_checkpoint  # noqa: E402 (needs transformers)
+from blockprune.hf.checkpoint_folder import Checkpoint, Skeleton  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 64}
+
+
+def llama(**options: Any) -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **options))
+
+
+def bert() -> Any:
+    return transformers.BertForMaskedLM(transformers.BertConfig(**SIZES))  # its head is tied
+
+
+def qwen3() -> Any:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(head_dim=16, num_key_value_heads=1, tie_word_embeddings=True, **SIZES))
+
+
+def neox() -> Any:
+    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES))
+
+
+MAKE: dict[str, Callable[[], Any]] = {"llama": llama, "bert": bert, "qwen3": qwen3, "gpt-neox": neox}
+WHERE = bp.including(bp.linears((8, 8)), "*layer*.[012].*")
+
+
+def batches(padded: bool = True) -> list[dict[str, Tensor]]:
+    ids = torch.randint(64, (3, 2, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(3, 2, 12, dtype=torch.long)
+    if padded:
+        mask[1:, 0, 9:] = 0
+    return [{"input_ids": i, "attention_mask": m} for i, m in zip(ids, mask, strict=True)]
+
+
+def calibration(**options: Any) -> bp.Calibration:
+    return bp.Calibration(batches(), progress=False, **options)
+
+
+RECIPES: dict[str, Callable[[], Any]] = {
+    "magnitude": lambda: recipes.magnitude(WHERE),
+    "magnitude over the model": lambda: recipes.magnitude(bp.linears((8, 8)), allocate=bp.allocate.per_model),
+    "sparsegpt": lambda: recipes.sparsegpt(WHERE, calibration()),
+    "sparsegpt, pruned": lambda: recipes.sparsegpt(WHERE, calibration(), target="pruned"),
+    "obs": lambda: attrs.evolve(recipes.obs(WHERE, calibration()), budget=None),
+}
+
+
+def saved(folder: Path, make: Callable[[], Any] = llama, dtype: torch.dtype = torch.float32, shard: str = "20KB") -> Path:
+    torch.manual_seed(0)
+    make().to(dtype).save_pretrained(folder / "dense", max_shard_size=shard)
+    return folder / "dense"
+
+
+def loaded(folder: Path) -> Any:
+    kind = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
+    return kind.from_pretrained(folder, dtype="auto")
+
+
+def in_memory(folder: Path, recipe: Any, sparsity: Any = 0.5) -> tuple[bp.Masks, dict[str, Tensor]]:
+    """The masks, and the state dict of the pruned model."""
+    model = loaded(folder)
+    result = recipe(model, sparsity)
+    return result.masks, bp.finalize(bp.apply_masks(model, result.masks, result.weights)).state_dict()
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """The bytes of all files, but the masks as such: the order of a header's entries is random."""
+    read = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "masks.safetensors"}
+    return {**read, "masks": bp.load_masks(folder / "masks.safetensors")} if (folder / "masks.safetensors").exists() else read
+
+
+# The same bits.
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("family", MAKE)
+def test_it_is_the_recipe_on_the_loaded_model(family: str, recipe: str, tmp_path: Path) -> None:
+    source = saved(tmp_path, MAKE[family])
+    assert len(list(source.glob("*.safetensors"))) > 2
+    masks, weights = in_memory(source, RECIPES[recipe]())
+    before = contents(source)
+    assert prune_checkpoint(source, tmp_path / "pruned", RECIPES[recipe](), 0.5) == masks
+    assert bp.load_masks(tmp_path / "pruned" / "masks.safetensors") == masks
+    assert same(loaded(tmp_path / "pruned").state_dict(), weights)
+    assert contents(source) == before
+
+
+@pytest.mark.parametrize("recipe", ["magnitude", "obs"])
+def test_a_bfloat16_checkpoint_is_computed_and_written_in_bfloat16(recipe: str, tmp_path: Path) -> None:
+    source = saved(tmp_path, dtype=torch.bfloat16)
+    masks, weights = in_memory(source, RECIPES[recipe]())
+    assert prune_checkpoint(source, tmp_path / "pruned", RECIPES[recipe](), 0.5) == masks
+    assert same(loaded(tmp_path / "pruned").state_dict(), weights)
+    assert {x.dtype for path in (tmp_path / "pruned").glob("model-*") for x in load_file(path).values()} == {torch.bfloat16}
+
+
+def test_hidden_states_in_files_and_a_step_of_finetuning_change_no_bit(tmp_path: Path) -> None:
+    source, tune = saved(tmp_path), partial(bp.finetune_layer, epochs=1, held_out=0.34)
+    recipe = attrs.evolve(RECIPES["obs"](), finetune=tune)
+    masks, weights = in_memory(source, recipe)
+    assert prune_checkpoint(source, tmp_path / "pruned", recipe, 0.5, spill=True) == masks
+    assert same(loaded(tmp_path / "pruned").state_dict(), weights)
+    assert not [path for path in (tmp_path / "pruned").iterdir() if path.is_dir()]
+
+
+def test_a_mapping_of_sparsities_and_a_single_file(tmp_path: Path) -> None:
+    source = saved(tmp_path, shard="1GB")
+    assert (source / "model.safetensors").exists()
+    shares = {"*.mlp.*": 0.75, "*": 0.25}
+    masks, weights = in_memory(source, RECIPES["obs"](), shares)
+    assert prune_checkpoint(source, tmp_path / "pruned", RECIPES["obs"](), shares) == masks
+    assert same(loaded(tmp_path / "pruned").state_dict(), weights)
+
+
+def test_another_class_than_that_of_the_configuration_and_buffers(tmp_path: Path) -> None:
+    """A model without the head, whose prefix the keys have; its batches give no mask. Batch norms have buffers in the checkpoint."""
+    source = saved(tmp_path)
+    recipe = recipes.sparsegpt(bp.linears((8, 8)), bp.Calibration([b["input_ids"] for b in batches()], progress=False))
+    masks = recipe(transformers.LlamaModel.from_pretrained(source), 0.5).masks
+    assert prune_checkpoint(source, tmp_path / "pruned", recipe, 0.5, model_class=transformers.LlamaModel) == masks
+    assert bp.masks_from_zeros(loaded(tmp_path / "pruned").model, where=bp.linears((8, 8))) == masks
+
+
+# Interrupted and gone on with.
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(count: int) -> Callable[[str], None]:
+    files: list[str] = []
+
+    def callback(file: str) -> None:
+        files.append(file)
+        if len(files) == count:
+            raise Stopped
+
+    return callback
+
+
+@pytest.mark.parametrize("recipe", ["magnitude", "sparsegpt"])
+def test_stopped_after_any_file_it_goes_on_and_ends_in_the_same_bits(recipe: str, tmp_path: Path) -> None:
+    source = saved(tmp_path)
+    go = partial(prune_checkpoint, source, recipe=RECIPES[recipe](), sparsity=0.5)
+    files: list[str] = []
+    go(destination=tmp_path / "whole", callback=files.append)
+    assert files == sorted(path.name for path in (tmp_path / "whole").glob("model-*"))
+    for count in range(1, len(files) + 1):
+        with pytest.raises(Stopped):
+            go(destination=tmp_path / "again", callback=stop_after(count))
+        with pytest.raises(OSError, match=r"model\.safetensors|config\.json"):
+            loaded(tmp_path / "again")
+        later: list[str] = []
+        go(destination=tmp_path / "again", callback=later.append)
+        assert later == files[count:]
+        assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "again")
+
+
+def test_stopped_again_and_again(tmp_path: Path) -> None:
+    source = saved(tmp_path)
+    go = partial(prune_checkpoint, source, recipe=RECIPES["obs"](), sparsity=0.5)
+    stops = 0
+    while True:
+        try:
+            go(destination=tmp_path / "again", callback=stop_after(1))
+            break
+        except Stopped:
+            stops += 1
+    go(destination=tmp_path / "whole")
+    assert stops > 3
+    assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = saved(tmp_path)
+    go = partial(prune_checkpoint, source, recipe=RECIPES["sparsegpt"](), sparsity=0.5)
+    go(destination=tmp_path / "whole")
+
+    def full(tensors: Any, path: str, *args: Any, **options: Any) -> None:
+        if "model-00002" in str(path):
+            Path(path).write_bytes(b"part")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("blockprune.core.tensor_file.save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            go(destination=tmp_path / "again")
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == [
+        "model-00001-of-00004.safetensors",
+        "pruning.json",
+        "unfinished",
+    ]
+    go(destination=tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+
+
+def test_what_is_finished_is_returned_and_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
+    source = saved(tmp_path)
+    go = partial(prune_checkpoint, source, tmp_path / "pruned", RECIPES["magnitude"](), 0.5)
+    masks = go()
+    before = contents(tmp_path / "pruned")
+    (tmp_path / "pruned" / "model-00001-of-00004.safetensors.0123.tmp").write_bytes(b"part")
+    files: list[str] = []
+    assert go(callback=files.append) == masks
+    assert not files
+    assert contents(tmp_path / "pruned") == before
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize("change", ["recipe", "sparsity", "source", "calibration data"])
+def test_another_recipe_sparsity_source_or_data_is_refused_on_resume(change: str, tmp_path: Path) -> None:
+    source = saved(tmp_path)
+    go = partial(prune_checkpoint, destination=tmp_path / "pruned")
+    with pytest.raises(Stopped):
+        go(source, recipe=RECIPES["sparsegpt"](), sparsity=0.5, callback=stop_after(2))
+    before = contents_below(tmp_path / "pruned")
+    other = attrs.evolve(RECIPES["sparsegpt"](), calibration=bp.Calibration(batches(padded=False), progress=False))
+    recipe = {"recipe": RECIPES["sparsegpt, pruned"](), "calibration data": other}.get(change, RECIPES["sparsegpt"]())
+    if change == "source":
+        (tmp_path / "other").mkdir()
+        source = saved(tmp_path / "other", lambda: llama(initializer_range=0.03))
+    with pytest.raises(ValueError, match=rf"pruned was begun with another {change}: .* give another folder"):
+        go(source, recipe=recipe, sparsity=0.6 if change == "sparsity" else 0.5)
+    assert contents_below(tmp_path / "pruned") == before
+
+
+def contents_below(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_two_writers_are_refused(tmp_path: Path) -> None:
+    source = saved(tmp_path)
+    go = partial(prune_checkpoint, source, tmp_path / "pruned", RECIPES["magnitude"](), 0.5)
+
+    def second(_: str) -> None:
+        with pytest.raises(BlockingIOError, match=r"another process is writing into .*pruned; wait for it, or give another folder"):
+            go()
+
+    go(callback=second)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def edit_index(folder: Path, change: Callable[[dict[str, str]], None]) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def shard(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[1]
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a shard is missing": (lambda f: shard(f).unlink(), r"model-00002-of-.*safetensors is missing"),
+    "a shard is cut": (lambda f: cut(shard(f)), r"model-00002-of-.* is truncated"),
+    "a shard is text": (lambda f: shard(f).write_text("text"), r"model-00002-of-.* is no safetensors file"),
+    "the index is text": (lambda f: (f / "model.safetensors.index.json").write_text("text"), r"index.json cannot be read"),
+    "the index names a path": (
+        lambda f: edit_index(f, lambda m: m.update({"lm_head.weight": "../x.safetensors"})),
+        r"index.json cannot be read: ValueError: its weight_map does not name files",
+    ),
+    "the index lies about a file": (
+        lambda f: edit_index(f, lambda m: m.update({"lm_head.weight": m["model.norm.weight"], "model.norm.weight": m["lm_head.weight"]})),
+        r"says that .* is in model-.*, but it is in model-",
+    ),
+    "the index names what no file has": (
+        lambda f: edit_index(f, lambda m: m.update({"model.layers.9.weight": m["lm_head.weight"]})),
+        r"model.layers.9.weight is in .*, but no file has it",
+    ),
+    "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
+    "no weights": (lambda f: [p.unlink() for p in f.glob("model*")], "has neither model.safetensors.index.json nor model.safetensors"),
+    "fewer layers": (lambda f: edit_config(f, num_hidden_layers=2), r"has model.layers.2.*, but config.json describes .* with 2 layers"),
+    "more layers": (lambda f: edit_config(f, num_hidden_layers=4), r"LlamaForCausalLM with model.layers.3.*, which no file has"),
+    "another width": (lambda f: edit_config(f, intermediate_size=64), r"gate_proj.weight \(64, 32\), but .* \(48, 32\)"),
+    "no such class": (lambda f: edit_config(f, architectures=["OurModel"]), r"names the architecture 'OurModel'.*give model_class="),
+    "quantized": (lambda f: edit_config(f, quantization_config={"quant_method": "fp8"}), "holds quantized weights"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_folder_is_refused_with_the_name(name: str, tmp_path: Path) -> None:
+    source = saved(tmp_path)
+    BAD[name][0](source)
+    with pytest.raises((ValueError, OSError), match=BAD[name][1]):
+        prune_checkpoint(source, tmp_path / "pruned", RECIPES["magnitude"](), 0.5)
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_a_damaged_file_of_the_result_is_refused_and_made_again_once_deleted(tmp_path: Path) -> None:
+    source = saved(tmp_path)
+    go = partial(prune_checkpoint, source, recipe=RECIPES["sparsegpt"](), sparsity=0.5)
+    go(destination=tmp_path / "whole")
+    with pytest.raises(Stopped):
+        go(destination=tmp_path / "again", callback=stop_after(3))
+    damaged = tmp_path / "again" / "model-00002-of-00004.safetensors"
+    cut(damaged)
+    with pytest.raises(ValueError, match=r"again/model-00002-of-00004.safetensors .* is truncated"):
+        go(destination=tmp_path / "again")
+    damaged.unlink()
+    go(destination=tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+
+
+def test_what_cannot_be_streamed_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    source = saved(tmp_path)
+    go = partial(prune_checkpoint, source, tmp_path / "pruned")
+    with pytest.raises(ValueError, match=r"needs the whole model; .*recipes.LayerByLayer\("):
+        go(recipes.wanda(WHERE, calibration()), 0.5)
+    with pytest.raises(TypeError, match=r"recipe is a Pipeline; give a value of bp.recipes"):
+        go(recipes.magnitude(WHERE).pipeline, 0.5)
+    with pytest.raises(ValueError, match="which would be overwritten; give a new folder"):
+        prune_checkpoint(source, source, recipes.magnitude(WHERE), 0.5)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("")
+    with pytest.raises(ValueError, match=r"full holds thesis.txt and is not a folder that prune_checkpoint began"):
+        prune_checkpoint(source, tmp_path / "full", recipes.magnitude(WHERE), 0.5)
+    assert sorted(path.name for path in (tmp_path / "full").iterdir()) == ["thesis.txt"]
+    with pytest.raises(TypeError, match="can be used once only; give a list of batches"):
+        go(attrs.evolve(RECIPES["sparsegpt"](), calibration=bp.Calibration(iter(batches()))), 0.5)
+
+
+# Memory.
+
+
+@pytest.mark.parametrize("recipe", ["magnitude", "sparsegpt", "obs"])
+def test_the_weights_of_one_layer_are_alive_at_a_time(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is counted is the memory that was read of the source; norms are read once more when a layer is written."""
+    source, read = saved(tmp_path), Checkpoint.read
+    seen: list[weakref.ref[Any]] = []
+    most = 0
+
+    def counted(checkpoint: Checkpoint, key: str) -> Tensor:
+        nonlocal most
+        array = read(checkpoint, key).numpy().copy()  # the memory of all tensors that are made of it
+        if ".layers." in key and checkpoint.folder == source:
+            seen.append(weakref.ref(array))
+        most = max(most, alive())
+        return torch.from_numpy(array)
+
+    def alive() -> int:
+        gc.collect()
+        return sum(array.nbytes for ref in seen if (array := ref()) is not None)
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    prune_checkpoint(source, tmp_path / "pruned", RECIPES[recipe](), 0.5)
+    layer = llama().model.layers[0]
+    assert 0 < most <= sum(p.nbytes for p in layer.parameters()) + sum(p.nbytes for p in layer.parameters() if p.ndim == 1)
+    assert not alive()
+
+
+def test_a_skeleton_is_empty_but_for_what_is_loaded(tmp_path: Path) -> None:
+    skeleton = Skeleton.of(Checkpoint.open(saved(tmp_path, qwen3)))
+    names = ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"]
+    whole = loaded(tmp_path / "dense")
+
+    def present() -> list[str]:
+        return [name for name, p in skeleton.model.named_parameters(remove_duplicate=False) if not p.is_meta]
+
+    with skeleton.loaded(names):
+        assert present() == ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"]
+        assert torch.equal(skeleton.model.lm_head.weight, whole.lm_head.weight)
+    assert not present()
+    buffers = dict(skeleton.model.named_buffers())
+    assert buffers.keys() == dict(whole.named_buffers()).keys()
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in whole.named_buffers())
+    assert skeleton.model.lm_head.weight is skeleton.model.model.embed_tokens.weight
