@@ -18,6 +18,7 @@ from blockprune.core.pipeline import Pipeline, as_code
 from blockprune.core.types import Masks, Param, Sparsity, check_finite, check_prunable
 from blockprune.hf.checkpoint_folder import Checkpoint, Skeleton
 from blockprune.hf.pruned_folder import MASKS, PrunedFolder, opened
+from blockprune.hf.streamed_budget import layer_budget
 from blockprune.model.masking import mask_blocks
 from blockprune.model.selection import select
 from blockprune.recipes import LayerByLayer, OneShot
@@ -210,12 +211,22 @@ def _prune_layers(  # noqa: PLR0917
     spill: bool,
     callback: Callable[[str], None] | None,
 ) -> None:
-    if recipe.budget is not None:
-        raise ValueError(
-            "recipe has a budget, which needs the whole model; share the sparsity alike, attrs.evolve(recipe, budget=None), or give a "
-            "mapping from parameter names or patterns as sparsity along with it"
-        )
+    states = folder.work / "hidden"
+    states.mkdir(exist_ok=True)
+    store = partial(TensorFiles, folder=states) if spill else in_memory
+    order = find_layers(skeleton.model, recipe.layers, [])
+    load = partial(skeleton.load_layer, order)
     options: Any = {"layers": recipe.layers, "target": recipe.target, "finetune": recipe.finetune}
+    if recipe.budget is not None:
+        if isinstance(sparsity, Mapping):
+            raise TypeError(
+                "sparsity is a mapping, which the recipe's budget makes of a number; leave that out: attrs.evolve(recipe, budget=None)"
+            )
+        names = [layer.name for layer in order]
+        path = folder.work / "budget.safetensors"
+        sparsity, options["extra_data"] = layer_budget(
+            skeleton.model, recipe.budget, sparsity, layers=names, path=path, load=load, store=store
+        )
     pruning = LayerPruning.of(skeleton.model, recipe.pipeline, recipe.reconstruct, sparsity, **options)
     number_of = {layer.name: number for number, layer in enumerate(pruning.order)}
 
@@ -235,12 +246,7 @@ def _prune_layers(  # noqa: PLR0917
         if callback:
             callback(folder.file(number))
 
-    states = folder.work / "hidden"
-    states.mkdir(exist_ok=True)
-    store = partial(TensorFiles, folder=states) if spill else in_memory
-    pruning.run(
-        skeleton.model, recipe.calibration, done=done, receive=receive, load=partial(skeleton.load_layer, pruning.order), store=store
-    )
+    pruning.run(skeleton.model, recipe.calibration, done=done, receive=receive, load=load, store=store)
     for number in range(len(pruning.order), len(folder.parts)):
         if not folder.is_written(number):
             folder.write(number, {key: skeleton.checkpoint.read(key) for key in folder.parts[number]}, masks={})

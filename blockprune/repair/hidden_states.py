@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from blockprune.model.running import Calibration
 from blockprune.repair.dense_reference import LayerBatch
-from blockprune.repair.transformer_layers import CapturedBatch, Layer, LoadWeights, capture_batches
+from blockprune.repair.skipped_layers import capture_batches
+from blockprune.repair.transformer_layers import CapturedBatch, Layer, LoadWeights
 
 
 class Tensors(Protocol):

@@ -1,8 +1,8 @@
 """Layers that follow each other: which they are, with what they are called, and one run alone."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial, wraps
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from blockprune.core._compat import tree_leaves
 from blockprune.core._compat_hf import CACHE_ARGUMENTS
 from blockprune.core.patterns import suggest
 from blockprune.model.parameters import parameter_refs, stored_aliases, under_all_names
-from blockprune.model.running import Calibration, Forward, to_model_device
-from blockprune.model.token_streams import hidden_token_weights
+from blockprune.model.running import Forward
 
 
 @attrs.frozen(eq=False)
@@ -236,101 +234,3 @@ def _first_tensor(layer: str, output: Any) -> Tensor:
     if not isinstance(first, Tensor):
         raise ValueError(f"layer {layer!r} does not give a tensor first but a {type(first).__name__}; name other layers: layers=[...]")
     return first
-
-
-def capture_batches(
-    model: nn.Module, order: Sequence[Layer], calibration: Calibration, load: LoadWeights | None = None
-) -> Iterator[tuple[CapturedBatch, Tensor | None]]:
-    """What the layers are called with on each batch (`capture_layer_inputs`), and the token weights of their hidden states.
-
-    Args:
-        model: whose weights may be missing if ``load`` provides them.
-        order: the layers.
-        calibration: batches and forward.
-        load: loads one layer's weights at a time. The layers then run on the first batch, and are skipped on the others if the first one
-            shows that what they are called with depends on nothing that they compute, besides the hidden states.
-
-    Example:
-        >>> from blockprune.repair.transformer_layers import capture_batches, find_layers
-        >>> model, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), torch.ones(1, 2)
-        >>> [(captured, weights)] = capture_batches(model, find_layers(model, None, ["0.weight"]), bp.Calibration([x]))
-        >>> captured.hidden, weights
-        (tensor([[1., 1.]]), None)
-    """
-    with contextlib.nullcontext() if load is None else load(None):
-        outputs: dict[str, Any] = {}  # by layer, without tensors
-        running = None if load is None else partial(_run_loaded, load, outputs)
-        may_skip = None if load else False
-        for raw in calibration.batches:
-            batch = to_model_device(model, raw)
-            capture = partial(capture_layer_inputs, model, order, calibration.forward, batch)
-            with _replaced_forwards(order, partial(_skip, outputs) if may_skip else running):
-                captured = capture()
-            with _replaced_forwards(order, running):
-                token_weights = hidden_token_weights(model, calibration, batch, captured.hidden)
-            if may_skip is None:
-                may_skip = _is_same_without_layers(model, order, capture, outputs, captured)
-            yield captured, token_weights
-
-
-def _run_loaded(load: LoadWeights, outputs: dict[str, Any], layer: Layer, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A layer's forward with its weights, which notes in what form it returns the hidden states."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with load(layer):
-            output = forward(*args, **kwargs)
-        others = [None] * len(output[1:]) if isinstance(output, (tuple, list)) else None
-        outputs[layer.name] = others if isinstance(output, (Tensor, tuple, list)) else "unknown"
-        return output
-
-    return run
-
-
-def _skip(outputs: Mapping[str, Any], layer: Layer, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """In place of a layer's forward: it returns the hidden states as they are, in the layer's form and without anything else."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        hidden, others = next(iter((*args, *kwargs.values()))), outputs[layer.name]
-        return hidden if others is None else (hidden, *others)
-
-    return run
-
-
-def _is_same_without_layers(
-    model: nn.Module, order: Sequence[Layer], capture: Callable[[], CapturedBatch], outputs: Mapping[str, Any], expected: CapturedBatch
-) -> bool:
-    """Whether the layers are called with the same arguments, besides hidden states, if none of them runs."""
-    if "unknown" in outputs.values():
-        return False
-    try:
-        with _replaced_forwards(order, partial(_skip, outputs)):
-            captured = capture()
-    except Exception:  # the model needs what its layers compute
-        return False
-    before, after = ([batch.arguments[layer.name] for layer in order] for batch in (expected, captured))
-    return all(
-        a[0] == b[0] and a[2].keys() == b[2].keys() and _are_equal(tree_leaves(a[1:]), tree_leaves(b[1:]))
-        for a, b in zip(before, after, strict=True)
-    )
-
-
-def _are_equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    def equal(x: Any, y: Any) -> bool:
-        if isinstance(x, Tensor) or isinstance(y, Tensor):
-            return type(x) is type(y) and x.dtype == y.dtype and torch.equal(x, y)
-        return x is y or bool(x == y)
-
-    return len(a) == len(b) and all(map(equal, a, b))
-
-
-@contextlib.contextmanager
-def _replaced_forwards(order: Sequence[Layer], replace: Callable[[Layer, Callable[..., Any]], Callable[..., Any]] | None) -> Iterator[None]:
-    """Layers with another forward; hooks and the signature stay."""
-    with contextlib.ExitStack() as stack:
-        for layer in order if replace else ():
-            own = vars(layer.module).get("forward")  # of the instance, if it has one
-            forward = layer.module.forward
-            assert replace
-            layer.module.forward = wraps(forward)(replace(layer, forward))
-            stack.callback(partial(setattr, layer.module, "forward", own) if own else partial(delattr, layer.module, "forward"))
-        yield

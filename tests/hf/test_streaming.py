@@ -65,7 +65,13 @@ RECIPES: dict[str, Callable[[], Any]] = {
     "sparsegpt": lambda: recipes.sparsegpt(WHERE, calibration()),
     "sparsegpt, pruned": lambda: recipes.sparsegpt(WHERE, calibration(), target="pruned"),
     "obs": lambda: attrs.evolve(recipes.obs(WHERE, calibration()), budget=None),
+    "obs with a budget": lambda: recipes.obs(WHERE, calibration(loss=loss)),
 }
+
+
+def loss(output: Any, batch: dict[str, Tensor]) -> Tensor:
+    logits, labels = output.logits[:, :-1].float(), batch["input_ids"][:, 1:]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 def saved(folder: Path, make: Callable[[], Any] = llama, dtype: torch.dtype = torch.float32, shard: str = "20KB") -> Path:

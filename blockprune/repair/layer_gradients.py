@@ -1,0 +1,167 @@
+"""Statistics of the dense model that need gradients of the loss, with the weights of one layer at a time.
+
+The layers run once in order, and what each is given is kept. What follows the last one gives the gradient of the loss by its output. Then
+the layers run again from the last to the first, each with its output's gradient, which gives those of its weights and that of its input.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from blockprune.core._compat import disable_checkpointing
+from blockprune.core.grid import BlockShape
+from blockprune.core.types import Data, Where
+from blockprune.model.running import Calibration, preserve_state, scalar_loss, to_model_device
+from blockprune.model.selection import select
+from blockprune.repair.dense_reference import LayerBatch
+from blockprune.repair.hidden_states import HiddenStates, LayerBatches, Store, Tensors, in_memory
+from blockprune.repair.skipped_layers import Forms, are_equal, replaced_forwards, run_loaded, skip
+from blockprune.repair.transformer_layers import Layer, LoadWeights, find_layers
+
+
+@attrs.frozen(eq=False)
+class _OutputGradients:
+    """The batches of a layer, each with the gradient of the loss by the layer's output."""
+
+    batches: LayerBatches
+    gradients: Tensors
+
+    def __iter__(self) -> Iterator["_OutputGradient"]:
+        for i, batch in enumerate(self.batches):
+            yield _OutputGradient(batch, self.gradients[i])
+
+
+@attrs.frozen(eq=False)
+class _OutputGradient:
+    batch: LayerBatch
+    gradient: Tensor
+
+    @property
+    def token_weights(self) -> Tensor | None:
+        return self.batch.token_weights
+
+    def run(self) -> Tensor:
+        return self.batch.run()
+
+    def input_gradient(self) -> Tensor:
+        with torch.enable_grad(), disable_checkpointing(reentrant_only=True):
+            hidden = self.batch.hidden.detach().requires_grad_(True)
+            output = attrs.evolve(self.batch, hidden=hidden).run()
+            return torch.autograd.grad(output, hidden, self.gradient)[0]
+
+
+def collect_layer_by_layer(
+    model: nn.Module,
+    collect: Callable[..., Data],
+    where: Where,
+    calibration: Calibration,
+    *,
+    layers: Sequence[str],
+    receive: Callable[[Data], None],
+    load: LoadWeights,
+    store: Store = in_memory,
+) -> None:
+    """What ``collect(model, where=where, calibration=calibration)`` gives, of one layer at a time, from the last to the first.
+
+    Args:
+        model: whose weights ``load`` provides; it is as it was afterwards.
+        collect: such as ``partial(collect.with_statistics, statistics=...)``.
+        where: which parameters, in what blocks; all of them lie in layers.
+        calibration: batches, forward and loss.
+        layers: names of the layers, in order.
+        receive: is given the data of each layer; it is dropped afterwards.
+        load: loads one layer's weights at a time.
+        store: where the inputs of all layers and the gradients are kept.
+
+    Raises:
+        ValueError: no loss; and what `find_layers` and the collector raise.
+        NotImplementedError: what follows the layers needs more of them than the last one's hidden states.
+
+    Example:
+        >>> import contextlib
+        >>> from blockprune.repair.layer_gradients import collect_layer_by_layer
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+        >>> calibration = bp.Calibration([torch.ones(1, 2)], loss=lambda output, batch: output.sum())
+        >>> look = partial(bp.collect.with_statistics, statistics=[bp.statistics.output_grad_sq])
+        >>> parts = []
+        >>> collect_layer_by_layer(model, look, bp.linears((1, 1)), calibration, layers=["0", "1", "2"], receive=parts.append,
+        ...                        load=lambda layer: contextlib.nullcontext())
+        >>> [list(data) for data in parts], parts[0]["2.weight"].stats["output_grad_sq"].flatten()
+        ([['2.weight'], ['0.weight']], tensor([1., 1.]))
+    """
+    order = find_layers(model, layers, list(select(model, where)))
+    with preserve_state(model), torch.no_grad():
+        states = HiddenStates.of(model, order, calibration, keep_dense=False, load=load, store=store)
+        inputs = [states.pruned]
+        for number, layer in enumerate(order):
+            with load(layer):
+                batches = attrs.evolve(states.batches(layer, {}), hidden=inputs[-1])
+                inputs.append(store(f"input-{number + 1}", (batch.run() for batch in batches)))
+        gradients = store("gradient", _head_gradients(model, order, calibration, inputs.pop(), load))
+        for layer in reversed(order):
+            with load(layer):
+                given = _OutputGradients(attrs.evolve(states.batches(layer, {}), hidden=inputs.pop()), gradients)
+                if layer.parameters:
+                    rule = partial(_only, where, frozenset(layer.parameters))
+                    run = Calibration(given, forward=_run, loss=_loss, token_weights=_token_weights, progress=False)
+                    receive(collect(layer.root, where=rule, calibration=run))
+                if layer is not order[0]:
+                    for i, with_gradient in enumerate(given):
+                        gradients[i] = with_gradient.input_gradient()
+
+
+def _head_gradients(
+    model: nn.Module, order: Sequence[Layer], calibration: Calibration, outputs: Tensors, load: LoadWeights
+) -> Iterator[Tensor]:
+    """For each batch the gradient of the loss by the last layer's output."""
+    forms: Forms = {}
+    last = order[-1].name
+    with load(None):
+        for number, raw in enumerate(calibration.batches):
+            batch = to_model_device(model, raw)
+            if not number:
+                with replaced_forwards(order, partial(run_loaded, load, forms)):
+                    expected = _loss_value(calibration, calibration.forward(model, batch), batch)
+                with replaced_forwards(order, partial(skip, forms, results={last: outputs[0]})):
+                    is_known = "unknown" not in forms.values()
+                    if not is_known or not are_equal([expected], [_loss_value(calibration, calibration.forward(model, batch), batch)]):
+                        raise NotImplementedError(
+                            f"the loss depends on more than the hidden states of the last layer, {last!r}; prune this model in memory, or "
+                            "without a budget: attrs.evolve(recipe, budget=None)"
+                        )
+            with torch.enable_grad(), disable_checkpointing(reentrant_only=True):
+                hidden = outputs[number].detach().requires_grad_(True)
+                with replaced_forwards(order, partial(skip, forms, results={last: hidden.clone()})):
+                    output = calibration.forward(model, batch)
+                loss = scalar_loss(calibration, output, batch, ["of a budget"])
+                (gradient,) = torch.autograd.grad(loss, hidden)
+            del output, loss
+            yield gradient
+
+
+def _loss_value(calibration: Calibration, output: Any, batch: Any) -> Any:
+    return getattr(output, "loss", None) if calibration.loss is None else calibration.loss(output, batch)
+
+
+def _run(model: Any, batch: Any) -> Tensor:
+    output: Tensor = batch.run()
+    return output
+
+
+def _loss(output: Tensor, batch: Any) -> Tensor:
+    """A number whose gradient by the output is the given one."""
+    product: Tensor = output * batch.gradient
+    return product.sum()
+
+
+def _token_weights(batch: Any) -> Tensor | None:
+    weights: Tensor | None = batch.token_weights
+    return weights
+
+
+def _only(where: Where, names: Collection[str], name: str, owner: nn.Module) -> BlockShape | None:
+    return where(name, owner) if name in names else None
