@@ -140,9 +140,10 @@ def opened(folder: PrunedFolder, state: Mapping[str, Any]) -> Iterator[None]:
     path = folder.path
     path.mkdir(parents=True, exist_ok=True)
     with _locked(path):
-        if not (path / STATE).exists():
-            if others := sorted(other.name for other in path.iterdir()):
-                raise ValueError(f"{path} holds {others[0]} and is not a folder that prune_checkpoint began; give an empty or new folder")
+        is_begun = any(path.glob("model-*.safetensors")) or any(folder.work.glob("*.safetensors"))
+        if not (path / STATE).exists() and (others := sorted(other.name for other in path.iterdir())):
+            raise ValueError(f"{path} holds {others[0]} and is not a folder that prune_checkpoint began; give an empty or new folder")
+        if not is_begun:
             write_json(path / STATE, state)
         _check_state(path / STATE, state)
         folder.work.mkdir(exist_ok=True)

@@ -10,6 +10,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from blockprune.core._compat_hf import is_offloaded
 from blockprune.core.grid import BlockShape
 from blockprune.core.patterns import resolve_by_name
 from blockprune.core.pipeline import Pipeline, required_statistics
@@ -220,6 +221,12 @@ def _prunable(model: nn.Module, where: Where) -> list[str]:
     """The chosen parameters of a plain model."""
     if read_masks(model):
         raise ValueError("the model is masked; prune a plain one: bp.finalize(model)")
+    offloaded = [name for name, module in model.named_modules() if is_offloaded(module)]
+    if offloaded:
+        raise ValueError(
+            f"accelerate has offloaded the weights of {offloaded[-1]!r}; prune the folder from which the model was loaded, which needs "
+            "memory for one layer: blockprune.hf.prune_checkpoint(source, destination, recipe, sparsity)"
+        )
     chosen = select(model, where)
     if computed := [name for name, (ref, _) in chosen.items() if not ref.is_plain]:
         raise ValueError(f"{computed[0]} is computed by another parametrization, so it cannot be repaired; remove that first")

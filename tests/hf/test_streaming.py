@@ -242,6 +242,17 @@ def test_what_is_finished_is_returned_and_files_of_a_killed_process_are_removed(
     assert contents(tmp_path / "pruned") == before
 
 
+def test_a_budget_is_kept_for_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = saved(tmp_path)
+    go = partial(prune_checkpoint, source, recipe=RECIPES["obs with a budget"](), sparsity=0.5, spill=True)
+    go(destination=tmp_path / "whole")
+    with pytest.raises(Stopped):
+        go(destination=tmp_path / "again", callback=stop_after(1))
+    monkeypatch.setattr("blockprune.hf.streamed_budget.collect_layer_by_layer", None)
+    go(destination=tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+
+
 # Bad input.
 
 
@@ -362,8 +373,30 @@ def test_what_cannot_be_streamed_is_refused_with_what_to_do(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"full holds thesis.txt and is not a folder that prune_checkpoint began"):
         prune_checkpoint(source, tmp_path / "full", recipes.magnitude(WHERE), 0.5)
     assert sorted(path.name for path in (tmp_path / "full").iterdir()) == ["thesis.txt"]
+    with pytest.raises(TypeError, match=r"sparsity is a mapping, .* leave that out: attrs.evolve\(recipe, budget=None\)"):
+        go(RECIPES["obs with a budget"](), {"*": 0.5})
     with pytest.raises(TypeError, match="can be used once only; give a list of batches"):
-        go(attrs.evolve(RECIPES["sparsegpt"](), calibration=bp.Calibration(iter(batches()))), 0.5)
+        prune_checkpoint(source, tmp_path / "other", attrs.evolve(RECIPES["sparsegpt"](), calibration=bp.Calibration(iter(batches()))), 0.5)
+
+
+def test_a_layer_that_is_tied_to_something_else_is_refused(tmp_path: Path) -> None:
+    source = saved(tmp_path, lambda: llama(tie_word_embeddings=True))
+
+    class Tied(transformers.LlamaForCausalLM):  # type: ignore[misc]
+        _tied_weights_keys = {  # noqa: RUF012
+            "lm_head.weight": "model.embed_tokens.weight",
+            "model.layers.1.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight",
+        }
+
+    with pytest.raises(ValueError, match=r"model.layers.0.mlp.up_proj.weight in layer .* is tied to model.layers.1.*; prune it in memory"):
+        prune_checkpoint(source, tmp_path / "pruned", RECIPES["sparsegpt"](), 0.5, model_class=Tied)
+
+
+def test_offloaded_models_are_refused_with_what_to_call() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(llama(), "cpu")
+    with pytest.raises(ValueError, match=r"accelerate has offloaded the weights of .*: blockprune.hf.prune_checkpoint\(source,"):
+        RECIPES["sparsegpt"]()(model, 0.5)
 
 
 # Memory.
