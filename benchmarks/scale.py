@@ -6,7 +6,7 @@ python benchmarks/scale.py --tiny                      # seconds, for the test c
 Each model is pruned in a process of its own, whose peak resident memory is read from the system. The bound is
 1.5 x (one layer's weights + its statistics + the hidden states) + 1 GiB. The statistics of a weight with k inputs are two k x k matrices in
 float32: the products of its inputs, and of its inputs with those of the dense model. The hidden states are those of the dense and of the
-pruned model.
+pruned model; with a budget, which needs those of all layers, they are kept in files.
 """
 
 import argparse
@@ -124,7 +124,7 @@ def prune(source: str, destination: str, recipe_name: str, batches: int, length:
     make = {"magnitude": bp.recipes.magnitude, "sparsegpt": partial(bp.recipes.sparsegpt, calibration=calibration)}
     recipe: Any = (make | {"obs": partial(bp.recipes.obs, calibration=calibration)})[recipe_name](where)
     start = time.perf_counter()
-    prune_checkpoint(source, destination, recipe, 0.5)
+    prune_checkpoint(source, destination, recipe, 0.5, spill=recipe_name == "obs")
     return {"seconds": time.perf_counter() - start, "bytes": peak_bytes()}
 
 

@@ -479,6 +479,19 @@ def test_unexpected_keys_are_ignored_by_pattern() -> None:
         assert list(model._keys_to_ignore_on_load_unexpected) == ["x"]
 
 
+def test_parameters_that_stay_in_float32_are_known() -> None:
+    model = tiny_llama()
+    with private("transformers.PreTrainedModel._keep_in_fp32_modules", "to compute a streamed checkpoint in the types of from_pretrained"):
+        model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict = ["wo"], {"router"}
+        names = ["layers.0.wo.weight", "layers.0.word.weight", "router.bias"]
+        kept = {
+            dtype: [name for name in names if _compat_hf.float32_patterns(model, dtype)(name)]
+            for dtype in (torch.float16, torch.bfloat16, torch.float32)
+        }
+        assert kept == {torch.float16: [names[0], names[2]], torch.bfloat16: names[2:], torch.float32: []}
+        assert {"wo"} == set(pytest.importorskip("transformers").T5ForConditionalGeneration._keep_in_fp32_modules)
+
+
 def test_keys_of_a_checkpoint_get_the_names_of_a_model() -> None:
     model = tiny_llama()
     with private("transformers.core_model_loading.rename_source_key", "to find the layers of a checkpoint in another class of model"):
