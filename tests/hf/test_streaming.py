@@ -22,7 +22,7 @@ transformers = pytest.importorskip("transformers")
 from blockprune.hf import prune_checkpoint  # noqa: E402 (needs transformers)
 from blockprune.hf.checkpoint_folder import Checkpoint, Skeleton  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 64}
 
@@ -118,7 +118,7 @@ def test_it_is_the_recipe_on_the_loaded_model(family: str, recipe: str, tmp_path
     assert contents(source) == before
 
 
-@pytest.mark.parametrize("recipe", ["magnitude", "obs"])
+@pytest.mark.parametrize("recipe", ["magnitude", "obs with a budget"])
 def test_a_bfloat16_checkpoint_is_computed_and_written_in_bfloat16(recipe: str, tmp_path: Path) -> None:
     source = saved(tmp_path, dtype=torch.bfloat16)
     masks, weights = in_memory(source, RECIPES[recipe]())
