@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from blockprune.core._compat import parameter_names
+from blockprune.core._compat import data_address, parameter_names, storage_id
 from blockprune.core._compat_hf import is_offloaded
 from blockprune.core.grid import BlockGrid
 from blockprune.core.patterns import suggest
@@ -78,13 +78,12 @@ def apply_masks(
     # in the order in which they were put on, so that an error restores that order
     old_masks.sort(key=lambda item: list(item[0].owner.parametrizations).index(item[0].attr))  # type: ignore[arg-type]
     with torch.no_grad():
-        old_weights = [(ref, ref.stored.detach().clone()) for ref, _ in new_weights]
-        written: list[ParameterRef] = []
+        written: list[tuple[ParameterRef, Tensor]] = []
         try:
             _replace_masks([ref for ref, *_ in old_masks], new_masks)
             for ref, weight in new_weights:
+                written.append((ref, ref.stored.detach().clone()))
                 ref.stored.copy_(weight)
-                written.append(ref)
             for name, _, refs in new_masks:
                 for ref in refs:
                     cast(MaskBlocks, ref.mask).pass_gradients(reached.get(name), decay)
@@ -94,7 +93,7 @@ def apply_masks(
             for ref, mask, old_reached, old_decay in old_masks:
                 _set_mask(ref, mask)
                 cast(MaskBlocks, ref.mask).pass_gradients(old_reached, old_decay)
-            for ref, weight in old_weights[: len(written)]:
+            for ref, weight in written:
                 ref.stored.copy_(weight)
             raise
     prepare_checkpoints(model)
@@ -284,11 +283,18 @@ def _check_mask(name: str, mask: Any, ref: ParameterRef) -> None:
 
 
 def _checked_weights(model: nn.Module, weights: Weights) -> list[tuple[ParameterRef, Tensor]]:
-    """The new weights in the device and dtype of their parameters."""
+    """The new weights; those that share memory with the model are copied, because writing others would change them."""
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights is a {type(weights).__name__}, not a mapping from parameter names to tensors")
     parameters = find_parameters(model, weights, what="weights")
-    return [(refs[0], _checked_weight(name, refs[0], weights[key])) for (name, refs), key in zip(parameters.items(), weights, strict=True)]
+    checked = [(refs[0], _checked_weight(name, refs[0], weights[key])) for (name, refs), key in zip(parameters.items(), weights, strict=True)]
+    stored = {_address(ref.stored) for ref, _ in checked}
+    return [(ref, weight.clone() if _address(weight) in stored else weight) for ref, weight in checked]
+
+
+def _address(x: Tensor) -> int:
+    """Where the memory of a tensor begins."""
+    return storage_id(x) if is_sharded(x) else data_address(x)
 
 
 def _checked_weight(name: str, ref: ParameterRef, weight: Any) -> Tensor:
@@ -302,10 +308,10 @@ def _checked_weight(name: str, ref: ParameterRef, weight: Any) -> Tensor:
         raise ValueError(f"{what} has a new weight of shape {tuple(weight.shape)}; give the whole weight")
     if weight.device.type == "meta" and stored.device.type != "meta":
         raise ValueError(f"{what} has a new weight on the meta device, which has no values; give a weight with values")
-    new = weight.detach().to(stored.device, stored.dtype, copy=True)
+    new = weight.detach().to(stored.device, stored.dtype)
     if new.device.type != "meta" and not new.isfinite().all():
         raise ValueError(f"{what} has a new weight with NaN or inf (as {stored.dtype}); give finite values")
-    return new
+    return weight.detach()
 
 
 def _masked_refs_by_name(model: nn.Module) -> list[tuple[str, ParameterRef]]:
