@@ -118,7 +118,8 @@ def steps(model: nn.Module, calibration: bp.Calibration, example: Any) -> None:
 def whole(model: nn.Module, calibration: bp.Calibration) -> None:
     """The README's lines, in which nothing is deleted."""
     table = Table(model)
-    clustered = table.measure("cluster_units", partial(bp.recipes.cluster_units, model, WHERE, calibration))
+    cluster = partial(bp.recipes.cluster_units, model, WHERE, calibration, example=calibration.batches[0][:1, :16])
+    clustered = table.measure("cluster_units", cluster)
     recipe = bp.recipes.obs(WHERE, calibration)
     result = table.measure("obs", partial(recipe, clustered, SPARSITY))
     table.measure("apply_masks", partial(bp.apply_masks, clustered, result.masks, result.weights))

@@ -287,8 +287,10 @@ def cluster_units(
     axes = find_axes(model, example, forward=calibration.forward, progress=calibration.progress)
     single = with_block(where, (1, 1))
     look = partial(collect.with_statistics, where=single, statistics=each_weight, calibration=calibration, lazy=True)
-    scores, _ = _scores_in_passes(model, look, partial(metric.obs, stop_at=0, progress=calibration.progress), passes)
-    return permute(model, cluster(scores, axes, block=block, sparsity=sparsity, progress=calibration.progress))
+    score = partial(metric.obs, stop_at=0, progress=calibration.progress)
+    # the scores have no name here, so that `cluster` can free them
+    plan = cluster(_scores_in_passes(model, look, score, passes)[0], axes, block=block, sparsity=sparsity, progress=calibration.progress)
+    return permute(model, plan)
 
 
 def _scores_in_passes(  # noqa: PLR0917 (it has two callers)

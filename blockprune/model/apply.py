@@ -17,7 +17,7 @@ from blockprune.core.patterns import suggest
 from blockprune.core.types import BlockMask, Masks, Weights
 from blockprune.model.hf_checkpoint import prepare_checkpoints
 from blockprune.model.masked_class import add_mask_methods, has_mask_methods, mask_index, own_class, refs_of_module, remove_mask_methods
-from blockprune.model.masking import mask_blocks
+from blockprune.model.masking import mask_blocks, zeros_in_pruned_blocks
 from blockprune.model.parameters import (
     ParameterRef,
     computed_attributes,
@@ -188,8 +188,16 @@ def _masks_of_exported_layers(model: nn.Module) -> dict[str, BlockMask]:
     return {name: mask for name, mask in masks.items() if isinstance(mask, BlockMask)}
 
 
-def finalize(model: M) -> M:
+def finalize(model: M, *, inplace: bool = False) -> M:
     """A copy of a model without masks, with zeros in the pruned blocks. The copy of an unmasked model is an equal model.
+
+    Args:
+        model: masked or not; it is not changed, unless ``inplace``.
+        inplace: write the zeros into the model's own parameters, take its masks off, and return it, instead of a copy.
+
+    Raises:
+        ValueError: a weight that accelerate has offloaded or that a hook computes; in place also one that another parametrization
+            computes, or a model in DistributedDataParallel. After any error the model is as it was before the call.
 
     Example:
         >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
@@ -203,6 +211,17 @@ def finalize(model: M) -> M:
             f"{computed[0]}: a hook of the old weight_norm, spectral_norm or torch.nn.utils.prune computes this weight, and torch cannot "
             "copy it; remove the hook (remove_weight_norm, remove_spectral_norm, prune.remove) or use torch.nn.utils.parametrizations"
         )
+    if inplace:
+        masks = _masked_refs(model)
+        if other := [ref for ref, _ in masks if not ref.is_plain]:
+            raise ValueError(
+                f"{other[0].name}: another parametrization computes this weight {other[0].shape}, so its zeros have no place; remove that "
+                "parametrization, or make a copy: finalize(model)"
+            )
+        for ref, _ in masks:
+            ref.masked.detach()  # a read writes changes through views of earlier reads into the stored weight
+        with zeros_in_pruned_blocks([(ref.stored, mask.keep, mask.grid) for ref, mask in masks]):
+            return apply_masks(model, {})
     plain = copy.deepcopy(model)
     with torch.no_grad():
         for ref, mask in _masked_refs(plain):
@@ -283,7 +302,7 @@ def _check_mask(name: str, mask: Any, ref: ParameterRef) -> None:
 
 
 def _checked_weights(model: nn.Module, weights: Weights) -> list[tuple[ParameterRef, Tensor]]:
-    """The new weights; those that share memory with the model are copied, because writing others would change them."""
+    """The new weights in the device and dtype of their parameters; those in the model's memory are copied, as writes would change them."""
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights is a {type(weights).__name__}, not a mapping from parameter names to tensors")
     parameters = find_parameters(model, weights, what="weights")
@@ -311,7 +330,7 @@ def _checked_weight(name: str, ref: ParameterRef, weight: Any) -> Tensor:
     new = weight.detach().to(stored.device, stored.dtype)
     if new.device.type != "meta" and not new.isfinite().all():
         raise ValueError(f"{what} has a new weight with NaN or inf (as {stored.dtype}); give finite values")
-    return weight.detach()
+    return new
 
 
 def _masked_refs_by_name(model: nn.Module) -> list[tuple[str, ParameterRef]]:
