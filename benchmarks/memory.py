@@ -14,10 +14,9 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import attrs
-import tiny
 import torch
 from timing import machine
 from torch import Tensor, nn
@@ -47,10 +46,17 @@ def llama(sizes: Sizes) -> nn.Module:
     """A Llama with random weights, its head tied to the embedding, in the proportions of SmolLM2."""
     from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 (slow to import, and an extra)
 
-    options = {"hidden_size": sizes.width, "intermediate_size": 3 * sizes.width, "num_hidden_layers": sizes.layers, "vocab_size": sizes.words}
+    options = {
+        "hidden_size": sizes.width,
+        "intermediate_size": 3 * sizes.width,
+        "num_hidden_layers": sizes.layers,
+        "vocab_size": sizes.words,
+    }
     heads = max(2, sizes.width // 64)
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**options, num_attention_heads=heads, num_key_value_heads=heads // 2, tie_word_embeddings=True)).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(**options, num_attention_heads=heads, num_key_value_heads=heads // 2, tie_word_embeddings=True)
+    ).eval()
 
 
 def next_token_loss(output: Any, batch: Tensor) -> Tensor:

@@ -213,9 +213,7 @@ def sparsegpt(
     return LayerByLayer(pipeline, partial(closed_form.sparsegpt, damping=damping), _reusable(calibration), target=target)
 
 
-def obs(
-    where: Where, calibration: Calibration, *, damping: float = 0.4, max_layer_sparsity: float = 0.6, passes: int = 1
-) -> LayerByLayer:
+def obs(where: Where, calibration: Calibration, *, damping: float = 0.4, max_layer_sparsity: float = 0.6, passes: int = 1) -> LayerByLayer:
     """Optimal Brain Surgeon over blocks with a budget for each layer and least squares repair: the best repair without training.
 
     One look at the dense model with gradients says how much each layer may lose (`metric.obs`, `budgets.loss_weighted`). Then each layer
@@ -253,7 +251,14 @@ def obs(
 
 
 def cluster_units(
-    model: M, where: Where, calibration: Calibration, *, block: BlockShape | None = None, sparsity: float = 0.25, example: Any = None, passes: int = 1
+    model: M,
+    where: Where,
+    calibration: Calibration,
+    *,
+    block: BlockShape | None = None,
+    sparsity: float = 0.25,
+    example: Any = None,
+    passes: int = 1,
 ) -> M:
     """A copy of a model that computes the same, its hidden units reordered so that units that matter alike share blocks.
 
@@ -293,7 +298,7 @@ def cluster_units(
     return permute(model, plan)
 
 
-def _scores_in_passes(  # noqa: PLR0917 (it has two callers)
+def _scores_in_passes(
     model: nn.Module, collect: Collect, metric: Metric, passes: int, keep: Sequence[str] = ()
 ) -> tuple[dict[str, BlockScore], dict[str, Param]]:
     """The scores, and the data with these statistics alone; the statistics of one share of the parameters are held at a time."""
@@ -315,7 +320,9 @@ def _parts_of(model: nn.Module, collect: Collect, passes: int) -> list[Collect]:
         return [collect]
     where = signature(collect).parameters.get("where")
     if where is None or where.default is Parameter.empty:
-        raise TypeError(f"passes={passes} needs a collector with a where=, such as partial(collect.with_statistics, where=...); or passes=1")
+        raise TypeError(
+            f"passes={passes} needs a collector with a where=, such as partial(collect.with_statistics, where=...); or passes=1"
+        )
     sizes = {name: math.prod(grid.shape[1:]) ** 2 for name, (_, grid) in select(model, where.default).items()}
     ends = dict(zip(sizes, itertools.accumulate(sizes.values()), strict=True))
     total = sum(sizes.values())

@@ -38,6 +38,7 @@ def run(script: str, *options: str) -> str:
         ("calibration.py", r" +1  (input_gram|gate_fisher|Wanda +blockprune|Taylor +blockprune) "),
         ("obs.py", r" +1 +64 +\(\d+, \d+\) "),
         ("growth.py", r"(export.block_sparse|\d+ layers) .* \d+\.\d+"),
+        ("memory.py", r"(find_axes, first batch|cluster_units|apply_masks) +\d+\.\d+ +-?\d+\.\d+ +\d+\.\d"),
     ],
 )
 def test_a_benchmark_prints_its_table(script: str, row: str) -> None:

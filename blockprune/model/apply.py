@@ -306,7 +306,9 @@ def _checked_weights(model: nn.Module, weights: Weights) -> list[tuple[Parameter
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights is a {type(weights).__name__}, not a mapping from parameter names to tensors")
     parameters = find_parameters(model, weights, what="weights")
-    checked = [(refs[0], _checked_weight(name, refs[0], weights[key])) for (name, refs), key in zip(parameters.items(), weights, strict=True)]
+    checked = [
+        (refs[0], _checked_weight(name, refs[0], weights[key])) for (name, refs), key in zip(parameters.items(), weights, strict=True)
+    ]
     stored = {_address(ref.stored) for ref, _ in checked}
     return [(ref, weight.clone() if _address(weight) in stored else weight) for ref, weight in checked]
 

@@ -49,8 +49,8 @@ def zeros_in_pruned_blocks(masked: Sequence[tuple[Tensor, Tensor, BlockGrid]]) -
     former: list[tuple[Tensor, Tensor, BlockGrid, Tensor]] = []  # the last are the values in pruned blocks
     with torch.no_grad():
         try:
-            for weight, keep, grid in masked:
-                keep = keep.to(weight.device, copy=True)
+            for weight, mask, grid in masked:
+                keep = mask.to(weight.device, copy=True)
                 former.append((weight, keep, grid, weight[~expand(keep, grid)]))
                 weight[~expand(keep, grid)] = 0
             yield

@@ -16,7 +16,6 @@ import contextlib
 import itertools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import attrs

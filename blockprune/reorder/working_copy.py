@@ -66,7 +66,9 @@ class WorkingCopy:
         try:
             own = cls(source, _evaluation_copy(source), example, forward, None)
         except RuntimeError as error:  # for example, a module stores a tensor that it computed with a gradient
-            raise ValueError(f"the model cannot be copied: {error}; find_axes runs a copy of the model, which copy.deepcopy makes") from error
+            raise ValueError(
+                f"the model cannot be copied: {error}; find_axes runs a copy of the model, which copy.deepcopy makes"
+            ) from error
         called: set[nn.Module] = set()
         try:
             with _noting_calls(own.model, called):
@@ -74,7 +76,9 @@ class WorkingCopy:
         except Exception as error:
             raise ValueError(f"the model cannot run the example: {error}; give what `forward` takes, by default model(example)") from error
         if not any(y.is_floating_point() or y.is_complex() for y in outputs):
-            raise ValueError("the model's output on the example has no floating-point tensors to compare; pass a forward= that returns some")
+            raise ValueError(
+                "the model's output on the example has no floating-point tensors to compare; pass a forward= that returns some"
+            )
         del outputs
         double = attrs.evolve(own, dtype=torch.float64)
         _convert(double.model, _layers_to_convert_when_called(double.model, called))

@@ -90,8 +90,8 @@ class Statistic:
         init: (ref, param) -> sums of zeros in their full shapes.
         update: (sums, evidence) -> new sums.
         compute: (sums, ref, param) -> the statistic.
-        shared: ``update`` and ``compute`` depend on the sums, inputs and row weights alone. Then layers that are always called with the same
-            inputs, such as those of queries, keys and values, share one tensor.
+        shared: ``update`` and ``compute`` depend on the sums, inputs and row weights alone. Then layers that are always called with the
+            same inputs, such as those of queries, keys and values, share one tensor.
         code: the code that makes it, if it has options, for messages and for printing a `Pipeline`; by default its name.
 
     Example:

@@ -223,31 +223,36 @@ def test_in_place_the_models_own_tensors_have_the_bits_of_the_copy(case: Callabl
 def test_in_place_an_error_in_the_middle_is_undone(case: Callable[[], Case], after: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The writing of each tensor fails once, before its work and after it."""
     model, _, plan = case()
-    before, write, fails_at = copy.deepcopy(model.state_dict()), Tensor.copy_, 0
+    before, write = copy.deepcopy(model.state_dict()), Tensor.copy_
 
     class Stop(BaseException):
         pass
 
-    while True:
-        fails_at, calls = fails_at + 1, 0
+    def fails(at: int) -> bool:
+        calls = 0
 
         def failing(self: Tensor, source: Tensor) -> Tensor:
             nonlocal calls
             calls += 1
-            if calls != fails_at:
-                return write(self, source)
-            if after:
+            if after or calls != at:
                 write(self, source)
-            raise Stop
+            if calls == at:
+                raise Stop
+            return self
 
         try:
             with monkeypatch.context() as patch:
                 patch.setattr(Tensor, "copy_", failing)
                 permute(model, plan, inplace=True)
-            break
         except Stop:
-            assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert fails_at > 1
+            return True
+        return False
+
+    writes = 0
+    while fails(writes + 1):
+        writes += 1
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert writes
 
 
 @every_case
