@@ -44,19 +44,22 @@ class Sizes:
 
 def llama(sizes: Sizes) -> nn.Module:
     """A Llama with random weights, its head tied to the embedding, in the proportions of SmolLM2."""
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 (slow to import, and an extra)
+    import transformers  # noqa: PLC0415 (slow to import, and an extra)
 
-    options = {
-        "hidden_size": sizes.width,
-        "intermediate_size": 3 * sizes.width,
-        "num_hidden_layers": sizes.layers,
-        "vocab_size": sizes.words,
-    }
+    library: Any = transformers
     heads = max(2, sizes.width // 64)
+    config = library.LlamaConfig(
+        hidden_size=sizes.width,
+        intermediate_size=3 * sizes.width,
+        num_hidden_layers=sizes.layers,
+        vocab_size=sizes.words,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(**options, num_attention_heads=heads, num_key_value_heads=heads // 2, tie_word_embeddings=True)
-    ).eval()
+    model: nn.Module = library.LlamaForCausalLM(config).eval()
+    return model
 
 
 def next_token_loss(output: Any, batch: Tensor) -> Tensor:
@@ -92,12 +95,12 @@ class Table:
         result = call()
         seconds, peak = time.perf_counter() - start, resident("VmHWM")
         reset_peak()
-        peak, after = ((level - before) / self.size for level in (peak, resident("VmRSS")))
-        print(f"{step:<44}{peak:>8.2f}{after:>8.2f}{seconds:>9.1f}", flush=True)
+        above = [(level - before) / self.size for level in (peak, resident("VmRSS"))]
+        print(f"{step:<44}{above[0]:>8.2f}{above[1]:>8.2f}{seconds:>9.1f}", flush=True)
         return result
 
 
-def steps(model: nn.Module, calibration: bp.Calibration, example: Any) -> None:
+def steps(model: nn.Module, calibration: bp.Calibration, first: Tensor) -> None:
     """The recipe's steps, one after the other."""
     table, single = Table(model), bp.linears((1, 1))
     each_weight = [bp.statistics.input_gram, bp.statistics.output_grad_sq]
@@ -106,8 +109,8 @@ def steps(model: nn.Module, calibration: bp.Calibration, example: Any) -> None:
     data = table.measure("collect, for clustering", partial(look, model, where=where, statistics=each_weight))
     scores = table.measure("metric.obs, stop_at=0", partial(bp.metric.obs, data, stop_at=0, progress=False))
     del data
-    axes = table.measure("find_axes, first batch", partial(bp.find_axes, model, calibration.batches[0], progress=False))
-    axes = table.measure("find_axes, 16 tokens", partial(bp.find_axes, model, example, progress=False))
+    axes = table.measure("find_axes, first batch", partial(bp.find_axes, model, first, progress=False))
+    axes = table.measure("find_axes, 16 tokens", partial(bp.find_axes, model, first[:1, :16], progress=False))
     plan = table.measure("cluster", partial(bp.cluster, scores, axes, block=(16, 16), sparsity=SPARSITY, progress=False))
     del scores
     model = table.measure("permute", partial(bp.permute, model, plan))
@@ -121,10 +124,10 @@ def steps(model: nn.Module, calibration: bp.Calibration, example: Any) -> None:
     table.measure("finalize", partial(bp.finalize, model))
 
 
-def whole(model: nn.Module, calibration: bp.Calibration) -> None:
+def whole(model: nn.Module, calibration: bp.Calibration, first: Tensor) -> None:
     """The README's lines, in which nothing is deleted."""
     table = Table(model)
-    cluster = partial(bp.recipes.cluster_units, model, WHERE, calibration, example=calibration.batches[0][:1, :16])
+    cluster = partial(bp.recipes.cluster_units, model, WHERE, calibration, example=first[:1, :16])
     clustered = table.measure("cluster_units", cluster)
     recipe = bp.recipes.obs(WHERE, calibration)
     result = table.measure("obs", partial(recipe, clustered, SPARSITY))
@@ -138,9 +141,9 @@ def main(make: Callable[[], tuple[nn.Module, Sequence[Tensor]]], only: str) -> N
     model, batches = make()
     calibration = bp.Calibration(batches, loss=next_token_loss, progress=False)
     if only != "recipe":
-        steps(model, calibration, batches[0][:1, :16])
+        steps(model, calibration, batches[0])
     if only != "steps":
-        whole(model, calibration)
+        whole(model, calibration, batches[0])
     torch.set_num_threads(threads)
 
 

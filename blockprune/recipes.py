@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from inspect import Parameter, signature
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import attrs
 from torch import Tensor, nn
@@ -329,7 +329,7 @@ def _parts_of(model: nn.Module, collect: Collect, passes: int) -> list[Collect]:
     parts: dict[int, set[str]] = {}
     for name, end in ends.items():
         parts.setdefault((end - 1) * passes // total, set()).add(name)
-    return [partial(collect, where=partial(_only, where.default, names)) for names in parts.values()]
+    return [partial(cast(Any, collect), where=partial(_only, where.default, names)) for names in parts.values()]
 
 
 def _only(where: Where, names: Collection[str], name: str, owner: nn.Module) -> BlockShape | None:

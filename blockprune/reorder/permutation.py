@@ -77,7 +77,8 @@ class _Written:
 
 def _reordered(x: Tensor, axis: int, order: Tensor) -> Tensor:
     units = x.unflatten(axis, (len(order), -1))  # [..., units, entries of a unit, ...]
-    return units.index_select(axis, order.to(units.device)).flatten(axis, axis + 1)
+    reordered: Tensor = units.index_select(axis, order.to(units.device)).flatten(axis, axis + 1)
+    return reordered
 
 
 def sort_units(

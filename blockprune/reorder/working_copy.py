@@ -175,7 +175,8 @@ def _layers_to_convert_when_called(model: nn.Module, called: set[nn.Module]) -> 
         for p in module.parameters(recurse=False):
             owners.setdefault(id(p), set()).add(module)
     plain = {module for module in called if isinstance(vars(module)["_parameters"].get("weight"), nn.Parameter)}
-    return [m for m in plain if m.weight.is_floating_point() and m.weight.itemsize < 8 and owners[id(m.weight)] <= plain]
+    weights = {module: cast(Tensor, module.weight) for module in plain}
+    return [m for m, w in weights.items() if w.is_floating_point() and w.itemsize < 8 and owners[id(w)] <= plain]
 
 
 def _convert(model: nn.Module, layers: Sequence[nn.Module]) -> None:
@@ -189,7 +190,7 @@ def _convert(model: nn.Module, layers: Sequence[nn.Module]) -> None:
             if buffer.is_floating_point():
                 setattr(module, name, buffer.double())
     for layer in layers:
-        layer.forward = partial(_forward_in_float64, layer, layer.forward)  # type: ignore[method-assign]
+        layer.forward = partial(_forward_in_float64, layer, layer.forward)
 
 
 def _forward_in_float64(layer: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -201,7 +202,7 @@ def _forward_in_float64(layer: nn.Module, forward: Callable[..., Any], /, *args:
         (x,) = (*args, *kwargs.values())
         parts = weight.split(max(1, LINEAR_ELEMENTS // weight.shape[1]))
         y = torch.cat([F.linear(x, part.double()) for part in parts], -1)
-        return y if layer.bias is None else y + layer.bias
+        return y if layer.bias is None else y + cast(Tensor, layer.bias)
     if of_class is nn.Embedding.forward and layer.max_norm is None:
         return forward(*args, **kwargs).double()
     stored = weight.data
