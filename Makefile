@@ -44,6 +44,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/masked_forward.py
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/speed.py layers
 	$(BIN)/python benchmarks/speed.py models
 	$(BIN)/python benchmarks/conv.py layers

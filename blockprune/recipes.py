@@ -4,9 +4,12 @@ A recipe is a frozen value that is composed of the functions in the other folder
 `attrs.evolve` swaps one of them. Give a result to `apply_masks`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, TypeVar
+from inspect import Parameter, signature
+from typing import Any, Literal, TypeVar, cast
 
 import attrs
 from torch import Tensor, nn
@@ -16,7 +19,7 @@ from blockprune import collect, metric, statistics
 from blockprune.allocate import budgets
 from blockprune.core.grid import BlockShape
 from blockprune.core.pipeline import Pipeline, fields_as_code
-from blockprune.core.types import Allocate, Budget, Collect, Data, Metric, Reconstruct, Sparsity, Where
+from blockprune.core.types import Allocate, BlockScore, Budget, Collect, Data, Metric, Param, Reconstruct, Sparsity, Where
 from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.running import Calibration
 from blockprune.model.selection import select, units, with_block
@@ -61,6 +64,8 @@ class LayerBudget:
         metric: data -> scores that compare between layers.
         distribute: (scores, sparsity) -> one sparsity for each parameter.
         reuse: names of the statistics that the layers' own metric is given, too.
+        passes: each pass over the batches collects the statistics of this share of the parameters, which are dropped once they are scores.
+            More passes take less memory and more time. ``collect`` then needs an option ``where=``.
 
     Example:
         >>> look = partial(bp.collect.weights, where=bp.linears((1, 1)))
@@ -73,13 +78,11 @@ class LayerBudget:
     metric: Metric
     distribute: Budget
     reuse: tuple[str, ...] = ("output_grad_gram",)
+    passes: int = 1
 
     def __call__(self, model: nn.Module, sparsity: float) -> tuple[Mapping[str, float], Data]:
-        data = self.collect(model)
-        shares = self.distribute(self.metric(data), sparsity)
-        return shares, {
-            name: attrs.evolve(p, stats={key: p.stats[key] for key in self.reuse if key in p.stats}) for name, p in data.items()
-        }
+        scores, kept = _scores_in_passes(model, self.collect, self.metric, self.passes, self.reuse)
+        return self.distribute(scores, sparsity), kept
 
     def __repr__(self) -> str:
         return fields_as_code(self)
@@ -210,7 +213,7 @@ def sparsegpt(
     return LayerByLayer(pipeline, partial(closed_form.sparsegpt, damping=damping), _reusable(calibration), target=target)
 
 
-def obs(where: Where, calibration: Calibration, *, damping: float = 0.4, max_layer_sparsity: float = 0.6) -> LayerByLayer:
+def obs(where: Where, calibration: Calibration, *, damping: float = 0.4, max_layer_sparsity: float = 0.6, passes: int = 1) -> LayerByLayer:
     """Optimal Brain Surgeon over blocks with a budget for each layer and least squares repair: the best repair without training.
 
     One look at the dense model with gradients says how much each layer may lose (`metric.obs`, `budgets.loss_weighted`). Then each layer
@@ -221,6 +224,7 @@ def obs(where: Where, calibration: Calibration, *, damping: float = 0.4, max_lay
         calibration: batches, forward and loss.
         damping: the share of the Hessian's diagonal that is added to it, in the layers' scores and their repair.
         max_layer_sparsity: no layer loses more than this, or than 0.1 more than the whole model if that is more.
+        passes: of the budget, as in `LayerBudget`.
 
     Example:
         >>> loss = lambda output, batch: output.square().mean()
@@ -240,14 +244,21 @@ def obs(where: Where, calibration: Calibration, *, damping: float = 0.4, max_lay
         lazy=True,
     )
     distribute = partial(budgets.loss_weighted, max_sparsity=max_layer_sparsity, margin=0.1)
-    budget = LayerBudget(look, partial(metric.obs, progress=progress), distribute)
+    budget = LayerBudget(look, partial(metric.obs, progress=progress), distribute, passes=passes)
     score = partial(metric.obs, damping=damping, progress=False)
     repair = partial(closed_form.least_squares, damping=damping, progress=False)
     return LayerByLayer(Pipeline(partial(collect.with_statistics, where=where), score, allocators.per_layer), repair, calibration, budget)
 
 
 def cluster_units(
-    model: M, where: Where, calibration: Calibration, *, block: BlockShape | None = None, sparsity: float = 0.25, example: Any = None
+    model: M,
+    where: Where,
+    calibration: Calibration,
+    *,
+    block: BlockShape | None = None,
+    sparsity: float = 0.25,
+    example: Any = None,
+    passes: int = 1,
 ) -> M:
     """A copy of a model that computes the same, its hidden units reordered so that units that matter alike share blocks.
 
@@ -260,7 +271,9 @@ def cluster_units(
         calibration: batches, forward and loss.
         block: the blocks to sort for, two axes; by default those of ``where``.
         sparsity: the share of the elements that will be pruned.
-        example: one small batch that calls every layer, for `find_axes`; by default the first batch.
+        example: one small batch that calls every layer, for `find_axes`; by default the first batch. It need not be long: sixteen tokens
+            are enough and take less time and memory.
+        passes: as in `LayerBudget`.
 
     Raises:
         ValueError: ``where`` has several block shapes and ``block`` is not given; and what the four functions raise.
@@ -275,12 +288,52 @@ def cluster_units(
     calibration = _reusable(calibration)
     block = _block(model, where) if block is None else block
     each_weight = [statistics.input_gram, statistics.output_grad_sq]
-    data = collect.with_statistics(model, where=with_block(where, (1, 1)), statistics=each_weight, calibration=calibration, lazy=True)
-    scores = metric.obs(data, stop_at=0, progress=calibration.progress)
-    del data
     example = next(iter(calibration.batches)) if example is None else example
     axes = find_axes(model, example, forward=calibration.forward, progress=calibration.progress)
-    return permute(model, cluster(scores, axes, block=block, sparsity=sparsity, progress=calibration.progress))
+    single = with_block(where, (1, 1))
+    look = partial(collect.with_statistics, where=single, statistics=each_weight, calibration=calibration, lazy=True)
+    score = partial(metric.obs, stop_at=0, progress=calibration.progress)
+    # the scores have no name here, so that `cluster` can free them
+    plan = cluster(_scores_in_passes(model, look, score, passes)[0], axes, block=block, sparsity=sparsity, progress=calibration.progress)
+    return permute(model, plan)
+
+
+def _scores_in_passes(
+    model: nn.Module, collect: Collect, metric: Metric, passes: int, keep: Sequence[str] = ()
+) -> tuple[dict[str, BlockScore], dict[str, Param]]:
+    """The scores, and the data with these statistics alone; the statistics of one share of the parameters are held at a time."""
+    scores: dict[str, BlockScore] = {}
+    kept: dict[str, Param] = {}
+    for part in _parts_of(model, collect, passes):
+        data = part(model)
+        scores |= metric(data)
+        kept |= {name: attrs.evolve(p, stats={key: p.stats[key] for key in keep if key in p.stats}) for name, p in data.items()}
+        del data
+    return scores, kept
+
+
+def _parts_of(model: nn.Module, collect: Collect, passes: int) -> list[Collect]:
+    """Collectors of consecutive parameters whose Gram matrices of inputs have about the same size."""
+    if passes < 1:
+        raise ValueError(f"passes={passes} must be at least 1")
+    if passes == 1:
+        return [collect]
+    where = signature(collect).parameters.get("where")
+    if where is None or where.default is Parameter.empty:
+        raise TypeError(
+            f"passes={passes} needs a collector with a where=, such as partial(collect.with_statistics, where=...); or passes=1"
+        )
+    sizes = {name: math.prod(grid.shape[1:]) ** 2 for name, (_, grid) in select(model, where.default).items()}
+    ends = dict(zip(sizes, itertools.accumulate(sizes.values()), strict=True))
+    total = sum(sizes.values())
+    parts: dict[int, set[str]] = {}
+    for name, end in ends.items():
+        parts.setdefault((end - 1) * passes // total, set()).add(name)
+    return [partial(cast(Any, collect), where=partial(_only, where.default, names)) for names in parts.values()]
+
+
+def _only(where: Where, names: Collection[str], name: str, owner: nn.Module) -> BlockShape | None:
+    return where(name, owner) if name in names else None
 
 
 def _block(model: nn.Module, where: Where) -> tuple[int, int]:

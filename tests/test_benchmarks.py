@@ -39,6 +39,7 @@ def run(script: str, *options: str) -> str:
         ("obs.py", r" +1 +64 +\(\d+, \d+\) "),
         ("scale.py", r" +\d\.\d\d +[13] +64(?: +\d\.\d{3}){4} +\d\.\d\d +\d+$"),
         ("growth.py", r"(export.block_sparse|\d+ layers) .* \d+\.\d+"),
+        ("memory.py", r"(find_axes, first batch|cluster_units|apply_masks) +\d+\.\d+ +-?\d+\.\d+ +\d+\.\d"),
     ],
 )
 def test_a_benchmark_prints_its_table(script: str, row: str) -> None:

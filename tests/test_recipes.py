@@ -130,6 +130,32 @@ def test_a_recipe_prints_what_it_is_composed_of() -> None:
     ]
 
 
+@pytest.mark.parametrize("passes", [2, 3, 10])
+def test_more_passes_give_the_same_bits(passes: int) -> None:
+    network = model()
+    one, several = (recipes.obs(WHERE, calibration(), passes=number)(network, 0.5) for number in (1, passes))
+    assert same(several, one.masks, one.weights)
+    one, several = (recipes.cluster_units(network, WHERE, calibration(), passes=number).state_dict() for number in (1, passes))
+    assert all(torch.equal(several[key], value) for key, value in one.items())
+
+
+def test_each_pass_collects_a_share_of_the_parameters() -> None:
+    collected: list[list[str]] = []
+
+    def look(network: nn.Module, *, where: bp.Where = WHERE) -> bp.Data:
+        collected.append([*(data := collect.weights(network, where=where))])
+        return data
+
+    budget = partial(recipes.LayerBudget, look, metric.l2, budgets.erk, reuse=())
+    shares = [budget(passes=passes)(model(), 0.5)[0] for passes in (1, 2, 3)]
+    assert shares[0] == shares[1] == shares[2]
+    assert collected[1:3] == [["0.weight"], ["2.weight", "4.weight"]]  # 8 x 8 of inputs, 12 x 12 and 6 x 6
+    with pytest.raises(ValueError, match="passes=0 must be at least 1"):
+        budget(passes=0)(model(), 0.5)
+    with pytest.raises(TypeError, match=r"passes=2 needs a collector with a where=, such as partial\(collect.with_statistics, where="):
+        attrs.evolve(budget(passes=2), collect=lambda network: collect.weights(network, where=WHERE))(model(), 0.5)
+
+
 def test_clustered_units_compute_the_same_and_lose_less() -> None:
     """The loss that Optimal Brain Surgeon predicts for half of the blocks is lower after clustering."""
     network, x = model(), batches()[0]

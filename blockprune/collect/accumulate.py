@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import attrs
 import torch
@@ -65,9 +65,13 @@ def merge(a: Fold, b: Fold) -> Fold:
         raise ValueError(
             f"only folds of the same parameters and statistics can be merged, but one of the two has no {statistic!r} of {parameter!r}"
         )
+    merged: dict[tuple[int, int], Sums] = {}  # sums that layers share stay shared
+    for key, sums in a.sums.items():
+        if (id(sums), id(b.sums[key])) not in merged:
+            merged[id(sums), id(b.sums[key])] = {k: v + b.sums[key][k] for k, v in sums.items()}
     return attrs.evolve(
         a,
-        sums={key: {k: v + b.sums[key][k] for k, v in sums.items()} for key, sums in a.sums.items()},
+        sums={key: merged[id(sums), id(b.sums[key])] for key, sums in a.sums.items()},
         counts={name: Counts(*map(operator.add, counts, b.counts[name])) for name, counts in a.counts.items()},
     )
 
@@ -83,11 +87,24 @@ def compute(fold: Fold) -> Data:
         >>> bp.collect.compute(fold)["weight"].stats["input_sq"]
         tensor([[1., 1.]])
     """
+    return compute_once(attrs.evolve(fold, sums=dict(fold.sums)))
+
+
+def compute_once(fold: Fold) -> Data:
+    """`compute` of a fold that is not used afterwards: its sums are removed from it as they are divided, so that memory is not doubled."""
     _check_data(fold)
-    return {
-        name: attrs.evolve(param, stats={s.name: s.compute(fold.sums[name, s.name], fold.refs[name], param) for s in fold.statistics})
-        for name, param in fold.data.items()
-    }
+    remaining = cast(dict[tuple[str, str], Sums], fold.sums)
+    stats: dict[str, dict[str, Tensor]] = {name: {} for name in fold.data}
+    for s in fold.statistics:
+        sharing: dict[Any, list[str]] = {}
+        for name in fold.data:
+            sharing.setdefault(id(remaining[name, s.name]) if s.shared else name, []).append(name)
+        for first, *others in sharing.values():
+            value = s.compute(remaining.pop((first, s.name)), fold.refs[first], fold.data[first])
+            for name in (first, *others):
+                remaining.pop((name, s.name), None)
+                stats[name][s.name] = value
+    return {name: attrs.evolve(param, stats=stats[name]) for name, param in fold.data.items()}
 
 
 def _check_data(fold: Fold) -> None:
@@ -145,7 +162,13 @@ def empty_fold(data: Data, refs: Mapping[str, ParameterRef], statistics: Sequenc
                 f"{name} {data[name].grid.shape}: {', '.join(unsupported)} needs a stored weight, but another parametrization computes "
                 "this one; remove that parametrization, use a statistic of activations, or leave the weight out with `excluding`"
             )
-    sums = {(name, s.name): s.init(refs[name], param) for name, param in data.items() for s in statistics}
+    zeros: dict[Any, Sums] = {}  # of layers that may share their sums, by shape
+    sums: dict[tuple[str, str], Sums] = {}
+    for name, param in data.items():
+        for s in statistics:
+            initial = s.init(refs[name], param)
+            shapes = tuple((key, total.shape, total.dtype, total.device) for key, total in initial.items())
+            sums[name, s.name] = zeros.setdefault((s.name, shapes), initial) if s.shared else initial
     return Fold(data, refs, tuple(statistics), sums, dict.fromkeys(data, Counts()))
 
 
@@ -170,8 +193,7 @@ class RunningFold:
         changed = False
         for s in self.by_evidence[sees]:
             before = self.sums[name, s.name]
-            with no_autocast():
-                new = s.update(before, evidence)
+            new = _updated(s, before, evidence)
             if isinstance(evidence, Gates) and not evidence.called():
                 continue  # the layer did not run, so its gradient of 0 says nothing; `compute` reports a layer that never runs
             if not all(_is_finite(total) for total in new.values()):
@@ -208,6 +230,19 @@ class RunningFold:
         if isinstance(evidence, Gates):
             return evidence.called() and (changed or evidence.reached())
         return evidence is not None
+
+
+def _updated(s: Statistic, before: Sums, evidence: Any) -> Sums:
+    """The new sums; the same object for layers that share the sums before, if the statistic allows it and the inputs are the same."""
+    results: dict[Any, Any] | None = evidence.shared if s.shared else None
+    key = s.name, id(before)
+    if results is None or key not in results:
+        with no_autocast():
+            new = s.update(before, evidence)
+        if results is None:
+            return new
+        results[key] = before, new  # keeps the sums before alive, so that no others get their number
+    return cast(Sums, results[key][1])
 
 
 def _values(sees: str, evidence: Any) -> list[Tensor]:

@@ -5,7 +5,7 @@ from typing import Unpack
 
 from torch import nn
 
-from blockprune.collect.accumulate import Fold, compute, empty_fold
+from blockprune.collect.accumulate import Fold, compute, compute_once, empty_fold
 from blockprune.collect.from_weights import weights
 from blockprune.collect.layer_hooks import add_batches
 from blockprune.core.types import Data, Where
@@ -50,7 +50,7 @@ def with_statistics(
         tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
     total = _fold(model, where, statistics, as_calibration(calibration, options), lazy)
-    return compute(reduce(total) if reduce else total)
+    return compute(reduce(total)) if reduce else compute_once(total)
 
 
 def fold(

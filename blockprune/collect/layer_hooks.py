@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from blockprune.collect.accumulate import Fold, RunningFold
 from blockprune.collect.block_gates import gate_derivatives
-from blockprune.core._compat import ConvNd, disable_checkpointing, version_counter
+from blockprune.core._compat import ConvNd, disable_checkpointing, tree_leaves, version_counter
 from blockprune.core.progress import progress_bar
 from blockprune.model.experts import Experts, experts_in
 from blockprune.model.inputs import InputHooks, input_axis, input_hooks, weight_inputs
@@ -42,7 +42,11 @@ def add_batches(model: nn.Module, fold: Fold, calibration: Calibration) -> Fold:
     observed = [hook for hook in hooks if input_axis(hook[1]) == input_axis(fold.refs[hook[0]])]  # not a head tied to an embedding
     grids = {name: p.grid for name, p in fold.data.items()}
     running = RunningFold(fold)
-    with preserve_state(model, [ref.stored for ref in fold.refs.values()]), disable_attention_fastpath():
+    weights = [ref.stored for ref in fold.refs.values()]
+    with preserve_state(model, weights), disable_attention_fastpath():
+        if of_loss and not sees & {"weight_grad", "gates"}:  # gradients of weights would keep the inputs of all layers in memory
+            for weight in weights:
+                weight.requires_grad_(False)
         for number, raw in enumerate(progress_bar(calibration.batches, "collect", calibration.progress)):
             if not isinstance(raw, (Tensor, Mapping, tuple, list)) and calibration.forward is default_forward:
                 raise TypeError(f"batch {number} is a {type(raw).__name__}; give tensors, tuples or mappings, or pass forward=")
@@ -97,6 +101,8 @@ class _LayerObserver:
         handles = []
         if self.streams.tensors:
             handles += [module.register_forward_pre_hook(self._note_routes) for module in experts_in(model).values()]
+        if "output_grad" in self.sees and not self.sees & {"weight_grad", "gates"}:
+            handles += [module.register_forward_pre_hook(partial(_begin_graph, ref.stored), with_kwargs=True) for _, ref, module in hooks]
         for name, ref, module in reversed(hooks):  # each is put before the module's other hooks, which may change the output
             handles.append(module.register_forward_hook(partial(self._observe, name, ref), with_kwargs=True, prepend=True))
         return handles
@@ -124,7 +130,8 @@ class _LayerObserver:
                 self._add(name, "inputs", self._with_shared_results(call))
             self._add(name, "output", call)
         if "output_grad" in self.sees and raw.requires_grad:  # of this value, even if it is overwritten in place later
-            raw.register_hook(lambda g: self._add(name, "output_grad", attrs.evolve(call, output_grad=_matrix(ref, g))))
+            without_inputs = attrs.evolve(call, inputs=[])  # which need not stay in memory until the backward pass
+            raw.register_hook(lambda g: self._add(name, "output_grad", attrs.evolve(without_inputs, output_grad=_matrix(ref, g))))
             self.outputs.append(get_gradient_edge(raw))
 
     def _add(self, name: str, sees: Sees, evidence: Any) -> None:
@@ -173,6 +180,12 @@ class _LayerObserver:
                 self._add(name, "weight_grad", g)  # None if this batch does not use the weight
         elif self.outputs:  # gradients of weights are not computed, to save time
             torch.autograd.grad(loss, _lowest(self.outputs), allow_unused=True)
+
+
+def _begin_graph(weight: Tensor, module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Let a layer's output have a gradient, also where none of its inputs has one."""
+    if not any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves((args, kwargs))):
+        weight.requires_grad_(True)
 
 
 def _lowest(edges: Sequence[GradientEdge]) -> list[GradientEdge]:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from blockprune.core._compat import parameter_names
+from blockprune.core._compat import data_address, parameter_names, storage_id
 from blockprune.core._compat_hf import is_offloaded
 from blockprune.core.grid import BlockGrid
 from blockprune.core.patterns import suggest
 from blockprune.core.types import BlockMask, Masks, Weights
 from blockprune.model.hf_checkpoint import prepare_checkpoints
 from blockprune.model.masked_class import add_mask_methods, has_mask_methods, mask_index, own_class, refs_of_module, remove_mask_methods
-from blockprune.model.masking import mask_blocks
+from blockprune.model.masking import mask_blocks, zeros_in_pruned_blocks
 from blockprune.model.parameters import (
     ParameterRef,
     computed_attributes,
@@ -78,13 +78,12 @@ def apply_masks(
     # in the order in which they were put on, so that an error restores that order
     old_masks.sort(key=lambda item: list(item[0].owner.parametrizations).index(item[0].attr))  # type: ignore[arg-type]
     with torch.no_grad():
-        old_weights = [(ref, ref.stored.detach().clone()) for ref, _ in new_weights]
-        written: list[ParameterRef] = []
+        written: list[tuple[ParameterRef, Tensor]] = []
         try:
             _replace_masks([ref for ref, *_ in old_masks], new_masks)
             for ref, weight in new_weights:
+                written.append((ref, ref.stored.detach().clone()))
                 ref.stored.copy_(weight)
-                written.append(ref)
             for name, _, refs in new_masks:
                 for ref in refs:
                     cast(MaskBlocks, ref.mask).pass_gradients(reached.get(name), decay)
@@ -94,7 +93,7 @@ def apply_masks(
             for ref, mask, old_reached, old_decay in old_masks:
                 _set_mask(ref, mask)
                 cast(MaskBlocks, ref.mask).pass_gradients(old_reached, old_decay)
-            for ref, weight in old_weights[: len(written)]:
+            for ref, weight in written:
                 ref.stored.copy_(weight)
             raise
     prepare_checkpoints(model)
@@ -189,8 +188,16 @@ def _masks_of_exported_layers(model: nn.Module) -> dict[str, BlockMask]:
     return {name: mask for name, mask in masks.items() if isinstance(mask, BlockMask)}
 
 
-def finalize(model: M) -> M:
+def finalize(model: M, *, inplace: bool = False) -> M:
     """A copy of a model without masks, with zeros in the pruned blocks. The copy of an unmasked model is an equal model.
+
+    Args:
+        model: masked or not; it is not changed, unless ``inplace``.
+        inplace: write the zeros into the model's own parameters, take its masks off, and return it, instead of a copy.
+
+    Raises:
+        ValueError: a weight that accelerate has offloaded or that a hook computes; in place also one that another parametrization
+            computes, or a model in DistributedDataParallel. After any error the model is as it was before the call.
 
     Example:
         >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
@@ -204,6 +211,17 @@ def finalize(model: M) -> M:
             f"{computed[0]}: a hook of the old weight_norm, spectral_norm or torch.nn.utils.prune computes this weight, and torch cannot "
             "copy it; remove the hook (remove_weight_norm, remove_spectral_norm, prune.remove) or use torch.nn.utils.parametrizations"
         )
+    if inplace:
+        masks = _masked_refs(model)
+        if other := [ref for ref, _ in masks if not ref.is_plain]:
+            raise ValueError(
+                f"{other[0].name}: another parametrization computes this weight {other[0].shape}, so its zeros have no place; remove that "
+                "parametrization, or make a copy: finalize(model)"
+            )
+        for ref, _ in masks:
+            ref.masked.detach()  # a read writes changes through views of earlier reads into the stored weight
+        with zeros_in_pruned_blocks([(ref.stored, mask.keep, mask.grid) for ref, mask in masks]):
+            return apply_masks(model, {})
     plain = copy.deepcopy(model)
     with torch.no_grad():
         for ref, mask in _masked_refs(plain):
@@ -284,11 +302,20 @@ def _check_mask(name: str, mask: Any, ref: ParameterRef) -> None:
 
 
 def _checked_weights(model: nn.Module, weights: Weights) -> list[tuple[ParameterRef, Tensor]]:
-    """The new weights in the device and dtype of their parameters."""
+    """The new weights in the device and dtype of their parameters; those in the model's memory are copied, as writes would change them."""
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights is a {type(weights).__name__}, not a mapping from parameter names to tensors")
     parameters = find_parameters(model, weights, what="weights")
-    return [(refs[0], _checked_weight(name, refs[0], weights[key])) for (name, refs), key in zip(parameters.items(), weights, strict=True)]
+    checked = [
+        (refs[0], _checked_weight(name, refs[0], weights[key])) for (name, refs), key in zip(parameters.items(), weights, strict=True)
+    ]
+    stored = {_address(ref.stored) for ref, _ in checked}
+    return [(ref, weight.clone() if _address(weight) in stored else weight) for ref, weight in checked]
+
+
+def _address(x: Tensor) -> int:
+    """Where the memory of a tensor begins."""
+    return storage_id(x) if is_sharded(x) else data_address(x)
 
 
 def _checked_weight(name: str, ref: ParameterRef, weight: Any) -> Tensor:
@@ -302,7 +329,7 @@ def _checked_weight(name: str, ref: ParameterRef, weight: Any) -> Tensor:
         raise ValueError(f"{what} has a new weight of shape {tuple(weight.shape)}; give the whole weight")
     if weight.device.type == "meta" and stored.device.type != "meta":
         raise ValueError(f"{what} has a new weight on the meta device, which has no values; give a weight with values")
-    new = weight.detach().to(stored.device, stored.dtype, copy=True)
+    new = weight.detach().to(stored.device, stored.dtype)
     if new.device.type != "meta" and not new.isfinite().all():
         raise ValueError(f"{what} has a new weight with NaN or inf (as {stored.dtype}); give finite values")
     return new

@@ -1,6 +1,8 @@
 """The arithmetic of a mask: zeros in the pruned blocks of a weight (`mask_blocks`), and gradients that reach them (`straight_through`)."""
 
+import contextlib
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +29,35 @@ def mask_blocks(weight: Tensor, keep: Tensor, grid: BlockGrid) -> Tensor:
     shape, bits = broadcastable(keep.to(_INTEGER_OF_SIZE[weight.dtype.itemsize]).neg_(), grid)
     masked: Tensor = _AndBits.apply(weight.reshape(shape), bits)  # type: ignore[no-untyped-call]
     return masked.reshape(weight.shape)
+
+
+@contextlib.contextmanager
+def zeros_in_pruned_blocks(masked: Sequence[tuple[Tensor, Tensor, BlockGrid]]) -> Iterator[None]:
+    """Write zeros into the pruned blocks of weights; they get their values back if the code inside raises an error.
+
+    Args:
+        masked: weights ``[*grid.shape]``, which blocks they keep ``[*grid.size]``, and their blocks.
+
+    Example:
+        >>> from blockprune.model.masking import zeros_in_pruned_blocks
+        >>> weight = torch.ones(1, 2)
+        >>> with zeros_in_pruned_blocks([(weight, torch.tensor([[True, False]]), bp.BlockGrid((1, 2), (1, 1)))]):
+        ...     pass
+        >>> weight
+        tensor([[1., 0.]])
+    """
+    former: list[tuple[Tensor, Tensor, BlockGrid, Tensor]] = []  # the last are the values in pruned blocks
+    with torch.no_grad():
+        try:
+            for weight, mask, grid in masked:
+                keep = mask.to(weight.device, copy=True)
+                former.append((weight, keep, grid, weight[~expand(keep, grid)]))
+                weight[~expand(keep, grid)] = 0
+            yield
+        except BaseException:
+            for weight, keep, grid, values in reversed(former):
+                weight[~expand(keep, grid)] = values
+            raise
 
 
 def straight_through(weight: Tensor, keep: Tensor, reached: Tensor, grid: BlockGrid, *, decay: float) -> Tensor:

@@ -230,18 +230,19 @@ def _check_form(loss: Loss, batch: Any) -> None:
         )
 
 
-def to_model_device(model: nn.Module, batch: Any) -> Any:
-    """The batch with its tensors on the model's device, floating-point ones in the model's dtype, and mappings as dicts."""
-    return _to_device(batch, next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(())))
+def to_model_device(model: nn.Module, batch: Any, dtype: torch.dtype | None = None) -> Any:
+    """The batch with its tensors on the model's device, floating-point ones in the model's dtype or this one, and mappings as dicts."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    return _to_device(batch, like.device, dtype or like.dtype)
 
 
-def _to_device(batch: Any, like: Tensor) -> Any:
+def _to_device(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if isinstance(batch, Tensor):
-        return batch.to(like.device, like.dtype) if batch.is_floating_point() else batch.to(like.device)
+        return batch.to(device, dtype) if batch.is_floating_point() else batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: _to_device(value, like) for key, value in batch.items()}
+        return {key: _to_device(value, device, dtype) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        values = [_to_device(value, like) for value in batch]
+        values = [_to_device(value, device, dtype) for value in batch]
         return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)  # a namedtuple takes its fields one by one
     return batch
 

@@ -78,6 +78,7 @@ def cluster(
     }
     if plan and not values:
         raise KeyError(f"cluster has no scores for any of {names[:6]}{suggest(names[0] if names else '', scores)}")
+    del scores  # their memory is given back as the values are reordered, if the caller does not hold them
     limit = _saturation_limit(values, block, sparsity)
     clustered: list[UnitPermutation] = []
     with torch.no_grad():
@@ -102,7 +103,8 @@ def _score_matrix(name: str, score: BlockScore) -> Tensor:
         raise ValueError(f"{name}: cluster needs scores of single elements, but the scores are of {grid}; collect with blocks of (1, 1)")
     if not value.isfinite().all():
         raise ValueError(f"{name}: the scores of {grid} have NaN or infinite values, which do not add up; cluster before `restrict`")
-    return value.detach().reshape(grid.size[0], -1).float().clamp_min(0)
+    matrix = value.detach().reshape(grid.size[0], -1).float()
+    return matrix if (matrix >= 0).all() else matrix.clamp_min(0)
 
 
 def _saturation_limit(values: Mapping[str, Tensor], block: tuple[int, int], sparsity: float) -> float:

@@ -16,7 +16,6 @@ import contextlib
 import itertools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import attrs
@@ -28,16 +27,16 @@ from blockprune.core.progress import progress_bar
 from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.apply import read_masks
 from blockprune.model.running import Forward, default_forward, without_compiled_code
-from blockprune.reorder.permutation import permute
-from blockprune.reorder.recording import SEED, RecordedRun
+from blockprune.reorder.recording import RecordedRun
 from blockprune.reorder.tracing import AxisTracer, AxisUse, UsageCheck
-from blockprune.reorder.varied_values import vary_floats, vary_inputs, vary_model
+from blockprune.reorder.varied_values import vary_floats, vary_inputs
+from blockprune.reorder.working_copy import SEED, Values, WorkingCopy
 
 __all__ = ["find_axes"]
 
 TOLERANCE = 1e-5  # of an output's value or of the median: the rounding errors of a model that always computes in float32
 
-Check = tuple[nn.Module, Callable[[nn.Module], list[Tensor]], Sequence[Tensor]]  # a model, how it is run, and its outputs
+Check = tuple[Values, Callable[[Tensor], Tensor]]  # the values of the model, and a change of its inputs
 Consumers = Mapping[str, Mapping[str, AxisUse]]  # layer -> the modules that use its units, and how
 
 
@@ -88,9 +87,8 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
         raise ValueError(f"{meta[0]} is on the meta device and has no values; give a model with weights")
     with torch.random.fork_rng([]), torch.no_grad(), without_compiled_code():
         torch.default_generator.manual_seed(SEED)
-        original = RecordedRun.of(model, example, forward)
-        recorded = _varied_run(original, example, forward)
-        checks = _checks(original, recorded)
+        recorded = _varied_run(WorkingCopy.of(model, example, forward))
+        checks = _checks(recorded)
         usage = UsageCheck(recorded)
         unused = usage.unused_modules()
         plan = []
@@ -102,35 +100,46 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
                 _warn_of_unused(names, permutation)
             else:
                 plan.append(permutation)
+        usage.recorded = recorded = attrs.evolve(recorded, layer_outputs={}, module_inputs={})  # the memory is needed
         return _verified(usage, plan, checks)
 
 
-def _varied_run(original: RecordedRun, example: Any, forward: Forward) -> RecordedRun:
-    """A run of the model with other values in its parameters and buffers, or in its parameters; the original run if neither succeeds."""
-    for buffers in (True, False):
+def _varied_run(copied: WorkingCopy) -> RecordedRun:
+    """A run of the model with other values in its parameters and buffers, or in its parameters; with its own ones if neither succeeds."""
+    own = RecordedRun.of(copied)
+    own_finite, own_modules = _finite(own), own.module_inputs.keys()
+    del own
+    values: Sequence[Values] = ("varied", "varied parameters")
+    for changed in values:
+        copied.set_values(changed)
         try:
-            varied = RecordedRun.of(vary_model(original.model, buffers=buffers), example, forward)
+            varied = RecordedRun.of(copied)
         except Exception:  # for example, a buffer holds positions that the model uses as indices
             continue
-        finite = [[bool(y.isfinite().all()) for y in run.outputs] for run in (original, varied)]
-        if finite[0] == finite[1] and varied.module_inputs.keys() == original.module_inputs.keys():
+        if _finite(varied) == own_finite and varied.module_inputs.keys() == own_modules:
             return varied
+        del varied
     warnings.warn(
         "the model does not run with other values in its parameters, so the axes are verified with its own values only; parameters that "
         "are all zero or all one may have an axis that their values do not show",
         stacklevel=3,
     )
-    return original
+    copied.set_values("own")
+    return RecordedRun.of(copied)
 
 
-def _checks(original: RecordedRun, varied: RecordedRun) -> list[Check]:
-    """The runs of the model, with its own values and with others, and of other inputs if the model runs with them."""
-    checks: list[Check] = [(recorded.model, recorded.run, recorded.outputs) for recorded in (varied, original)]
+def _finite(recorded: RecordedRun) -> list[bool]:
+    return [bool(y.isfinite().all()) for y in recorded.outputs]
+
+
+def _checks(recorded: RecordedRun) -> list[Check]:
+    """The runs of the model, with other values and with its own, and with other inputs if it runs with them."""
+    checks: list[Check] = [(recorded.values, torch.clone), ("own", torch.clone)]
     for change in (vary_floats, vary_inputs):
-        run = partial(varied.run, change=change)
         with contextlib.suppress(Exception):  # for example, an integer is no index any more
-            checks.append((varied.model, run, run(varied.model)))
-    return checks
+            recorded.run(change)
+            checks.append((recorded.values, change))
+    return sorted(checks, key=lambda check: check[0] == "own")  # so that the values change once
 
 
 @attrs.frozen
@@ -290,28 +299,31 @@ def _verified(usage: UsageCheck, plan: list[UnitPermutation], checks: Sequence[C
 
     Bisection finds them in few runs, because most plans are right.
     """
-    if not plan or _keeps_outputs(checks, plan):
+    if not plan or _keeps_outputs(usage.recorded.copied, checks, plan):
         return plan
     if len(plan) == 1:
         for prefix in (_common_prefix(plan[0]), ""):
             extended = _with_unhooked_parameters(usage, plan[0], prefix)
-            if extended is not None and _keeps_outputs(checks, [extended]):
+            if extended is not None and _keeps_outputs(usage.recorded.copied, checks, [extended]):
                 return [extended]
         return []
     middle = len(plan) // 2
     verified, others = _verified(usage, plan[:middle], checks), _verified(usage, plan[middle:], checks)
-    if not verified or not others or _keeps_outputs(checks, [*verified, *others]):
+    if not verified or not others or _keeps_outputs(usage.recorded.copied, checks, [*verified, *others]):
         return [*verified, *others]
     for permutation in others:  # two permutations can reorder the same axis
-        verified = [*verified, permutation] if _keeps_outputs(checks, [*verified, permutation]) else verified
+        verified = [*verified, permutation] if _keeps_outputs(usage.recorded.copied, checks, [*verified, permutation]) else verified
     return verified
 
 
-def _keeps_outputs(checks: Sequence[Check], plan: Sequence[UnitPermutation]) -> bool:
+def _keeps_outputs(copied: WorkingCopy, checks: Sequence[Check], plan: Sequence[UnitPermutation]) -> bool:
     """Whether the outputs are unchanged if the units of each permutation are reordered at random."""
-    for model, run, expected in checks:
+    for values, change in checks:
+        copied.set_values(values)
+        expected = copied.run(change)
         try:
-            outputs = run(permute(model, [_randomized(permutation) for permutation in plan]))
+            with copied.permuted([_randomized(permutation) for permutation in plan]):
+                outputs = copied.run(change)
         except Exception:  # for example, a tensor is tied to one that is not listed
             return False
         if len(outputs) != len(expected) or not all(map(_is_close, outputs, expected)):

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
+import attrs
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ __all__ = ["permute", "sort_units"]
 M = TypeVar("M", bound=nn.Module)
 
 
-def permute(model: M, plan: Sequence[UnitPermutation]) -> M:
+def permute(model: M, plan: Sequence[UnitPermutation], *, inplace: bool = False) -> M:
     """A copy of a model without masks whose hidden units have a new order.
 
     The copy computes the same as the model if the plan names every tensor that has the units; only a forward pass can show that it does.
@@ -26,8 +27,9 @@ def permute(model: M, plan: Sequence[UnitPermutation]) -> M:
     ``order + 2 * heads``.
 
     Args:
-        model: any module without masks; it is not changed.
+        model: any module without masks; it is not changed, unless ``inplace``.
         plan: the permutations, each of other axes; a tied tensor must be listed by all its names.
+        inplace: reorder the model's own tensors and return it, instead of a copy. After an error they have their former order.
 
     Raises:
         KeyError: a name that the model does not have.
@@ -43,13 +45,40 @@ def permute(model: M, plan: Sequence[UnitPermutation]) -> M:
         (True, True)
     """
     orders = _orders_by_axis(model, plan)
-    permuted = copy.deepcopy(model)
-    tensors = _named_tensors(permuted)
+    permuted = model if inplace else copy.deepcopy(model)
+    tensors, written = _named_tensors(permuted), list[_Written]()
     with torch.no_grad():
-        for (name, axis), order in orders.items():
-            units = tensors[name].unflatten(axis, (len(order), -1))  # [..., units, entries of a unit, ...]
-            tensors[name].copy_(units.index_select(axis, order.to(units.device)).flatten(axis, axis + 1))
+        try:
+            for (name, axis), order in orders.items():
+                written.append(_Written(tensors[name], axis, order, tensors[name].clone() if inplace else None))
+                tensors[name].copy_(_reordered(tensors[name], axis, order))
+                for before in written[-2:-1]:
+                    before.former = None
+        except BaseException:
+            for tensor in reversed(written if inplace else []):
+                tensor.restore()
+            raise
     return permuted
+
+
+@attrs.define(eq=False)
+class _Written:
+    """A tensor that is reordered in place, and its former values while it is written."""
+
+    tensor: Tensor
+    axis: int
+    order: Tensor
+    former: Tensor | None
+
+    def restore(self) -> None:
+        """Undo the reordering, of which it is not known whether it is done while there are former values."""
+        self.tensor.copy_(_reordered(self.tensor, self.axis, self.order.argsort()) if self.former is None else self.former)
+
+
+def _reordered(x: Tensor, axis: int, order: Tensor) -> Tensor:
+    units = x.unflatten(axis, (len(order), -1))  # [..., units, entries of a unit, ...]
+    reordered: Tensor = units.index_select(axis, order.to(units.device)).flatten(axis, axis + 1)
+    return reordered
 
 
 def sort_units(

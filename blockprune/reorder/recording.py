@@ -1,8 +1,7 @@
 """Record one run of a model, and replay it with some units of one layer's output changed."""
 
 import contextlib
-import copy
-import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -11,14 +10,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from blockprune.core._compat import ConvNd, ConvTransposeNd, NormBase, tree_leaves, tree_map_only
-from blockprune.core._compat_hf import CACHE_ARGUMENTS
-from blockprune.model.experts import Experts, experts_in, record_routing
-from blockprune.model.running import Forward, cuda_devices, disable_attention_fastpath, float64_copy, to_model_device
-
-SEED = 0  # every run of the model draws the same random numbers
-
-Run = Callable[..., list[Tensor]]  # (model, change of the input tensors) -> the tensors of its output on the example
+from blockprune.core._compat import ConvNd, ConvTransposeNd, NormBase, version_counter
+from blockprune.model.experts import record_routing
+from blockprune.reorder.working_copy import Values, WorkingCopy, is_mixing
 
 
 @attrs.frozen(eq=False)
@@ -29,8 +23,8 @@ class RecordedRun:
     axis starts at the outputs of mixing layers and ends at the inputs of mixing layers.
 
     Args:
-        model: the copy, in evaluation mode, and in float64 if the model can run in it.
-        run: runs a model on the example and returns the tensors of its output. Its second argument, if any, changes the inputs.
+        copied: the copy of the model, which other runs may give other values.
+        values: those that it has in this run.
         modules: by name, the mixing layers and the modules that have one number or one kernel for each unit, such as norms and depthwise
             convolutions.
         layer_outputs: the outputs of each mixing layer that was called.
@@ -43,15 +37,16 @@ class RecordedRun:
     Example:
         >>> from blockprune.model.running import default_forward
         >>> from blockprune.reorder.recording import RecordedRun
+        >>> from blockprune.reorder.working_copy import WorkingCopy
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
         >>> with torch.no_grad():
-        ...     recorded = RecordedRun.of(model, torch.ones(1, 2), default_forward)
+        ...     recorded = RecordedRun.of(WorkingCopy.of(model, torch.ones(1, 2), default_forward))
         ...     recorded.replay("0", torch.tensor([False, True, False]))["2"]
         tensor([False,  True, False])
     """
 
-    model: nn.Module
-    run: Run
+    copied: WorkingCopy
+    values: Values
     modules: Mapping[str, nn.Module]
     layer_outputs: Mapping[str, Sequence[Tensor]]
     module_inputs: Mapping[str, Sequence[Tensor]]
@@ -60,22 +55,17 @@ class RecordedRun:
     unhooked_parameters: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, original: nn.Module, example: Any, forward: Forward) -> "RecordedRun":
-        """Run a copy of the model on the example and record it.
-
-        Raises:
-            ValueError: the model cannot be copied, cannot run the example, or returns no floating-point tensors.
-        """
-        run = partial(_run, example=example, forward=forward)
-        model = _evaluation_copy(original, run)
-        for experts in experts_in(model).values():
-            experts.register_forward_pre_hook(_assign_tokens_in_turn)
+    def of(cls, copied: WorkingCopy) -> "RecordedRun":
+        """Run the copy with its present values and record it."""
+        model = copied.model
         layer_outputs: dict[str, list[Tensor]] = {}
         module_inputs: dict[str, list[Tensor]] = {}
         routing: dict[str, list[Any]] = {}
+        copy_once = _CopyOnce()
 
         def record(module: nn.Module, args: Any, kwargs: Any, output: Any, *, name: str) -> None:
-            _append_input(module_inputs, name, args, kwargs)
+            if (x := _first_tensor(args, kwargs)) is not None:
+                module_inputs.setdefault(name, []).append(copy_once(x))
             if is_mixing(module) and isinstance(output, Tensor):
                 layer_outputs.setdefault(name, []).append(output.clone())
 
@@ -84,12 +74,22 @@ class RecordedRun:
             for name, module in modules.items():
                 stack.callback(module.register_forward_hook(partial(record, name=name), with_kwargs=True).remove)
             stack.enter_context(record_routing(model, routing))
-            outputs = run(model)
+            outputs = copied.run()
         # only an output that is one tensor can be replayed; a router that inherits from Linear may return several
         for name in [name for name in module_inputs if is_mixing(modules[name]) and name not in layer_outputs]:
             del modules[name], module_inputs[name]
         unhooked = _unhooked_parameters(model, [m for name, m in modules.items() if name in module_inputs or is_mixing(m)])
-        return cls(model, run, modules, layer_outputs, module_inputs, outputs, routing, unhooked)
+        return cls(copied, copied.values, modules, layer_outputs, module_inputs, outputs, routing, unhooked)
+
+    @property
+    def model(self) -> nn.Module:
+        """The copy of the model."""
+        return self.copied.model
+
+    def run(self, change: Callable[[Tensor], Tensor] = torch.clone) -> list[Tensor]:
+        """The outputs of another run with the same values, after a change of the inputs."""
+        self.copied.set_values(self.values)
+        return self.copied.run(change)
 
     def replay(self, layer: str, units: Tensor) -> Mapping[str, Tensor] | None:
         """Run the model again with some units of one layer's output changed, and compare the inputs of all modules with the recorded ones.
@@ -104,31 +104,23 @@ class RecordedRun:
             For each module that was called, bool ``[inputs]``: the inputs that changed. None if the model's output changed, or if
             the model called other modules or gave them inputs of other shapes.
         """
-        inputs: dict[str, list[Tensor]] = {}
-        with self._replayed_forwards(layer, units, inputs):
+        changes = _InputChanges(self.modules, self.module_inputs)
+        with self._replayed_forwards(layer, units, changes.compare):
             try:
-                outputs = self.run(self.model)
+                outputs = self.run()
             except Exception:  # for example, the changed model calls an expert that it did not call before
                 return None
         if len(outputs) != len(self.outputs) or not all(map(torch.equal, outputs, self.outputs)):
             return None
-        changed: dict[str, Tensor] = {}
-        for name, before in self.module_inputs.items():
-            after = inputs.get(name, [])
-            if [x.shape for x in after] != [x.shape for x in before]:
-                return None
-            if not isinstance(self.modules[name], nn.Embedding):  # its inputs are indices
-                axis = unit_axis(self.modules[name], before[0])
-                changed[name] = torch.stack([_changed(x, y, axis) for x, y in zip(before, after, strict=True)]).any(0).cpu()
-        return changed
+        return changes.by_module()
 
     @contextlib.contextmanager
-    def _replayed_forwards(self, layer: str, units: Tensor, inputs: dict[str, list[Tensor]]) -> Iterator[None]:
-        """Inside, mixing layers return their recorded outputs, one of them changed, and the inputs of all modules are appended."""
+    def _replayed_forwards(self, layer: str, units: Tensor, observe: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Inside, mixing layers return their recorded outputs, one of them changed, and the inputs of all modules are passed on."""
         recorded = {name: iter(calls) for name, calls in self.layer_outputs.items()}
 
         def replayed(name: str, /, *args: Any, **kwargs: Any) -> Tensor:
-            _append_input(inputs, name, args, kwargs)
+            record(self.modules[name], args, kwargs, name=name)
             y = next(recorded[name])
             if name != layer:
                 return y.clone()
@@ -136,7 +128,8 @@ class RecordedRun:
             return y + (1 + y.abs().max()) * units.to(y).view([-1 if i == axis else 1 for i in range(y.ndim)])
 
         def record(module: nn.Module, args: Any, kwargs: Any, *, name: str) -> None:
-            _append_input(inputs, name, args, kwargs)
+            if (x := _first_tensor(args, kwargs)) is not None:
+                observe(name, x)
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(record_routing(self.model, cast(Any, self.routing), replay=True))
@@ -178,17 +171,6 @@ class RecordedRun:
         ]
 
 
-def is_mixing(module: nn.Module) -> bool:
-    """Whether a layer computes each output unit from all of its inputs.
-
-    Example:
-        >>> from blockprune.reorder.recording import is_mixing
-        >>> is_mixing(nn.Linear(4, 4)), is_mixing(nn.LayerNorm(4)), is_mixing(nn.Conv2d(4, 4, 3, groups=4))
-        (True, False, False)
-    """
-    return isinstance(module, (nn.Linear, nn.Embedding)) or (isinstance(module, ConvNd) and module.groups == 1)
-
-
 def is_depthwise(module: nn.Module) -> bool:
     """Whether a module is a convolution that computes each output channel from one input channel."""
     return isinstance(module, ConvNd) and module.groups == module.in_channels == module.out_channels
@@ -210,38 +192,6 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _run(model: nn.Module, change: Callable[[Tensor], Tensor] = torch.clone, *, example: Any, forward: Forward) -> list[Tensor]:
-    """The tensors of the model's output on the example, without caches; random numbers are the same in each run."""
-    with disable_attention_fastpath(), torch.random.fork_rng(devices := cuda_devices(model)):
-        for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
-            generator.manual_seed(SEED)
-        output = forward(model, tree_map_only(Tensor, change, to_model_device(model, example)))
-    if isinstance(output, Mapping):
-        output = {key: value for key, value in output.items() if not str(key).startswith(CACHE_ARGUMENTS)}
-    return list(_tensors_in(output))
-
-
-def _tensors_in(output: Any) -> Iterator[Tensor]:
-    """All tensors of an output, including those in dataclasses."""
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif dataclasses.is_dataclass(leaf):
-            yield from _tensors_in([getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)])
-
-
-def _evaluation_copy(model: nn.Module, run: Run) -> nn.Module:
-    """A copy in evaluation mode, in float64 if the model can run in it."""
-    try:
-        evaluation = copy.deepcopy(model).eval()
-    except RuntimeError as error:  # for example, a module stores a tensor that it computed with a gradient
-        raise ValueError(f"the model cannot be copied: {error}; find_axes runs a copy of the model, which copy.deepcopy makes") from error
-    double, outputs = float64_copy(evaluation, run)
-    if not any(y.is_floating_point() or y.is_complex() for y in outputs):
-        raise ValueError("the model's output on the example has no floating-point tensors to compare; pass a forward= that returns some")
-    return double
-
-
 def _hookable_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The mixing layers, and the modules without children that have one number or one kernel for each unit."""
     mixing = {name: module for name, module in model.named_modules() if is_mixing(module)}
@@ -257,20 +207,48 @@ def _unhooked_parameters(model: nn.Module, hooked: Sequence[nn.Module]) -> dict[
     return {name: p for name, p in named if id(p) not in covered and p.is_floating_point()}
 
 
-def _assign_tokens_in_turn(experts: nn.Module, args: Any) -> Any:
-    """Replace the router's choice, so that every expert gets tokens, and the same ones in each run."""
-    hidden, chosen, *weights = args
-    count = len(cast(Experts, experts).experts())
-    return hidden, torch.arange(chosen.numel(), device=chosen.device).view_as(chosen) % count, *weights
+def _first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The first tensor among the arguments of a call."""
+    return next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
 
 
-def _append_input(inputs: dict[str, list[Tensor]], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Append the first tensor among the arguments of a call."""
-    x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-    if x is not None:
-        inputs.setdefault(name, []).append(x.clone())
+class _CopyOnce:
+    """Copies tensors; one that is given several times in succession, as to queries, keys and values, is copied once."""
+
+    def __init__(self) -> None:
+        self.key: Any = None
+        self.last: list[Tensor] = []  # the last tensor, so that its address stays its own, and its copy
+
+    def __call__(self, x: Tensor) -> Tensor:
+        key = object() if x.is_inference() else (x.data_ptr(), version_counter(x), x.shape, x.stride(), x.dtype)
+        if key != self.key:
+            self.key, self.last = key, [x, x.clone()]
+        return self.last[1]
 
 
-def _changed(before: Tensor, after: Tensor, axis: int) -> Tensor:
-    """Where along an axis two tensors differ: bool ``[units]``."""
-    return (before != after).movedim(axis, -1).reshape(-1, before.shape[axis]).any(0)
+class _InputChanges:
+    """Compares the inputs of modules with recorded ones, call by call, so that one input is held at a time."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], recorded: Mapping[str, Sequence[Tensor]]) -> None:
+        self.modules, self.recorded = modules, recorded
+        self.calls: Counter[str] = Counter()
+        self.changed: dict[str, Tensor] = {}
+        self.is_alike = True  # the same calls, with inputs of the same shapes
+
+    def compare(self, name: str, x: Tensor) -> None:
+        before, call = self.recorded.get(name), self.calls[name]
+        self.calls[name] += 1
+        if before is None:
+            return
+        if call >= len(before) or before[call].shape != x.shape:
+            self.is_alike = False
+        elif not isinstance(self.modules[name], nn.Embedding):  # its inputs are indices
+            axis = unit_axis(self.modules[name], before[0])
+            changed = (before[call] != x).movedim(axis, -1).reshape(-1, x.shape[axis]).any(0).cpu()
+            self.changed[name] = changed | self.changed[name] if call else changed
+
+    def by_module(self) -> dict[str, Tensor] | None:
+        """The inputs that changed, bool ``[inputs]``; None if modules were called otherwise."""
+        if not self.is_alike or any(self.calls[name] != len(before) for name, before in self.recorded.items()):
+            return None
+        return self.changed

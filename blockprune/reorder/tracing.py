@@ -69,10 +69,11 @@ class AxisTracer:
     Example:
         >>> from blockprune.model.running import default_forward
         >>> from blockprune.reorder.recording import RecordedRun
+        >>> from blockprune.reorder.working_copy import WorkingCopy
         >>> from blockprune.reorder.tracing import AxisTracer
         >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
         >>> with torch.no_grad():
-        ...     AxisTracer(RecordedRun.of(model, torch.randn(8, 2), default_forward)).consumers_of("0")
+        ...     AxisTracer(RecordedRun.of(WorkingCopy.of(model, torch.randn(8, 2), default_forward))).consumers_of("0")
         {'2': AxisUse(inputs=4, copies=1, groups=1, pieces=1, size=1)}
     """
 
@@ -162,11 +163,12 @@ class UsageCheck:
     Example:
         >>> from blockprune.model.running import default_forward
         >>> from blockprune.reorder.recording import RecordedRun
+        >>> from blockprune.reorder.working_copy import WorkingCopy
         >>> from blockprune.reorder.tracing import UsageCheck
         >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
         >>> model.register_parameter("unused", nn.Parameter(torch.ones(4)))
         >>> with torch.no_grad():
-        ...     UsageCheck(RecordedRun.of(model, torch.randn(8, 2), default_forward)).unused_parameters(4)
+        ...     UsageCheck(RecordedRun.of(WorkingCopy.of(model, torch.randn(8, 2), default_forward))).unused_parameters(4)
         ['unused']
     """
 
@@ -203,7 +205,7 @@ class UsageCheck:
         saved = [(t, t.clone()) for name in names for t in self._tensors(name) if t.is_floating_point()]
         for t, _ in saved:
             t.add_(1 + torch.rand(t.shape).to(t))  # random, because a softmax ignores a constant shift
-        outputs = self.recorded.run(self.recorded.model) if names else self.recorded.outputs
+        outputs = self.recorded.run() if names else self.recorded.outputs
         for t, value in saved:
             t.copy_(value)
         if all(map(torch.equal, outputs, self.recorded.outputs)):

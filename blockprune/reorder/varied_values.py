@@ -1,38 +1,36 @@
 """Other values for a model and its inputs, because values such as zeros and ones hide that an operation uses a tensor."""
 
-import copy
-from typing import TypeVar
-
 import torch
 from torch import Tensor, nn
 
-M = TypeVar("M", bound=nn.Module)
+CHUNK = 1 << 20  # elements whose values are changed at a time
 
 
 @torch.no_grad()
-def vary_model(model: M, *, buffers: bool = True) -> M:
-    """A copy with other floating-point parameters and buffers, of similar size; none is zero, and no two entries are equal.
+def vary_model(model: nn.Module, *, buffers: bool = True, generator: torch.Generator | None = None) -> None:
+    """Give a model, in place, other floating-point parameters and buffers, of similar size; none is zero, and no two entries are equal.
 
     Entries are multiplied by 0.5 to 1.5, and 1 to 5 % of the tensor's size is added. Buffers, such as variances, do not become smaller by
     what is added.
 
     Example:
         >>> from blockprune.reorder.varied_values import vary_model
-        >>> norm = vary_model(nn.LayerNorm(4))
+        >>> norm = nn.LayerNorm(4)
+        >>> vary_model(norm)
         >>> bool(norm.weight.std() > 0), bool((norm.bias != 0).all())
         (True, True)
     """
-    varied = copy.deepcopy(model)
-    tensors = {id(p): (p, True) for p in varied.parameters()} | {id(b): (b, False) for b in varied.buffers() if buffers}
+    tensors = {id(p): (p, True) for p in model.parameters()} | {id(b): (b, False) for b in model.buffers() if buffers}
     for tensor, signed in tensors.values():
         if tensor.is_floating_point() and tensor.numel():
-            tensor.copy_(_vary(tensor, signed=signed))
-    return varied
+            size = _size(tensor)
+            for part in tensor.split(max(1, CHUNK // tensor[0].numel())) if tensor.ndim else [tensor]:
+                part.copy_(_vary(part, size, signed=signed, generator=generator))
 
 
 def vary_floats(x: Tensor) -> Tensor:
     """Other floating-point values, of similar size; integers and booleans stay."""
-    return _vary(x, signed=True) if x.is_floating_point() and x.numel() else x
+    return _vary(x, _size(x), signed=True) if x.is_floating_point() and x.numel() else x
 
 
 def vary_inputs(x: Tensor) -> Tensor:
@@ -48,9 +46,15 @@ def vary_inputs(x: Tensor) -> Tensor:
     return torch.randint(highest + 1, x.shape).to(x)
 
 
-def _vary(x: Tensor, *, signed: bool) -> Tensor:
-    """The values times 0.5 to 1.5, plus 1 to 5 % of their root mean square, of random sign if signed."""
-    size = x[x.isfinite()].double().square().mean().sqrt().nan_to_num()
-    size = size if size > 0 else 1 / torch.tensor(x.shape[-1] if x.ndim > 1 else 1).sqrt()
-    shift = (0.01 + 0.04 * torch.rand(x.shape)) * (torch.randn(x.shape).sign() if signed else 1)
-    return x * (0.5 + torch.rand(x.shape)).to(x) + (size.cpu() * shift).to(x)
+def _size(x: Tensor) -> Tensor:
+    """The root mean square of the finite values; for zeros, that of usual initial values."""
+    squares = [(part[part.isfinite()].double().square().sum(), part.isfinite().sum()) for part in x.flatten().split(CHUNK)]
+    total, count = (torch.stack(parts).sum() for parts in zip(*squares, strict=True))
+    size = (total / count).sqrt().nan_to_num()
+    return size if size > 0 else 1 / torch.tensor(x.shape[-1] if x.ndim > 1 else 1).sqrt()
+
+
+def _vary(x: Tensor, size: Tensor, *, signed: bool, generator: torch.Generator | None = None) -> Tensor:
+    """The values times 0.5 to 1.5, plus 1 to 5 % of this size, of random sign if signed."""
+    shift = (0.01 + 0.04 * torch.rand(x.shape, generator=generator)) * (torch.randn(x.shape, generator=generator).sign() if signed else 1)
+    return x * (0.5 + torch.rand(x.shape, generator=generator)).to(x) + (size.cpu() * shift).to(x)

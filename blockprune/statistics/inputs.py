@@ -79,7 +79,7 @@ def _gram_update(sums: Sums, call: Call) -> Sums:
     return {"sum": sums["sum"] + gram, "n": sums["n"] + count_input_rows(call, sums["n"])}
 
 
-input_gram = Statistic("input_gram", "inputs", _gram_init, _gram_update, lambda sums, ref, param: sums["sum"] / sums["n"])
+input_gram = Statistic("input_gram", "inputs", _gram_init, _gram_update, lambda sums, ref, param: sums["sum"] / sums["n"], shared=True)
 """X^T X / n over the flattened input features (channels * kernel positions of a convolution), ``[groups, k, k]``.
 
 This is the Hessian of the layer's squared output error, up to a factor. See `Call` for what a group is.

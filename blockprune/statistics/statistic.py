@@ -1,7 +1,7 @@
 """What a statistic is: three pure functions, the evidence that they are given, and the sums that they keep."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import attrs
 import torch
@@ -23,7 +23,7 @@ class Call:
     Args:
         inputs: the activations that the weight multiplies, one ``[n, k]`` matrix for each group of output rows. Output rows of one group
             multiply the same inputs: a grouped convolution has as many groups as torch says, attention's ``in_proj_weight`` has three
-            (query, key and value), and every other layer has one.
+            (query, key and value), and every other layer has one. Statistics of gradients are given none.
         output: what the layer returned, ``[n, outputs]``.
         weights: how much each row counts, ``[n]``, 0 for padding tokens; None counts every row once.
         output_grad: the gradient of the loss with respect to ``output``, ``[n, outputs]``.
@@ -44,7 +44,7 @@ class Call:
     name: str = ""
     batch: Any = None
     index: int = 0
-    shared: dict[str, Tensor] | None = None
+    shared: dict[Any, Any] | None = None
 
 
 @attrs.frozen(eq=False)
@@ -90,6 +90,8 @@ class Statistic:
         init: (ref, param) -> sums of zeros in their full shapes.
         update: (sums, evidence) -> new sums.
         compute: (sums, ref, param) -> the statistic.
+        shared: ``update`` and ``compute`` depend on the sums, inputs and row weights alone. Then layers that are always called with the
+            same inputs, such as those of queries, keys and values, share one tensor.
         code: the code that makes it, if it has options, for messages and for printing a `Pipeline`; by default its name.
 
     Example:
@@ -106,6 +108,7 @@ class Statistic:
     init: Callable[[ParameterRef, Param], Sums]
     update: Callable[[Sums, Any], Sums]
     compute: Callable[[Sums, ParameterRef, Param], Tensor]
+    shared: bool = attrs.field(default=False, kw_only=True)
     code: str | None = attrs.field(default=None, kw_only=True)
 
     def __repr__(self) -> str:
@@ -179,4 +182,4 @@ def shared_by_layers(call: Call, key: str, work: Callable[[Tensor], Tensor]) -> 
         if call.shared is None:
             return result
         call.shared[key] = result
-    return call.shared[key]
+    return cast(Tensor, call.shared[key])

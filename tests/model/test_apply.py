@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import blockprune as bp
+from blockprune.model import apply as apply_module
 from blockprune.model.parameters import parameter_refs
 
 
@@ -184,6 +185,55 @@ def test_finalize_leaves_no_trace_and_the_original_alone(history: History) -> No
         assert bp.read_masks(final) == {}
         for p in final.parameters():
             p.data.fill_(3)  # shares no memory with the model
+
+
+@given(histories())
+def test_finalize_in_place_gives_what_the_copy_has_in_the_same_parameters(history: History) -> None:
+    kind, applied, dtype = history
+    plain, model = kind().to(dtype), kind().to(dtype)
+    ids = [id(p) for p in model.parameters()]
+    for masks in applied:
+        bp.apply_masks(model, masks)
+    expected = bp.finalize(model)
+    assert bp.finalize(model, inplace=True) is model
+    assert traces(model) == traces(plain)
+    assert [id(p) for p in model.parameters()] == ids
+    assert list(model.state_dict()) == list(expected.state_dict())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+def test_finalize_in_place_has_what_was_written_into_a_masked_weight() -> None:
+    model = bp.apply_masks(nn.Linear(4, 4), {"weight": random_mask((4, 4), (2, 2))})
+    expected = model.weight.detach() * torch.tensor([[2.0], [1], [1], [1]])
+    weight = model.weight
+    weight.detach()[0].mul_(2)  # a change through a view is written back when the weight is read again
+    bp.finalize(model, inplace=True)
+    assert torch.equal(model.weight, expected)
+    assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_finalize_in_place_that_fails_changes_nothing(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bp.apply_masks(Plain(), {name: random_mask(SHAPES[Plain][name], (2, 2)) for name in ("0.weight", "5.weight")})
+    remove, calls = apply_module._remove_mask, []
+
+    def failing(ref: Any) -> None:
+        calls.append(ref)
+        remove(ref)
+        if len(calls) == 2:
+            raise error("stop")
+
+    monkeypatch.setattr("blockprune.model.apply._remove_mask", failing)
+    with untouched(model, inputs()), pytest.raises(error, match="stop"):
+        bp.finalize(model, inplace=True)
+    assert len(calls) >= 2
+
+
+def test_finalize_in_place_refuses_a_weight_that_is_computed() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    bp.apply_masks(model, {name: random_mask((4, 4), (2, 2)) for name in ("0.weight", "1.weight")})
+    with untouched(model, torch.ones(1, 4)), pytest.raises(ValueError, match=r"^1.weight: another parametrization computes .*\(4, 4\)"):
+        bp.finalize(model, inplace=True)
 
 
 @given(histories(), st.data())
@@ -470,6 +520,15 @@ def test_a_weight_that_cannot_be_written_undoes_all() -> None:
 
 
 # weights= -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_given", [torch.Tensor.detach, lambda w: torch.from_numpy(w.detach().numpy()), lambda w: w.data.mT.mT])
+def test_weights_that_share_the_memory_of_others_are_written_as_they_were(as_given: Callable[[Tensor], Tensor]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    first, second = (layer.weight.detach().clone() for layer in model)
+    bp.apply_masks(model, {}, {"0.weight": as_given(model[1].weight), "1.weight": as_given(model[0].weight)})
+    assert torch.equal(model[0].weight, second)
+    assert torch.equal(model[1].weight, first)
 
 
 @pytest.mark.parametrize("start", [{}, {"5.weight": (2, 2)}, {"5.weight": (1,)}], ids=["plain", "masked alike", "masked otherwise"])

@@ -210,6 +210,52 @@ def test_query_heads_that_leave_their_key_head_change_the_function() -> None:
 
 
 @every_case
+def test_in_place_the_models_own_tensors_have_the_bits_of_the_copy(case: Callable[[], Case]) -> None:
+    model, _, plan = case()
+    expected, tensors = permute(model, plan).state_dict(), {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert permute(model, plan, inplace=True) is model
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    assert all(t is tensors[name] for name, t in (*model.named_parameters(), *model.named_buffers()))
+
+
+@pytest.mark.parametrize("after", [False, True])
+@every_case
+def test_in_place_an_error_in_the_middle_is_undone(case: Callable[[], Case], after: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writing of each tensor fails once, before its work and after it."""
+    model, _, plan = case()
+    before, write = copy.deepcopy(model.state_dict()), Tensor.copy_
+
+    class Stop(BaseException):
+        pass
+
+    def fails(at: int) -> bool:
+        calls = 0
+
+        def failing(self: Tensor, source: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if after or calls != at:
+                write(self, source)
+            if calls == at:
+                raise Stop
+            return self
+
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(Tensor, "copy_", failing)
+                permute(model, plan, inplace=True)
+        except Stop:
+            return True
+        return False
+
+    writes = 0
+    while fails(writes + 1):
+        writes += 1
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert writes
+
+
+@every_case
 def test_the_inverse_restores_all_tensors_exactly(case: Callable[[], Case]) -> None:
     model, _, plan = trained(case)
     permuted = permute(model, plan)

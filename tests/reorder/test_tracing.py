@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from blockprune.model.running import default_forward
 from blockprune.reorder.recording import RecordedRun
 from blockprune.reorder.tracing import AxisTracer, AxisUse, UsageCheck
+from blockprune.reorder.working_copy import WorkingCopy
 
 HALF = torch.tensor([True, False, False, True])
 
@@ -47,7 +48,7 @@ def test_some_inputs_may_be_dead_but_not_most() -> None:
 @torch.no_grad()
 def test_a_change_ends_at_the_next_mixing_layers() -> None:
     model = nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 1))
-    recorded = RecordedRun.of(model, torch.randn(8, 2), default_forward)
+    recorded = RecordedRun.of(WorkingCopy.of(model, torch.randn(8, 2), default_forward))
     changed = recorded.replay("0", torch.arange(4) == 1)
     assert changed is not None
     assert {name: inputs.tolist() for name, inputs in changed.items()} == {
@@ -73,7 +74,7 @@ def test_a_check_of_a_parameter_is_remembered_and_leaves_its_value() -> None:
             return self.down(self.up(x) * self.scale)
 
     runs: list[int] = []
-    usage = UsageCheck(RecordedRun.of(Scaled(), torch.randn(8, 2), default_forward))
+    usage = UsageCheck(RecordedRun.of(WorkingCopy.of(Scaled(), torch.randn(8, 2), default_forward)))
     before = {name: p.clone() for name, p in usage.recorded.unhooked_parameters.items()}
     assert usage.unhooked_parameters(4) == {"rows": ["scale"], "columns": ["unused"], "last": []}
     assert usage.unused_parameters(4) == ["unused"]
