@@ -6,7 +6,6 @@ modules share (tied weights) has the first of its names; references to all modul
 
 import contextlib
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
@@ -139,12 +138,6 @@ STORED_NAME = re.compile(r"(|.*\.)parametrizations\.([^.]+)\.original")
 def is_exported(module: nn.Module) -> bool:
     """Whether a layer computes with its kept blocks only; it then tells which those are, by a method ``block_mask()``."""
     return callable(getattr(module, "block_mask", None))
-
-
-def is_sharded(x: Tensor) -> bool:
-    """Whether a tensor is a DTensor, as ``fully_shard`` makes of parameters (their module is slow to import, and there are none before)."""
-    tensors = sys.modules.get("torch.distributed.tensor")
-    return tensors is not None and isinstance(x, tensors.DTensor)
 
 
 def stored_aliases(model: nn.Module) -> dict[str, list[str]]:
