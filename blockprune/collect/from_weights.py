@@ -13,6 +13,7 @@ from blockprune.core.sharded_tensor import is_sharded, whole
 from blockprune.core.types import Data, Param, Where, check_finite, check_prunable
 from blockprune.model.parameters import find_parameters
 from blockprune.model.selection import select
+from blockprune.model.sharding import reshard
 
 
 def weights(model: nn.Module, *, where: Where, masked: bool = False, lazy: bool = False) -> Data:
@@ -36,6 +37,7 @@ def weights(model: nn.Module, *, where: Where, masked: bool = False, lazy: bool 
         >>> data["weight"].weight.shape, data["weight"].grid.size
         (torch.Size([6, 4]), (3, 2))
     """
+    reshard(model)
     chosen = select(model, where)
     copy = _lazy_copy if lazy else torch.clone
     data: dict[str, Param] = {}

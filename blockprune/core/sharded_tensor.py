@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,8 +26,7 @@ def whole(x: Tensor) -> Tensor:
         >>> whole(torch.ones(2))
         tensor([1., 1.])
     """
-    full: Tensor = x.full_tensor() if is_sharded(x) else x  # type: ignore[operator]
-    return full
+    return cast(Any, x).full_tensor() if is_sharded(x) else x  # type: ignore[no-any-return]
 
 
 def sharded_like(x: Tensor, like: Tensor) -> Tensor:

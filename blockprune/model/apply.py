@@ -30,7 +30,7 @@ from blockprune.model.parameters import (
     parameter_refs,
 )
 from blockprune.model.parametrization import MaskBlocks
-from blockprune.model.sharding import follow_parameters, has_moved_unnoticed, reshard, without_fsdp_class
+from blockprune.model.sharding import follow_parameters, has_moved_unnoticed, is_fully_sharded, reshard, without_fsdp_class
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -196,6 +196,10 @@ def _masks_of_exported_layers(model: nn.Module) -> dict[str, BlockMask]:
 def finalize(model: M) -> M:
     """A copy of a model without masks, with zeros in the pruned blocks. The copy of an unmasked model is an equal model.
 
+    Raises:
+        ValueError: torch cannot copy the model, because it is wrapped in DistributedDataParallel, ``fully_shard`` has sharded it (see
+            `distributed.full_state_dict`), or a hook computes a weight.
+
     Example:
         >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
         >>> model = bp.apply_masks(nn.Linear(4, 2), {"weight": mask})
@@ -207,6 +211,11 @@ def finalize(model: M) -> M:
         raise ValueError(
             f"{computed[0]}: a hook of the old weight_norm, spectral_norm or torch.nn.utils.prune computes this weight, and torch cannot "
             "copy it; remove the hook (remove_weight_norm, remove_spectral_norm, prune.remove) or use torch.nn.utils.parametrizations"
+        )
+    if any(map(is_fully_sharded, model.modules())) or is_replicated(model):
+        raise ValueError(
+            f"a {type(model).__name__} in DistributedDataParallel or fully_shard cannot be copied; call bp.finalize(wrapped.module) of "
+            "DistributedDataParallel, or bp.distributed.full_state_dict(model), which gathers what the finalized model would have"
         )
     plain = copy.deepcopy(model)
     with torch.no_grad():

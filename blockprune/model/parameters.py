@@ -131,7 +131,9 @@ def distinct(refs: Iterable[ParameterRef]) -> list[ParameterRef]:
     return list(first.values())
 
 
-# the name of a masked weight in a state dict: (module.)parametrizations.(attribute).original
+# the names that torch gives to what belongs to a parametrized weight in a state dict: (module.)parametrizations.(attribute).(...)
+PARAMETRIZED_NAME = re.compile(r"(|.*\.)parametrizations\.([^.]+)\..*")
+# that of a masked weight: (module.)parametrizations.(attribute).original
 STORED_NAME = re.compile(r"(|.*\.)parametrizations\.([^.]+)\.original")
 
 

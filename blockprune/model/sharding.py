@@ -1,14 +1,28 @@
-"""What masks must tell ``fully_shard`` when they are added to or removed from parameters that it has sharded."""
+"""What a model in several processes needs: `fully_shard` learns where masks move its parameters, and no rank waits for another in vain."""
 
 import contextlib
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from blockprune.core._compat import follow_fsdp_parameters, is_fsdp_managed
+from blockprune.core.sharded_tensor import is_sharded
 
-__all__ = ["follow_parameters", "has_moved_unnoticed", "is_fully_sharded", "reshard", "without_fsdp_class"]
+__all__ = [
+    "follow_parameters",
+    "has_moved_unnoticed",
+    "in_step",
+    "is_fully_sharded",
+    "reshard",
+    "without_broadcasts",
+    "without_fsdp_class",
+]
+
+T = TypeVar("T")
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
@@ -49,3 +63,43 @@ def without_fsdp_class(owner: nn.Module) -> Iterator[None]:
         bases = tuple(type(owner) if base is behind else base for base in front.__bases__)
         attributes = {name: value for name, value in vars(front).items() if name not in ("__dict__", "__weakref__")}
         owner.__class__ = type(front.__name__.replace(behind.__name__, type(owner).__name__), bases, attributes)
+
+
+@contextlib.contextmanager
+def without_broadcasts(model: nn.Module) -> Iterator[None]:
+    """A block in which DistributedDataParallel sends no buffers: it would wait for a rank without batches, which receives none."""
+    replicas = [module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel)]
+    flags = [replica.broadcast_buffers for replica in replicas]
+    try:
+        for replica in replicas:
+            replica.broadcast_buffers = False
+        yield
+    finally:
+        for replica, flag in zip(replicas, flags, strict=True):
+            replica.broadcast_buffers = flag
+
+
+def in_step(model: nn.Module, batches: Iterable[T]) -> Iterator[T]:
+    """The batches. A sharded model runs on all ranks together, so a rank that has fewer raises on all, instead of letting them wait.
+
+    Raises:
+        ValueError: on all ranks, when one of them has no more batches and another has.
+    """
+    shard: Any = next(filter(is_sharded, model.parameters()), None)
+    if shard is None:
+        yield from batches
+        return
+    missing, remaining = object(), iter(batches)
+    for number in itertools.count():
+        batch: Any = next(remaining, missing)
+        count = torch.tensor(int(batch is not missing), device=shard.device)
+        for group in shard.device_mesh.get_all_groups():
+            torch.distributed.all_reduce(count, group=group)
+        if 0 < count < shard.device_mesh.size():
+            raise ValueError(
+                f"batch {number}: {int(count)} of {shard.device_mesh.size()} ranks have one, but a sharded model runs on all ranks "
+                "together; give every rank as many batches (and ranks of tensor parallelism the same ones)"
+            )
+        if batch is missing:
+            return
+        yield batch
