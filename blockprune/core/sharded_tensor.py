@@ -26,7 +26,7 @@ def whole(x: Tensor) -> Tensor:
         >>> whole(torch.ones(2))
         tensor([1., 1.])
     """
-    return cast(Any, x).full_tensor() if is_sharded(x) else x  # type: ignore[no-any-return]
+    return cast(Any, x).full_tensor() if is_sharded(x) else x
 
 
 def sharded_like(x: Tensor, like: Tensor) -> Tensor:
