@@ -3,6 +3,7 @@
 Each cell of the table (how the model is distributed, whether masks come before or after, what is done with it) is one test.
 """
 
+import functools
 import os
 import re
 import warnings
@@ -19,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -45,15 +46,19 @@ def random_masks(seed: int = 0, where: bp.Where = WHERE) -> bp.Masks:
 # How a model is distributed
 
 
+@functools.cache
+def mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (RANKS,))
+
+
 def fsdp(model: Any, parts: tuple[int, ...] = (0, 2)) -> Any:
-    mesh = init_device_mesh("cpu", (RANKS,))
     for index in parts:
-        fully_shard(model[index], mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+        fully_shard(model[index], mesh=mesh())
+    return fully_shard(model, mesh=mesh())
 
 
 def tensor_parallel(model: Any) -> Any:
-    return parallelize_module(model, init_device_mesh("cpu", (RANKS,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    return parallelize_module(model, mesh(), {"0": ColwiseParallel(), "2": RowwiseParallel()})
 
 
 WRAPS: dict[str, Callable[[Any], Any]] = {
@@ -115,7 +120,7 @@ def score(wrap: str, when: str, folder: str) -> Any:
 def statistics(wrap: str, when: str, folder: str) -> Any:
     options: Any = {
         "batches": [own_rows(wrap)[:1], own_rows(wrap)[1:]],
-        "reduce": None if wrap == "none" else bp.distributed.all_reduce,
+        "reduce": None if wrap in ("none", "TP") else bp.distributed.all_reduce,
         "loss": lambda y, _: y.square().sum(),
     }
     model, seen = distributed(wrap, when), [bp.statistics.input_gram, bp.statistics.output_sq, bp.statistics.output_grad_sq]
@@ -203,6 +208,21 @@ def regrow(wrap: str, when: str, folder: str) -> Any:
     return output(model), keep(after)
 
 
+def regularizers(wrap: str, when: str, folder: str) -> Any:
+    model = distributed(wrap, when)
+    state = bp.regularizers.admm(model, where=WHERE, prune=lambda data: bp.allocate.per_layer(bp.metric.l2(data), 0.5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    penalty = bp.regularizers.group_lasso(model, where=WHERE) + bp.regularizers.admm_penalty(model, state, rho=0.5)
+    (model(own_rows(wrap)).square().mean() + penalty).backward()
+    optimizer.step()
+    bp.regularizers.proximal_group_lasso(model, where=WHERE, strength=0.01)
+    return output(model), keep(bp.masks_from_zeros(model, where=WHERE))
+
+
+def add_gates(wrap: str, when: str, folder: str) -> Any:
+    return output(bp.gates.add(distributed(wrap, when), where=WHERE))
+
+
 def save_and_resume(wrap: str, when: str, folder: str) -> Any:
     model = distributed(wrap, when)
     optimizer = train(model, wrap, torch.optim.AdamW(model.parameters()))
@@ -263,9 +283,9 @@ def change_in_place(wrap: str, when: str, folder: str) -> Any:
 
 
 DONE = [
-    *(forward, score, statistics, gradients, update, other_blocks, weights, unmask, training, straight_through, regrow),
+    *(forward, score, statistics, gradients, update, other_blocks, weights, unmask, training, straight_through, regrow, regularizers),
     *(save_and_resume, load_own_state, load_whole_state, whole_state, finalized_state),
-    *(finalize, change_in_place, gradients_of_weights, gates),
+    *(finalize, change_in_place, gradients_of_weights, gates, add_gates),
 ]
 
 BEFORE_TP = "parallelize_module cannot shard a masked weight; call parallelize_module first"
@@ -286,6 +306,7 @@ def refusal(wrap: str, when: str, what: str) -> str | None:
         "change_in_place": IN_PLACE if sharded else None,
         "gradients_of_weights": NO_GRAPH if sharded else None,
         "gates": NO_GRAPH if sharded else None,
+        "add_gates": "gates cannot be added to .* change the model first and (shard|wrap) it afterwards",
     }.get(what)
 
 

@@ -16,10 +16,15 @@ from blockprune.model.sharding import reshard
 __all__ = ["agree", "all_reduce", "full_state_dict"]
 
 
-def all_reduce(fold: Fold) -> Fold:
-    """Add the folds of all ranks of the default process group (gloo or nccl), which may have run on different batches, or on none.
+def all_reduce(fold: Fold, *, group: dist.ProcessGroup | None = None) -> Fold:
+    """Add the folds of all ranks of a process group (gloo or nccl), which may have run on different batches, or on none.
 
     Pass it as ``reduce`` to `collect.with_statistics`. A sharded model runs on all ranks together, so all need as many batches.
+
+    Args:
+        fold: the sums of this rank.
+        group: the ranks that run on batches of their own, such as ``mesh["data"].get_group()`` if others share them (tensor parallelism);
+            by default all ranks.
 
     Raises:
         RuntimeError: there is no process group.
@@ -36,10 +41,10 @@ def all_reduce(fold: Fold) -> Fold:
     for key in sorted(fold.sums):  # all ranks must reduce in the same order
         reduced[key] = {name: total.detach().clone() for name, total in fold.sums[key].items()}
         for total in reduced[key].values():
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=group)
     names = sorted(fold.counts)
     counts = torch.tensor([fold.counts[name] for name in names], dtype=torch.int64, device=fold.data[names[0]].stored.device)
-    dist.all_reduce(counts)
+    dist.all_reduce(counts, group=group)
     return attrs.evolve(
         fold,
         sums={key: reduced[key] for key in fold.sums},
