@@ -282,16 +282,23 @@ def change_in_place(wrap: str, when: str, folder: str) -> Any:
     return output(model)
 
 
+def part(wrap: str, when: str, folder: str) -> Any:
+    model = distributed(wrap, when)
+    bp.apply_masks(getattr(model, "module", model)[0], {})
+    return output(model)
+
+
 DONE = [
     *(forward, score, statistics, gradients, update, other_blocks, weights, unmask, training, straight_through, regrow, regularizers),
     *(save_and_resume, load_own_state, load_whole_state, whole_state, finalized_state),
-    *(finalize, change_in_place, gradients_of_weights, gates, add_gates),
+    *(finalize, change_in_place, gradients_of_weights, gates, add_gates, part),
 ]
 
 BEFORE_TP = "parallelize_module cannot shard a masked weight; call parallelize_module first"
 AFTER_DDP = "masks cannot be added to or removed from a model in DistributedDataParallel.* apply masks first and wrap the model afterwards"
 NO_COPY = r"cannot be copied; call bp\.finalize\(wrapped\.module\).* bp\.distributed\.full_state_dict"
 IN_PLACE = r"mul_ would change this masked weight \(8, 6\) in place; .* bp\.apply_masks\(model, None"
+AROUND = r"weight \(8, 6\): this parameter is sharded by fully_shard of a module around .* give the whole model to apply_masks"
 NO_GRAPH = r"0\.weight \(8, 6\): (weight_grad|gate_fisher) needs the whole weight .* collect before fully_shard"
 
 
@@ -306,6 +313,7 @@ def refusal(wrap: str, when: str, what: str) -> str | None:
         "change_in_place": IN_PLACE if sharded else None,
         "gradients_of_weights": NO_GRAPH if sharded else None,
         "gates": NO_GRAPH if sharded else None,
+        "part": AROUND if wrap == "FSDP2 root" else None,
         "add_gates": "gates cannot be added to .* change the model first and (shard|wrap) it afterwards",
     }.get(what)
 
