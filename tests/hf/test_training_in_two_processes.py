@@ -73,8 +73,9 @@ def run_rank(rank: int, folder: str, kind: str) -> None:
     if kind == "FSDP2":
         shard_on_a_cpu()
     options = FSDP if kind == "FSDP2" else {}
-    first, second = (trainer(tiny_bert(), f"{folder}/{name}", options) for name in "ab")
+    first = trainer(tiny_bert(), f"{folder}/a", options)
     first.train()
+    second = trainer(tiny_bert(), f"{folder}/b", options)
     with torch.no_grad():
         second.model.classifier.weight.add_(1)  # what the checkpoint replaces
     second.train(resume_from_checkpoint=f"{folder}/a/checkpoint-3")
