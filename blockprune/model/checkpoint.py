@@ -134,4 +134,4 @@ def _fitting_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
     for name, key in names.items():
         if tuple(state[key].shape) != tuple(expected[name].shape):
             raise ValueError(f"{key}: the state has the shape {tuple(state[key].shape)}, but the model has {tuple(expected[name].shape)}")
-    return {key: sharded_like(state[key], expected[name]) for name, key in names.items()}
+    return {key: sharded_like(tensor, expected[stored_names.get(key, key)]) for key, tensor in state.items()}
