@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from blockprune.core.precision import SMALLEST, no_autocast
+from blockprune.core.sharded_tensor import is_sharded
 from blockprune.core.types import Data
 from blockprune.model.parameters import ParameterRef
 from blockprune.statistics import Gates, Sees, Statistic, Sums
@@ -154,10 +155,18 @@ def empty_fold(data: Data, refs: Mapping[str, ParameterRef], statistics: Sequenc
     """A fold over no batches.
 
     Raises:
-        NotImplementedError: a statistic of gradients of the stored weight, where another parametrization computes the weight from it.
+        NotImplementedError: a statistic of gradients of the stored weight, where another parametrization computes the weight from it, or
+            where the stored weight is a DTensor.
     """
     for name, ref in refs.items():
-        if unsupported := [s.name for s in statistics if s.sees in ("weight_grad", "gates") and not ref.is_plain]:
+        unsupported = [s.name for s in statistics if s.sees in ("weight_grad", "gates")]
+        if unsupported and is_sharded(ref.stored):
+            raise NotImplementedError(
+                f"{name} {data[name].grid.shape}: {', '.join(unsupported)} needs the whole weight in the graph of the loss, but this one "
+                "is a DTensor; collect before fully_shard or parallelize_module, use a statistic of inputs or outputs, or call "
+                "collect.gradients after a backward of your own"
+            )
+        if unsupported and not ref.is_plain:
             raise NotImplementedError(
                 f"{name} {data[name].grid.shape}: {', '.join(unsupported)} needs a stored weight, but another parametrization computes "
                 "this one; remove that parametrization, use a statistic of activations, or leave the weight out with `excluding`"

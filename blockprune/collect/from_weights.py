@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from blockprune.core._compat import BatchNorm, ConvTransposeNd, lazy_clone
 from blockprune.core.precision import at_least_float32
+from blockprune.core.sharded_tensor import is_sharded, whole
 from blockprune.core.types import Data, Param, Where, check_finite, check_prunable
 from blockprune.model.parameters import find_parameters
 from blockprune.model.selection import select
+from blockprune.model.sharding import reshard
 
 
 def weights(model: nn.Module, *, where: Where, masked: bool = False, lazy: bool = False) -> Data:
@@ -35,6 +37,7 @@ def weights(model: nn.Module, *, where: Where, masked: bool = False, lazy: bool 
         >>> data["weight"].weight.shape, data["weight"].grid.size
         (torch.Size([6, 4]), (3, 2))
     """
+    reshard(model)
     chosen = select(model, where)
     copy = _lazy_copy if lazy else torch.clone
     data: dict[str, Param] = {}
@@ -43,12 +46,15 @@ def weights(model: nn.Module, *, where: Where, masked: bool = False, lazy: bool 
             weight = ref.masked if masked else ref.dense
             check_prunable(name, weight)
             if not lazy:
+                weight = whole(weight)
                 check_finite(name, weight)
             data[name] = Param(copy(weight.detach()), grid)
     return data
 
 
 def _lazy_copy(weight: Tensor) -> Tensor:
+    if is_sharded(weight):
+        return weight.clone()
     try:
         return lazy_clone(weight)
     except RuntimeError:  # memory that torch did not allocate, such as a NumPy array or a memory-mapped checkpoint
@@ -77,7 +83,7 @@ def movement(model: nn.Module, *, where: Where, previous: Data | None = None) ->
     summed: dict[str, Param] = {}
     for name, param in data.items():
         gradient = refs[name][0].stored.grad
-        step = torch.zeros_like(param.weight) if gradient is None else -(param.weight * gradient)
+        step = torch.zeros_like(param.weight) if gradient is None else -(param.weight * whole(gradient))
         before = previous[name].stats["movement"] if previous else 0
         summed[name] = attrs.evolve(param, stats={"movement": step.to(torch.promote_types(step.dtype, torch.float32)) + before})
     return summed
@@ -116,7 +122,7 @@ def gradients(model: nn.Module, *, where: Where) -> Data:
         if not ref.is_plain or ref.stored.grad is None:
             reason = "has no gradient; call `backward` first" if ref.is_plain else "is computed by another parametrization"
             raise ValueError(f"{name} {ref.shape}: this weight {reason}, or leave it out with `excluding`")
-        collected[name] = attrs.evolve(param, stats={"weight_grad": at_least_float32(ref.stored.grad.detach().clone())})
+        collected[name] = attrs.evolve(param, stats={"weight_grad": at_least_float32(whole(ref.stored.grad.detach().clone()))})
     return collected
 
 
@@ -153,7 +159,7 @@ def batchnorm_scales(model: nn.Module, *, where: Where, pairs: Mapping[str, str]
                 f"{name} {param.grid.shape}: no batch norm of as many channels follows it in the model; name the one that scales its "
                 f"output: pairs={{{name!r}: 'bn1.weight'}}"
             )
-        scale = norms[pairs[name]][0].dense.detach().clone()
+        scale = whole(norms[pairs[name]][0].dense.detach()).clone()
         axis = 1 if isinstance(refs[name][0].owner, ConvTransposeNd) else 0  # of the output channels
         if param.grid.shape[axis] != len(scale):
             raise ValueError(

@@ -14,6 +14,7 @@ from blockprune.collect.accumulate import Fold, RunningFold
 from blockprune.collect.block_gates import gate_derivatives
 from blockprune.core._compat import ConvNd, disable_checkpointing, tree_leaves, version_counter
 from blockprune.core.progress import progress_bar
+from blockprune.core.sharded_tensor import whole
 from blockprune.model.experts import Experts, experts_in
 from blockprune.model.inputs import InputHooks, input_axis, input_hooks, weight_inputs
 from blockprune.model.parameters import ParameterRef, find_parameters
@@ -26,6 +27,7 @@ from blockprune.model.running import (
     scalar_loss,
     to_model_device,
 )
+from blockprune.model.sharding import in_step, without_broadcasts
 from blockprune.model.token_streams import TokenStreams, token_streams
 from blockprune.statistics import Call, Sees
 
@@ -43,11 +45,11 @@ def add_batches(model: nn.Module, fold: Fold, calibration: Calibration) -> Fold:
     grids = {name: p.grid for name, p in fold.data.items()}
     running = RunningFold(fold)
     weights = [ref.stored for ref in fold.refs.values()]
-    with preserve_state(model, weights), disable_attention_fastpath():
+    with preserve_state(model, weights), disable_attention_fastpath(), without_broadcasts(model):
         if of_loss and not sees & {"weight_grad", "gates"}:  # gradients of weights would keep the inputs of all layers in memory
             for weight in weights:
                 weight.requires_grad_(False)
-        for number, raw in enumerate(progress_bar(calibration.batches, "collect", calibration.progress)):
+        for number, raw in enumerate(in_step(model, progress_bar(calibration.batches, "collect", calibration.progress))):
             if not isinstance(raw, (Tensor, Mapping, tuple, list)) and calibration.forward is default_forward:
                 raise TypeError(f"batch {number} is a {type(raw).__name__}; give tensors, tuples or mappings, or pass forward=")
             batch = to_model_device(model, raw)
@@ -121,17 +123,18 @@ class _LayerObserver:
                 self.is_checking = True
                 check_product(ref, module, args, kwargs, raw)
                 self.is_checking = False
-            views = [x.detach() for x in weight_inputs(ref, module, args, kwargs)] if "inputs" in self.sees else []
+            views = [whole(x.detach()) for x in weight_inputs(ref, module, args, kwargs)] if "inputs" in self.sees else []
             inputs = [x.reshape(-1, x.shape[-1]) for x in views]
-            weights = None if isinstance(ref.owner, ConvNd) else self._token_weights(name, module, [*views, raw])
-            call = Call(inputs, _matrix(ref, raw), weights, name=name, batch=self.batch, index=self.calls[name])
+            output = whole(raw)  # tensor parallel layers have shards of inputs and outputs
+            weights = None if isinstance(ref.owner, ConvNd) else self._token_weights(name, module, [*views, output])
+            call = Call(inputs, _matrix(ref, output), weights, name=name, batch=self.batch, index=self.calls[name])
             self.calls[name] += 1
             if "inputs" in self.sees:
                 self._add(name, "inputs", self._with_shared_results(call))
             self._add(name, "output", call)
         if "output_grad" in self.sees and raw.requires_grad:  # of this value, even if it is overwritten in place later
             without_inputs = attrs.evolve(call, inputs=[])  # which need not stay in memory until the backward pass
-            raw.register_hook(lambda g: self._add(name, "output_grad", attrs.evolve(without_inputs, output_grad=_matrix(ref, g))))
+            raw.register_hook(lambda g: self._add(name, "output_grad", attrs.evolve(without_inputs, output_grad=_matrix(ref, whole(g)))))
             self.outputs.append(get_gradient_edge(raw))
 
     def _add(self, name: str, sees: Sees, evidence: Any) -> None:

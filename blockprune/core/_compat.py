@@ -15,7 +15,7 @@ This module imports nothing of blockprune, so that every other module can import
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,6 +55,7 @@ __all__ = [
     "disable_checkpointing",
     "disabled_torch_function",
     "dispatch_mode_is_active",
+    "follow_fsdp_parameters",
     "forward_ad_is_active",
     "functorch_is_active",
     "gomp_parallel",
@@ -63,6 +64,7 @@ __all__ = [
     "has_packed_linear",
     "is_compiled_wrapper",
     "is_copy_on_write",
+    "is_fsdp_managed",
     "is_functorch_tensor",
     "is_legacy_batched",
     "is_tracing",
@@ -315,3 +317,36 @@ class _RunDirectly:
     @staticmethod
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
         return function(*args)
+
+
+# Parameters that fully_shard has sharded
+
+
+def is_fsdp_managed(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on a module or on one around it (torch 2.4)."""
+    return bool(getattr(module, "_is_fsdp_managed_module", False))
+
+
+def follow_fsdp_parameters(model: nn.Module, sharded: Sequence[nn.Module]) -> None:
+    """Let the modules on which ``fully_shard`` was called find their parameters where these are in the model (torch 2.6).
+
+    They put a whole parameter into its module before a forward, and the shard afterwards.
+    """
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules() if sharded else ():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(id(parameter), []).append((module, name))
+    for state in (cast(Any, module)._get_fsdp_state() for module in sharded):
+        for group in getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group]):
+            for parameter in group.fsdp_params:
+                modules, names = zip(*places[id(parameter.sharded_param)], strict=True)
+                info = parameter._module_info
+                info.module, info.shared_modules = modules[0], list(modules[1:])
+                info.param_name, info.shared_param_names = names[0], list(names[1:])
+            hooks = group._module_to_pre_save_state_dict_hook_handle, group._module_to_pre_load_state_dict_hook_handle
+            if any(hooks):  # they let a state dict have the shards
+                for handle in [handle for handles in hooks for handle in handles.values()]:
+                    handle.remove()
+                for handles in hooks:
+                    handles.clear()
+                group._register_state_dict_hooks()

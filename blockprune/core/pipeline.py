@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from blockprune.core._compat import storage_id
 from blockprune.core.precision import no_autocast
+from blockprune.core.sharded_tensor import is_sharded
 from blockprune.core.types import Allocate, BlockMask, BlockScore, Collect, Data, Masks, Metric, Param, Scores, Sparsity, check_finite
 
 V = TypeVar("V")
@@ -73,7 +74,7 @@ class Pipeline:
             for name, score in scores.items():
                 if name in data and not score.value.isfinite().all():
                     check_finite(name, data[name].weight)
-        weights = {storage_id(param.weight) for param in data.values()}
+        weights = {storage_id(param.stored) for param in data.values() if not is_sharded(param.stored)}
         return {name: _unshared(score, weights) for name, score in scores.items()}
 
     def score(self, data: Data, sparsity: Sparsity | None = None) -> Scores:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.core.grid import BlockGrid, BlockShape
+from blockprune.core.sharded_tensor import whole
 
 
 def in_short(x: Any) -> str:
@@ -37,9 +38,14 @@ class Param:
         (2, 2)
     """
 
-    weight: Tensor = attrs.field(eq=_by_value, repr=in_short)  # [*grid.shape]
+    stored: Tensor = attrs.field(alias="weight", eq=_by_value, repr=in_short)  # [*grid.shape], maybe a DTensor
     grid: BlockGrid
     stats: Mapping[str, Tensor] = attrs.field(factory=dict, eq=False, repr=in_short)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, whole. A DTensor is gathered at each read, on all ranks, so that no more than one weight of a model is held whole."""
+        return whole(self.stored)
 
 
 @attrs.frozen(unsafe_hash=False)

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from blockprune.core.patterns import suggest
+from blockprune.core.sharded_tensor import is_sharded
 from blockprune.core.types import BlockMask, Masks, Weights
 from blockprune.export.format import BlockSparse, unpack
 from blockprune.export.packing import pack_weight
 from blockprune.export.sparse_layers import BlockSparseLinear
 from blockprune.model.apply import apply_masks, parameter_masks
-from blockprune.model.parameters import is_sharded
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -17,7 +17,7 @@ def score_each(data: Data, score: Callable[[Param], Tensor]) -> Scores:
     Where float32 overflows or underflows, the score is computed in float64, and stays in float64 if float32 cannot hold it.
     """
     with torch.no_grad():
-        return {name: BlockScore(_in_range(p, score), p.grid) for name, p in data.items()}
+        return {name: BlockScore(_in_range(attrs.evolve(p, weight=p.weight), score), p.grid) for name, p in data.items()}
 
 
 def _in_range(p: Param, score: Callable[[Param], Tensor]) -> Tensor:

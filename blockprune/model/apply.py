@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from blockprune.core._compat import data_address, parameter_names, storage_id
+from blockprune.core._compat import data_address, storage_id
 from blockprune.core._compat_hf import is_offloaded
 from blockprune.core.grid import BlockGrid
 from blockprune.core.patterns import suggest
+from blockprune.core.sharded_tensor import is_sharded, sharded_like, whole
 from blockprune.core.types import BlockMask, Masks, Weights
 from blockprune.model.hf_checkpoint import prepare_checkpoints
 from blockprune.model.masked_class import add_mask_methods, has_mask_methods, mask_index, own_class, refs_of_module, remove_mask_methods
@@ -25,11 +26,12 @@ from blockprune.model.parameters import (
     find_parameters,
     is_exported,
     is_replicated,
-    is_sharded,
     parameter_order,
     parameter_refs,
+    restore_order,
 )
 from blockprune.model.parametrization import MaskBlocks
+from blockprune.model.sharding import follow_parameters, has_moved_unnoticed, is_fully_sharded, reshard, without_fsdp_class
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -69,6 +71,7 @@ def apply_masks(
         >>> bp.apply_masks(model, {"weight": mask}).weight[:, 2:].abs().sum().item()
         0.0
     """
+    reshard(model)
     new_masks = _checked_masks(model, parameter_masks(model) if masks is None and weights is not None else cast(Masks, masks))
     _check_loaded([refs[0] for _, _, refs in new_masks], "apply_masks")
     _check_not_wrapped(model, new_masks)
@@ -96,6 +99,8 @@ def apply_masks(
             for ref, weight in written:
                 ref.stored.copy_(weight)
             raise
+        finally:
+            follow_parameters(model)
     prepare_checkpoints(model)
     return model
 
@@ -138,7 +143,7 @@ def _check_loaded(refs: list[ParameterRef], function: str) -> None:
 
 
 def _check_not_wrapped(model: nn.Module, new_masks: list[tuple[str, BlockMask, list[ParameterRef]]]) -> None:
-    """Raise if masks would be added or removed where DistributedDataParallel or fully_shard refer to the parameters already."""
+    """Raise if masks would be added or removed where DistributedDataParallel or a module around the model refers to the parameters."""
     replicated = is_replicated(model)
     before = dict(_masked_refs_by_name(model))
     after = {ref.name: ref for _, _, refs in new_masks for ref in distinct(refs)}
@@ -148,10 +153,10 @@ def _check_not_wrapped(model: nn.Module, new_masks: list[tuple[str, BlockMask, l
                 f"{name}: masks cannot be added to or removed from a model in DistributedDataParallel, which would no longer average the "
                 "gradients of this parameter; apply masks first and wrap the model afterwards (existing masks may be updated)"
             )
-        if is_sharded((before.get(name) or after[name]).stored):
+        if has_moved_unnoticed(model, (ref := before.get(name) or after[name]).owner):
             raise ValueError(
-                f"{name}: masks cannot be added to or removed from a parameter that fully_shard has sharded; apply masks first "
-                "and shard the model afterwards, or remove them from a model that has loaded the full state dict"
+                f"{name} {ref.shape}: this parameter is sharded by fully_shard of a module around the given one, which must learn that a "
+                "mask is added or removed; give the whole model to apply_masks"
             )
 
 
@@ -196,8 +201,9 @@ def finalize(model: M, *, inplace: bool = False) -> M:
         inplace: write the zeros into the model's own parameters, take its masks off, and return it, instead of a copy.
 
     Raises:
-        ValueError: a weight that accelerate has offloaded or that a hook computes; in place also one that another parametrization
-            computes, or a model in DistributedDataParallel. After any error the model is as it was before the call.
+        ValueError: a model in DistributedDataParallel, or one that ``fully_shard`` has sharded (see `distributed.full_state_dict`); a
+            weight that accelerate has offloaded or that a hook computes; in place also one that another parametrization computes or that
+            is a DTensor. After any error the model is as it was before the call.
 
     Example:
         >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
@@ -211,8 +217,15 @@ def finalize(model: M, *, inplace: bool = False) -> M:
             f"{computed[0]}: a hook of the old weight_norm, spectral_norm or torch.nn.utils.prune computes this weight, and torch cannot "
             "copy it; remove the hook (remove_weight_norm, remove_spectral_norm, prune.remove) or use torch.nn.utils.parametrizations"
         )
+    if any(map(is_fully_sharded, model.modules())) or is_replicated(model):
+        raise ValueError(
+            f"a {type(model).__name__} in DistributedDataParallel or fully_shard cannot be copied; call bp.finalize(wrapped.module) of "
+            "DistributedDataParallel, or bp.distributed.full_state_dict(model), which gathers what the finalized model would have"
+        )
     if inplace:
         masks = _masked_refs(model)
+        if sharded := [ref for ref, _ in masks if is_sharded(ref.stored)]:
+            raise ValueError(f"{sharded[0].name} {sharded[0].shape}: this weight is a DTensor; make a copy: finalize(model)")
         if other := [ref for ref, _ in masks if not ref.is_plain]:
             raise ValueError(
                 f"{other[0].name}: another parametrization computes this weight {other[0].shape}, so its zeros have no place; remove that "
@@ -329,8 +342,8 @@ def _checked_weight(name: str, ref: ParameterRef, weight: Any) -> Tensor:
         raise ValueError(f"{what} has a new weight of shape {tuple(weight.shape)}; give the whole weight")
     if weight.device.type == "meta" and stored.device.type != "meta":
         raise ValueError(f"{what} has a new weight on the meta device, which has no values; give a weight with values")
-    new = weight.detach().to(stored.device, stored.dtype)
-    if new.device.type != "meta" and not new.isfinite().all():
+    new = sharded_like(weight.detach().to(stored.device, stored.dtype), stored)
+    if new.device.type != "meta" and not whole(new.isfinite().all()):
         raise ValueError(f"{what} has a new weight with NaN or inf (as {stored.dtype}); give finite values")
     return new
 
@@ -355,10 +368,11 @@ def _set_mask(ref: ParameterRef, mask: BlockMask) -> None:
         ref.parametrizations[mask_index(ref)] = _new_parametrization(mask, ref, old.order)
         return
     order = parameter_order(owner)
-    if parametrize.is_parametrized(owner) and not has_mask_methods(owner):
-        owner.__class__ = own_class(owner)  # torch lets a copy of a parametrized module share its class
-    parametrize.register_parametrization(owner, ref.attr, _new_parametrization(mask, ref, order), unsafe=True)
-    add_mask_methods(owner)
+    with without_fsdp_class(owner):
+        if parametrize.is_parametrized(owner) and not has_mask_methods(owner):
+            owner.__class__ = own_class(owner)  # torch lets a copy of a parametrized module share its class
+        parametrize.register_parametrization(owner, ref.attr, _new_parametrization(mask, ref, order), unsafe=True)
+        add_mask_methods(owner)
 
 
 def _new_parametrization(mask: BlockMask, ref: ParameterRef, order: tuple[str, ...]) -> MaskBlocks:
@@ -371,18 +385,11 @@ def _remove_mask(ref: ParameterRef) -> None:
     mask, parametrizations, owner = ref.mask, ref.parametrizations, ref.owner
     assert mask is not None
     assert parametrizations is not None
-    if ref.is_plain:
-        parametrize.remove_parametrizations(owner, ref.attr, leave_parametrized=False)
-        restore_order(owner, mask.order)
-    else:
-        del parametrizations[mask_index(ref)]
-    if parametrize.is_parametrized(owner) and not any(other.mask for other in refs_of_module(owner)):
-        remove_mask_methods(owner)
-
-
-def restore_order(owner: nn.Module, order: tuple[str, ...]) -> None:
-    """Put a module's parameters in this order: torch appends a restored parameter at the end, but optimizers rely on the order."""
-    for name in sorted(parameter_names(owner), key=lambda attr: order.index(attr) if attr in order else len(order)):
-        parameter = getattr(owner, name)
-        delattr(owner, name)
-        owner.register_parameter(name, parameter)
+    with without_fsdp_class(owner):
+        if ref.is_plain:
+            parametrize.remove_parametrizations(owner, ref.attr, leave_parametrized=False)
+            restore_order(owner, mask.order)
+        else:
+            del parametrizations[mask_index(ref)]
+        if parametrize.is_parametrized(owner) and not any(other.mask for other in refs_of_module(owner)):
+            remove_mask_methods(owner)

@@ -7,6 +7,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from blockprune.core.grid import BlockGrid, pool
+from blockprune.core.sharded_tensor import sharded_like, whole
 from blockprune.core.types import BlockMask, Where, check_prunable
 from blockprune.model.apply import apply_masks, parameter_masks
 from blockprune.model.parameters import STORED_NAME, parameter_refs
@@ -35,7 +36,7 @@ def masks_from_zeros(model: nn.Module, *, where: Where) -> dict[str, BlockMask]:
     """
     masks = {}
     for name, (ref, grid) in select(model, where).items():
-        weight = ref.masked.detach()
+        weight = whole(ref.masked.detach())
         check_prunable(name, weight)
         masks[name] = BlockMask(pool(weight != 0, grid) > 0, grid)
     return masks
@@ -49,7 +50,8 @@ def load_masked(model: M, state: Mapping[str, Tensor]) -> M:
 
     Args:
         model: masked or not.
-        state: what ``masked_model.state_dict()`` returned, or the tensors of a checkpoint file of it.
+        state: what ``masked_model.state_dict()`` returned, or the tensors of a checkpoint file of it. A sharded model can be given the
+            state of a whole model, on every rank.
 
     Raises:
         ValueError: the state has a mask of other blocks than the model, lacks a tensor of the model, has another tensor,
@@ -73,12 +75,12 @@ def load_masked(model: M, state: Mapping[str, Tensor]) -> M:
     if is_masked_anew:
         apply_masks(model, before | masks)
     try:
-        _check_state(model, state)
+        fitting = _fitting_state(model, state)
     except ValueError:
         if is_masked_anew:
             apply_masks(model, before)
         raise
-    model.load_state_dict(state, strict=False)  # _check_state has compared the names; an alias of a tied tensor may be missing
+    model.load_state_dict(fitting, strict=False)  # _fitting_state has compared the names; an alias of a tied tensor may be missing
     return model
 
 
@@ -117,8 +119,8 @@ def _mask_in_state(name: str, shape: tuple[int, ...], keep: Tensor, block: Tenso
         raise ValueError(f"{name}: the mask in the state does not fit this parameter {shape}: {error}") from None
 
 
-def _check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Raise unless the state has exactly the tensors of the model, in their shapes."""
+def _fitting_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state with shards for a sharded model. Raise unless it has exactly the tensors of the model, in their shapes."""
     expected = model.state_dict()
     aliases = {ref.stored_name: [ref.stored_name for ref in refs] for refs in parameter_refs(model).values() for ref in refs}
     stored_names = {match.expand(r"\1\2"): name for name in expected if (match := STORED_NAME.fullmatch(name))}
@@ -132,3 +134,4 @@ def _check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name, key in names.items():
         if tuple(state[key].shape) != tuple(expected[name].shape):
             raise ValueError(f"{key}: the state has the shape {tuple(state[key].shape)}, but the model has {tuple(expected[name].shape)}")
+    return {key: sharded_like(tensor, expected[stored_names.get(key, key)]) for key, tensor in state.items()}

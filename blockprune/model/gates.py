@@ -16,12 +16,12 @@ from torch.nn.utils import parametrize
 from blockprune.core.grid import BlockGrid, block_elements
 from blockprune.core.patterns import resolve_by_name
 from blockprune.core.precision import at_least_float32, no_autocast
+from blockprune.core.sharded_tensor import is_sharded
 from blockprune.core.types import BlockScore, Where
-from blockprune.model.apply import restore_order
 from blockprune.model.gate_kinds import Gate, hard_concrete, n_of_m, soft_movement
 from blockprune.model.masked_class import has_mask_methods, own_class
 from blockprune.model.masking import broadcastable
-from blockprune.model.parameters import ParameterRef, distinct, is_replicated, parameter_order, parameter_refs
+from blockprune.model.parameters import ParameterRef, distinct, is_replicated, parameter_order, parameter_refs, restore_order
 from blockprune.model.parametrization import MaskBlocks
 from blockprune.model.selection import select
 
@@ -95,7 +95,7 @@ def add(model: M, *, where: Where, gate: Gate | None = None, initial: float = 2.
         raise TypeError(f"gate is a {type(gate).__name__}; give a Gate, such as bp.gates.hard_concrete()")
     if isinstance(initial, bool) or not isinstance(initial, numbers.Real) or not math.isfinite(initial):
         raise ValueError(f"initial={initial!r} must be a finite number")
-    _check_not_replicated(model)
+    _check_not_wrapped(model)
     selected, refs = select(model, where), parameter_refs(model)
     for name, (ref, _) in selected.items():
         if _gate_of(ref) is not None:
@@ -113,7 +113,12 @@ def add(model: M, *, where: Where, gate: Gate | None = None, initial: float = 2.
     return model
 
 
-def _check_not_replicated(model: nn.Module) -> None:
+def _check_not_wrapped(model: nn.Module) -> None:
+    if any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "gates cannot be added to or removed from a model that fully_shard or parallelize_module has sharded; change the model first "
+            "and shard it afterwards"
+        )
     if is_replicated(model):
         raise ValueError(
             "gates cannot be added to or removed from a model in DistributedDataParallel, which would not average their gradients; change "
@@ -144,7 +149,7 @@ def remove(model: M, *, fold: bool = True) -> M:
         >>> type(model).__name__, type(bp.gates.remove(model)).__name__
         ('ParametrizedLinear', 'Linear')
     """
-    _check_not_replicated(model)
+    _check_not_wrapped(model)
     gated = _gated(model)
     for name, refs in gated.items():
         others = [p for p in refs[0].parametrizations or () if not isinstance(p, (GateBlocks, MaskBlocks))]

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from blockprune.core._compat import state_dict_hooks
 from blockprune.core.grid import BlockGrid
+from blockprune.core.sharded_tensor import is_sharded
 from blockprune.model.masking import mask_blocks
-from blockprune.model.parameters import STORED_NAME, is_exported, is_sharded
+from blockprune.model.parameters import STORED_NAME, is_exported
 from blockprune.model.parametrization import MaskBlocks
 
 QUANT_METHOD = "blockprune"  # under which transformers finds the loader of `blockprune.hf`

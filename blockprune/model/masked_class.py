@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from blockprune.core._compat import RNN_CACHES, rebuild_rnn_caches
+from blockprune.core.sharded_tensor import is_sharded
 from blockprune.model.parameters import ParameterRef, parameter_refs
 from blockprune.model.parametrization import MaskBlocks
 
@@ -99,4 +100,20 @@ def _load_from_state_dict(self: nn.Module, state_dict: dict[str, Any], prefix: s
     _super(self)._load_from_state_dict(state_dict, prefix, *args)
 
 
-_METHODS: Mapping[str, Any] = {"__deepcopy__": _deepcopy, "__setattr__": _setattr, "_load_from_state_dict": _load_from_state_dict}
+def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    """Raise for what ``parallelize_module`` and ``distribute_module`` do: they would lose the dense weight."""
+    ref = next((ref for ref in refs_of_module(self) if ref.mask and name in (ref.attr, ref.stored_name)), None)
+    if ref and is_sharded(param):
+        raise ValueError(
+            f"{ref.attr} {ref.shape} of a {type(self).__name__} is masked, and parallelize_module cannot shard a masked weight; call "
+            "parallelize_module first and apply the masks afterwards"
+        )
+    _super(self).register_parameter(name, param)
+
+
+_METHODS: Mapping[str, Any] = {
+    "__deepcopy__": _deepcopy,
+    "__setattr__": _setattr,
+    "_load_from_state_dict": _load_from_state_dict,
+    "register_parameter": _register_parameter,
+}

@@ -181,6 +181,34 @@ def _passed_on(method: Callable[..., Any]) -> Callable[..., Any]:
 
 _IN_PLACE = [name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__")]
 _IN_PLACE += [f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")]
-for _name in {*_IN_PLACE, "__setitem__"} - {"requires_grad_", "detach_", "share_memory_"}:
+_CHANGES = {*_IN_PLACE, "__setitem__"} - {"requires_grad_", "detach_", "share_memory_"}
+for _name in _CHANGES:
     if hasattr(Tensor, _name):
         setattr(MaskedWeight, _name, _passed_on(getattr(Tensor, _name)))
+
+
+@functools.cache
+def _masked_shard() -> type[Tensor]:
+    """The class of a masked DTensor. It is made late, because the module of DTensors is slow to import."""
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415
+
+    def refused(name: str) -> Callable[..., Any]:
+        def change(self: Tensor, *_: Any, **__: Any) -> Any:
+            raise RuntimeError(
+                f"{name} would change this masked weight {tuple(self.shape)} in place; as a DTensor it does not pass the change on to "
+                "the stored weight, so call bp.apply_masks(model, None, {name: weight}), or change layer.parametrizations.weight.original"
+            )
+
+        return change
+
+    def detach(self: Tensor) -> Tensor:
+        return as_masked_shard(DTensor.detach(self))
+
+    methods: dict[str, Any] = {name: refused(name) for name in _CHANGES if hasattr(DTensor, name)}
+    return type("MaskedShard", (DTensor,), {**methods, "detach": detach, "data": property(detach, refused("weight.data ="))})
+
+
+def as_masked_shard(masked: Tensor) -> Tensor:
+    """A masked DTensor, just computed, that raises where it would be changed in place: the change would be lost."""
+    masked.__class__ = _masked_shard()
+    return masked

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from blockprune.core._compat import is_legacy_batched
 from blockprune.core.grid import BlockGrid, expand
+from blockprune.core.sharded_tensor import is_sharded, sharded_mask
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -17,10 +18,15 @@ _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int6
 def mask_blocks(weight: Tensor, keep: Tensor, grid: BlockGrid) -> Tensor:
     """The weight with zeros in its pruned blocks: ``[*grid.shape]``, same dtype, differentiable. Pruned values may be NaN or inf.
 
+    Of a DTensor each rank masks its own shard; a partial sum is summed up first.
+
     Example:
         >>> mask_blocks(torch.tensor([[1.0, float("nan")]]), torch.tensor([[True, False]]), bp.BlockGrid((1, 2), (1, 1)))
         tensor([[1., 0.]])
     """
+    if is_sharded(weight):
+        weight = _summed(weight)
+        return torch.where(sharded_mask(keep, grid, weight), weight, 0)
     is_plain_cpu_tensor = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu"
     if not is_plain_cpu_tensor or torch.compiler.is_compiling():
         shape, mask = broadcastable(keep, grid)
@@ -58,6 +64,14 @@ def zeros_in_pruned_blocks(masked: Sequence[tuple[Tensor, Tensor, BlockGrid]]) -
             for weight, keep, grid, values in reversed(former):
                 weight[~expand(keep, grid)] = values
             raise
+
+
+def _summed(x: Any) -> Any:
+    """A DTensor of which no rank holds a partial sum."""
+    from torch.distributed.tensor import Replicate  # noqa: PLC0415 (slow, and there is a DTensor already)
+
+    placements = [Replicate() if p.is_partial() else p for p in x.placements]
+    return x if placements == list(x.placements) else x.redistribute(placements=placements)
 
 
 def straight_through(weight: Tensor, keep: Tensor, reached: Tensor, grid: BlockGrid, *, decay: float) -> Tensor:

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.core.grid import expand
+from blockprune.core.sharded_tensor import sharded_like
 from blockprune.core.types import BlockMask, Masks
 from blockprune.model.masking import mask_blocks
 from blockprune.model.parameters import ParameterRef, find_parameters
+from blockprune.model.sharding import reshard
 
 Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
 
@@ -34,6 +36,7 @@ def zero_new_blocks(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
         >>> bp.zero_new_blocks(model, after)
         {'weight': tensor([[3., 0.]])}
     """
+    reshard(model)
     weights: dict[str, Tensor] = {}
     for (name, refs), mask in zip(find_parameters(model, masks, what="masks").items(), masks.values(), strict=True):
         ref, present = refs[0], refs[0].mask
@@ -74,6 +77,7 @@ def reset_state(optimizer: Optimizer, model: nn.Module, before: Masks, after: Ma
         >>> optimizer.state[model.weight]["momentum_buffer"]
         tensor([[1., 0.]])
     """
+    reshard(model)
     refs = {name: users[0] for masks in (before, after) for name, users in find_parameters(model, masks, what="masks").items()}
     old, new = (dict(zip(find_parameters(model, masks, what="masks"), masks.values(), strict=True)) for masks in (before, after))
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -86,7 +90,7 @@ def reset_state(optimizer: Optimizer, model: nn.Module, before: Masks, after: Ma
     states = [(state, changed[name]) for name, ref in refs.items() for state in _states(optimizer, name, ref)]
     with torch.no_grad():
         for state, elements in states:
-            state.masked_fill_(elements.to(state.device), 0)
+            state.masked_fill_(sharded_like(elements.to(state.device), state), 0)
     return optimizer
 
 

@@ -6,7 +6,6 @@ modules share (tied weights) has the first of its names; references to all modul
 
 import contextlib
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
@@ -132,19 +131,15 @@ def distinct(refs: Iterable[ParameterRef]) -> list[ParameterRef]:
     return list(first.values())
 
 
-# the name of a masked weight in a state dict: (module.)parametrizations.(attribute).original
+# the names that torch gives to what belongs to a parametrized weight in a state dict: (module.)parametrizations.(attribute).(...)
+PARAMETRIZED_NAME = re.compile(r"(|.*\.)parametrizations\.([^.]+)\..*")
+# that of a masked weight: (module.)parametrizations.(attribute).original
 STORED_NAME = re.compile(r"(|.*\.)parametrizations\.([^.]+)\.original")
 
 
 def is_exported(module: nn.Module) -> bool:
     """Whether a layer computes with its kept blocks only; it then tells which those are, by a method ``block_mask()``."""
     return callable(getattr(module, "block_mask", None))
-
-
-def is_sharded(x: Tensor) -> bool:
-    """Whether a tensor is a DTensor, as ``fully_shard`` makes of parameters (their module is slow to import, and there are none before)."""
-    tensors = sys.modules.get("torch.distributed.tensor")
-    return tensors is not None and isinstance(x, tensors.DTensor)
 
 
 def stored_aliases(model: nn.Module) -> dict[str, list[str]]:
@@ -194,6 +189,14 @@ def parameter_order(owner: nn.Module) -> tuple[str, ...]:
     """The names of a module's parameters in the order of the plain module, as far as it is known."""
     refs = [ParameterRef("", owner, attr) for attr in getattr(owner, "parametrizations", ())]
     return next((ref.order for ref in refs if ref.order), (*parameter_names(owner), *(ref.attr for ref in refs)))
+
+
+def restore_order(owner: nn.Module, order: tuple[str, ...]) -> None:
+    """Put a module's parameters in this order: torch appends a restored parameter at the end, but optimizers rely on the order."""
+    for name in sorted(parameter_names(owner), key=lambda attr: order.index(attr) if attr in order else len(order)):
+        parameter = getattr(owner, name)
+        delattr(owner, name)
+        owner.register_parameter(name, parameter)
 
 
 def is_replicated(model: nn.Module) -> bool:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from blockprune.core._compat import functorch_is_active, is_tracing
 from blockprune.core.grid import BlockGrid
-from blockprune.model.masked_weight import MaskedWeight
+from blockprune.core.sharded_tensor import is_sharded
+from blockprune.model.masked_weight import MaskedWeight, as_masked_shard
 from blockprune.model.masking import mask_blocks, straight_through
 
 
@@ -18,7 +19,8 @@ class MaskBlocks(nn.Module):
 
     The mask is a buffer with one bool per block, so it is saved, moved and broadcast with the model, and a compiled model need not be
     recompiled when the mask is changed in place. The state dict has the shape of a block, so that a state of other blocks is refused.
-    NaN or inf in a pruned block reads as zero. Changing the weight in place also changes the stored weight (`MaskedWeight`).
+    NaN or inf in a pruned block reads as zero. Changing the weight in place also changes the stored weight (`MaskedWeight`), or raises if
+    that is a DTensor, of which each rank masks its own shard.
 
     Args:
         keep: ``[*grid.size]`` bool, True = kept; it is copied.
@@ -49,6 +51,8 @@ class MaskBlocks(nn.Module):
                 f"torch.jit.trace cannot record the mask of a weight {self.grid.shape}; trace bp.finalize(model), a copy with zeros "
                 "instead of masks (this also holds for torch.onnx.export(dynamo=False))"
             )
+        if is_sharded(weight):
+            return as_masked_shard(self._masked(weight))
         if functorch_is_active() or type(weight) not in (Tensor, nn.Parameter):
             return self._masked(weight)
         if self._last_read is not None and (last_read := self._last_read()) is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from blockprune.core.grid import BlockGrid, block_elements, pool, tiles
 from blockprune.core.patterns import suggest
 from blockprune.core.precision import at_least_float32, no_autocast
+from blockprune.core.sharded_tensor import sharded_like, whole
 from blockprune.core.types import Data, Masks, Param, Weights, Where
 from blockprune.model.masking import broadcastable, mask_blocks
 from blockprune.model.parameters import find_parameters
@@ -51,7 +52,7 @@ def group_lasso(model: nn.Module, *, where: Where, l1_ratio: float = 0.0) -> Ten
     penalties: list[Tensor] = []
     with no_autocast():
         for ref, grid in select(model, where).values():
-            weight = at_least_float32(ref.masked)
+            weight = at_least_float32(whole(ref.masked))
             norms = torch.linalg.vector_norm(tiles(weight, grid, fill=0), dim=1)  # [blocks]; its gradient is 0 for a block of zeros
             group = (norms * _root_of_elements(grid, norms).flatten()).sum()
             penalties.append((1 - l1_ratio) * group + l1_ratio * weight.abs().sum() if l1_ratio else group)
@@ -87,15 +88,15 @@ def proximal_group_lasso(model: M, *, where: Where, strength: float, l1_ratio: f
     for name, (ref, _) in selected:
         if not ref.is_plain:
             raise ValueError(f"{name} {ref.shape}: another parametrization computes this weight; leave it out with `excluding`")
-        if not ref.masked.detach().isfinite().all():
+        if not whole(ref.masked.detach().isfinite().all()):
             raise ValueError(f"{name} {ref.shape}: the weight has NaN or inf, so its blocks have no norm; take a lower learning rate")
     with torch.no_grad():
         for _, (ref, grid) in selected:
-            shrunk = _shrunk(ref.stored.detach(), grid, strength, l1_ratio)
+            stored, masked = whole(ref.stored.detach()), whole(ref.masked.detach())
+            shrunk = _shrunk(masked, grid, strength, l1_ratio)
             if ref.mask is not None:  # the rule may have other blocks than the mask
-                pruned = mask_blocks(ref.stored.detach(), ~ref.mask.keep, ref.mask.grid)
-                shrunk = mask_blocks(_shrunk(ref.masked.detach(), grid, strength, l1_ratio), ref.mask.keep, ref.mask.grid) + pruned
-            ref.stored.copy_(shrunk)
+                shrunk = mask_blocks(shrunk, ref.mask.keep, ref.mask.grid) + mask_blocks(stored, ~ref.mask.keep, ref.mask.grid)
+            ref.stored.copy_(sharded_like(shrunk, ref.stored))
     return model
 
 
@@ -162,7 +163,7 @@ def admm(model: nn.Module, *, where: Where, prune: Callable[[Data], Masks], prev
     for name, (ref, grid) in select(model, where).items():
         if previous is not None and name not in previous.duals:
             raise KeyError(f"previous lacks {name!r}, which `where` selects{suggest(name, previous.duals)}; give the same `where`")
-        weight = ref.masked.detach().clone()
+        weight = whole(ref.masked.detach()).clone()
         sums[name] = Param(weight if previous is None else weight + previous.duals[name].to(weight), grid)
     masks = prune(sums)
     targets: dict[str, Tensor] = {}
@@ -199,7 +200,7 @@ def admm_penalty(model: nn.Module, state: Admm, *, rho: float) -> Tensor:
         for (name, (ref, *_)), key in zip(find_parameters(model, state.targets, what="state").items(), state.targets, strict=True):
             if ref.shape != tuple(state.targets[key].shape):
                 raise ValueError(f"{name} {ref.shape}: the state has the shape {tuple(state.targets[key].shape)}; make it from this model")
-            weight = at_least_float32(ref.masked)
+            weight = at_least_float32(whole(ref.masked))
             penalties.append(rho / 2 * (weight - state.targets[key].to(weight) + state.duals[key].to(weight)).square().sum())
     return _total(penalties)
 

@@ -38,11 +38,11 @@ def _per_output(name: str, contribution: Callable[[Tensor], Tensor], of: Literal
     def compute(sums: Sums, ref: ParameterRef, param: Param) -> Tensor:
         value = sums["sum"] if of == "output_grad" else sums["sum"] / sums["n"]
         if input_axis(ref) == 1:
-            return value.view(-1, *[1] * (param.weight.ndim - 1))
+            return value.view(-1, *[1] * (len(param.grid.shape) - 1))
         value = value.view(getattr(ref.owner, "groups", 1), -1)  # [groups, outputs of a group], along axis 1 of the weight
         if len(value) > 1:
             value = value.repeat_interleave(param.grid.shape[0] // len(value), dim=0)
-        return value.view(*value.shape, *[1] * (param.weight.ndim - 2))
+        return value.view(*value.shape, *[1] * (len(param.grid.shape) - 2))
 
     return Statistic(name, of, init, update, compute)
 

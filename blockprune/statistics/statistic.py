@@ -1,5 +1,6 @@
 """What a statistic is: three pure functions, the evidence that they are given, and the sums that they keep."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
@@ -117,7 +118,7 @@ class Statistic:
 
 def zeros(*size: int, like: Param) -> Tensor:
     """Zeros to add to, in at least float32, on the weight's device."""
-    return torch.zeros(size, dtype=torch.promote_types(like.weight.dtype, torch.float32), device=like.weight.device)
+    return torch.zeros(size, dtype=torch.promote_types(like.stored.dtype, torch.float32), device=like.stored.device)
 
 
 def input_groups(ref: ParameterRef, param: Param) -> tuple[int, int]:
@@ -128,7 +129,7 @@ def input_groups(ref: ParameterRef, param: Param) -> tuple[int, int]:
         return groups, shape[0] // groups
     if ref.attr == "in_proj_weight":
         return 3, shape[1]
-    return getattr(ref.owner, "groups", 1), param.weight[0].numel()
+    return getattr(ref.owner, "groups", 1), math.prod(shape[1:])
 
 
 def zero_input_counts(ref: ParameterRef, param: Param, ndim: int) -> Tensor:

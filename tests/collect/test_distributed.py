@@ -1,5 +1,11 @@
 """Two processes: every rank ends with the statistics of all batches, and so with the same masks."""
 
+import os
+import re
+import weakref
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 import blockprune as bp
 
@@ -60,6 +69,134 @@ def test_every_rank_ends_with_the_statistics_of_all_batches(case: str, results: 
         assert torch.equal(keep, other_keep)
 
 
+# What both ranks do, and what they raise or return
+
+
+GRID = bp.BlockGrid((4, 4), (2, 2))
+
+
+def masks(*pruned: int, grid: bp.BlockGrid = GRID, **others: bp.BlockMask) -> bp.Masks:
+    keep = torch.ones(grid.size, dtype=torch.bool)
+    keep.view(-1)[list(pruned)] = False
+    return {"a.weight": bp.BlockMask(keep, grid), "b.weight": bp.BlockMask(torch.ones_like(keep), grid), **others}
+
+
+def the_same(rank: int) -> Any:
+    given = masks(1)
+    return bp.distributed.agree(given) is given and bp.distributed.agree({}) == {}
+
+
+def other_blocks_kept(rank: int) -> Any:
+    return bp.distributed.agree(masks(1, 2) if rank else masks(2, 3))
+
+
+def other_grids(rank: int) -> Any:
+    return bp.distributed.agree(masks(grid=bp.BlockGrid((4, 4), (4, 1)) if rank else GRID))
+
+
+def other_parameters(rank: int) -> Any:
+    return bp.distributed.agree(masks(**{"c.weight": masks()["a.weight"]} if rank else {}))
+
+
+def sharded() -> Any:
+    built: Any = model()
+    for layer in (built[0], built[2]):
+        fully_shard(layer)
+    return fully_shard(built)
+
+
+def sharded_and_a_rank_without_batches(rank: int) -> Any:
+    own = batches()[:2] if rank else []
+    return bp.collect.with_statistics(sharded(), batches=own, **{**options(), "statistics": [bp.statistics.input_sq]})
+
+
+def sharded_and_fewer_batches(rank: int) -> Any:
+    return bp.collect.with_statistics(sharded(), batches=batches()[: 2 + rank], **{**options(), "statistics": [bp.statistics.input_sq]})
+
+
+def replicated_and_a_rank_without_batches(rank: int) -> Any:
+    replica = DistributedDataParallel(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)))  # its buffers are broadcast before a forward
+    own = [] if rank else batches()[:2]
+    data = bp.collect.with_statistics(replica, batches=own, reduce=bp.distributed.all_reduce, **options())
+    return replica.broadcast_buffers, data["module.0.weight"].stats["input_sq"]
+
+
+def at_most_one_weight_is_whole(rank: int) -> Any:
+    """The most whole weights that are in memory while a sharded model is scored."""
+    gathered: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    gather = DTensor.full_tensor
+
+    def counted(self: Any, **options: Any) -> Tensor:
+        tensor = gather(self, **options)
+        gathered.append(weakref.ref(tensor))
+        alive.append(sum(ref() is not None for ref in gathered))
+        return tensor
+
+    DTensor.full_tensor = counted  # type: ignore[method-assign]
+    try:
+        for collect, metric in [
+            (partial(bp.collect.weights, where=bp.linears((2, 2))), bp.metric.l2),
+            (partial(bp.collect.with_statistics, where=bp.linears((2, 2)), batches=batches(), progress=False), bp.metric.wanda),
+        ]:
+            bp.Pipeline(collect, metric, bp.allocate.per_model)(sharded(), 0.5)
+    finally:
+        DTensor.full_tensor = gather  # type: ignore[method-assign]
+    return len(alive) >= 4, max(alive)
+
+
+RETURNS: dict[Callable[[int], Any], Any] = {
+    the_same: True,
+    at_most_one_weight_is_whole: (True, 1),
+    replicated_and_a_rank_without_batches: (True, torch.stack(batches()[:2]).square().mean((0, 1))[None]),
+}
+RAISES: dict[Callable[[int], Any], str] = {
+    other_blocks_kept: r"a\.weight \(4, 4\): the ranks keep other blocks, 2 of 4 differ; collect with reduce=",
+    other_grids: r"a\.weight: the ranks have other masks: .*\(2, 2\)\) on rank 0, .*\(4, 1\)\) on rank 1; prune with the same",
+    other_parameters: r"c\.weight: the ranks have other masks: no mask on rank 0, .* on rank 1",
+    sharded_and_a_rank_without_batches: r"batch 0: 1 of 2 ranks have one, .* give every rank as many batches",
+    sharded_and_fewer_batches: r"batch 2: 1 of 2 ranks have one, .* give every rank as many batches",
+}
+
+
+def run_all(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+    results: dict[str, Any] = {}
+    for function in (*RETURNS, *RAISES):
+        try:
+            results[function.__name__] = function(rank)
+        except ValueError as error:
+            results[function.__name__] = str(error)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
+    os._exit(0)  # freeing the reducer of DistributedDataParallel may hang: it joins a thread that needs Python's lock
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("all")
+    mp.spawn(run_all, (str(folder),), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", RETURNS, ids=lambda function: function.__name__)
+def test_both_ranks_return(function: Callable[[int], Any], of_ranks: list[dict[str, Any]]) -> None:
+    for results in of_ranks:
+        torch.testing.assert_close(results[function.__name__], RETURNS[function])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", RAISES, ids=lambda function: function.__name__)
+def test_both_ranks_raise(function: Callable[[int], Any], of_ranks: list[dict[str, Any]]) -> None:
+    for results in of_ranks:
+        assert re.search(RAISES[function], results[function.__name__])
+
+
 def test_without_a_process_group_it_says_so() -> None:
+    with pytest.raises(RuntimeError, match=r"distributed\.agree needs a process group"):
+        bp.distributed.agree(masks())
     with pytest.raises(RuntimeError, match="init_process_group"):
         bp.collect.with_statistics(model(), batches=batches(), reduce=bp.distributed.all_reduce, **options())

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
@@ -340,6 +341,29 @@ def test_all_tensors_of_a_parametrized_weight_are_listed() -> None:
         assert [tuple(x.shape) for x in _compat.originals(one.parametrizations.weight)] == [(3, 2)]
         assert not _compat.has_one_original(two.parametrizations.weight)
         assert [tuple(x.shape) for x in _compat.originals(two.parametrizations.weight)] == [(3, 1), (3, 2)]
+
+
+def test_fully_shard_finds_parameters_that_have_moved() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        with private("torch.nn.Module._is_fsdp_managed_module", "to refuse masks on a part of a model that is sharded as a whole"):
+            assert not _compat.is_fsdp_managed(model[0])
+            fully_shard(model)
+            assert _compat.is_fsdp_managed(model[0])
+        x = torch.ones(1, 2)
+        expected = model(x).detach()
+        model.reshard()
+        parametrize.register_parametrization(model[0], "weight", nn.Identity(), unsafe=True)
+        with private("torch.distributed.fsdp.FSDPModule._get_fsdp_state", "to add masks to a model that fully_shard has sharded"):
+            _compat.follow_fsdp_parameters(model, [model])
+            assert torch.equal(model(x), expected)
+            assert type(model[0].parametrizations.weight.original) is nn.Parameter  # whole after a forward, until the state dict is read
+            state = model.state_dict()
+            assert all(isinstance(tensor, torch.distributed.tensor.DTensor) for tensor in state.values())
+            assert list(state) == ["0.bias", "0.parametrizations.weight.original", "1.weight", "1.bias"]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_layers_that_read_their_childrens_weights_are_recognised() -> None:
