@@ -174,7 +174,7 @@ def _layers_to_convert_when_called(model: nn.Module, called: set[nn.Module]) -> 
     for module in model.modules():
         for p in module.parameters(recurse=False):
             owners.setdefault(id(p), set()).add(module)
-    plain = {module for module in called if isinstance(vars(module)["_parameters"].get("weight"), nn.Parameter)}
+    plain = {module for module in called if "weight" in dict(module.named_parameters(recurse=False, remove_duplicate=False))}
     weights = {module: cast(Tensor, module.weight) for module in plain}
     return [m for m, w in weights.items() if w.is_floating_point() and w.itemsize < 8 and owners[id(w)] <= plain]
 
