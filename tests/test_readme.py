@@ -71,6 +71,16 @@ def test_the_speed_of_training_is_what_was_recorded() -> None:
     assert f"a masked one {dense / masked:.2f} times" in README
 
 
+def test_what_distillation_gives_back_is_what_was_recorded() -> None:
+    answer = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "recover_minilm.json").read_text())["answer"]
+    minutes, before, after, correlation, dense = re.findall(
+        r"\((\d+) minutes\).*cosine Lee50 ([\d.]+) -> ([\d.]+).*correlation Lee50 [\d.]+ -> ([\d.]+) \(([\d.]+)\)", answer
+    )[0]
+    text = README.replace("\n", " ")
+    assert f"({minutes} minutes, `python benchmarks/recover.py`), the half-pruned model rises from cosine {before} to {after}" in text
+    assert f"people's judgements is {correlation}, that of the dense model {dense}" in text
+
+
 def fastest(output: str, start: str) -> str:
     times = re.findall(rf"^{start}(?:, oneDNN packed)?  +\w+ +([\d.]+) ", output, re.MULTILINE)
     return f"{min(map(float, times)):.0f}"
