@@ -40,6 +40,7 @@ LOSSES: dict[str, losses.DistillLoss] = {
     "cosine": losses.cosine,
     "cosine + hidden states": losses.weighted({losses.cosine: 1.0, losses.hidden_states: 1.0}),
 }
+NOT_OF_THE_RUN = ("folder", "control", "picture", "deploy", "rounds", "draw")  # options that do not change what is trained and judged
 REPORTED, VALIDATION = 30, 4  # articles: the last ones are reported, those before them are for choices, all others are trained on
 NEWS_VALIDATION, NEWS_REPEATS = 20, 3  # of the news texts of MiniLM: how many are for choices, and how often a pass has the others
 
@@ -218,6 +219,10 @@ def main(options: argparse.Namespace) -> None:
     name = title.replace("; ", ", ").replace(",", "") + f" seed {options.seed}"
     path = options.folder / f"{name}.pt"
     record = torch.load(path, weights_only=True) if path.exists() else {"seconds": 0.0, "curve": [], "figures": {}, "state": None}
+    chosen = {key: str(value) for key, value in vars(options).items() if key not in NOT_OF_THE_RUN}
+    if record.get("options") not in (None, chosen):
+        raise SystemExit(f"{path} is of a run with other options; give another --folder")
+    record["options"] = chosen
     copied = copy.deepcopy(model)
 
     def judged(weights: bp.Weights) -> nn.Module:
@@ -312,7 +317,7 @@ def draw(runs: Sequence[dict[str, Any]], picture: Path) -> None:
     for run in runs:
         tokens, _, values = zip(*run["curve"], strict=True)
         axes.plot(tokens, values, marker=".", label=run["title"])
-    axes.set(xlabel="tokens trained on", ylabel=f"{runs[0]['curve_name']}, validation articles")
+    axes.set(xlabel="tokens trained on", ylabel=f"{runs[0]['curve_name']}, validation texts")
     axes.set_yscale("log" if runs[0]["curve_name"] == "perplexity" else "linear")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -344,6 +349,10 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=9, help="of --deploy, of which the median counts")
     parser.add_argument("--draw", type=Path, nargs="+", help="only draw these runs (.json) into --picture")
     options = parser.parse_args()
+    if options.deploy and (options.model != "minilm" or options.pattern != "16x16" or not options.sparsity):
+        parser.error("--deploy is for --model minilm in 16x16 blocks")
+    if options.draw and not options.picture:
+        parser.error("--draw needs --picture, the file to draw into")
     if options.draw:
         draw([json.loads(path.read_text()) for path in options.draw], options.picture)
     else:

@@ -314,8 +314,8 @@ def _scores_in_passes(
 
 def _parts_of(model: nn.Module, collect: Collect, passes: int) -> list[Collect]:
     """Collectors of consecutive parameters whose Gram matrices of inputs have about the same size."""
-    if passes < 1:
-        raise ValueError(f"passes={passes} must be at least 1")
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+        raise ValueError(f"passes={passes!r} must be a whole number, at least 1")
     if passes == 1:
         return [collect]
     where = signature(collect).parameters.get("where")

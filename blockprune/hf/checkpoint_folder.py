@@ -113,10 +113,11 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the configuration, of all names, shapes and types, and of samples of each file's contents."""
+        """A hash of the configuration, of all names, shapes and types, of the time of each file, and of samples of its contents."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         digest.update(json.dumps(sorted((key, *attrs.astuple(tensor)) for key, tensor in self.tensors.items())).encode())
         for name in sorted({tensor.file for tensor in self.tensors.values()}):
+            digest.update(str((self.folder / name).stat().st_mtime_ns).encode())
             with open(self.folder / name, "rb") as file:
                 size = file.seek(0, 2)
                 for sample in range(SAMPLES):
@@ -129,6 +130,8 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     """The file of each tensor, or None if there is no index but one file."""
     try:
         index = json.loads((folder / INDEX).read_text())["weight_map"]
+        if (folder / SINGLE).is_file() and SINGLE not in index.values():
+            raise ValueError(f"the folder also has {SINGLE}, which from_pretrained reads instead; remove the file that is not wanted")
         if (
             not isinstance(index, dict)
             or not index
@@ -254,6 +257,19 @@ class Skeleton:
         """The model with the parameters of one layer loaded, or with None those outside of all layers."""
         inside = {name for other in order for name in other.local_names}
         return self.loaded(layer.local_names if layer else [name for name in self.refs if name not in inside])
+
+    def check_ties(self) -> None:
+        """Raise a ValueError if the checkpoint has different values for names that the model ties."""
+        keys_of: dict[str, list[str]] = {}
+        for key, name in self.names.items():
+            keys_of.setdefault(name, []).append(key)
+        for first, *others in keys_of.values():
+            for other in others:
+                if not torch.equal(self.checkpoint.read(first), self.checkpoint.read(other)):
+                    raise ValueError(
+                        f"{self.checkpoint.folder}: the model ties {first} and {other}, but their values differ; set tie_word_embeddings "
+                        "to false in config.json, or remove the tensor that is not used"
+                    )
 
     def _set(self, name: str, parameter: Tensor) -> None:
         for ref in self.refs[name]:

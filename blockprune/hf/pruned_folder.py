@@ -72,7 +72,7 @@ class PrunedFolder:
             ValueError: the file has been damaged or is another one.
         """
         path = self.path / self.file(number)
-        if not path.exists():
+        if not path.exists() or not (self.is_finished or self._masks(number).exists()):
             return False
         if set(stored_tensors(path)) != set(self.parts[number]):
             raise ValueError(f"{path} has other tensors than this checkpoint; delete it, and it will be made again")
@@ -96,11 +96,11 @@ class PrunedFolder:
         return Checkpoint(self.path, stored_tensors(self.path / self.file(number))).read(key)
 
     def finish(self, source: Path) -> Masks:
-        """Write the masks and the index, and copy all files of the source but its weights."""
+        """Write the masks and the index, and copy all files of the source but its weights; its subfolders are not copied."""
         masks = {name: mask for number in range(len(self.parts)) for name, mask in self.masks(number).items()}
         save_masks(masks, self.path / MASKS)
         for file in sorted(source.iterdir()):
-            if file.is_file() and not file.name.endswith(WEIGHT_FILES):
+            if file.is_file() and file.name != STATE and not file.name.endswith(WEIGHT_FILES):
                 replace_file(self.path / file.name, lambda path, file=file: shutil.copyfile(file, path))  # type: ignore[misc]
         weight_map = {key: self.file(number) for number, keys in enumerate(self.parts) for key in keys}
         size = sum(_data_bytes(self.path / self.file(number)) for number in range(len(self.parts)))
@@ -175,10 +175,11 @@ def _locked(folder: Path) -> Iterator[None]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another process is writing into {folder}; wait for it, or give another folder") from None
         yield
-    except BlockingIOError:
-        raise BlockingIOError(f"another process is writing into {folder}; wait for it, or give another folder") from None
     finally:
         os.close(descriptor)
 

@@ -1,6 +1,5 @@
 """Prune a checkpoint folder into another without ever loading the whole model."""
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -18,6 +17,7 @@ from blockprune.core.pipeline import Pipeline, as_code
 from blockprune.core.types import Masks, Param, Sparsity, check_finite, check_prunable
 from blockprune.hf.checkpoint_folder import Checkpoint, Skeleton
 from blockprune.hf.pruned_folder import MASKS, PrunedFolder, opened
+from blockprune.hf.recipe_hash import recipe_hash
 from blockprune.hf.streamed_budget import layer_budget
 from blockprune.model.masking import mask_blocks
 from blockprune.model.selection import select
@@ -55,7 +55,7 @@ def prune_checkpoint(
             output, such as a loss, it must give.
         device: where layers are loaded and computed.
         spill: keep the hidden states of all batches in files in ``destination`` instead of in memory.
-        callback: called with the layer's name after each layer is written.
+        callback: called with the name of each file of weights after it is written: one for each layer, then those of all else.
 
     Returns:
         The masks, by parameter name.
@@ -80,7 +80,7 @@ def prune_checkpoint(
         >>> bp.sparsity(masks), bp.masks_from_zeros(pruned, where=where) == masks
         (0.5, True)
     """
-    source, destination = Path(source), Path(destination)
+    source, destination, sparsity = Path(source), Path(destination), _plain(sparsity)
     if not isinstance(recipe, (OneShot, LayerByLayer)):
         raise TypeError(
             f"recipe is a {type(recipe).__name__}; give a value of bp.recipes, such as bp.recipes.sparsegpt(where, calibration)"
@@ -90,23 +90,41 @@ def prune_checkpoint(
     checkpoint = Checkpoint.open(source)
     skeleton = Skeleton.of(checkpoint, model_class=model_class, device=device)
     order = _layers(skeleton, recipe)
+    skeleton.check_ties()
     folder = PrunedFolder(destination, _parts(skeleton, order))
-    batches = recipe.calibration.batches if isinstance(recipe, LayerByLayer) else ()
     state = {
         "version": VERSION,
         "recipe": repr(recipe),
-        "sparsity": sparsity if isinstance(sparsity, (int, float)) else dict(sparsity),
+        "sparsity": sparsity,
         "source": checkpoint.fingerprint,
-        "calibration data": _data_fingerprint(batches),
+        "model class or device": f"{type(skeleton.model).__qualname__}, {skeleton.device}",
+        "calibration data": recipe_hash(recipe.calibration.batches if isinstance(recipe, LayerByLayer) else ()),
+        "recipe or calibration data": recipe_hash(recipe),
     }
     with opened(folder, state):
         if folder.is_finished:
+            if missing := [folder.file(number) for number in range(len(folder.parts)) if not folder.is_written(number)]:
+                raise ValueError(f"{destination} was finished, but {missing[0]} is missing; delete the folder and begin again")
             return load_masks(destination / MASKS)
         if isinstance(recipe, OneShot):
             _prune_at_once(skeleton, folder, recipe.pipeline, sparsity, callback)
         else:
             _prune_layers(skeleton, folder, recipe, sparsity, spill, callback)
         return folder.finish(source)
+
+
+def _plain(sparsity: Sparsity) -> float | dict[str, float]:
+    """The sparsity in numbers of Python.
+
+    Raises:
+        TypeError: neither a number nor a mapping of numbers.
+    """
+    try:
+        return {name: float(value) for name, value in sparsity.items()} if isinstance(sparsity, Mapping) else float(sparsity)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"sparsity={sparsity!r} must be a number from 0 to 1, or a mapping from names or patterns to such numbers"
+        ) from None
 
 
 def _layers(skeleton: Skeleton, recipe: OneShot | LayerByLayer) -> list[Layer]:
@@ -252,28 +270,3 @@ def _prune_layers(  # noqa: PLR0917
             folder.write(number, {key: skeleton.checkpoint.read(key) for key in folder.parts[number]}, masks={})
             if callback:
                 callback(folder.file(number))
-
-
-def _data_fingerprint(batches: Any) -> str:
-    """A hash of all tensors of the batches."""
-    if isinstance(batches, Iterator):
-        raise TypeError(f"calibration.batches is a {type(batches).__name__}, which can be used once only; give a list of batches")
-    digest = hashlib.sha256()
-    for batch in batches:
-        _add_to(digest, batch)
-    return digest.hexdigest()
-
-
-def _add_to(digest: Any, value: Any) -> None:
-    if isinstance(value, Tensor):
-        digest.update(repr((value.dtype, tuple(value.shape))).encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            digest.update(repr(key).encode())
-            _add_to(digest, item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            _add_to(digest, item)
-    else:
-        digest.update(repr(value).encode())

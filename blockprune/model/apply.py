@@ -21,6 +21,7 @@ from blockprune.model.masked_class import add_mask_methods, has_mask_methods, ma
 from blockprune.model.masking import mask_blocks, zeros_in_pruned_blocks
 from blockprune.model.parameters import (
     ParameterRef,
+    check_own_memory,
     computed_attributes,
     distinct,
     find_parameters,
@@ -202,8 +203,8 @@ def finalize(model: M, *, inplace: bool = False) -> M:
 
     Raises:
         ValueError: a model in DistributedDataParallel, or one that ``fully_shard`` has sharded (see `distributed.full_state_dict`); a
-            weight that accelerate has offloaded or that a hook computes; in place also one that another parametrization computes or that
-            is a DTensor. After any error the model is as it was before the call.
+            weight that accelerate has offloaded or that a hook computes; in place also one that another parametrization computes, that is
+            a DTensor or shares its memory. After any error the model is as it was before the call.
 
     Example:
         >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
@@ -231,6 +232,7 @@ def finalize(model: M, *, inplace: bool = False) -> M:
                 f"{other[0].name}: another parametrization computes this weight {other[0].shape}, so its zeros have no place; remove that "
                 "parametrization, or make a copy: finalize(model)"
             )
+        check_own_memory(model, [ref.stored for ref, _ in masks], "finalize")
         for ref, _ in masks:
             ref.masked.detach()  # a read writes changes through views of earlier reads into the stored weight
         with zeros_in_pruned_blocks([(ref.stored, mask.keep, mask.grid) for ref, mask in masks]):

@@ -11,6 +11,8 @@ from torch import Tensor
 
 __all__ = ["Gate", "hard_concrete", "n_of_m", "soft_movement"]
 
+MOST_CHOICES = 1000  # of n of m blocks
+
 
 @attrs.frozen
 class Gate:
@@ -105,8 +107,8 @@ def n_of_m(n: int = 2, m: int = 4, *, axis: int = 1, temperature: float = 1.0) -
 
     A choice of n of m blocks has a probability proportional to ``exp(sum of its logits)``. In training a choice is drawn by the Gumbel
     softmax from torch's global generator whenever the weight is read: factors are between 0 and 1, and nearer to these the lower the
-    temperature is. In evaluation mode it is the likeliest choice, which `allocate.n_of_m` makes of the scores, too. The sparsity is always
-    ``1 - n / m``, so these gates need no penalty.
+    temperature is. In evaluation mode it is the likeliest choice, which `allocate.n_of_m` makes of the scores, too (of equal
+    logits it may take others). The sparsity is always ``1 - n / m``, so these gates need no penalty.
 
     Args:
         n: how many blocks of every m are open.
@@ -115,8 +117,8 @@ def n_of_m(n: int = 2, m: int = 4, *, axis: int = 1, temperature: float = 1.0) -
         temperature: tau of the paper, above 0.
 
     Raises:
-        ValueError: n that is not above 0 and below m, a temperature that is not positive; and, when a weight is read, m that does not
-            divide its blocks.
+        ValueError: n that is not above 0 and below m, more than 1,000 choices, a temperature that is not positive; and, when a weight is
+            read, m that does not divide its blocks.
 
     Example:
         >>> gate = bp.gates.n_of_m(2, 4)
@@ -128,6 +130,10 @@ def n_of_m(n: int = 2, m: int = 4, *, axis: int = 1, temperature: float = 1.0) -
     """
     if not (isinstance(n, int) and isinstance(m, int) and 0 < n < m):
         raise ValueError(f"n={n!r} and m={m!r} must be whole numbers with 0 < n < m, such as n=2 and m=4")
+    if (choices := math.comb(m, n)) > MOST_CHOICES:
+        raise ValueError(
+            f"n={n}, m={m} have {choices:,} choices, and every read computes all; take at most {MOST_CHOICES:,}, such as 2 of 4"
+        )
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be above 0")
     return Gate(partial(_choice, temperature=temperature, n=n, m=m, axis=axis), partial(_choice_is_open, n=n, m=m, axis=axis))
@@ -138,7 +144,7 @@ def _choice(logits: Tensor, training: bool, *, temperature: float, n: int, m: in
     if not training:
         return _unbank(torch.zeros_like(banks).scatter(-1, banks.topk(n, -1).indices, 1.0), logits, axis)
     choices = _choices(n, m, logits)
-    gumbel = -torch.empty(*banks.shape[:-1], len(choices), dtype=logits.dtype, device=logits.device).exponential_().log()
+    gumbel = -torch.empty(*banks.shape[:-1], len(choices), device=logits.device).exponential_().log()  # float16 would draw exact zeros
     return _unbank(((banks @ choices.mT + gumbel) / temperature).softmax(-1) @ choices, logits, axis)
 
 

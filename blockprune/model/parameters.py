@@ -5,16 +5,19 @@ modules share (tied weights) has the first of its names; references to all modul
 """
 
 import contextlib
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 import attrs
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from blockprune.core._compat import has_one_original, originals, parameter_names
+from blockprune.core._compat import has_one_original, originals, parameter_names, storage_id
 from blockprune.core.patterns import suggest
+from blockprune.core.sharded_tensor import is_sharded
 from blockprune.model.parametrization import MaskBlocks
 
 
@@ -232,3 +235,19 @@ def find_parameters(model: nn.Module, names: Iterable[str], *, what: str) -> dic
             raise KeyError(f"{what} names one tied tensor twice: {name!r} is the same as {canonical[name]!r}; give it once")
         selected[canonical[name]] = refs[canonical[name]]
     return selected
+
+
+def check_own_memory(model: nn.Module, changed: Iterable[Tensor], function: str) -> None:
+    """Raise if a change of these tensors in place would change another tensor, or one of their own elements twice.
+
+    Raises:
+        ValueError: a tensor that shares its memory with another parameter or buffer, or is expanded.
+    """
+    chosen, owners = {id(x) for x in changed}, dict[int, tuple[str, Tensor]]()
+    for name, x in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if x.numel() and not x.is_meta and not is_sharded(x) and x.layout == torch.strided:
+            other, first = owners.setdefault(storage_id(x), (name, x))
+            is_expanded = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
+            if (first is not x and chosen & {id(x), id(first)}) or (is_expanded and id(x) in chosen):
+                what = f"shares its memory with {other}" if first is not x else "is expanded, so its elements share memory"
+                raise ValueError(f"{name} {tuple(x.shape)} {what}; {function} cannot change it in place, so make a copy: inplace=False")

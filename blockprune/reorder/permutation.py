@@ -12,7 +12,7 @@ from blockprune.core.grid import BlockGrid, block_elements, expand
 from blockprune.core.patterns import suggest
 from blockprune.core.types import BlockScore, Scores
 from blockprune.core.unit_permutation import UnitPermutation, checked_names
-from blockprune.model.parameters import parameter_refs
+from blockprune.model.parameters import check_own_memory, parameter_refs
 
 __all__ = ["permute", "sort_units"]
 
@@ -29,12 +29,13 @@ def permute(model: M, plan: Sequence[UnitPermutation], *, inplace: bool = False)
     Args:
         model: any module without masks; it is not changed, unless ``inplace``.
         plan: the permutations, each of other axes; a tied tensor must be listed by all its names.
-        inplace: reorder the model's own tensors and return it, instead of a copy. After an error they have their former order.
+        inplace: reorder the model's own tensors and their gradients and return it, instead of a copy; an optimizer's state keeps its order.
+            After an error they have their former order.
 
     Raises:
         KeyError: a name that the model does not have.
         ValueError: a masked model, a number of units that does not divide an axis, an axis that two permutations reorder, a tensor that is
-            tied to one that is not listed, a parameter that a parametrization computes.
+            tied to one that is not listed, a parameter that a parametrization computes; in place also one that shares its memory.
         TypeError: a plan that is not a sequence of `UnitPermutation`.
 
     Example:
@@ -47,6 +48,8 @@ def permute(model: M, plan: Sequence[UnitPermutation], *, inplace: bool = False)
     orders = _orders_by_axis(model, plan)
     permuted = model if inplace else copy.deepcopy(model)
     tensors, written = _named_tensors(permuted), list[_Written]()
+    if inplace:
+        check_own_memory(model, [tensors[name] for name, _ in orders], "permute")
     with torch.no_grad():
         try:
             for (name, axis), order in orders.items():
@@ -58,6 +61,9 @@ def permute(model: M, plan: Sequence[UnitPermutation], *, inplace: bool = False)
             for tensor in reversed(written if inplace else []):
                 tensor.restore()
             raise
+        for (name, axis), order in orders.items():
+            if (gradient := tensors[name].grad) is not None:
+                tensors[name].grad = _reordered(gradient, axis, order)
     return permuted
 
 

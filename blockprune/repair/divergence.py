@@ -1,5 +1,6 @@
 """The Kullback-Leibler divergence of two tensors of logits, in less time and memory than its formula takes for a large vocabulary."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ CPU_CHUNK, GPU_CHUNK = 2**18, 2**26  # logits that are worked on together; those
 def of_logits(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """``KL(softmax(teacher / T) || softmax(student / T))`` of logits ``[..., classes]``: numbers ``[...]``, in float32 or wider.
 
-    Only the student's gradient is kept, in its dtype, where the formula keeps several tensors of the logits' size in float32.
+    Until the backward pass both logits and the student's gradient are kept, in the student's dtype, where the formula keeps several tensors
+    of their size in float32.
     """
-    is_plain = teacher.requires_grad or functorch_is_active() or forward_ad_is_active() or is_tracing() or torch.compiler.is_compiling()
-    if is_plain:
+    is_plain = torch.compiler.is_compiling() or functorch_is_active() or forward_ad_is_active() or is_tracing()
+    if is_plain or teacher.requires_grad or isinstance(temperature, Tensor):
         return _formula(student, teacher, temperature)
     divergence: Tensor = _Divergence.apply(student, teacher, temperature)  # type: ignore[no-untyped-call]
     return divergence
@@ -49,14 +51,11 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        rows, targets = student.detach().flatten(0, -2), teacher.flatten(0, -2)
-        elements = CPU_CHUNK * torch.get_num_threads() if student.device.type == "cpu" else GPU_CHUNK
-        size = max(1, elements // max(1, student.shape[-1]))
+        rows, targets = (x.detach().reshape(-1, student.shape[-1]) for x in (student, teacher))
         kept = torch.float32 if rows.dtype == torch.float16 else rows.dtype  # float16 has no numbers below 6e-8
         gradient = torch.empty_like(rows, dtype=kept) if ctx.needs_input_grad[0] else None
         divergence = rows.new_empty(len(rows), dtype=at_least_float32(rows[:0]).dtype)
-        for start in range(0, len(rows), size):
-            part = slice(start, start + size)
+        for part in _parts(rows):
             q, p = log_softmax(rows[part], temperature), log_softmax(targets[part], temperature)
             divergence[part] = of_log_probabilities(q, p)
             if gradient is not None:
@@ -71,5 +70,14 @@ class _Divergence(torch.autograd.Function):
         if torch.is_grad_enabled():  # a derivative of this gradient is wanted
             divergence = _formula(student, teacher, ctx.temperature)
             return torch.autograd.grad(divergence, student, outer, create_graph=True)[0], None, None
-        scale = outer.reshape(-1, 1).to(gradient.dtype)
-        return (gradient * scale).view(student.shape).to(student.dtype), None, None
+        scaled = torch.empty_like(gradient, dtype=student.dtype)
+        for part in _parts(gradient):
+            scaled[part] = gradient[part] * outer.reshape(-1, 1)[part]  # in float32: rounded factors would change all numbers alike
+        return scaled.view(student.shape), None, None
+
+
+def _parts(rows: Tensor) -> Iterator[slice]:
+    """A few consecutive rows at a time."""
+    elements = CPU_CHUNK * torch.get_num_threads() if rows.device.type == "cpu" else GPU_CHUNK
+    size = max(1, elements // max(1, rows.shape[-1]))
+    return (slice(start, start + size) for start in range(0, len(rows), size))

@@ -126,6 +126,10 @@ def _head_gradients(
             if not number:
                 with replaced_forwards(order, partial(run_loaded, load, forms)):
                     expected = _loss_value(calibration, calibration.forward(model, batch), batch)
+                if isinstance(expected, Tensor) and not expected.isfinite().all():
+                    raise ValueError(
+                        f"the loss of batch 0 is {expected.flatten()[0].item()}; check the batch and the weights for NaN and inf"
+                    )
                 with replaced_forwards(order, partial(skip, forms, results={last: outputs[0]})):
                     is_known = "unknown" not in forms.values()
                     if not is_known or not are_equal([expected], [_loss_value(calibration, calibration.forward(model, batch), batch)]):

@@ -273,6 +273,66 @@ def test_another_recipe_sparsity_source_or_data_is_refused_on_resume(change: str
     assert contents_below(tmp_path / "pruned") == before
 
 
+def test_a_recipe_whose_functions_differ_is_another_one(tmp_path: Path) -> None:
+    """Their representations are the same."""
+
+    def shifted(by: int) -> Any:
+        ids = [batch["input_ids"] for batch in batches()]
+        options: Any = {"forward": lambda model, batch: model((batch + by) % 64), "progress": False}
+        return recipes.sparsegpt(WHERE, bp.Calibration(ids, **options))
+
+    source = saved(tmp_path / "dense")
+    with pytest.raises(Stopped):
+        prune_checkpoint(source, tmp_path / "pruned", shifted(1), 0.5, callback=stop_after(1))
+    with pytest.raises(ValueError, match="another recipe or calibration data"):
+        prune_checkpoint(source, tmp_path / "pruned", shifted(5), 0.5)
+    prune_checkpoint(source, tmp_path / "pruned", shifted(1), 0.5)
+
+
+def test_the_data_of_a_budget_counts_on_resume(tmp_path: Path) -> None:
+    def budgeted(seed: int) -> Any:
+        recipe = recipes.obs(WHERE, calibration(loss=loss))
+        ids = torch.randint(64, (3, 2, 12), generator=torch.Generator().manual_seed(seed))
+        other = bp.Calibration([{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids], loss=loss, progress=False)
+        assert recipe.budget is not None
+        collect: Any = recipe.budget.collect
+        return attrs.evolve(recipe, budget=attrs.evolve(recipe.budget, collect=partial(collect, calibration=other)))
+
+    source = saved(tmp_path / "dense")
+    with pytest.raises(Stopped):
+        prune_checkpoint(source, tmp_path / "pruned", budgeted(1), 0.5, callback=stop_after(1))
+    with pytest.raises(ValueError, match="another recipe or calibration data"):
+        prune_checkpoint(source, tmp_path / "pruned", budgeted(2), 0.5)
+
+
+def test_a_pruned_folder_is_pruned_again(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    prune_checkpoint(saved(tmp_path / "dense"), first, RECIPES["magnitude"](), 0.25)
+    masks = prune_checkpoint(first, second, RECIPES["magnitude"](), 0.5)
+    assert prune_checkpoint(first, second, RECIPES["magnitude"](), 0.5) == masks
+    (second / "model-00001-of-00004.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"00001.* is missing"):
+        prune_checkpoint(first, second, RECIPES["magnitude"](), 0.5)
+
+
+def test_folders_that_from_pretrained_reads_otherwise_are_refused(tmp_path: Path) -> None:
+    source = saved(tmp_path / "dense")
+    save_file({"x": torch.ones(1)}, source / "model.safetensors")
+    with pytest.raises(ValueError, match="which from_pretrained reads instead"):
+        prune_checkpoint(source, tmp_path / "pruned", RECIPES["magnitude"](), 0.5)
+    (source / "model.safetensors").unlink()
+    edit_config(source, tie_word_embeddings=True)
+    with pytest.raises(ValueError, match=r"the model ties .* values differ"):
+        prune_checkpoint(source, tmp_path / "pruned", RECIPES["magnitude"](), 0.5)
+
+
+def test_a_sparsity_that_is_no_number_is_refused_and_one_of_numpy_is_taken(tmp_path: Path) -> None:
+    source = saved(tmp_path / "dense")
+    with pytest.raises(TypeError, match="sparsity='half' must be a number"):
+        prune_checkpoint(source, tmp_path / "pruned", RECIPES["magnitude"](), "half")  # type: ignore[arg-type]
+    assert bp.sparsity(prune_checkpoint(source, tmp_path / "pruned", RECIPES["magnitude"](), torch.tensor(0.5).numpy())) == 0.5
+
+
 def contents_below(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 

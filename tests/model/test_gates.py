@@ -264,6 +264,11 @@ def test_n_of_m_refuses_numbers_that_do_not_fit(n: Any, m: int) -> None:
         gates.n_of_m(n, m)
 
 
+def test_n_of_m_refuses_more_choices_than_can_be_computed() -> None:
+    with pytest.raises(ValueError, match="12,870 choices"):
+        gates.n_of_m(8, 16)
+
+
 def test_blocks_that_n_of_m_does_not_divide_are_an_error() -> None:
     model = gates.add(nn.Linear(6, 4), where=bp.linears((1, 1)), gate=gates.n_of_m(2, 4))
     with pytest.raises(ValueError, match=r"\(4, 6\).*groups of m=4"):

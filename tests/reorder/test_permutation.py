@@ -536,3 +536,30 @@ def test_scores_that_are_not_finite_are_an_error(bad: float) -> None:
     score = bp.BlockScore(torch.tensor([1.0, bad]), bp.BlockGrid((2,), (1,)))
     with pytest.raises(ValueError, match=r"w: the scores of .* have NaN or infinite values"):
         sort_units({"w": score}, units=2, rows=["w"])
+
+
+def two_layers() -> tuple[nn.Sequential, list[bp.UnitPermutation]]:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False))
+    return model, [bp.UnitPermutation(torch.tensor([2, 0, 1, 3]), rows=("0.weight",), columns=("2.weight",))]
+
+
+def test_tensors_that_share_memory_are_not_reordered_in_place() -> None:
+    model, plan = two_layers()
+    model[2].weight.data = model[0].weight.data
+    before = model[0].weight.detach().clone()
+    with pytest.raises(ValueError, match=r"shares its memory with 0\.weight; permute cannot change it in place"):
+        bp.permute(model, plan, inplace=True)
+    assert torch.equal(model[0].weight, before)
+    with pytest.raises(ValueError, match="finalize cannot change it in place"):
+        bp.finalize(bp.apply_masks(model, bp.recipes.magnitude(bp.named("0.weight", (2, 2)))(model, 0.5).masks), inplace=True)
+
+
+def test_gradients_follow_their_units_in_place() -> None:
+    model, plan = two_layers()
+    x = torch.randn(3, 4)
+    model(x).square().sum().backward()
+    bp.permute(model, plan, inplace=True)
+    gradients = [layer.weight.grad.clone() for layer in (model[0], model[2])]
+    model.zero_grad()
+    model(x).square().sum().backward()
+    torch.testing.assert_close(gradients, [model[0].weight.grad, model[2].weight.grad])

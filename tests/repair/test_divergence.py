@@ -67,3 +67,25 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert student.grad.dtype == dtype
     torch.testing.assert_close(student.grad.double(), exact.grad, rtol=2e-2, atol=1e-3)
     torch.testing.assert_close(value.double(), formula(exact, teacher.double(), 1.0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_temperature_that_is_learned_has_its_gradient() -> None:
+    student, teacher = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    temperature = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: divergence.of_logits(student, teacher, t), temperature)
+
+
+def test_logits_of_one_sample() -> None:
+    student, teacher = torch.randn(5, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: divergence.of_logits(x, teacher, 1.0), student)
+
+
+def test_gradients_in_bfloat16_have_no_common_error() -> None:
+    student, teacher = (torch.randn(3, 1000).bfloat16().requires_grad_(needed) for needed in (True, False))
+    exact = student.detach().double().requires_grad_()
+    divergence.of_logits(student, teacher, 1.0).mean().backward()
+    formula(exact, teacher.double(), 1.0).mean().backward()
+    assert student.grad is not None
+    assert exact.grad is not None
+    slope = (student.grad.double() * exact.grad).sum() / exact.grad.square().sum()
+    assert abs(slope.item() - 1) < 1e-3
