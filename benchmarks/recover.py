@@ -319,6 +319,8 @@ def draw(runs: Sequence[dict[str, Any]], picture: Path) -> None:
         axes.plot(tokens, values, marker=".", label=run["title"])
     axes.set(xlabel="tokens trained on", ylabel=f"{runs[0]['curve_name']}, validation texts")
     axes.set_yscale("log" if runs[0]["curve_name"] == "perplexity" else "linear")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")  # of a logarithmic axis
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(picture, dpi=150)
