@@ -16,12 +16,12 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import attrs
 import tiny
 import torch
 from prune import FOLDER, PEERS, run_workers
+from quality import next_token_loss
 from timing import machine, median_seconds
 from torch import Tensor, nn
 
@@ -61,10 +61,6 @@ def tiny_task() -> Task:
     """A small model with random weights, random tokens."""
     tokens = tiny.windows(4)
     return Task(tiny.load(), list(tokens[:, None]), [tokens[:2]])
-
-
-def next_token_loss(output: Any, batch: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
 
 
 def forward(task: Task) -> None:

@@ -98,7 +98,7 @@ def draw(
     points = {label: (milliseconds(speeds, name), quality[name]) for name, label in labels.items() if name in measured}
     pruned = {
         f"{line}, {dtype}": {
-            label: (milliseconds(speeds, name), quality[name]) for label, start in models.items() if (name := f"{start}, {dtype}")
+            label: (milliseconds(speeds, f"{start}, {dtype}"), quality[f"{start}, {dtype}"]) for label, start in models.items()
         }
         for line, models in series.items()
         for dtype in ("float32", "int8", "bfloat16")

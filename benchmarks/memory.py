@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 
 import attrs
 import torch
-from timing import machine
+from quality import next_token_loss
+from timing import machine, reset_peak, resident_bytes
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import blockprune as bp
 from blockprune.examples import smollm
@@ -62,23 +62,11 @@ def llama(sizes: Sizes) -> nn.Module:
     return model
 
 
-def next_token_loss(output: Any, batch: Tensor) -> Tensor:
-    """The mean loss of the next token."""
-    return F.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
-
-
-def resident(field: str) -> int:
-    """Bytes of resident memory of this process: ``VmRSS`` are those at present, ``VmHWM`` the most since the last reset."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(f"{field}:")) << 10
-
-
-def reset_peak() -> None:
-    """Give free memory back to the system, and let VmHWM begin anew at the present level."""
+def give_memory_back() -> None:
+    """Give free memory back to the system, and let the peak begin anew at the present level."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as references:
-        references.write("5")
+    reset_peak()
 
 
 class Table:
@@ -90,12 +78,12 @@ class Table:
 
     def measure(self, step: str, call: Callable[[], R]) -> R:
         """What the call returns; print its peak and what it holds afterwards, both above the level before."""
-        reset_peak()
-        before, start = resident("VmRSS"), time.perf_counter()
+        give_memory_back()
+        before, start = resident_bytes("VmRSS"), time.perf_counter()
         result = call()
-        seconds, peak = time.perf_counter() - start, resident("VmHWM")
-        reset_peak()
-        above = [(level - before) / self.size for level in (peak, resident("VmRSS"))]
+        seconds, peak = time.perf_counter() - start, resident_bytes()
+        give_memory_back()
+        above = [(level - before) / self.size for level in (peak, resident_bytes("VmRSS"))]
         print(f"{step:<44}{above[0]:>8.2f}{above[1]:>8.2f}{seconds:>9.1f}", flush=True)
         return result
 

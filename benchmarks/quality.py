@@ -9,7 +9,6 @@ seconds and peak memory.
 
 import argparse
 import copy
-import re
 import subprocess
 import tempfile
 import time
@@ -21,7 +20,7 @@ from typing import Any
 import attrs
 import torch
 from safetensors.torch import load_file, save_file
-from timing import machine
+from timing import machine, reset_peak, resident_bytes
 from torch import Tensor, nn
 
 import blockprune as bp
@@ -279,9 +278,8 @@ def peak_mib(device: str, reset: bool = False) -> float:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) / 2**20
     if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    status = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    return int(status[1]) / 1024 if status else float("nan")
+        reset_peak()
+    return resident_bytes() / 2**20
 
 
 def runs(method: str, pattern: Pattern, sparsity: float, model: str) -> bool:

@@ -11,7 +11,6 @@ pruned model; with a budget, which needs those of all layers, they are kept in f
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from typing import Any
 import attrs
 import torch
 from safetensors.torch import save_file
-from timing import machine
+from timing import machine, resident_bytes
 from torch import Tensor
 
 import blockprune as bp
@@ -125,15 +124,7 @@ def prune(source: str, destination: str, recipe_name: str, batches: int, length:
     recipe: Any = (make | {"obs": partial(bp.recipes.obs, calibration=calibration)})[recipe_name](where)
     start = time.perf_counter()
     prune_checkpoint(source, destination, recipe, 0.5, spill=recipe_name == "obs")
-    return {"seconds": time.perf_counter() - start, "bytes": peak_bytes()}
-
-
-def peak_bytes() -> int:
-    """The peak resident memory of this process, which getrusage mixes with that of the process that started it."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
+    return {"seconds": time.perf_counter() - start, "bytes": resident_bytes()}
 
 
 def measure(shape: Shape, recipe: str, batches: int, length: int) -> dict[str, float]:

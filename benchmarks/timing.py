@@ -1,12 +1,15 @@
-"""Interleaved median times, and a description of the machine."""
+"""Interleaved median times, the memory of a process, and a description of the machine."""
 
 import platform
+import resource
+import sys
+from pathlib import Path
 
 import torch
 
 from blockprune.export.timing import cold_copies, median_seconds, time_interleaved
 
-__all__ = ["cold_copies", "machine", "median_seconds", "time_interleaved"]
+__all__ = ["cold_copies", "machine", "median_seconds", "reset_peak", "resident_bytes", "time_interleaved"]
 
 
 def machine() -> str:
@@ -22,3 +25,19 @@ def machine() -> str:
     if torch.cuda.is_available():
         processor += f"; {torch.cuda.get_device_name()}"
     return f"{processor}; {torch.get_num_threads()} threads by default; torch {torch.__version__}; Python {platform.python_version()}"
+
+
+def resident_bytes(field: str = "VmHWM") -> int:
+    """Resident memory of this process: on Linux ``VmHWM`` is the most since the last reset, ``VmRSS`` the present level.
+
+    On other systems it is always the most since the start, which on Linux would count what the process that started this one had.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
+    return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith(f"{field}:"))
+
+
+def reset_peak() -> None:
+    """Let VmHWM begin anew at the present level."""
+    Path("/proc/self/clear_refs").write_text("5")

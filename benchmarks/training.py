@@ -13,17 +13,15 @@ import argparse
 import copy
 import itertools
 import re
-import resource
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from speed import DTYPES, Workload, add_layer_options, encoder, language_model, random_mask
-from timing import machine, median_seconds
+from timing import machine, median_seconds, reset_peak, resident_bytes
 from torch import Tensor, nn
 
 import blockprune as bp
@@ -161,20 +159,12 @@ def print_peak(options: argparse.Namespace) -> None:
     """Print the peak of a variant, for `peak_memory`: two steps from a saved model, so that pruning it does not count."""
     _, model, batch, loss = WORKLOADS[options.models[0]](options.tiny)
     model = variants(options, model, options.peak)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
-    before = current_memory() - sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    reset_peak()
+    before = resident_bytes("VmRSS") - sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     step = model_step(model, batch, loss)
     step()
     step()
-    print(1024 * peak_kib() - before)
-
-
-def current_memory() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def peak_kib() -> int:
-    return int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
+    print(resident_bytes() - before)
 
 
 def main(options: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ A recipe is a frozen value that is composed of the functions in the other folder
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from inspect import Parameter, signature
 from typing import Any, Literal, TypeVar, cast
@@ -22,7 +22,7 @@ from blockprune.core.pipeline import Pipeline, fields_as_code
 from blockprune.core.types import Allocate, BlockScore, Budget, Collect, Data, Metric, Param, Reconstruct, Sparsity, Where
 from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.running import Calibration
-from blockprune.model.selection import select, units, with_block
+from blockprune.model.selection import including_names, select, units, with_block
 from blockprune.reorder.clustering import cluster
 from blockprune.reorder.hidden_axes import find_axes
 from blockprune.reorder.permutation import permute
@@ -329,11 +329,7 @@ def _parts_of(model: nn.Module, collect: Collect, passes: int) -> list[Collect]:
     parts: dict[int, set[str]] = {}
     for name, end in ends.items():
         parts.setdefault((end - 1) * passes // total, set()).add(name)
-    return [partial(cast(Any, collect), where=partial(_only, where.default, names)) for names in parts.values()]
-
-
-def _only(where: Where, names: Collection[str], name: str, owner: nn.Module) -> BlockShape | None:
-    return where(name, owner) if name in names else None
+    return [partial(cast(Any, collect), where=including_names(where.default, names)) for names in parts.values()]
 
 
 def _block(model: nn.Module, where: Where) -> tuple[int, int]:

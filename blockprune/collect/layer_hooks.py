@@ -12,11 +12,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from blockprune.collect.accumulate import Fold, RunningFold
 from blockprune.collect.block_gates import gate_derivatives
-from blockprune.core._compat import ConvNd, disable_checkpointing, tree_leaves, version_counter
+from blockprune.core._compat import ConvNd, disable_checkpointing, tree_leaves
 from blockprune.core.progress import progress_bar
 from blockprune.core.sharded_tensor import whole
 from blockprune.model.experts import Experts, experts_in
-from blockprune.model.inputs import InputHooks, input_axis, input_hooks, weight_inputs
+from blockprune.model.inputs import InputHooks, input_axis, input_hooks, value_key, weight_inputs
 from blockprune.model.parameters import ParameterRef, find_parameters
 from blockprune.model.product_check import check_product
 from blockprune.model.running import (
@@ -144,8 +144,7 @@ class _LayerObserver:
     def _with_shared_results(self, call: Call) -> Call:
         """The call, with the results of the call before it if both have the same inputs, such as those of queries, keys and values."""
         tensors = [x for x in (*call.inputs, call.weights) if x is not None]
-        # tensors of `torch.inference_mode` do not tell whether they were written in between, so their results are not shared
-        key: Any = [object() if x.is_inference() else (x.data_ptr(), version_counter(x), x.shape, x.stride(), x.dtype) for x in tensors]
+        key = [value_key(x) for x in tensors]
         if self.last_inputs is None or self.last_inputs[0] != key:
             self.last_inputs = key, attrs.evolve(call, shared={})  # keeps the inputs alive, so that their addresses stay unique
         return attrs.evolve(call, shared=self.last_inputs[1].shared)

@@ -255,8 +255,10 @@ class Skeleton:
 
     def load_layer(self, order: Sequence[Layer], layer: Layer | None) -> contextlib.AbstractContextManager[None]:
         """The model with the parameters of one layer loaded, or with None those outside of all layers."""
+        if layer:
+            return self.loaded(layer.local_names)
         inside = {name for other in order for name in other.local_names}
-        return self.loaded(layer.local_names if layer else [name for name in self.refs if name not in inside])
+        return self.loaded(name for name in self.refs if name not in inside)
 
     def check_ties(self) -> None:
         """Raise a ValueError if the checkpoint has different values for names that the model ties."""

@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class PrunedFolder:
     Args:
         path: of the folder.
         parts: the keys that each file of weights has, in the order of the files.
+        callback: called with the name of each file of weights after it is written.
 
     Example:
         >>> import tempfile
@@ -50,6 +51,7 @@ class PrunedFolder:
 
     path: Path
     parts: Sequence[Collection[str]]
+    callback: Callable[[str], None] | None = None
 
     @property
     def work(self) -> Path:
@@ -86,14 +88,17 @@ class PrunedFolder:
         """
         save_masks(masks, self._masks(number))
         write_tensors(tensors, self.path / self.file(number), {"format": "pt"})
+        if self.callback:
+            self.callback(self.file(number))
 
     def masks(self, number: int) -> Masks:
         """The masks of a file that is written."""
         return load_masks(self._masks(number))
 
-    def read(self, number: int, key: str) -> Tensor:
-        """A tensor of a file that is written."""
-        return Checkpoint(self.path, stored_tensors(self.path / self.file(number))).read(key)
+    def tensors(self, number: int, keys: Collection[str]) -> dict[str, Tensor]:
+        """Tensors of a file that is written."""
+        written = Checkpoint(self.path, stored_tensors(self.path / self.file(number)))
+        return {key: written.read(key) for key in keys}
 
     def finish(self, source: Path) -> Masks:
         """Write the masks and the index, and copy all files of the source but its weights; its subfolders are not copied."""

@@ -17,7 +17,7 @@ from blockprune.core.pipeline import Pipeline, as_code
 from blockprune.core.types import Masks, Param, Sparsity, check_finite, check_prunable
 from blockprune.hf.checkpoint_folder import Checkpoint, Skeleton
 from blockprune.hf.pruned_folder import MASKS, PrunedFolder, opened
-from blockprune.hf.recipe_hash import recipe_hash
+from blockprune.hf.recipe_hash import data_hash, recipe_hash
 from blockprune.hf.streamed_budget import layer_budget
 from blockprune.model.masking import mask_blocks
 from blockprune.model.selection import select
@@ -91,15 +91,16 @@ def prune_checkpoint(
     skeleton = Skeleton.of(checkpoint, model_class=model_class, device=device)
     order = _layers(skeleton, recipe)
     skeleton.check_ties()
-    folder = PrunedFolder(destination, _parts(skeleton, order))
+    folder = PrunedFolder(destination, _parts(skeleton, order), callback)
+    batches = recipe.calibration.batches if isinstance(recipe, LayerByLayer) else ()
     state = {
         "version": VERSION,
         "recipe": repr(recipe),
         "sparsity": sparsity,
         "source": checkpoint.fingerprint,
         "model class or device": f"{type(skeleton.model).__qualname__}, {skeleton.device}",
-        "calibration data": recipe_hash(recipe.calibration.batches if isinstance(recipe, LayerByLayer) else ()),
-        "recipe or calibration data": recipe_hash(recipe),
+        "calibration data": data_hash(batches),
+        "recipe or calibration data": recipe_hash(recipe, known=batches),
     }
     with opened(folder, state):
         if folder.is_finished:
@@ -107,9 +108,9 @@ def prune_checkpoint(
                 raise ValueError(f"{destination} was finished, but {missing[0]} is missing; delete the folder and begin again")
             return load_masks(destination / MASKS)
         if isinstance(recipe, OneShot):
-            _prune_at_once(skeleton, folder, recipe.pipeline, sparsity, callback)
+            _prune_at_once(skeleton, folder, recipe.pipeline, sparsity)
         else:
-            _prune_layers(skeleton, folder, recipe, sparsity, spill, callback)
+            _prune_layers(skeleton, folder, order, recipe, sparsity, spill=spill)
         return folder.finish(source)
 
 
@@ -176,24 +177,17 @@ class _WeightsOnDisk(Mapping[str, Param]):
         return Param(weight, self.grids[name])
 
 
-def _prune_at_once(
-    skeleton: Skeleton,
-    folder: PrunedFolder,
-    pipeline: Pipeline,
-    sparsity: Sparsity,
-    callback: Callable[[str], None] | None,
-) -> None:
+def _prune_at_once(skeleton: Skeleton, folder: PrunedFolder, pipeline: Pipeline, sparsity: Sparsity) -> None:
     path = folder.work / MASKS  # kept, because a metric may be random
-    masks = load_masks(path) if path.exists() else _masks_of_weights(skeleton, pipeline, sparsity)
-    save_masks(masks, path)
+    if not path.exists():
+        save_masks(_masks_of_weights(skeleton, pipeline, sparsity), path)
+    masks = load_masks(path)
     for number, keys in enumerate(folder.parts):
         if not folder.is_written(number):
             tensors = {key: _masked(skeleton, key, masks) for key in keys}
             names = {skeleton.names[key] for key in keys}
             folder.write(number, tensors, masks={name: mask for name, mask in masks.items() if name in names})
             del tensors  # before those of the next file are read
-            if callback:
-                callback(folder.file(number))
 
 
 def _masks_of_weights(skeleton: Skeleton, pipeline: Pipeline, sparsity: Sparsity) -> Masks:
@@ -221,18 +215,12 @@ def _masked(skeleton: Skeleton, key: str, masks: Masks) -> Tensor:
 # Layer by layer.
 
 
-def _prune_layers(  # noqa: PLR0917
-    skeleton: Skeleton,
-    folder: PrunedFolder,
-    recipe: LayerByLayer,
-    sparsity: Sparsity,
-    spill: bool,
-    callback: Callable[[str], None] | None,
+def _prune_layers(
+    skeleton: Skeleton, folder: PrunedFolder, order: Sequence[Layer], recipe: LayerByLayer, sparsity: Sparsity, *, spill: bool
 ) -> None:
     states = folder.work / "hidden"
     states.mkdir(exist_ok=True)
     store = partial(TensorFiles, folder=states) if spill else in_memory
-    order = find_layers(skeleton.model, recipe.layers, [])
     load = partial(skeleton.load_layer, order)
     options: Any = {"layers": recipe.layers, "target": recipe.target, "finetune": recipe.finetune}
     if recipe.budget is not None:
@@ -253,7 +241,8 @@ def _prune_layers(  # noqa: PLR0917
         if not folder.is_written(number):
             return None
         keys = [key for key in folder.parts[number] if skeleton.names[key] in layer.local_names]
-        return LayerResult(folder.masks(number), {skeleton.names[key]: folder.read(number, key).to(skeleton.device) for key in keys})
+        tensors = folder.tensors(number, keys)
+        return LayerResult(folder.masks(number), {skeleton.names[key]: x.to(skeleton.device) for key, x in tensors.items()})
 
     def receive(layer: Layer, result: LayerResult) -> None:
         parameters, number, tensors = result.parameters(layer), number_of[layer.name], {}
@@ -261,12 +250,8 @@ def _prune_layers(  # noqa: PLR0917
             local_name = layer.local_names.get(skeleton.names[key], "")
             tensors[key] = parameters[local_name].cpu() if local_name in parameters else skeleton.checkpoint.read(key)
         folder.write(number, tensors, masks=result.masks)
-        if callback:
-            callback(folder.file(number))
 
     pruning.run(skeleton.model, recipe.calibration, done=done, receive=receive, load=load, store=store)
     for number in range(len(pruning.order), len(folder.parts)):
         if not folder.is_written(number):
             folder.write(number, {key: skeleton.checkpoint.read(key) for key in folder.parts[number]}, masks={})
-            if callback:
-                callback(folder.file(number))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from blockprune.core._compat import ConvNd, ConvTransposeNd, conv_padding
+from blockprune.core._compat import ConvNd, ConvTransposeNd, conv_padding, version_counter
 from blockprune.model.hf_linears import is_transposed
 from blockprune.model.parameters import ParameterRef
 
@@ -27,6 +27,21 @@ def input_hooks(model: nn.Module, refs: Mapping[str, Sequence[ParameterRef]]) ->
         for ref in shared:  # a module that is registered under several names has a reference for each, but needs one hook
             hooks.setdefault((name, id(ref.owner), ref.attr), (name, ref, attentions.get(id(ref.owner), ref.owner)))
     return list(hooks.values())
+
+
+def value_key(x: Tensor) -> Any:
+    """A key that two tensors share if they are the same memory, and were not written in between, as long as both are alive.
+
+    Tensors of `torch.inference_mode` do not tell whether they were written, so each has a key of its own.
+
+    Example:
+        >>> from blockprune.model.inputs import value_key
+        >>> x = torch.ones(2)
+        >>> key = value_key(x)
+        >>> value_key(x.detach()) == key, value_key(x.add_(1)) == key
+        (True, False)
+    """
+    return object() if x.is_inference() else (x.data_ptr(), version_counter(x), x.shape, x.stride(), x.dtype)
 
 
 def weight_inputs(ref: ParameterRef, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -6,6 +6,7 @@ modules share (tied weights) has the first of its names; references to all modul
 
 import contextlib
 import itertools
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
@@ -243,11 +244,24 @@ def check_own_memory(model: nn.Module, changed: Iterable[Tensor], function: str)
     Raises:
         ValueError: a tensor that shares its memory with another parameter or buffer, or is expanded.
     """
-    chosen, owners = {id(x) for x in changed}, dict[int, tuple[str, Tensor]]()
+    chosen, spans = {id(x) for x in changed}, list[tuple[int, int, int, str, Tensor]]()
     for name, x in itertools.chain(model.named_parameters(), model.named_buffers()):
         if x.numel() and not x.is_meta and not is_sharded(x) and x.layout == torch.strided:
-            other, first = owners.setdefault(storage_id(x), (name, x))
-            is_expanded = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
-            if (first is not x and chosen & {id(x), id(first)}) or (is_expanded and id(x) in chosen):
-                what = f"shares its memory with {other}" if first is not x else "is expanded, so its elements share memory"
-                raise ValueError(f"{name} {tuple(x.shape)} {what}; {function} cannot change it in place, so make a copy: inplace=False")
+            extents = [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+            if id(x) in chosen and any(stride == 0 for stride, _ in extents):
+                raise _no_own_memory(name, x, "is expanded, so its elements share memory", function)
+            begin, last = int(x.storage_offset()), int(sum(stride * (size - 1) for stride, size in extents))
+            spans.append((storage_id(x), begin * x.itemsize, (begin + last + 1) * x.itemsize, name, x))
+    furthest: dict[
+        tuple[int, bool], tuple[int, str]
+    ] = {}  # by memory, of all tensors and of the changed ones: the last end, and whose it is
+    for memory, begin, end, name, x in sorted(spans, key=operator.itemgetter(0, 1)):
+        other_end, other = furthest.get((memory, id(x) not in chosen), (0, ""))
+        if begin < other_end:
+            raise _no_own_memory(name, x, f"shares its memory with {other}", function)
+        for kind in {False, id(x) in chosen}:
+            furthest[memory, kind] = max(furthest.get((memory, kind), (0, "")), (end, name))
+
+
+def _no_own_memory(name: str, x: Tensor, what: str, function: str) -> ValueError:
+    return ValueError(f"{name} {tuple(x.shape)} {what}; {function} cannot change it in place, so make a copy: inplace=False")

@@ -5,7 +5,7 @@ rules in this file are ``functools.partial`` objects, so a pipeline that contain
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -139,6 +139,17 @@ def excluding(rule: Where, pattern: Pattern, *others: Pattern) -> Where:
     return _Rule(_excluding, rule=rule, pattern=pattern) if not others else excluding(excluding(rule, pattern), *others)
 
 
+def including_names(rule: Where, names: Collection[str]) -> Where:
+    """The parameters that a rule selects and that have one of these names; patterns in the rule need not match any of them.
+
+    Example:
+        >>> from blockprune.model.selection import including_names
+        >>> including_names(bp.linears((4, 4)), {"a.weight"})("b.weight", nn.Linear(8, 8)) is None
+        True
+    """
+    return partial(_including_names, rule, frozenset(names))
+
+
 def with_block(rule: Where, block: BlockShape) -> Where:
     """The parameters that a rule selects, with another block shape.
 
@@ -178,6 +189,10 @@ def _first_of(*rules_name_owner: Any) -> BlockShape | None:
 
 def _including(name: str, owner: nn.Module, *, rule: Where, pattern: Pattern) -> BlockShape | None:
     return rule(name, owner) if matches(pattern, name) else None
+
+
+def _including_names(rule: Where, names: Collection[str], name: str, owner: nn.Module) -> BlockShape | None:
+    return rule(name, owner) if name in names else None
 
 
 def _with_block(name: str, owner: nn.Module, *, rule: Where, block: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -10,8 +10,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from blockprune.core._compat import ConvNd, ConvTransposeNd, NormBase, version_counter
+from blockprune.core._compat import ConvNd, ConvTransposeNd, NormBase
 from blockprune.model.experts import record_routing
+from blockprune.model.inputs import value_key
 from blockprune.reorder.working_copy import Values, WorkingCopy, is_mixing
 
 
@@ -220,7 +221,7 @@ class _CopyOnce:
         self.last: list[Tensor] = []  # the last tensor, so that its address stays its own, and its copy
 
     def __call__(self, x: Tensor) -> Tensor:
-        key = object() if x.is_inference() else (x.data_ptr(), version_counter(x), x.shape, x.stride(), x.dtype)
+        key = value_key(x)
         if key != self.key:
             self.key, self.last = key, [x, x.clone()]
         return self.last[1]

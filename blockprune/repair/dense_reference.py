@@ -14,9 +14,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from blockprune.core._compat import version_counter
 from blockprune.model.experts import experts_in, record_routing
-from blockprune.model.inputs import InputHooks, weight_inputs
+from blockprune.model.inputs import InputHooks, value_key, weight_inputs
 from blockprune.model.parameters import ParameterRef
 from blockprune.repair.transformer_layers import CapturedBatch, Layer, StopForward
 from blockprune.statistics import Statistic, input_cross, residual_cross
@@ -247,7 +246,7 @@ def trace_layer(batch: LayerBatch, hooks: InputHooks) -> LayerTrace:
         name: str, ref: ParameterRef, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
         x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        uses.append((name, expert_keys.get(name) or (x.data_ptr(), version_counter(x), x.shape, x.stride())))
+        uses.append((name, expert_keys.get(name) or value_key(x)))
         alive.append(x)
         if isinstance(module, nn.Linear) and isinstance(output, Tensor) and output.shape == hidden.shape and ref.attr == "weight":
             outputs.append((name, len(inputs), output.detach()[:1].clone()))

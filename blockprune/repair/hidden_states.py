@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from blockprune.model.running import Calibration
+from blockprune.model.running import Calibration, Loss
 from blockprune.repair.dense_reference import LayerBatch
 from blockprune.repair.skipped_layers import capture_batches
 from blockprune.repair.transformer_layers import CapturedBatch, Layer, LoadWeights
@@ -94,6 +94,26 @@ class LayerBatches:
 
     def __iter__(self) -> Iterator[LayerBatch]:
         return map(self.__getitem__, range(len(self)))
+
+
+def layer_calibration(batches: Iterable[Any], loss: Loss | None = None) -> Calibration:
+    """A calibration of batches that run a layer themselves, such as `LayerBatch`.
+
+    Example:
+        >>> from blockprune.repair.hidden_states import layer_calibration
+        >>> layer_calibration([])
+        Calibration(batches=list of 0, forward=run_batch, token_weights=token_weights, progress=False)
+    """
+    return Calibration(batches, forward=_run_batch, loss=loss, token_weights=_token_weights, progress=False)
+
+
+def _run_batch(model: Any, batch: Any) -> Any:
+    return batch.run()
+
+
+def _token_weights(batch: Any) -> Tensor | None:
+    weights: Tensor | None = batch.token_weights
+    return weights
 
 
 @attrs.frozen(eq=False)

@@ -4,7 +4,7 @@ The layers run once in order, and what each is given is kept. What follows the l
 the layers run again from the last to the first, each with its output's gradient, which gives those of its weights and that of its input.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.core._compat import disable_checkpointing
-from blockprune.core.grid import BlockShape
 from blockprune.core.types import Data, Where
 from blockprune.model.running import Calibration, preserve_state, scalar_loss, to_model_device
-from blockprune.model.selection import select
+from blockprune.model.selection import including_names, select
 from blockprune.repair.dense_reference import LayerBatch
-from blockprune.repair.hidden_states import HiddenStates, LayerBatches, Store, Tensors, in_memory
+from blockprune.repair.hidden_states import HiddenStates, LayerBatches, Store, Tensors, in_memory, layer_calibration
 from blockprune.repair.skipped_layers import Forms, are_equal, replaced_forwards, run_loaded, skip
 from blockprune.repair.transformer_layers import Layer, LoadWeights, find_layers
 
@@ -106,9 +105,8 @@ def collect_layer_by_layer(
             with load(layer):
                 given = _OutputGradients(attrs.evolve(states.batches(layer, {}), hidden=inputs.pop()), gradients)
                 if layer.parameters:
-                    rule = partial(_only, where, frozenset(layer.parameters))
-                    run = Calibration(given, forward=_run, loss=_loss, token_weights=_token_weights, progress=False)
-                    receive(collect(layer.root, where=rule, calibration=run))
+                    rule = including_names(where, layer.parameters)
+                    receive(collect(layer.root, where=rule, calibration=layer_calibration(given, loss=_loss)))
                 if layer is not order[0]:
                     for i, with_gradient in enumerate(given):
                         gradients[i] = with_gradient.input_gradient()
@@ -151,21 +149,7 @@ def _loss_value(calibration: Calibration, output: Any, batch: Any) -> Any:
     return getattr(output, "loss", None) if calibration.loss is None else calibration.loss(output, batch)
 
 
-def _run(model: Any, batch: Any) -> Tensor:
-    output: Tensor = batch.run()
-    return output
-
-
 def _loss(output: Tensor, batch: Any) -> Tensor:
     """A number whose gradient by the output is the given one."""
     product: Tensor = output * batch.gradient
     return product.sum()
-
-
-def _token_weights(batch: Any) -> Tensor | None:
-    weights: Tensor | None = batch.token_weights
-    return weights
-
-
-def _only(where: Where, names: Collection[str], name: str, owner: nn.Module) -> BlockShape | None:
-    return where(name, owner) if name in names else None

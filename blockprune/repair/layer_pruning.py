@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
 from inspect import Parameter, signature
 from typing import Any, cast
 
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.core._compat_hf import is_offloaded
-from blockprune.core.grid import BlockShape
 from blockprune.core.patterns import resolve_by_name
 from blockprune.core.pipeline import Pipeline, required_statistics
 from blockprune.core.progress import progress_bar
@@ -21,9 +19,9 @@ from blockprune.model.inputs import InputHooks, input_axis, input_hooks
 from blockprune.model.masking import mask_blocks
 from blockprune.model.parameters import find_parameters
 from blockprune.model.running import Calibration, preserve_state
-from blockprune.model.selection import select
+from blockprune.model.selection import including_names, select
 from blockprune.repair.dense_reference import DenseReferencePass, LayerBatch, LayerTrace, PrunedPass, trace_layer
-from blockprune.repair.hidden_states import HiddenStates, LayerBatches, Store, Tensors, in_memory
+from blockprune.repair.hidden_states import HiddenStates, LayerBatches, Store, Tensors, in_memory, layer_calibration
 from blockprune.repair.transformer_layers import Layer, LoadWeights, find_layers
 from blockprune.statistics import Statistic
 
@@ -179,9 +177,9 @@ class LayerPruning:
     def _collect(self, layer: Layer, names: Sequence[str], batches: PrunedPass | DenseReferencePass) -> Data:
         data = cast(Any, self.pipeline.collect)(
             layer.root,
-            where=partial(_only, self.where, frozenset(names)),
+            where=including_names(self.where, names),
             statistics=_with_required(self.statistics, batches.statistics),
-            calibration=Calibration(batches, forward=_run_batch, token_weights=_token_weights, progress=False),
+            calibration=layer_calibration(batches),
         )
         extra = {name: self.extra_data[name].stats if name in self.extra_data else {} for name in data}
         return {name: attrs.evolve(p, stats={**extra[name], **p.stats}) for name, p in data.items()}
@@ -231,19 +229,6 @@ def _prunable(model: nn.Module, where: Where) -> list[str]:
     if computed := [name for name, (ref, _) in chosen.items() if not ref.is_plain]:
         raise ValueError(f"{computed[0]} is computed by another parametrization, so it cannot be repaired; remove that first")
     return list(chosen)
-
-
-def _run_batch(model: Any, batch: Any) -> Any:
-    return batch.run()
-
-
-def _token_weights(batch: Any) -> Tensor | None:
-    weights: Tensor | None = batch.token_weights
-    return weights
-
-
-def _only(where: Where, names: Collection[str], name: str, owner: nn.Module) -> BlockShape | None:
-    return where(name, owner) if name in names else None
 
 
 def _finetuned(finetune: Callable[..., Mapping[str, Tensor]], batches: LayerBatches, masks: Masks, targets: Tensors) -> dict[str, Tensor]:

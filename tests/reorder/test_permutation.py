@@ -554,6 +554,17 @@ def test_tensors_that_share_memory_are_not_reordered_in_place() -> None:
         bp.finalize(bp.apply_masks(model, bp.recipes.magnitude(bp.named("0.weight", (2, 2)))(model, 0.5).masks), inplace=True)
 
 
+def test_parts_of_one_memory_that_do_not_overlap_are_reordered_in_place() -> None:
+    model, plan = two_layers()
+    x, flat = torch.randn(3, 4), torch.randn(32)
+    for layer, part in zip((model[0], model[2]), flat.view(2, 4, 4), strict=True):
+        layer.weight.data = part
+    expected = model(x)
+    (axis,) = bp.find_axes(model, x)
+    assert axis.rows == ("0.weight",)
+    torch.testing.assert_close(bp.permute(model, plan, inplace=True)(x), expected)
+
+
 def test_gradients_follow_their_units_in_place() -> None:
     model, plan = two_layers()
     x = torch.randn(3, 4)

@@ -26,7 +26,7 @@ const Kernels f32 = float_kernels<F32, F32, F32Words>(), bf16 = float_kernels<Bf
 const Kernels int8 = kernels<Int8Pairs, Int8Columns>(4, gemv_int8);
 const ConvKernels conv_f32 = conv_kernels<F32>(), conv_bf16 = conv_kernels<Bf16AsF32>();
 const GradientKernels gradient_f32 = gradient_kernels<float>(), gradient_bf16 = gradient_kernels<uint16_t>();
-const KernelSet set = {&f32, &bf16, &int8, &int8_quads, 48, quantize, &conv_f32, &conv_bf16, &gradient_f32, &gradient_bf16};
+const KernelSet set = {&f32, &bf16, &int8, &int8_quads, true, quantize, &conv_f32, &conv_bf16, &gradient_f32, &gradient_bf16};
 }  // namespace
 END_TARGET
 

@@ -27,7 +27,7 @@ const KernelSet* avx512_vnni_kernels() {
     if (!avx512 || !processor_has(AVX512_VNNI)) return nullptr;
     static const KernelSet set = [] {
         KernelSet all = *avx512;
-        all.int8 = &int8, all.int8_quads = &int8_quads, all.min_quads_inputs = 0;
+        all.int8 = &int8, all.int8_quads = &int8_quads, all.quads_saturate = false;
         return all;
     }();
     return &set;

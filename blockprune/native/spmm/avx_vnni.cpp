@@ -26,7 +26,7 @@ const KernelSet* avx_vnni_kernels() {
     if (!avx2 || !processor_has(AVX_VNNI)) return nullptr;
     static const KernelSet set = [] {
         KernelSet all = *avx2;
-        all.int8_quads = &int8_quads, all.min_quads_inputs = 0;
+        all.int8_quads = &int8_quads, all.quads_saturate = false;
         return all;
     }();
     return &set;

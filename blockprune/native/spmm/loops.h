@@ -139,7 +139,7 @@ const Kernels int8 = {0, 0, {0, 0}, 1, nullptr, nullptr,
                           (p.is_bf16 ? gemv_int8<uint16_t> : gemv_int8<float>)(p, slice, scratch, begin, end);
                       }};
 const GradientKernels gradient_f32 = gradient_kernels<float>(), gradient_bf16 = gradient_kernels<uint16_t>();
-const KernelSet set = {&f32, &bf16, &int8, nullptr, 0, [](const void* x, bool is_bf16, int64_t cols, int8_t* out, float* scale) {
+const KernelSet set = {&f32, &bf16, &int8, nullptr, false, [](const void* x, bool is_bf16, int64_t cols, int8_t* out, float* scale) {
                            if (is_bf16) quantize_row((const uint16_t*)x, cols, out, scale);
                            else quantize_row((const float*)x, cols, out, scale);
                        }, nullptr, nullptr, &gradient_f32, &gradient_bf16};

@@ -179,11 +179,13 @@ EXPORT int32_t spmm(const void* values, const int32_t* col, const int64_t* crow,
     });
 }
 
-// Whether at most one of twenty neighbouring pairs of int8 weights, of a sample, has a sum beyond -128 to 128, so that quads pay where sums of two
-// products may saturate. Trained weights have few such pairs, uniformly distributed ones one in four.
+static const int64_t MIN_SATURATING_INPUTS = 48;  // rows of x from which on quads that may saturate are faster than pairs
+
+// Whether at most one of twenty neighbouring pairs of int8 weights, of a sample, has a sum beyond -128 to 128, which leaves a remainder.
+// Trained weights have few such pairs, uniformly distributed ones one in four.
 static bool has_few_remainders(const Product& p) {
     const int64_t last = p.bands() - 1, pairs = last < 0 ? 0 : (p.start(last) + p.kept_columns(last) * p.height_of(last)) / 2;
-    const int64_t step = std::max<int64_t>(1, pairs / 2000);
+    const int64_t step = std::max<int64_t>(1, pairs / 256);
     int64_t count = 0, remainders = 0;
     for (int64_t pair = 0; pair < pairs; pair += step, count++) {
         const int8_t* weights = (const int8_t*)p.values + 2 * pair;
@@ -203,9 +205,8 @@ EXPORT int32_t spmm_int8(const int8_t* values, const int32_t* col, const int64_t
     whole.weight_scale = scale, whole.is_bf16 = is_bf16;
     return with_starts(whole, [&](Product p) {
         const int64_t bytes = is_bf16 ? 2 : 4, most = std::min(n, std::max<int64_t>(MAX_INPUTS, PACKED_BYTES / cols));
-        const bool is_whole = p.width % 4 == 0 && p.height >= 4 && n >= kernels->min_quads_inputs;
-        const bool is_exact = !kernels->min_quads_inputs;  // only sums that may saturate pay for many inputs alone
-        const Kernels* quads = is_whole && (is_exact || has_few_remainders(p)) ? kernels->int8_quads : nullptr;
+        const bool pays = !kernels->quads_saturate || (n >= MIN_SATURATING_INPUTS && has_few_remainders(p));
+        const Kernels* quads = p.width % 4 == 0 && p.height >= 4 && pays ? kernels->int8_quads : nullptr;
         ScratchBuffer quantized(most * cols), scales(most * (int64_t)sizeof(float));
         for (int64_t first = 0; first < n; first += most) {
             p.n = std::min(most, n - first);

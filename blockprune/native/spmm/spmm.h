@@ -90,7 +90,7 @@ struct GradientKernels;  // of gradients.h
 struct KernelSet {
     const Kernels *f32, *bf16, *int8;
     const Kernels* int8_quads;  // for blocks a multiple of four wide and at least four high, or null
-    int64_t min_quads_inputs;   // rows of x from which on they are faster
+    bool quads_saturate;        // so that large weights leave remainders, and quads pay for many rows of x alone
     // A row of x, of float32 or bfloat16, in int8, and its scale: NaN where it is not finite.
     void (*quantize)(const void* x, bool is_bf16, int64_t cols, int8_t* out, float* scale);
     const ConvKernels *conv_f32, *conv_bf16;  // null where there are none
