@@ -11,9 +11,12 @@ news texts that are reported decide nothing.
 
 import argparse
 import copy
+import gzip
+import html
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -32,6 +35,12 @@ import blockprune as bp
 from blockprune import losses
 from blockprune.examples import minilm, smollm
 
+
+def last_hidden_states(student: Any, teacher: Any, batch: Any = None) -> Tensor:
+    """Squared error of the hidden states behind the last layer relative to the teacher's own square."""
+    return losses.hidden_states(student.hidden_states[-1], teacher.hidden_states[-1], batch)
+
+
 LOSSES: dict[str, losses.DistillLoss] = {
     "KL": losses.kl,
     "KL + cross-entropy": losses.weighted({losses.kl: 0.67, losses.cross_entropy: 0.33}),
@@ -39,7 +48,9 @@ LOSSES: dict[str, losses.DistillLoss] = {
     "cross-entropy": losses.cross_entropy,
     "cosine": losses.cosine,
     "cosine + hidden states": losses.weighted({losses.cosine: 1.0, losses.hidden_states: 1.0}),
+    "cosine + last hidden states": losses.weighted({losses.cosine: 1.0, last_hidden_states: 1.0}),
 }
+OPTIMIZERS = {"AdamW": partial(torch.optim.AdamW, fused=True), "Muon": bp.muon}
 NOT_OF_THE_RUN = ("folder", "control", "picture", "deploy", "rounds", "draw")  # options that do not change what is trained and judged
 REPORTED, VALIDATION = 30, 4  # articles: the last ones are reported, those before them are for choices, all others are trained on
 NEWS_VALIDATION, NEWS_REPEATS = 20, 3  # of the news texts of MiniLM: how many are for choices, and how often a pass has the others
@@ -111,7 +122,7 @@ def minilm_problem(options: argparse.Namespace) -> Problem:
     texts = smollm.articles()
     training, validation = texts[: -REPORTED - VALIDATION], texts[-REPORTED - VALIDATION : -REPORTED]
     news = minilm.background()
-    training = [*training, *NEWS_REPEATS * news[:-NEWS_VALIDATION]]
+    training = [*options.repeats * [*training, *NEWS_REPEATS * news[:-NEWS_VALIDATION]], *map(plain_text, files(options.texts))]
     ids = [token for text in training for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
     def as_batch(spans: Tensor) -> dict[str, Tensor]:
@@ -143,12 +154,28 @@ def minilm_problem(options: argparse.Namespace) -> Problem:
         batches=Spans(torch.tensor(ids), options.step_tokens // options.accumulate, (16, 160), as_batch),
         validation=batches["validation"],
         forward=hidden_too,
-        losses=("cosine + hidden states", "cosine"),
+        losses=("cosine + hidden states", "cosine + last hidden states", "cosine"),
         curve=partial(likeness, name="validation"),
         curve_name="cosine with the dense embeddings",
         figures=figures,
         lower_is_better=False,
     )
+
+
+def files(paths: Sequence[Path]) -> list[Path]:
+    """The files, and the text files in the folders."""
+    inside = {path: (file for file in path.rglob("*") if file.name.endswith((".html", ".txt", ".txt.gz"))) for path in paths}
+    return [file for path in paths for file in ([path] if path.is_file() else sorted(inside[path]))]
+
+
+def plain_text(path: Path) -> str:
+    """The paragraphs of a text or HTML file that are longer than a line."""
+    text = gzip.decompress(path.read_bytes()).decode(errors="replace") if path.suffix == ".gz" else path.read_text(errors="replace")
+    if path.suffix == ".html":
+        text = re.sub(r"(?is)<(script|style|head)\b.*?</\1>", "", text)
+        text = html.unescape(re.sub(r"<[^>]+>", "", re.sub(r"(?i)<(p|div|br|li|h\d|tr)\b[^>]*>", "\n\n", text)))
+    parts = (" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
+    return "\n".join(part for part in parts if len(part) >= 60)
 
 
 def paragraphs(texts: list[str]) -> list[str]:
@@ -215,7 +242,8 @@ def main(options: argparse.Namespace) -> None:
     steps = max(1, options.tokens // options.step_tokens)
     model, masks, weights = pruned(problem, options)
     start = f"{options.pattern} at {options.sparsity:.0%}, {options.method}" if masks else "dense"
-    title = f"{options.model}, {start}; {options.loss}, AdamW {options.lr:g}, {options.tokens:,} tokens, {options.step_tokens:,} a step"
+    training = f"{options.loss}, {options.optimizer} {options.lr:g}, {options.tokens:,} tokens, {options.step_tokens:,} a step"
+    title = f"{options.model}, {start}; {training}"
     name = title.replace("; ", ", ").replace(",", "") + f" seed {options.seed}"
     path = options.folder / f"{name}.pt"
     record = torch.load(path, weights_only=True) if path.exists() else {"seconds": 0.0, "curve": [], "figures": {}, "state": None}
@@ -252,7 +280,7 @@ def main(options: argparse.Namespace) -> None:
         problem.batches,
         teacher=model,
         loss=LOSSES[options.loss],
-        optimizer=partial(torch.optim.AdamW, lr=options.lr, fused=True),
+        optimizer=partial(OPTIMIZERS[options.optimizer], lr=options.lr),
         steps=steps,
         warmup=math.ceil(options.warmup * steps),
         accumulate=options.accumulate,
@@ -333,6 +361,13 @@ if __name__ == "__main__":
     parser.add_argument("--sparsity", type=float, default=0.5, help="0: the dense model is trained, the control")
     parser.add_argument("--method", choices=METHODS, default="OBS + budget + cluster", help="what training starts from")
     parser.add_argument("--loss", choices=LOSSES, help="by default KL, or cosine + hidden states")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="AdamW")
+    parser.add_argument(
+        "--texts", type=Path, nargs="+", default=[], help="MiniLM: more texts to train on: files or folders of .txt, .html and .txt.gz"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="how often a pass has the articles and the news, which --texts are mixed with"
+    )
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--step-tokens", type=int, default=2048, help="tokens of an optimizer step")
     parser.add_argument("--accumulate", type=int, default=1, help="batches of an optimizer step")

@@ -61,6 +61,7 @@ from blockprune.repair import losses
 from blockprune.repair.distillation import DistillState, distill
 from blockprune.repair.layer_by_layer import RepairResult, sequential
 from blockprune.repair.layer_finetuning import finetune_layer
+from blockprune.repair.optimizers import muon
 from blockprune.repair.repair_file import load_repair, save_repair
 
 __version__ = "0.1.0"
@@ -120,6 +121,7 @@ __all__ = [
     "masked_parameters",
     "masks_from_zeros",
     "metric",
+    "muon",
     "named",
     "norms_and_biases",
     "pareto",

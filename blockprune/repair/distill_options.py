@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from blockprune.model.apply import parameter_masks
 from blockprune.repair.losses import DistillLoss
@@ -66,6 +67,18 @@ def check_options(
         raise ValueError(f"checkpointing=True needs a model with gradient_checkpointing_enable, which {type(model).__name__} does not have")
     if checkpointing and not train:
         raise ValueError("checkpointing=True needs train=True: transformers keeps all activations in evaluation mode")
+
+
+def optimizers_of(made: Any) -> list[Optimizer]:
+    """The optimizers that ``optimizer=`` made.
+
+    Raises:
+        TypeError: neither an optimizer nor a list of some.
+    """
+    optimizers = [made] if isinstance(made, Optimizer) else list(made) if isinstance(made, (list, tuple)) else []
+    if not optimizers or not all(isinstance(optimizer, Optimizer) for optimizer in optimizers):
+        raise TypeError(f"optimizer returned {made!r}; it must return a torch.optim.Optimizer, or a list of some")
+    return optimizers
 
 
 def checkpointing_method(model: Any) -> Callable[[Mapping[str, Any]], None] | None:

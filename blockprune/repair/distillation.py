@@ -20,11 +20,19 @@ from blockprune.core.types import Masks, Weights, Where
 from blockprune.model.apply import parameter_masks
 from blockprune.model.running import Calibration, Forward, cuda_devices, default_forward, inputs_of, preserve_state, to_model_device
 from blockprune.repair.batch_stream import BatchStream, keep_generators
-from blockprune.repair.distill_options import check_counts, check_options, check_schedule, checkpointing_method, length, steps_of_one_pass
+from blockprune.repair.distill_options import (
+    check_counts,
+    check_options,
+    check_schedule,
+    checkpointing_method,
+    length,
+    optimizers_of,
+    steps_of_one_pass,
+)
 from blockprune.repair.losses import DistillLoss
 from blockprune.repair.student import Student, make_student
 
-MakeOptimizer = Callable[[list[Tensor]], Optimizer]
+MakeOptimizer = Callable[[list[Tensor]], Optimizer | list[Optimizer]]
 ADAMW = partial(torch.optim.AdamW, lr=3e-4)
 
 
@@ -115,8 +123,8 @@ def distill(
         batches: what is trained on, in this order and, if that is not enough, again: a list or a DataLoader.
         teacher: the dense model, which may be ``model`` itself if that has no masks; None if the loss needs none.
         loss: (student's output, teacher's output, batch) -> one number, such as `losses.kl`.
-        optimizer: parameters -> optimizer, such as ``partial(torch.optim.SGD, lr=0.1)``; its learning rates are the highest ones. By
-            default AdamW with a learning rate of 3e-4.
+        optimizer: parameters -> optimizer, such as ``partial(torch.optim.SGD, lr=0.1)``, or a list of optimizers that share out the
+            parameters, such as `muon`; their learning rates are the highest ones. By default AdamW with a learning rate of 3e-4.
         steps: optimizer steps; by default one pass over the batches.
         warmup: steps in which the learning rate rises linearly from near 0, 0 to ``steps``; then it falls along a cosine.
         final_lr: what the learning rate falls to, as a share of the highest, 0 to 1; 1 leaves it constant.
@@ -202,8 +210,8 @@ class _Training:
     def __init__(self, student: Student, optimizer: MakeOptimizer, batches: Iterable[Any], loss_of: Callable[[Any], Tensor]) -> None:
         self.student, self.loss_of = student, loss_of
         self.parameters = list(student.trained.values())
-        self.optimizer = optimizer(self.parameters)
-        self.highest_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizers = optimizers_of(optimizer(self.parameters))
+        self.highest_lrs = [group["lr"] for group in self._groups()]
         self.stream = BatchStream(batches, cuda_devices(student.module))
         self.step, self.count, self.unit = 0, 0, "samples"
         self.best_weights: dict[str, Tensor] | None = None
@@ -214,7 +222,8 @@ class _Training:
 
     def update(self, accumulate: int, clip: float | None, lr_factor: float) -> None:
         """One optimizer step."""
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         total = 0.0
         for _ in range(accumulate):
             batch = next(self.stream)
@@ -238,9 +247,10 @@ class _Training:
                 f"the gradient is NaN or inf in step {self.step}, though the loss is {total}; look for a square root or logarithm of 0, or "
                 "take a lower learning rate"
             )
-        for group, lr in zip(self.optimizer.param_groups, self.highest_lrs, strict=True):
+        for group, lr in zip(self._groups(), self.highest_lrs, strict=True):
             group["lr"] = lr * lr_factor
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         self.losses.append(total)
 
@@ -275,7 +285,7 @@ class _Training:
         weights = self.student.weights()
         internals = {
             "parameters": {name: p.detach().clone() for name, p in self.student.trained.items()},
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in self.optimizers],
             "stream": self.stream.state(),
             "masks": self._masks(),
             "worse": self.worse,
@@ -294,12 +304,20 @@ class _Training:
         different = sorted(masks.keys() ^ before.keys()) or [n for n, keep in masks.items() if not torch.equal(keep, before[n].to(keep))]
         if different:
             raise ValueError(f"resume: its state has other masks, such as that of {different[0]!r}; give the masks of the first call")
+        if len(self.optimizers) != (saved := len(state.internals["optimizers"])):
+            raise ValueError(
+                f"resume: its state is of {saved} optimizers, not {len(self.optimizers)}; give the optimizer= of the first call"
+            )
         self.student.load(state.internals["parameters"])
-        self.optimizer.load_state_dict(copy.deepcopy(state.internals["optimizer"]))
+        for optimizer, saved in zip(self.optimizers, state.internals["optimizers"], strict=True):
+            optimizer.load_state_dict(copy.deepcopy(saved))
         self.stream.restore(state.internals["stream"])
         self.step, self.count, self.unit = state.step, state.count, state.internals["unit"]
         self.best_loss, self.worse, self.history = state.best_loss, state.internals["worse"], list(state.history)
         self.best_weights = None if state.best_loss is None else _copies(state.best)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def _masks(self) -> dict[str, Tensor]:
         return {name: mask.keep.clone() for name, mask in parameter_masks(self.student.module).items()}

@@ -144,7 +144,9 @@ def test_accumulated_gradients_are_those_of_one_large_batch() -> None:
         torch.testing.assert_close(x, whole[name])
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"accumulate": 3}], ids=lambda options: ", ".join(options) or "plain")
+@pytest.mark.parametrize(
+    "options", [{}, {"lora_rank": 2}, {"accumulate": 3}, {"optimizer": bp.muon}], ids=lambda options: ", ".join(options) or "plain"
+)
 def test_a_resumed_run_ends_in_the_same_bits(options: dict[str, Any], tmp_path: Any) -> None:
     """With dropout, a loader that shuffles, held-out batches and a file in between."""
     model, masks, batches = problem()
@@ -201,6 +203,33 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert first[4] == pytest.approx(0.6)  # halfway along the cosine
     assert sorted(first[2:], reverse=True) == first[2:]
     assert [rate[1] for rate in rates] == pytest.approx([rate / 10 for rate in first])
+
+
+def test_optimizers_that_share_out_the_parameters_are_as_one_with_groups() -> None:
+    model, masks, batches = problem()
+
+    def groups(parameters: list[Tensor]) -> list[dict[str, Any]]:
+        return [{"params": parameters[:1], "lr": 0.1}, {"params": parameters[1:], "lr": 0.01}]
+
+    options = {"teacher": model, "loss": losses.kl, "steps": 5, "warmup": 2}
+    expected = bp.distill(model, masks, None, batches, **options, optimizer=lambda parameters: torch.optim.SGD(groups(parameters)))
+    several = bp.distill(
+        model, masks, None, batches, **options, optimizer=lambda parameters: [torch.optim.SGD([group]) for group in groups(parameters)]
+    )
+    assert same(several, expected)
+
+
+def test_muon_takes_the_weights_of_linears_and_keeps_the_masks() -> None:
+    model, masks, batches = problem()
+    wide = nn.Embedding(64, 2).weight
+    first, second = bp.muon([*nn.Linear(8, 4).parameters(), wide], lr=0.5)
+    assert [p.shape for p in first.param_groups[0]["params"]] == [(4, 8)]
+    assert [p.shape for p in second.param_groups[0]["params"]] == [(4,), (64, 2)]
+    assert [type(optimizer) for optimizer in bp.muon([wide])] == [torch.optim.AdamW]
+    weights = bp.distill(model, masks, None, batches, teacher=model, loss=losses.kl, optimizer=bp.muon, steps=8)
+    assert pruned_values_are_zero(weights, masks)
+    pruned, recovered = (bp.apply_masks(copy.deepcopy(model), masks, w) for w in (None, weights))
+    assert kl_to(model, recovered, batches) < kl_to(model, pruned, batches)
 
 
 def test_half_precision_weights_are_trained_in_float32_and_come_back_in_their_own() -> None:
@@ -307,6 +336,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"steps": 2.5}, ValueError, "steps=2.5 must be an integer"),
     ({"every": True}, ValueError, "every=True must be an integer"),
     ({"lora_rank": 1.5}, ValueError, "lora_rank=1.5 must be an integer"),
+    ({"optimizer": lambda parameters: None}, TypeError, "optimizer returned None"),
+    ({"optimizer": lambda parameters: []}, TypeError, "or a list of some"),
     ({"warmup": -1}, ValueError, "warmup=-1"),
     ({"warmup": 9, "steps": 8}, ValueError, "warmup=9 must be at most .* 8"),
     ({"final_lr": -0.1}, ValueError, "final_lr=-0.1"),
