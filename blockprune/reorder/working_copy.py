@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blockprune.core._compat import ConvNd, tree_leaves, tree_map_only
+from blockprune.core._compat import ConvNd, DispatchMode, tree_leaves, tree_map_only
 from blockprune.core._compat_hf import CACHE_ARGUMENTS
 from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.experts import Experts, experts_in
@@ -40,6 +40,7 @@ class WorkingCopy:
         forward: (model, example) -> output.
         dtype: of the floating-point tensors of the example.
         values: which values the copy has at present.
+        casts: whether casts in the model's own code, such as that of a norm to float32, are casts to float64 instead.
 
     Example:
         >>> from blockprune.model.running import default_forward
@@ -55,6 +56,7 @@ class WorkingCopy:
     forward: Forward
     dtype: torch.dtype | None
     values: Values = "own"
+    casts: bool = False
 
     @classmethod
     def of(cls, source: nn.Module, example: Any, forward: Forward) -> "WorkingCopy":
@@ -82,18 +84,21 @@ class WorkingCopy:
         del outputs
         double = attrs.evolve(own, dtype=torch.float64)
         _convert(double.model, _layers_to_convert_when_called(double.model, called))
-        for _ in range(2):
-            try:
+        for double.casts in (True, False):
+            with contextlib.suppress(Exception):  # the model creates tensors of another dtype, or reads a weight elsewhere
                 double.run()
-            except Exception:  # the model creates tensors of another dtype, reads a weight elsewhere, or its device has no float64
-                double.model = _evaluation_copy(source).double()
-            else:
+                return double
+        double.model = _evaluation_copy(source).double()
+        for double.casts in (True, False):
+            with contextlib.suppress(Exception):  # the model creates tensors of another dtype, or its device has no float64
+                double.run()
                 return double
         return attrs.evolve(own, model=_evaluation_copy(source))
 
     def run(self, change: Callable[[Tensor], Tensor] = torch.clone) -> list[Tensor]:
         """The tensors of the output on the example, without caches, after a change of the inputs; random numbers are the same each time."""
-        with disable_attention_fastpath(), torch.random.fork_rng(devices := cuda_devices(self.model)):
+        in_float64 = _CastsToFloat64() if self.casts else contextlib.nullcontext()
+        with in_float64, disable_attention_fastpath(), torch.random.fork_rng(devices := cuda_devices(self.model)):
             for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
                 generator.manual_seed(SEED)
             example = tree_map_only(Tensor, change, to_model_device(self.model, self.example, self.dtype))
@@ -123,6 +128,16 @@ class WorkingCopy:
             yield
         finally:
             permute(self.model, [permutation.inverse for permutation in plan], inplace=True)
+
+
+class _CastsToFloat64(DispatchMode):
+    """Inside, casts to floating-point types are casts to float64, so that rounding errors do not look like changes."""
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if operation is torch.ops.aten._to_copy.default and (dtype := kwargs.get("dtype")) is not None and dtype.is_floating_point:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return operation(*args, **kwargs)
 
 
 def is_mixing(module: nn.Module) -> bool:

@@ -809,3 +809,24 @@ def test_a_model_that_runs_with_its_own_values_only_is_traced_with_them_and_says
 
     with pytest.warns(UserWarning, match="does not run with other values in its parameters"):
         assert len(bp.find_axes(Exact(), torch.randn(5, 4))) == 1
+
+
+class Centered(nn.Module):
+    """A residual stream with a large mean, which is taken off in float32, as norms of language models compute in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.outer, self.head = nn.Linear(4, 64), nn.Linear(64, 16), nn.Linear(16, 64), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.stem(x) + 1000
+        stream = stream + self.outer(F.relu(self.inner(self.centered(stream))))
+        return self.head(self.centered(stream))  # type: ignore[no-any-return]
+
+    def centered(self, x: Tensor) -> Tensor:
+        return (x.float() - x.to(torch.float32).mean(-1, keepdim=True)).to(x.dtype)
+
+
+def test_rounding_errors_of_casts_to_float32_hide_no_axis() -> None:
+    axes = bp.find_axes(Centered().eval(), torch.randn(5, 4))
+    assert [len(axis.order) for axis in axes] == [64, 16]
