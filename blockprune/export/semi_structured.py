@@ -119,6 +119,10 @@ class SemiStructuredLinear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        weight = f"a 2:4 weight ({self.out_features}, {self.in_features})"
+        raise RuntimeError(f"torch.jit.script cannot compile {weight}; script export.dense(model), which has plain layers")
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, 2:4"
 

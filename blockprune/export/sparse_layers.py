@@ -259,6 +259,12 @@ class BlockSparseLinear(nn.Module):
         self._convert_layout()
         return self
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            f"{self.name or 'the layer'}: torch.jit.script cannot compile a block-sparse layer of {self.weight_shape}; record the model with "
+            "torch.jit.trace or torch.export.export, or script export.dense(model), which has plain layers"
+        )
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._set_constants(*(getattr(self, name) for name in self.constants))

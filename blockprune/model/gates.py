@@ -54,6 +54,11 @@ class GateBlocks(nn.Module):
         """The logits in at least float32."""
         return at_least_float32(self.logits)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile the gates of a weight {self.grid.shape}; take them off first: bp.gates.remove(model)"
+        )
+
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Store an assigned weight (``layer.weight = w``) as it is."""
         return weight

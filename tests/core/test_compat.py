@@ -673,6 +673,9 @@ class Overriding(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}index"] = torch.arange(2)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError("a reason of this layer")
+
 
 def test_torch_calls_the_private_methods_that_blockprune_overrides() -> None:
     model = nn.Sequential(Overriding(2, 2))
@@ -688,6 +691,12 @@ def test_torch_calls_the_private_methods_that_blockprune_overrides() -> None:
         assert model[0].calls == [("0.", 5)]
     with private("torch.nn.Module._save_to_state_dict", "to save the indices of block-sparse layers, which are no buffers"):
         assert list(model.state_dict()) == ["0.weight", "0.bias", "0.index"]
+    with (
+        private("torch.nn.Module.__prepare_scriptable__", "to say why a masked or block-sparse layer cannot be scripted"),
+        warnings.catch_warnings(action="ignore"),
+        pytest.raises(RuntimeError, match="a reason of this layer"),
+    ):
+        torch.jit.script(model)
 
 
 # What the tests above say when a version loses a name
@@ -724,6 +733,7 @@ OVERRIDES = {
     "_apply": {"model/parametrization.py", "export/sparse_layers.py", "export/semi_structured.py"},
     "_load_from_state_dict": {"model/masked_class.py", "model/parametrization.py", "export/sparse_layers.py"},
     "_save_to_state_dict": {"export/sparse_layers.py"},
+    "__prepare_scriptable__": {"model/gates.py", "model/parametrization.py", "export/semi_structured.py", "export/sparse_layers.py"},
 }
 NAMEDTUPLE = {"_fields", "_replace"}  # documented by Python
 UNDOCUMENTED = {  # without an underscore, or attributes of instances only
