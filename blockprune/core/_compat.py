@@ -6,9 +6,9 @@ blockprune loses with it, and a test that no other module uses such a name. Each
 
 A class can override a private method of torch only in its own body, so these stay where they are:
 
-* ``nn.Module._apply``: model/parametrization.py, export/sparse_layers.py, export/semi_structured.py
-* ``nn.Module._load_from_state_dict``: model/masked_class.py, model/parametrization.py, export/sparse_layers.py
-* ``nn.Module._save_to_state_dict``: export/sparse_layers.py
+* ``nn.Module._apply``: model/gates.py, model/parametrization.py, export/sparse_layers.py, export/semi_structured.py
+* ``nn.Module._load_from_state_dict``: model/masked_class.py, model/parametrization.py, export/sparse_layers.py, export/semi_structured.py
+* ``nn.Module._save_to_state_dict``: export/sparse_layers.py, export/semi_structured.py
 * ``nn.Module.__prepare_scriptable__``: model/gates.py, model/parametrization.py, export/semi_structured.py, export/sparse_layers.py
 
 This module imports nothing of blockprune, so that every other module can import it.
