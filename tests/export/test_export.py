@@ -445,7 +445,7 @@ def test_int8_indices_and_scales_that_were_written_are_validated() -> None:
     layer.scale = torch.ones(5)
     with pytest.raises(ValueError, match=r"scale is torch.float32 of shape \(5,\)"):
         layer(x)
-    with pytest.raises(TypeError, match=r"an input of torch.int64 does not fit a weight of int8 with scales"):
+    with pytest.raises(TypeError, match=r"an input of torch.int64 does not fit a weight of torch.float32"):
         layer(x.long())
 
 
@@ -786,6 +786,27 @@ def test_layers_that_stay_dense_are_named_with_the_reason() -> None:
     with pytest.warns(UserWarning, match=r"^0 of 1 masked layers became block-sparse \(0.weight: faster\)"):
         export.block_sparse(masked(nn.Sequential(nn.Linear(8, 8))), backend=export.Choices((dense,)))
     export.block_sparse(alone, backend="dense")  # as requested
+
+
+@BOTH_BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_inputs_of_another_type_are_refused_as_by_the_plain_layer(backend: str, dtype: torch.dtype) -> None:
+    model = masked(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))).to(dtype)
+    sparse = exported(model, backend)
+    for layers in (sparse, copy.deepcopy(sparse), export.load_state_dict(model, sparse.state_dict())):
+        assert layers(torch.randn(3, 8, dtype=dtype)).dtype == dtype
+        for other in {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64} - {dtype}:
+            x = torch.ones(3, 8, dtype=other)
+            with pytest.raises(RuntimeError):
+                export.dense(layers)(x)
+            with pytest.raises(TypeError, match=rf"an input of {other} does not fit a weight of {dtype}; convert it, input.to\({dtype}\)"):
+                layers(x)
+    other = torch.float16 if dtype != torch.float64 else torch.float32
+    assert sparse.to(other)(torch.randn(3, 8, dtype=other)).dtype == other
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert sparse(torch.randn(3, 8)).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match=r"an input of torch.int64 does not fit"):
+            sparse(torch.ones(3, 8, dtype=torch.int64))
 
 
 class Normed(nn.Module):
