@@ -9,7 +9,7 @@ from blockprune.core.grid import expand
 from blockprune.core.sharded_tensor import sharded_like
 from blockprune.core.types import BlockMask, Masks
 from blockprune.model.masking import mask_blocks
-from blockprune.model.parameters import ParameterRef, find_parameters
+from blockprune.model.parameters import ParameterRef, find_parameters, parameter_refs, select_parameters
 from blockprune.model.sharding import reshard
 
 Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
@@ -82,8 +82,10 @@ def reset_state(optimizer: Optimizer, model: nn.Module, before: Masks, after: Ma
         tensor([[1., 0.]])
     """
     reshard(model)
-    refs = {name: users[0] for masks in (before, after) for name, users in find_parameters(model, masks, what="masks").items()}
-    old, new = (dict(zip(find_parameters(model, masks, what="masks"), masks.values(), strict=True)) for masks in (before, after))
+    of_model = parameter_refs(model)
+    found = [(select_parameters(of_model, masks, what="masks"), masks) for masks in (before, after)]
+    refs = {name: users[0] for selected, _ in found for name, users in selected.items()}
+    old, new = (dict(zip(selected, masks.values(), strict=True)) for selected, masks in found)
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if refs and not any(id(ref.stored) in trained for ref in refs.values()):
         raise ValueError(

@@ -343,6 +343,16 @@ def test_all_tensors_of_a_parametrized_weight_are_listed() -> None:
         assert [tuple(x.shape) for x in _compat.originals(two.parametrizations.weight)] == [(3, 1), (3, 2)]
 
 
+def test_parametrizations_of_a_module_itself_are_found() -> None:
+    with private("torch.nn.Module._modules", "to find the masks of a model"):
+        layer = parametrizations.weight_norm(nn.Linear(2, 2))
+        own = _compat.own_parametrizations(layer)
+        assert own is layer.parametrizations
+        assert list(own) == ["weight"]
+        assert _compat.own_parametrizations(nn.Linear(2, 2)) is None
+        assert _compat.own_parametrizations(torch.compile(layer)) is None
+
+
 def test_fully_shard_finds_parameters_that_have_moved() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
