@@ -24,9 +24,9 @@ def update(model: M, masks: Masks, *, optimizer: Optimizer | Sequence[Optimizer]
     """Change in place which blocks the layers of an exported model hold; return it.
 
     A block that both masks keep has the same values as before, and in the optimizer the same state. A new block starts at zero, or with the
-    values of ``weights``, and with the state that a new parameter gets (`bp.reset_state`). The kept weights of a layer remain the same Parameter, without a gradient, whose length
-    changes. So give all optimizers that hold them, call `update` on averages of the model (an EMA) with the same masks, and wrap the model
-    in DistributedDataParallel again.
+    values of ``weights``, and with the state that a new parameter gets (`bp.reset_state`). The kept weights of a layer remain the same
+    Parameter, without a gradient, whose length changes. So give all optimizers that hold them, call `update` on averages of the model (an
+    EMA) with the same masks, and wrap the model in DistributedDataParallel again.
 
     Args:
         model: the result of `block_sparse`, trainable or not. Weights that are masked instead get the new masks as by `apply_masks`.

@@ -136,8 +136,8 @@ class SemiStructuredLinear(nn.Module):
             missing_keys += [key] if strict else []
         elif (bits.shape, bits.dtype) != (present.shape, present.dtype):
             cast(list[str], args[-1]).append(
-                f"{key}: {bits.dtype} {tuple(bits.shape)} are not the bits of a 2:4 weight ({self.out_features}, {self.in_features}), which "
-                f"are {present.dtype} {tuple(present.shape)} and cannot be averaged or converted; load the state dict of a 2:4 layer"
+                f"{key}: {bits.dtype} {tuple(bits.shape)} are not the bits of a 2:4 weight ({self.out_features}, {self.in_features}), "
+                f"which are {present.dtype} {tuple(present.shape)} and cannot be averaged or converted; load the state dict of a 2:4 layer"
             )
             return
         else:

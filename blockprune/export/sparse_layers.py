@@ -257,8 +257,8 @@ class BlockSparseLinear(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError(
-            f"{self.name or 'the layer'}: torch.jit.script cannot compile a block-sparse layer of {self.weight_shape}; record the model with "
-            "torch.jit.trace or torch.export.export, or script export.dense(model), which has plain layers"
+            f"{self.name or 'the layer'}: torch.jit.script cannot compile a block-sparse layer of {self.weight_shape}; record the model "
+            "with torch.jit.trace or torch.export.export, or script export.dense(model), which has plain layers"
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -276,8 +276,9 @@ class Int8BlockSparseLinear(BlockSparseLinear):
     """A Linear whose kept weights are int8 numbers with a scale for each output, and whose inputs are rounded to int8 row by row.
 
     ``y = sum(q_x * q_w) * (scale_x * scale_w) + bias``, in float32 and then in the type of the input, which is that of ``weight``, as in
-    other layers; the sum is an exact integer. A row of inputs that is not finite gives a row of NaN. The gradient of the input is that of a product with ``weight``: rounding counts as the
-    identity (straight-through, Bengio et al. 1308.3432). On a GPU the product runs by operators of torch, slowly.
+    other layers; the sum is an exact integer. A row of inputs that is not finite gives a row of NaN. The gradient of the input is that of
+    a product with ``weight``: rounding counts as the identity (straight-through, Bengio et al. 1308.3432). On a GPU the product runs by
+    operators of torch, slowly.
 
     ``values``, int8, and ``scale``, float32 ``[out_features]``, are no buffers either: they keep type and numbers in every conversion, and
     the state dict holds copies of them. The buffer ``like`` is empty and has the type of ``weight``.

@@ -676,6 +676,16 @@ def test_the_operator_of_convolutions_keeps_torchs_rules() -> None:
     torch.autograd.gradgradcheck(lambda x: conv_ops.conv2d_op(x, None, *arguments), (x,))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Conv2d(8, 8, 1)])
+def test_scripting_an_exported_model_names_what_can_be_recorded(layer: nn.Module) -> None:
+    sparse = export.block_sparse(masked(nn.Sequential(layer)), backend="torch")
+    with pytest.raises(RuntimeError, match=r"^0: torch.jit.script .* layer of \(8, 8.*torch.jit.trace.*script export.dense\(model\)"):
+        torch.jit.script(sparse)
+    x = torch.randn(2, 8, 1, 1).flatten(1) if isinstance(layer, nn.Linear) else torch.randn(2, 8, 1, 1)
+    close(torch.jit.script(export.dense(sparse))(x), sparse(x))
+
+
 def test_an_image_smaller_than_the_kernel_is_refused() -> None:
     conv = export.block_sparse(masked(nn.Conv2d(4, 4, 3, padding=(0, 1))), backend="torch")
     with pytest.raises(ValueError, match=r"input of shape \(1, 4, 2, 9\) is smaller than the kernel .* would have 0 rows and 9 columns"):
@@ -853,7 +863,9 @@ def test_masked_biases_and_norms_are_no_layers_without_a_block_sparse_form(train
 
 def test_warnings_count_layers_and_not_their_biases() -> None:
     model = with_masks(Normed(), "embedding.weight", "a.weight", "a.bias", "norm.weight")
-    with pytest.warns(UserWarning, match=r"^1 of 2 masked layers have no block-sparse form \(embedding.weight: Embedding has no[^;]*; [^;]*\)"):
+    with pytest.warns(
+        UserWarning, match=r"^1 of 2 masked layers have no block-sparse form \(embedding.weight: Embedding has no[^;]*; [^;]*\)"
+    ):
         export.block_sparse(model, backend="torch")
     only_biases = with_masks(Normed(), "a.bias", "norm.weight")
     with pytest.warns(UserWarning, match="0 of 0 masked layers became block-sparse .all masks are on biases and norms, which keep"):
