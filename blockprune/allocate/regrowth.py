@@ -31,6 +31,9 @@ def regrow(masks: Masks, *, drop: Scores, grow: Scores, fraction: Sparsity, spar
 
     With `zero_new_blocks` blocks come back as zeros, and `reset_state` clears what the optimizer remembers of them.
 
+    Parameters are exchanged one by one, so that those that share a mask (``coupled=`` of the allocators) would no longer share it: give one
+    of them, with the sum of their scores, and its new ``keep`` to the others, ``BlockMask(keep, grid)``.
+
     Args:
         masks: the present masks, such as ``bp.read_masks(model)``.
         drop: a score for each block; the kept blocks with the lowest scores are pruned. Scores of pruned blocks are not used.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.core._compat import BatchNorm, ConvTransposeNd, lazy_clone
+from blockprune.core.patterns import suggest
 from blockprune.core.precision import at_least_float32
 from blockprune.core.sharded_tensor import is_sharded, whole
 from blockprune.core.types import Data, Param, Where, check_finite, check_prunable
@@ -64,12 +65,18 @@ def _lazy_copy(weight: Tensor) -> Tensor:
 def movement(model: nn.Module, *, where: Where, previous: Data | None = None) -> Data:
     """`weights`, with the statistic ``movement``: minus weight times gradient, summed over training steps (Sanh et al. 2005.07683).
 
-    Call it in the training loop after ``backward``. A parameter without a gradient adds nothing to its sum.
+    Call it in the training loop after ``backward``. A parameter without a gradient in a step, such as an expert that no token was sent to,
+    adds nothing to its sum; as long as no step gave it a gradient, it has no statistic, and `metric.movement` raises an error.
 
     Args:
         model: any module, masked or not; it is not changed.
         where: which parameters, in what blocks.
         previous: the result of the step before; None at the first step.
+
+    Raises:
+        ValueError: a parameter that is frozen or that another parametrization computes, no parameter with a gradient; and what `weights`
+            raises.
+        KeyError: ``previous`` without a parameter.
 
     Example:
         >>> model = nn.Linear(4, 4)
@@ -80,12 +87,24 @@ def movement(model: nn.Module, *, where: Where, previous: Data | None = None) ->
     """
     data = weights(model, where=where)
     refs = find_parameters(model, data, what="where")
+    stored: dict[str, Tensor] = {}
+    for name, param in data.items():
+        ref = refs[name][0]
+        if not ref.is_plain or not ref.stored.requires_grad:
+            reason = "is frozen, so it never has a gradient" if ref.is_plain else "is computed by another parametrization"
+            raise ValueError(f"{name} {param.grid.shape}: this weight {reason}; leave it out with `excluding`")
+        if previous and name not in previous:
+            raise KeyError(f"previous has no {name!r}{suggest(name, previous)}; collect all steps with the same `where`")
+        stored[name] = ref.stored
+    if all(x.grad is None for x in stored.values()):
+        raise ValueError(f"no parameter has a gradient, such as {next(iter(stored))!r}; call `movement` after `backward`")
     summed: dict[str, Param] = {}
     for name, param in data.items():
-        gradient = refs[name][0].stored.grad
-        step = torch.zeros_like(param.weight) if gradient is None else -(param.weight * whole(gradient))
-        before = previous[name].stats["movement"] if previous else 0
-        summed[name] = attrs.evolve(param, stats={"movement": step.to(torch.promote_types(step.dtype, torch.float32)) + before})
+        stats = {"movement": previous[name].stats["movement"]} if previous and "movement" in previous[name].stats else {}
+        if (gradient := stored[name].grad) is not None:
+            step = -(at_least_float32(param.weight) * at_least_float32(whole(gradient)))
+            stats = {"movement": step + stats.get("movement", 0)}
+        summed[name] = attrs.evolve(param, stats=stats)
     return summed
 
 

@@ -6,9 +6,10 @@ blockprune loses with it, and a test that no other module uses such a name. Each
 
 A class can override a private method of torch only in its own body, so these stay where they are:
 
-* ``nn.Module._apply``: model/parametrization.py, export/sparse_layers.py, export/semi_structured.py
-* ``nn.Module._load_from_state_dict``: model/masked_class.py, model/parametrization.py, export/sparse_layers.py
-* ``nn.Module._save_to_state_dict``: export/sparse_layers.py
+* ``nn.Module._apply``: model/gates.py, model/parametrization.py, export/sparse_layers.py, export/semi_structured.py
+* ``nn.Module._load_from_state_dict``: model/masked_class.py, model/parametrization.py, export/sparse_layers.py, export/semi_structured.py
+* ``nn.Module._save_to_state_dict``: export/sparse_layers.py, export/semi_structured.py
+* ``nn.Module.__prepare_scriptable__``: model/gates.py, model/parametrization.py, export/semi_structured.py, export/sparse_layers.py
 
 This module imports nothing of blockprune, so that every other module can import it.
 """
@@ -71,6 +72,7 @@ __all__ = [
     "is_zero_tensor",
     "lazy_clone",
     "originals",
+    "own_parametrizations",
     "pack_linear_weight",
     "packed_linear",
     "packs_bfloat16",
@@ -218,6 +220,14 @@ def has_hooks(module: nn.Module) -> bool:
 def is_compiled_wrapper(module: nn.Module) -> bool:
     """Whether ``torch.compile`` returned the module, which then calls another one and names its parameters differently (torch 2.0)."""
     return hasattr(module, "_orig_mod")
+
+
+def own_parametrizations(module: nn.Module) -> nn.ModuleDict | None:
+    """The parametrizations of a module's own tensors, or None (torch 2.0).
+
+    ``is_parametrized`` also finds those of the module that ``torch.compile`` has wrapped, and is slow where there are none.
+    """
+    return cast("nn.ModuleDict | None", module._modules.get("parametrizations"))
 
 
 def has_one_original(parametrizations: parametrize.ParametrizationList) -> bool:

@@ -62,7 +62,9 @@ class Candidate:
 
 
 def find_candidates(model: nn.Module) -> Iterator[Candidate]:
-    """Every masked weight of a model.
+    """Every masked weight of two or more axes of a model.
+
+    Biases and the factors of norms have one axis, and no product to leave out: without their masks they are plain parameters with zeros.
 
     Raises:
         ValueError: a model without masks.
@@ -90,6 +92,8 @@ def find_candidates(model: nn.Module) -> Iterator[Candidate]:
         for ref in shared:
             by_owner.setdefault(id(ref.owner), []).append(ref)
     for name, mask in masks.items():
+        if len(mask.grid.shape) < 2:
+            continue
         ref, owner = refs[name][0], id(refs[name][0].owner)
         yield Candidate(name, ref, mask, _unsupported_reason(refs[name], by_owner[owner], parents.get(owner)))
 

@@ -121,6 +121,7 @@ def warn_if_all_dense(choices: Choices) -> None:
     """
     if all(choice.backend == "dense" and not choice.dtype for choice in choices.rows):
         reasons = "; ".join(f"{choice.name}: {choice.reason}" for choice in choices.rows[:3])
+        reasons = reasons or "all masks are on biases and norms, which keep their zeros"
         warnings.warn(
             f"0 of {len(choices.rows)} masked layers became block-sparse ({reasons}); choose(model) lists the reason of each", stacklevel=3
         )

@@ -54,7 +54,8 @@ def block_sparse(
 
     A layer that has no block-sparse form, or that is faster dense, becomes a plain layer with zeros; if it is to train, it stays masked, so
     that its zeros remain. ``choose(model)`` says which, and why. A warning names the layers that have no block-sparse form, and says so if
-    no layer became block-sparse.
+    no layer became block-sparse. Biases and norms that are masked, as in structured pruning, have no product to leave out and do not count:
+    they become plain parameters with zeros, and with ``trainable=True`` they stay masked.
 
     Args:
         model: with masks; it is not changed.

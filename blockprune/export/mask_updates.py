@@ -15,6 +15,7 @@ from blockprune.export.format import BlockSparse, unpack
 from blockprune.export.packing import pack_weight
 from blockprune.export.sparse_layers import BlockSparseLinear
 from blockprune.model.apply import apply_masks, parameter_masks
+from blockprune.model.optimizer_state import initial_state
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -23,9 +24,9 @@ def update(model: M, masks: Masks, *, optimizer: Optimizer | Sequence[Optimizer]
     """Change in place which blocks the layers of an exported model hold; return it.
 
     A block that both masks keep has the same values as before, and in the optimizer the same state. A new block starts at zero, or with the
-    values of ``weights``, and with a state of zero. The kept weights of a layer remain the same Parameter, without a gradient, whose length
-    changes. So give all optimizers that hold them, call `update` on averages of the model (an EMA) with the same masks, and wrap the model
-    in DistributedDataParallel again.
+    values of ``weights``, and with the state that a new parameter gets (`bp.reset_state`). The kept weights of a layer remain the same
+    Parameter, without a gradient, whose length changes. So give all optimizers that hold them, call `update` on averages of the model (an
+    EMA) with the same masks, and wrap the model in DistributedDataParallel again.
 
     Args:
         model: the result of `block_sparse`, trainable or not. Weights that are masked instead get the new masks as by `apply_masks`.
@@ -122,4 +123,4 @@ def _move_state(optimizer: Optimizer, layer: BlockSparseLinear, source: Tensor) 
     state = optimizer.state.get(layer.values, {})
     for key, x in state.items():
         if isinstance(x, Tensor) and x.shape == layer.values.shape:
-            state[key] = _carried(x, source, x.new_zeros(source.shape))
+            state[key] = _carried(x, source, x.new_full(source.shape, initial_state(optimizer, layer.values, key)))

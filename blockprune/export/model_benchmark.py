@@ -257,7 +257,7 @@ def _to_dtype(inputs: Any, dtype: torch.dtype) -> Any:
 
 def _mebibytes(model: nn.Module) -> float:
     packed = [module.plain for module in model.modules() if isinstance(module, PackedLinear)]
-    layers = [module for module in model.modules() if isinstance(module, BlockSparseLinear)]
+    layers = [module for module in model.modules() if isinstance(module, (BlockSparseLinear, SemiStructuredLinear))]
     constants: list[Tensor] = [getattr(layer, name) for layer in layers for name in layer.constants]
     nbytes = {x.data_ptr(): x.nbytes for x in [*model.parameters(), *model.buffers(), *packed, *constants]}
     return (sum(nbytes.values()) + int8_bytes(model)) / 2**20

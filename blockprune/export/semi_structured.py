@@ -1,7 +1,7 @@
 """2:4 weights, which keep two of every four consecutive elements, on GPUs whose matrix units skip the others (cuSPARSELt)."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +57,12 @@ def is_two_of_four(weight: Tensor) -> bool:
 
 
 class SemiStructuredLinear(nn.Module):
-    """A Linear whose weight is 2:4 and frozen. A buffer holds it in cuSPARSELt's format; the bias, if any, remains a parameter.
+    """A Linear whose weight is 2:4 and frozen, in cuSPARSELt's format; the bias, if any, remains a parameter.
 
-    Only cuSPARSELt can read the buffer. To change the type or the device, convert the masked model, or that of `export.dense`, again.
-    Gradients of the inputs are dense products.
+    Only cuSPARSELt can read that format, ``values``, in which the places of the kept weights are bits beside the numbers. So it is no
+    buffer, and a moving average over buffers leaves it alone; the state dict holds its bits as int16. A state of a layer of the same shape
+    loads. To change the type or the device, convert the masked model, or that of `export.dense`, again. Gradients of the inputs are dense
+    products.
 
     Args:
         plain: on a GPU, with a weight that `is_supported`; its bias is shared, not copied.
@@ -73,6 +75,7 @@ class SemiStructuredLinear(nn.Module):
         >>> SemiStructuredLinear(export.dense(masked)[0])(x)  # doctest: +SKIP
     """
 
+    constants: ClassVar[tuple[str, ...]] = ("values",)  # tensors that nothing averages or converts, because they are no buffers
     values: Tensor
     bias: nn.Parameter | None
 
@@ -82,7 +85,7 @@ class SemiStructuredLinear(nn.Module):
         if not is_supported(weight):
             raise ValueError(f"a weight {tuple(weight.shape)} of {weight.dtype} on {weight.device} is not {REQUIREMENT}")
         self.in_features, self.out_features = plain.in_features, plain.out_features
-        self.register_buffer("values", compress_two_of_four(weight))
+        self.values = compress_two_of_four(weight)
         self.register_parameter("bias", plain.bias)
         example = weight.new_ones(_SEARCH_ROWS, self.in_features)
         self.algorithm = search_two_of_four(self.values, example.mT)
@@ -117,7 +120,37 @@ class SemiStructuredLinear(nn.Module):
                 f"{weight} cannot become {new.dtype} on {new.device.type}; convert the masked model or export.dense(model) and export again"
             )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.values = self.values.to(new.device)
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}values"] = self.values.view(torch.int16).clone()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *args: Any
+    ) -> None:
+        key = f"{prefix}values"
+        bits, present = state_dict.get(key), self.values.view(torch.int16)
+        if bits is None:
+            missing_keys += [key] if strict else []
+        elif (bits.shape, bits.dtype) != (present.shape, present.dtype):
+            cast(list[str], args[-1]).append(
+                f"{key}: {bits.dtype} {tuple(bits.shape)} are not the bits of a 2:4 weight ({self.out_features}, {self.in_features}), "
+                f"which are {present.dtype} {tuple(present.shape)} and cannot be averaged or converted; load the state dict of a 2:4 layer"
+            )
+            return
+        else:
+            self.values = bits.detach().to(present.device, copy=True).view(self.values.dtype)
+        ignored = {key}
+        if bits is not None and state_dict.get(f"{prefix}weight", bits).shape == (1,):  # of a Hugging Face model: see hf_checkpoint.py
+            ignored.add(f"{prefix}weight")
+        others = {name: value for name, value in state_dict.items() if name not in ignored}
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, *args)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        weight = f"a 2:4 weight ({self.out_features}, {self.in_features})"
+        raise RuntimeError(f"torch.jit.script cannot compile {weight}; script export.dense(model), which has plain layers")
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, 2:4"

@@ -158,13 +158,9 @@ class BlockSparseLinear(nn.Module):
     def _in_type(self, input: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Input, values and bias as they are multiplied; with a type, that of autocast."""
         values, bias = self.values, cast(Tensor | None, self.bias)
+        _check_type(input, values.dtype, dtype)
         if dtype is not None:
             input, values, bias = input.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
-        if input.dtype != values.dtype:
-            raise TypeError(
-                f"an input of {input.dtype} does not fit a weight of {values.dtype}; "
-                f"convert one of them: model.to({input.dtype}) or input.to(...)"
-            )
         return input, values, bias
 
     def readable_weight(self, weight: tuple[Any, ...]) -> BlockSparse | None:
@@ -259,6 +255,12 @@ class BlockSparseLinear(nn.Module):
         self._convert_layout()
         return self
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            f"{self.name or 'the layer'}: torch.jit.script cannot compile a block-sparse layer of {self.weight_shape}; record the model "
+            "with torch.jit.trace or torch.export.export, or script export.dense(model), which has plain layers"
+        )
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._set_constants(*(getattr(self, name) for name in self.constants))
@@ -273,9 +275,10 @@ class BlockSparseLinear(nn.Module):
 class Int8BlockSparseLinear(BlockSparseLinear):
     """A Linear whose kept weights are int8 numbers with a scale for each output, and whose inputs are rounded to int8 row by row.
 
-    ``y = sum(q_x * q_w) * (scale_x * scale_w) + bias``, in float32 and then in the type of the input; the sum is an exact integer. A row of
-    inputs that is not finite gives a row of NaN. The gradient of the input is that of a product with ``weight``: rounding counts as the
-    identity (straight-through, Bengio et al. 1308.3432). On a GPU the product runs by operators of torch, slowly.
+    ``y = sum(q_x * q_w) * (scale_x * scale_w) + bias``, in float32 and then in the type of the input, which is that of ``weight``, as in
+    other layers; the sum is an exact integer. A row of inputs that is not finite gives a row of NaN. The gradient of the input is that of
+    a product with ``weight``: rounding counts as the identity (straight-through, Bengio et al. 1308.3432). On a GPU the product runs by
+    operators of torch, slowly.
 
     ``values``, int8, and ``scale``, float32 ``[out_features]``, are no buffers either: they keep type and numbers in every conversion, and
     the state dict holds copies of them. The buffer ``like`` is empty and has the type of ``weight``.
@@ -288,6 +291,7 @@ class Int8BlockSparseLinear(BlockSparseLinear):
 
     Raises:
         ValueError: as in `BlockSparseLinear`; a weight of another type than int8.
+        TypeError: in ``forward``, an input of another type than ``weight``, outside of autocast.
 
     Example:
         >>> from blockprune import export
@@ -311,10 +315,15 @@ class Int8BlockSparseLinear(BlockSparseLinear):
         return unpack(self.packed_weight).to(self.like.dtype)
 
     def _in_type(self, input: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        if not input.is_floating_point():
-            raise TypeError(f"an input of {input.dtype} does not fit a weight of int8 with scales; give floating-point numbers")
+        _check_type(input, self.like.dtype, dtype)
         input, bias = input if dtype is None else input.to(dtype), cast(Tensor | None, self.bias)
         return input, self.values.to(self.like.device), bias if bias is None or bias.dtype == input.dtype else bias.float()
+
+
+def _check_type(input: Tensor, of_weight: torch.dtype, of_autocast: torch.dtype | None) -> None:
+    """Raise for an input for which a plain layer would raise: of another type, or under autocast of one that it does not convert."""
+    if not input.is_floating_point() or (of_autocast is None and input.dtype != of_weight):
+        raise TypeError(f"an input of {input.dtype} does not fit a weight of {of_weight}; convert it, input.to({of_weight}), or the model")
 
 
 def _moved(x: Tensor, device: torch.device, is_index: bool) -> Tensor:

@@ -169,7 +169,7 @@ def movement(data: Data) -> Scores:
     Needs the statistic ``movement``, which `collect.movement` adds up in your training loop.
 
     Raises:
-        ValueError: data without ``movement``.
+        ValueError: data without ``movement``, or a parameter that had a gradient in no step.
 
     Example:
         >>> model, data = nn.Linear(4, 4), None
@@ -183,6 +183,7 @@ def movement(data: Data) -> Scores:
         if "movement" not in p.stats:
             raise ValueError(
                 f"{name} {p.grid.shape}: metric.movement needs the statistic 'movement'; the data has {sorted(p.stats) or 'none'}; "
-                "collect it: collect.movement(model, where=..., previous=...) after each backward"
+                "collect it: collect.movement(model, where=..., previous=...) after each backward. If you did, no step gave this "
+                "parameter a gradient, because the loss does not depend on it: leave it out with `excluding`"
             )
     return score_each(data, lambda p: pool(p.stats["movement"], p.grid, reduce="mean"))

@@ -24,17 +24,18 @@ from blockprune.model.parameters import (
     check_own_memory,
     computed_attributes,
     distinct,
-    find_parameters,
     is_exported,
     is_replicated,
     parameter_order,
     parameter_refs,
     restore_order,
+    select_parameters,
 )
 from blockprune.model.parametrization import MaskBlocks
 from blockprune.model.sharding import follow_parameters, has_moved_unnoticed, is_fully_sharded, reshard, without_fsdp_class
 
 M = TypeVar("M", bound=nn.Module)
+Refs = Mapping[str, list[ParameterRef]]  # `parameter_refs` of a model
 
 
 def apply_masks(
@@ -73,12 +74,13 @@ def apply_masks(
         0.0
     """
     reshard(model)
-    new_masks = _checked_masks(model, parameter_masks(model) if masks is None and weights is not None else cast(Masks, masks))
-    _check_loaded([refs[0] for _, _, refs in new_masks], "apply_masks")
-    _check_not_wrapped(model, new_masks)
-    new_weights = _checked_weights(model, {} if weights is None else weights)
-    reached = _checked_reached(model, {name: mask for name, mask, _ in new_masks}, straight_through, decay)
-    old_masks = [(ref, BlockMask(mask.keep.clone(), mask.grid), _copy(mask.reached), mask.decay) for ref, mask in _masked_refs(model)]
+    refs = parameter_refs(model)  # they say what is masked at the time at which they are asked
+    new_masks = _checked_masks(refs, _copied_masks(refs) if masks is None and weights is not None else cast(Masks, masks))
+    _check_loaded([users[0] for _, _, users in new_masks], "apply_masks")
+    _check_not_wrapped(model, refs, new_masks)
+    new_weights = _checked_weights(refs, {} if weights is None else weights)
+    reached = _checked_reached(refs, {name: mask for name, mask, _ in new_masks}, straight_through, decay)
+    old_masks = [(ref, BlockMask(mask.keep.clone(), mask.grid), _copy(mask.reached), mask.decay) for ref, mask in _masked_refs(refs)]
     # in the order in which they were put on, so that an error restores that order
     old_masks.sort(key=lambda item: list(item[0].owner.parametrizations).index(item[0].attr))  # type: ignore[arg-type]
     with torch.no_grad():
@@ -88,11 +90,11 @@ def apply_masks(
             for ref, weight in new_weights:
                 written.append((ref, ref.stored.detach().clone()))
                 ref.stored.copy_(weight)
-            for name, _, refs in new_masks:
-                for ref in refs:
+            for name, _, users in new_masks:
+                for ref in users:
                     cast(MaskBlocks, ref.mask).pass_gradients(reached.get(name), decay)
         except BaseException:
-            for ref, _ in _masked_refs(model):
+            for ref, _ in _masked_refs(refs):
                 _remove_mask(ref)
             for ref, mask, old_reached, old_decay in old_masks:
                 _set_mask(ref, mask)
@@ -110,7 +112,7 @@ def _copy(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.clone()
 
 
-def _checked_reached(model: nn.Module, masks: Masks, straight_through: bool | Masks, decay: float) -> dict[str, Tensor]:
+def _checked_reached(refs: Refs, masks: Masks, straight_through: bool | Masks, decay: float) -> dict[str, Tensor]:
     """The blocks of each masked parameter that gradients reach, by canonical name; none of a parameter that is not in the result."""
     if isinstance(decay, bool) or not isinstance(decay, numbers.Real) or not 0 <= decay < math.inf:
         raise ValueError(f"decay={decay!r} must be a number from 0 on")
@@ -120,7 +122,7 @@ def _checked_reached(model: nn.Module, masks: Masks, straight_through: bool | Ma
         return {name: torch.ones_like(mask.keep) for name, mask in masks.items()} if straight_through else {}
     if not isinstance(straight_through, Mapping):
         raise TypeError(f"straight_through is a {type(straight_through).__name__}; give True, False, or masks")
-    names = find_parameters(model, straight_through, what="straight_through")
+    names = select_parameters(refs, straight_through, what="straight_through")
     reached: dict[str, Tensor] = {}
     for name, mask in zip(names, straight_through.values(), strict=True):
         if name not in masks:
@@ -143,12 +145,13 @@ def _check_loaded(refs: list[ParameterRef], function: str) -> None:
             )
 
 
-def _check_not_wrapped(model: nn.Module, new_masks: list[tuple[str, BlockMask, list[ParameterRef]]]) -> None:
+def _check_not_wrapped(model: nn.Module, refs: Refs, new_masks: list[tuple[str, BlockMask, list[ParameterRef]]]) -> None:
     """Raise if masks would be added or removed where DistributedDataParallel or a module around the model refers to the parameters."""
-    replicated = is_replicated(model)
-    before = dict(_masked_refs_by_name(model))
-    after = {ref.name: ref for _, _, refs in new_masks for ref in distinct(refs)}
-    for name in sorted(before.keys() ^ after.keys()):
+    before = {ref.name: ref for ref, _ in _masked_refs(refs)}
+    after = {ref.name: ref for _, _, users in new_masks for ref in users}
+    changed = sorted(before.keys() ^ after.keys())
+    replicated = bool(changed) and is_replicated(model)
+    for name in changed:
         if replicated:
             raise ValueError(
                 f"{name}: masks cannot be added to or removed from a model in DistributedDataParallel, which would no longer average the "
@@ -184,8 +187,11 @@ def read_masks(model: nn.Module) -> dict[str, BlockMask]:
 
 def parameter_masks(model: nn.Module) -> dict[str, BlockMask]:
     """Copies of the masks on the parameters of a model; exported layers have none."""
-    masks = {name: refs[0].mask for name, refs in parameter_refs(model).items()}
-    return {name: BlockMask(mask.keep.clone(), mask.grid) for name, mask in masks.items() if mask}
+    return _copied_masks(parameter_refs(model))
+
+
+def _copied_masks(refs: Refs) -> dict[str, BlockMask]:
+    return {name: BlockMask(mask.keep.clone(), mask.grid) for name, users in refs.items() if (mask := users[0].mask)}
 
 
 def _masks_of_exported_layers(model: nn.Module) -> dict[str, BlockMask]:
@@ -212,7 +218,8 @@ def finalize(model: M, *, inplace: bool = False) -> M:
         >>> type(bp.finalize(model)), bp.finalize(model).weight[:, 2:].count_nonzero().item(), type(model).__name__
         (<class 'torch.nn.modules.linear.Linear'>, 0, 'ParametrizedLinear')
     """
-    _check_loaded([ref for ref, _ in _masked_refs(model)], "finalize")
+    refs = parameter_refs(model)
+    _check_loaded([ref for ref, _ in _masked_refs(refs)], "finalize")
     if computed := [ref.name for ref in computed_attributes(model) if ref.stored.grad_fn is not None]:
         raise ValueError(
             f"{computed[0]}: a hook of the old weight_norm, spectral_norm or torch.nn.utils.prune computes this weight, and torch cannot "
@@ -224,7 +231,7 @@ def finalize(model: M, *, inplace: bool = False) -> M:
             "DistributedDataParallel, or bp.distributed.full_state_dict(model), which gathers what the finalized model would have"
         )
     if inplace:
-        masks = _masked_refs(model)
+        masks = _masked_refs(refs)
         if sharded := [ref for ref, _ in masks if is_sharded(ref.stored)]:
             raise ValueError(f"{sharded[0].name} {sharded[0].shape}: this weight is a DTensor; make a copy: finalize(model)")
         if other := [ref for ref, _ in masks if not ref.is_plain]:
@@ -239,7 +246,7 @@ def finalize(model: M, *, inplace: bool = False) -> M:
             return apply_masks(model, {})
     plain = copy.deepcopy(model)
     with torch.no_grad():
-        for ref, mask in _masked_refs(plain):
+        for ref, mask in _masked_refs(parameter_refs(plain)):
             if ref.is_plain:
                 ref.stored.copy_(ref.masked)
                 _remove_mask(ref)
@@ -271,7 +278,7 @@ def masked_parameters(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
         0.0
     """
     tensors: dict[str, Tensor] = {}
-    for name, mask, refs in _checked_masks(model, masks):
+    for name, mask, refs in _checked_masks(parameter_refs(model), masks):
         keep = mask.keep.to(refs[0].stored.device).clone()
         weight = mask_blocks(refs[0].stored, keep, mask.grid) if refs[0].is_plain else None  # shared by all references
         for ref in refs:
@@ -291,14 +298,14 @@ def _functional_tensors(name: str, ref: ParameterRef, grid: BlockGrid, keep: Ten
     return {ref.stored_name: weight, f"{ref.parametrized_name}0.keep": torch.ones_like(old.keep)}
 
 
-def _checked_masks(model: nn.Module, masks: Masks) -> list[tuple[str, BlockMask, list[ParameterRef]]]:
+def _checked_masks(refs: Refs, masks: Masks) -> list[tuple[str, BlockMask, list[ParameterRef]]]:
     """Each mask with the parameter's canonical name and the references to all modules that use it."""
     if not isinstance(masks, Mapping):
         raise TypeError(f"masks is a {type(masks).__name__}, not a mapping from parameter names to BlockMask")
-    parameters = find_parameters(model, masks, what="masks")
-    checked = [(name, mask, distinct(refs)) for (name, refs), mask in zip(parameters.items(), masks.values(), strict=True)]
-    for name, mask, refs in checked:
-        _check_mask(name, mask, refs[0])
+    parameters = select_parameters(refs, masks, what="masks")
+    checked = [(name, mask, distinct(users)) for (name, users), mask in zip(parameters.items(), masks.values(), strict=True)]
+    for name, mask, users in checked:
+        _check_mask(name, mask, users[0])
     return checked
 
 
@@ -316,13 +323,13 @@ def _check_mask(name: str, mask: Any, ref: ParameterRef) -> None:
         raise TypeError(f"{what} has sparse gradients, which do not pass through a mask; build the layer with sparse=False")
 
 
-def _checked_weights(model: nn.Module, weights: Weights) -> list[tuple[ParameterRef, Tensor]]:
+def _checked_weights(refs: Refs, weights: Weights) -> list[tuple[ParameterRef, Tensor]]:
     """The new weights in the device and dtype of their parameters; those in the model's memory are copied, as writes would change them."""
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights is a {type(weights).__name__}, not a mapping from parameter names to tensors")
-    parameters = find_parameters(model, weights, what="weights")
+    parameters = select_parameters(refs, weights, what="weights")
     checked = [
-        (refs[0], _checked_weight(name, refs[0], weights[key])) for (name, refs), key in zip(parameters.items(), weights, strict=True)
+        (users[0], _checked_weight(name, users[0], weights[key])) for (name, users), key in zip(parameters.items(), weights, strict=True)
     ]
     stored = {_address(ref.stored) for ref, _ in checked}
     return [(ref, weight.clone() if _address(weight) in stored else weight) for ref, weight in checked]
@@ -350,12 +357,8 @@ def _checked_weight(name: str, ref: ParameterRef, weight: Any) -> Tensor:
     return new
 
 
-def _masked_refs_by_name(model: nn.Module) -> list[tuple[str, ParameterRef]]:
-    return [(ref.name, ref) for ref, _ in _masked_refs(model)]
-
-
-def _masked_refs(model: nn.Module) -> list[tuple[ParameterRef, MaskBlocks]]:
-    return [(ref, ref.mask) for refs in parameter_refs(model).values() for ref in distinct(refs) if ref.mask]
+def _masked_refs(refs: Refs) -> list[tuple[ParameterRef, MaskBlocks]]:
+    return [(ref, mask) for users in refs.values() for ref in distinct(users) if (mask := ref.mask)]
 
 
 def _set_mask(ref: ParameterRef, mask: BlockMask) -> None:

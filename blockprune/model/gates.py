@@ -6,7 +6,7 @@ A gate is a function of a `logit`, an ordinary Parameter. `add` puts gates on a 
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar, cast
 
 import torch
@@ -47,12 +47,28 @@ class GateBlocks(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         with no_autocast():
-            shape, factors = broadcastable(self.gate.value(self.wide_logits(), self.training).to(weight.dtype), self.grid)
-            return (weight.reshape(shape) * factors).reshape(weight.shape)
+            shape, factors = broadcastable(self.gate.value(self.wide_logits(), self.training), self.grid)
+            # in half precision small factors, and the products that are the gradients of the logits, would be 0
+            return (at_least_float32(weight).reshape(shape) * factors).to(weight.dtype).reshape(weight.shape)
 
     def wide_logits(self) -> Tensor:
         """The logits in at least float32."""
         return at_least_float32(self.logits)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GateBlocks":
+        """Convert the logits with the model, but not to half precision, in which small steps of an optimizer would be lost."""
+
+        def convert(x: Tensor) -> Tensor:
+            new = fn(x)
+            return new if new.dtype == at_least_float32(new).dtype else at_least_float32(x).to(new.device)
+
+        super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile the gates of a weight {self.grid.shape}; take them off first: bp.gates.remove(model)"
+        )
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Store an assigned weight (``layer.weight = w``) as it is."""
@@ -66,6 +82,7 @@ def add(model: M, *, where: Where, gate: Gate | None = None, initial: float = 2.
     """Change a model in place, so that every block that a rule selects is multiplied with a trainable gate; return it.
 
     The stored weights stay the same Parameters. The logits are new ones, which an optimizer must be given: ``bp.gates.parameters(model)``.
+    Logits, gates and their gradients are in at least float32, also in a model of half precision.
 
     Args:
         model: any module, masked or not.

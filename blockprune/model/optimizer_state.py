@@ -9,10 +9,13 @@ from blockprune.core.grid import expand
 from blockprune.core.sharded_tensor import sharded_like
 from blockprune.core.types import BlockMask, Masks
 from blockprune.model.masking import mask_blocks
-from blockprune.model.parameters import ParameterRef, find_parameters
+from blockprune.model.parameters import ParameterRef, find_parameters, parameter_refs, select_parameters
 from blockprune.model.sharding import reshard
 
 Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
+
+# the tensors that do not begin at 0, and the option of a group of parameters at which they do: of Rprop and of Adagrad
+_INITIAL_STATES = {"step_size": "lr", "sum": "initial_accumulator_value"}
 
 
 def zero_new_blocks(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
@@ -53,8 +56,9 @@ def zero_new_blocks(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
 def reset_state(optimizer: Optimizer, model: nn.Module, before: Masks, after: Masks) -> Optimizer:
     """Change an optimizer in place, so that it remembers nothing of the blocks that ``before`` or ``after`` keeps, but not both; return it.
 
-    In these blocks the tensors that it holds for a parameter, such as the momentum of SGD and both moments of Adam and AdamW, become zero.
-    Step counters stay, as in RigL.
+    In these blocks the tensors that it holds for a parameter, such as the momentum of SGD and both moments of Adam and AdamW, become what
+    they are before the first step: zero, but for the step sizes of Rprop and the sums of Adagrad (`initial_state`). Step counters stay, as
+    in RigL.
 
     Args:
         optimizer: any optimizer whose tensors have the shapes of their parameters, with a step done or not.
@@ -78,8 +82,10 @@ def reset_state(optimizer: Optimizer, model: nn.Module, before: Masks, after: Ma
         tensor([[1., 0.]])
     """
     reshard(model)
-    refs = {name: users[0] for masks in (before, after) for name, users in find_parameters(model, masks, what="masks").items()}
-    old, new = (dict(zip(find_parameters(model, masks, what="masks"), masks.values(), strict=True)) for masks in (before, after))
+    of_model = parameter_refs(model)
+    found = [(select_parameters(of_model, masks, what="masks"), masks) for masks in (before, after)]
+    refs = {name: users[0] for selected, _ in found for name, users in selected.items()}
+    old, new = (dict(zip(selected, masks.values(), strict=True)) for selected, masks in found)
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if refs and not any(id(ref.stored) in trained for ref in refs.values()):
         raise ValueError(
@@ -87,11 +93,31 @@ def reset_state(optimizer: Optimizer, model: nn.Module, before: Masks, after: Ma
             "optimizer that trains this model"
         )
     changed = {name: _changed_elements(name, old.get(name), new.get(name)) for name in refs}
-    states = [(state, changed[name]) for name, ref in refs.items() for state in _states(optimizer, name, ref)]
+    states = [
+        (state, changed[name], initial_state(optimizer, ref.stored, key))
+        for name, ref in refs.items()
+        for key, state in _states(optimizer, name, ref).items()
+    ]
     with torch.no_grad():
-        for state, elements in states:
-            state.masked_fill_(sharded_like(elements.to(state.device), state), 0)
+        for state, elements, initial in states:
+            state.masked_fill_(sharded_like(elements.to(state.device), state), initial)
     return optimizer
+
+
+def initial_state(optimizer: torch.optim.Optimizer, parameter: Tensor, key: str) -> float:
+    """The number that fills a tensor of a parameter's state before the first step, such as the momentum of SGD; ``key`` names the tensor.
+
+    A step size of Rprop begins at the present learning rate, because Rprop multiplies it with factors and never adds to it.
+
+    Example:
+        >>> from blockprune.model.optimizer_state import initial_state
+        >>> parameter = nn.Parameter(torch.ones(2))
+        >>> initial_state(torch.optim.Rprop([parameter], lr=0.01), parameter, "step_size")
+        0.01
+    """
+    option = _INITIAL_STATES.get(key)
+    groups = [group for group in optimizer.param_groups if any(parameter is other for other in group["params"])]
+    return float(groups[0].get(option, 0)) if option is not None and groups else 0.0
 
 
 def _changed_elements(name: str, old: BlockMask | None, new: BlockMask | None) -> Tensor:
@@ -105,7 +131,7 @@ def _changed_elements(name: str, old: BlockMask | None, new: BlockMask | None) -
     return expand(~mask.keep, mask.grid)
 
 
-def _states(optimizer: torch.optim.Optimizer, name: str, ref: ParameterRef) -> list[Tensor]:
+def _states(optimizer: torch.optim.Optimizer, name: str, ref: ParameterRef) -> dict[str, Tensor]:
     """The tensors that an optimizer holds for a parameter, in its shape; step counters have no axes."""
     held = optimizer.state.get(ref.stored, {})
     states = {key: state for key, state in held.items() if isinstance(state, Tensor) and state.ndim}
@@ -115,4 +141,4 @@ def _states(optimizer: torch.optim.Optimizer, name: str, ref: ParameterRef) -> l
                 f"{name} {ref.shape}: {type(optimizer).__name__} holds {key!r} of shape {tuple(state.shape)}, which has no blocks; "
                 "use an optimizer such as SGD, Adam or AdamW, or make a new one"
             )
-    return list(states.values())
+    return states

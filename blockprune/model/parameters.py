@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from blockprune.core._compat import has_one_original, originals, parameter_names, storage_id
+from blockprune.core._compat import has_one_original, originals, own_parametrizations, parameter_names, storage_id
 from blockprune.core.patterns import suggest
 from blockprune.core.sharded_tensor import is_sharded
 from blockprune.model.parametrization import MaskBlocks
@@ -33,9 +33,8 @@ class ParameterRef:
     @property
     def parametrizations(self) -> parametrize.ParametrizationList | None:
         """The parameter's torch parametrizations, or None."""
-        if not parametrize.is_parametrized(self.owner, self.attr):
-            return None
-        return cast(parametrize.ParametrizationList, cast(nn.ModuleDict, self.owner.parametrizations)[self.attr])
+        of_owner = own_parametrizations(self.owner)
+        return None if of_owner is None or self.attr not in of_owner else cast(parametrize.ParametrizationList, of_owner[self.attr])
 
     @property
     def mask(self) -> MaskBlocks | None:
@@ -180,10 +179,11 @@ def _all_refs(model: nn.Module) -> Iterator[ParameterRef]:
 
 def _parameter_attributes(module: nn.Module) -> list[str]:
     """The names of a module's parameters, parametrized ones included, in the order of the plain module."""
-    names = [name for name, _ in module.named_parameters(recurse=False, remove_duplicate=False)]
-    if not parametrize.is_parametrized(module):
+    names = [name for name in parameter_names(module) if getattr(module, name) is not None]
+    of_module = own_parametrizations(module)
+    if of_module is None:
         return names
-    refs = [ParameterRef("", module, attr) for attr in cast(nn.ModuleDict, module.parametrizations)]
+    refs = [ParameterRef("", module, attr) for attr in of_module]
     refs = [ref for ref in refs if isinstance(ref.stored, nn.Parameter)]  # a buffer can be parametrized, too
     order = next((ref.order for ref in refs if ref.order), ())
     return sorted([*names, *(ref.attr for ref in refs)], key=lambda name: order.index(name) if name in order else len(order))
@@ -191,7 +191,7 @@ def _parameter_attributes(module: nn.Module) -> list[str]:
 
 def parameter_order(owner: nn.Module) -> tuple[str, ...]:
     """The names of a module's parameters in the order of the plain module, as far as it is known."""
-    refs = [ParameterRef("", owner, attr) for attr in getattr(owner, "parametrizations", ())]
+    refs = [ParameterRef("", owner, attr) for attr in own_parametrizations(owner) or ()]
     return next((ref.order for ref in refs if ref.order), (*parameter_names(owner), *(ref.attr for ref in refs)))
 
 
@@ -226,7 +226,11 @@ def find_parameters(model: nn.Module, names: Iterable[str], *, what: str) -> dic
     Raises:
         KeyError: the model does not have a parameter of this name, or two names are those of one shared tensor.
     """
-    refs = parameter_refs(model)
+    return select_parameters(parameter_refs(model), names, what=what)
+
+
+def select_parameters(refs: Mapping[str, list[ParameterRef]], names: Iterable[str], *, what: str) -> dict[str, list[ParameterRef]]:
+    """`find_parameters` among the `parameter_refs` of a model."""
     canonical = {ref.name: name for name, shared in refs.items() for ref in shared}
     selected: dict[str, list[ParameterRef]] = {}
     for name in names:

@@ -86,6 +86,12 @@ class MaskBlocks(nn.Module):
             self.reached = None if self.reached is None else self.reached.to(device)
         return self
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile the mask of a weight {self.grid.shape}; script bp.finalize(model), a copy with zeros instead "
+            "of masks"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_last_read": None}  # a weak reference cannot be pickled
 

@@ -343,6 +343,16 @@ def test_all_tensors_of_a_parametrized_weight_are_listed() -> None:
         assert [tuple(x.shape) for x in _compat.originals(two.parametrizations.weight)] == [(3, 1), (3, 2)]
 
 
+def test_parametrizations_of_a_module_itself_are_found() -> None:
+    with private("torch.nn.Module._modules", "to find the masks of a model"):
+        layer = parametrizations.weight_norm(nn.Linear(2, 2))
+        own = _compat.own_parametrizations(layer)
+        assert own is layer.parametrizations
+        assert list(own) == ["weight"]
+        assert _compat.own_parametrizations(nn.Linear(2, 2)) is None
+        assert _compat.own_parametrizations(torch.compile(layer)) is None
+
+
 def test_fully_shard_finds_parameters_that_have_moved() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -673,6 +683,9 @@ class Overriding(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}index"] = torch.arange(2)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError("a reason of this layer")
+
 
 def test_torch_calls_the_private_methods_that_blockprune_overrides() -> None:
     model = nn.Sequential(Overriding(2, 2))
@@ -688,6 +701,12 @@ def test_torch_calls_the_private_methods_that_blockprune_overrides() -> None:
         assert model[0].calls == [("0.", 5)]
     with private("torch.nn.Module._save_to_state_dict", "to save the indices of block-sparse layers, which are no buffers"):
         assert list(model.state_dict()) == ["0.weight", "0.bias", "0.index"]
+    with (
+        private("torch.nn.Module.__prepare_scriptable__", "to say why a masked or block-sparse layer cannot be scripted"),
+        warnings.catch_warnings(action="ignore"),
+        pytest.raises(RuntimeError, match="a reason of this layer"),
+    ):
+        torch.jit.script(model)
 
 
 # What the tests above say when a version loses a name
@@ -721,9 +740,13 @@ def test_a_lost_import_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 # That the names stand in one module
 
 OVERRIDES = {
-    "_apply": {"model/parametrization.py", "export/sparse_layers.py", "export/semi_structured.py"},
-    "_load_from_state_dict": {"model/masked_class.py", "model/parametrization.py", "export/sparse_layers.py"},
-    "_save_to_state_dict": {"export/sparse_layers.py"},
+    "_apply": {"model/gates.py", "model/parametrization.py", "export/sparse_layers.py", "export/semi_structured.py"},
+    "_load_from_state_dict": {
+        *("model/masked_class.py", "model/parametrization.py"),
+        *("export/sparse_layers.py", "export/semi_structured.py"),
+    },
+    "_save_to_state_dict": {"export/sparse_layers.py", "export/semi_structured.py"},
+    "__prepare_scriptable__": {"model/gates.py", "model/parametrization.py", "export/semi_structured.py", "export/sparse_layers.py"},
 }
 NAMEDTUPLE = {"_fields", "_replace"}  # documented by Python
 UNDOCUMENTED = {  # without an underscore, or attributes of instances only

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 import warnings
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.nn.utils import parametrizations
 import blockprune as bp
 from blockprune import export
 from blockprune.export import conv_ops, ops, triton_launch
+from blockprune.export.autotune import fixed_backend
 from blockprune.export.format import pack
 from blockprune.export.packing import pack_int8, pack_weight
 from blockprune.native import spmm
@@ -443,7 +445,7 @@ def test_int8_indices_and_scales_that_were_written_are_validated() -> None:
     layer.scale = torch.ones(5)
     with pytest.raises(ValueError, match=r"scale is torch.float32 of shape \(5,\)"):
         layer(x)
-    with pytest.raises(TypeError, match=r"an input of torch.int64 does not fit a weight of int8 with scales"):
+    with pytest.raises(TypeError, match=r"an input of torch.int64 does not fit a weight of torch.float32"):
         layer(x.long())
 
 
@@ -674,6 +676,16 @@ def test_the_operator_of_convolutions_keeps_torchs_rules() -> None:
     torch.autograd.gradgradcheck(lambda x: conv_ops.conv2d_op(x, None, *arguments), (x,))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Conv2d(8, 8, 1)])
+def test_scripting_an_exported_model_names_what_can_be_recorded(layer: nn.Module) -> None:
+    sparse = export.block_sparse(masked(nn.Sequential(layer)), backend="torch")
+    with pytest.raises(RuntimeError, match=r"^0: torch.jit.script .* layer of \(8, 8.*torch.jit.trace.*script export.dense\(model\)"):
+        torch.jit.script(sparse)
+    x = torch.randn(2, 8, 1, 1).flatten(1) if isinstance(layer, nn.Linear) else torch.randn(2, 8, 1, 1)
+    close(torch.jit.script(export.dense(sparse))(x), sparse(x))
+
+
 def test_an_image_smaller_than_the_kernel_is_refused() -> None:
     conv = export.block_sparse(masked(nn.Conv2d(4, 4, 3, padding=(0, 1))), backend="torch")
     with pytest.raises(ValueError, match=r"input of shape \(1, 4, 2, 9\) is smaller than the kernel .* would have 0 rows and 9 columns"):
@@ -784,3 +796,78 @@ def test_layers_that_stay_dense_are_named_with_the_reason() -> None:
     with pytest.warns(UserWarning, match=r"^0 of 1 masked layers became block-sparse \(0.weight: faster\)"):
         export.block_sparse(masked(nn.Sequential(nn.Linear(8, 8))), backend=export.Choices((dense,)))
     export.block_sparse(alone, backend="dense")  # as requested
+
+
+@BOTH_BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_inputs_of_another_type_are_refused_as_by_the_plain_layer(backend: str, dtype: torch.dtype) -> None:
+    model = masked(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))).to(dtype)
+    sparse = exported(model, backend)
+    for layers in (sparse, copy.deepcopy(sparse), export.load_state_dict(model, sparse.state_dict())):
+        assert layers(torch.randn(3, 8, dtype=dtype)).dtype == dtype
+        for other in {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64} - {dtype}:
+            x = torch.ones(3, 8, dtype=other)
+            with pytest.raises(RuntimeError):
+                export.dense(layers)(x)
+            with pytest.raises(TypeError, match=rf"an input of {other} does not fit a weight of {dtype}; convert it, input.to\({dtype}\)"):
+                layers(x)
+    other = torch.float16 if dtype != torch.float64 else torch.float32
+    assert sparse.to(other)(torch.randn(3, 8, dtype=other)).dtype == other
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert sparse(torch.randn(3, 8)).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match=r"an input of torch.int64 does not fit"):
+            sparse(torch.ones(3, 8, dtype=torch.int64))
+
+
+class Normed(nn.Module):
+    """A hidden axis that has biases and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.norm, self.b = nn.Linear(16, 32), nn.LayerNorm(32), nn.Linear(32, 8)
+        self.embedding = nn.Embedding(8, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.norm(self.a(self.embedding(x))).relu())
+
+
+def with_masks(model: nn.Module, *names: str) -> nn.Module:
+    """Every second group of four masked along the first axis, or along the second of ``b.weight``."""
+    grids = {name: bp.BlockGrid(tuple(model.get_parameter(name).shape), (-1, 4) if name == "b.weight" else (4,)) for name in names}
+    masks = {name: bp.BlockMask(torch.arange(math.prod(grid.size)).view(grid.size) % 2 == 0, grid) for name, grid in grids.items()}
+    return bp.apply_masks(model, masks)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_masked_biases_and_norms_are_no_layers_without_a_block_sparse_form(trainable: bool, recwarn: pytest.WarningsRecorder) -> None:
+    along = ("a.bias", "norm.weight", "norm.bias")
+    model, tokens = with_masks(Normed(), "a.weight", "b.weight", *along), torch.arange(8)
+    assert [row.name for row in fixed_backend(model, "torch").rows] == ["a.weight", "b.weight"]
+    sparse = export.block_sparse(model, backend="torch", trainable=trainable)
+    assert not recwarn
+    close(sparse(tokens), model(tokens))
+    zeros = {name: ~bp.expand(mask.keep, mask.grid) for name, mask in bp.read_masks(model).items()}
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
+    sparse(tokens).square().mean().backward()
+    optimizer.step()
+    assert set(bp.read_masks(sparse)) == {"a.weight", "b.weight", *(along if trainable else ())}
+    for name in along if trainable else ():
+        layer, attr = name.split(".")
+        assert not getattr(sparse.get_submodule(layer), attr)[zeros[name]].any()
+    loaded = export.load_state_dict(Normed(), sparse.state_dict())
+    close(loaded(tokens), sparse(tokens))
+    close(copy.deepcopy(sparse)(tokens), sparse(tokens))
+    close(export.dense(sparse)(tokens), sparse(tokens))
+
+
+def test_warnings_count_layers_and_not_their_biases() -> None:
+    model = with_masks(Normed(), "embedding.weight", "a.weight", "a.bias", "norm.weight")
+    with pytest.warns(
+        UserWarning, match=r"^1 of 2 masked layers have no block-sparse form \(embedding.weight: Embedding has no[^;]*; [^;]*\)"
+    ):
+        export.block_sparse(model, backend="torch")
+    only_biases = with_masks(Normed(), "a.bias", "norm.weight")
+    with pytest.warns(UserWarning, match="0 of 0 masked layers became block-sparse .all masks are on biases and norms, which keep"):
+        dense = export.block_sparse(only_biases, backend="torch")
+    close(dense(torch.arange(8)), only_biases(torch.arange(8)))

@@ -252,6 +252,36 @@ def test_an_update_keeps_values_and_state_of_blocks_that_stay(backend: str, kind
     optimizer.step()
 
 
+@pytest.mark.parametrize(
+    ("make", "key", "initial"),
+    [
+        (lambda p: torch.optim.Rprop(p, lr=0.03), "step_size", 0.03),
+        (lambda p: torch.optim.Adagrad(p, initial_accumulator_value=0.5), "sum", 0.5),
+    ],
+)
+def test_a_new_block_has_the_state_that_a_new_parameter_gets(make: Any, key: str, initial: float) -> None:
+    model, x = masked(mlp()).train(), torch.randn(5, 24)
+    sparse = trainable(model)
+    optimizer = make(sparse.parameters())
+    for _ in range(2):
+        optimizer.zero_grad()
+        sparse(x).square().mean().backward()
+        optimizer.step()
+    old, new = bp.read_masks(sparse)["0.weight"], other_masks(model)["0.weight"]
+    before = optimizer.state[sparse[0].values][key].clone()
+    export.update(sparse, {"0.weight": new}, optimizer=optimizer)
+    replica = copy.deepcopy(sparse[0])
+    replica.values.data = optimizer.state[sparse[0].values][key].clone()
+    is_new = bp.expand(new.keep, new.grid) & ~bp.expand(old.keep, old.grid)
+    assert is_new.any()
+    assert torch.equal(replica.weight[is_new], torch.full((int(is_new.sum()),), initial))
+    assert set(replica.values.tolist()) <= {*before.tolist(), torch.tensor(initial).item()}
+    values = sparse[0].weight.detach().clone()
+    sparse(x).square().mean().backward()
+    optimizer.step()
+    assert (sparse[0].weight != values)[is_new].any()
+
+
 def test_an_update_reaches_weights_that_stayed_masked() -> None:
     model = masked(nn.Sequential(nn.Linear(8, 8))).train()
     with pytest.warns(UserWarning, match="0 of 1 masked layers"):

@@ -313,7 +313,9 @@ def test_two_of_four_is_torchs_own_product(tmp_path: Path, bias: bool) -> None:
     torch.save(sparse, tmp_path / "model.pt")
     for n in (0, 1, 7, 130):
         x = torch.randn(n, 256, device="cuda", dtype=dtype)
-        for exported in (sparse, copy.deepcopy(sparse), torch.load(tmp_path / "model.pt", weights_only=False), export.dense(sparse)):
+        loaded = copy.deepcopy(sparse)
+        loaded.load_state_dict(sparse.state_dict())
+        for exported in (sparse, loaded, torch.load(tmp_path / "model.pt", weights_only=False), export.dense(sparse)):
             torch.testing.assert_close(exported(x), model(x), atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(torch.compile(sparse, fullgraph=True)(x), sparse(x), atol=2e-2, rtol=2e-2)
     x, same = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -340,12 +342,52 @@ class Library:
         return x.mT @ values.mT + (0 if bias is None else bias)
 
 
-def test_a_two_of_four_layer_is_an_ordinary_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that has cuSPARSELt, as `Library` says."""
     monkeypatch.setattr(semi_structured, "is_supported", semi_structured.is_two_of_four)
     monkeypatch.setattr(semi_structured, "status", lambda: (True, "so it says"))
     monkeypatch.setattr(torch, "_cslt_compress", Tensor.clone, raising=False)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", Library.sparse_mm, raising=False)
     monkeypatch.setattr(torch._C, "_cusparselt", Library, raising=False)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script.*:DeprecationWarning")
+def test_the_bits_of_a_two_of_four_layer_are_not_averaged_and_load_whole() -> None:
+    def exported(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16)).to(torch.bfloat16)
+        scores = bp.metric.l1(bp.collect.weights(model, where=bp.linears((1, 1))))
+        return export.block_sparse(bp.apply_masks(model, bp.allocate.n_of_m(scores, 0.5, m=4)), backend="2:4")
+
+    model, other = exported(0), exported(1)
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    average.update_parameters(model)
+    average.update_parameters(other)
+    assert torch.equal(average.module[0].weight, model[0].weight)
+    assert not torch.equal(average.module[0].bias, model[0].bias)
+    state, before = other.state_dict(), model[0].weight
+    assert state["0.values"].dtype == torch.int16
+    mean = {name: (x + model.state_dict()[name]) / 2 for name, x in state.items()}
+    for wrong in (mean, state | {"0.values": state["0.values"].bfloat16()}, state | {"0.values": state["0.values"][1:]}):
+        with pytest.raises(RuntimeError, match=r"0.values: .* not the bits of a 2:4 weight \(16, 16\)"):
+            model.load_state_dict(wrong)
+        assert torch.equal(model[0].weight, before)
+    with pytest.raises(RuntimeError, match=r"0\.values"):
+        model.load_state_dict({name: x for name, x in state.items() if name != "0.values"})
+    model.load_state_dict(state)
+    assert torch.equal(model[0].weight, other[0].weight)
+    assert model[0].values.data_ptr() != other[0].values.data_ptr()
+    assert torch.equal(copy.deepcopy(model)[0].weight, other[0].weight)
+    x = torch.randn(8, 16, dtype=torch.bfloat16)
+    assert torch.equal(model.eval()(x), other.eval()(x))
+    with pytest.raises(RuntimeError, match=r"torch.jit.script cannot compile a 2:4 weight \(16, 16\); script export.dense"):
+        torch.jit.script(model)
+
+
+@pytest.mark.usefixtures("library")
+def test_a_two_of_four_layer_is_an_ordinary_layer() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16, bias=False), nn.Linear(16, 16)).double()
     scores = bp.metric.l1(bp.collect.weights(model, where=bp.linears((1, 1))))

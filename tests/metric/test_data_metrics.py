@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from strategies import normal, seeds
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.parametrizations import weight_norm
 
 import blockprune as bp
 from blockprune import collect, metric, statistics
@@ -331,10 +332,43 @@ def test_movement_is_positive_where_training_moves_weights_away_from_zero() -> N
     assert score.value.flatten().tolist() == [1.0, -1.0]
 
 
-def test_movement_without_a_gradient_adds_nothing() -> None:
+def test_movement_of_a_parameter_that_some_steps_do_not_use_is_that_of_the_others() -> None:
+    model, data, sums = seeded(Tiny), None, []
+    for used in (["a"], ["b"], ["b"]):
+        model.zero_grad()
+        for name in used:
+            getattr(model, name).weight.square().sum().backward()
+        data = collect.movement(model, where=bp.linears(BLOCK), previous=data)
+        sums.append({name: p.stats["movement"].clone() for name, p in data.items() if p.stats})
+    assert [list(step) for step in sums] == [["a.weight"], ["a.weight", "b.weight"], ["a.weight", "b.weight"]]
+    for name, times in (("a.weight", 1), ("b.weight", 2)):
+        close(sums[-1][name], -2 * times * model.get_parameter(name).detach().square())
+    assert set(metric.movement(data)) == {"a.weight", "b.weight"}
+
+
+def test_movement_of_a_parameter_that_no_step_uses_is_an_error_that_names_it() -> None:
+    model, data = seeded(Tiny), None
+    for _ in range(2):
+        model.a.weight.square().sum().backward()
+        data = collect.movement(model, where=bp.linears(BLOCK), previous=data)
+    with pytest.raises(ValueError, match=r"b\.weight .*'movement'.* no step gave this parameter a gradient.*excluding"):
+        metric.movement(data)
+
+
+def test_movement_names_what_cannot_have_a_gradient() -> None:
     model = seeded(Tiny)
-    data = collect.movement(model, where=bp.linears(BLOCK))
-    assert all((s.value == 0).all() for s in metric.movement(data).values())
+    with pytest.raises(ValueError, match=r"no parameter has a gradient, such as 'a\.weight'; call `movement` after `backward`"):
+        collect.movement(model, where=bp.linears(BLOCK))
+    model(normal((3, 5), 0)).square().sum().backward()
+    data = collect.movement(model, where=bp.excluding(bp.linears(BLOCK), "b.*"))
+    with pytest.raises(KeyError, match=r"previous has no 'b\.weight'"):
+        collect.movement(model, where=bp.linears(BLOCK), previous=data)
+    model.b.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"b\.weight .* is frozen, so it never has a gradient; leave it out with `excluding`"):
+        collect.movement(model, where=bp.linears(BLOCK))
+    weight_norm(model.a)
+    with pytest.raises(ValueError, match=r"a\.weight .* is computed by another parametrization"):
+        collect.movement(model, where=bp.linears(BLOCK))
 
 
 # All of them.

@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 import blockprune as bp
 from blockprune.model import apply as apply_module
+from blockprune.model import optimizer_state, parameters
 from blockprune.model.parameters import parameter_refs
 
 
@@ -570,3 +571,31 @@ def test_a_tied_weight_is_written_by_either_name(kind: type[nn.Module], names: l
     for name in names:
         model = bp.apply_masks(kind(), {names[0]: random_mask(tuple(ones.shape), (3, 2))}, {name: ones})
         assert all(torch.equal(ref.stored, ones) for ref in parameter_refs(model)[names[0]])
+
+
+@pytest.mark.parametrize("change", ["masks", "masks and weights", "weights", "optimizer"])
+def test_an_update_of_masks_looks_for_the_parameters_once(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Tied()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    masks = bp.recipes.magnitude(bp.linears((2, 2)))(model, 0.5).masks
+    bp.apply_masks(model, masks)
+    weights, calls = bp.zero_new_blocks(model, masks), []
+    for module in (apply_module, optimizer_state, parameters):
+        monkeypatch.setattr(module, "parameter_refs", lambda model: calls.append(model) or parameter_refs(model))
+    if change == "optimizer":
+        bp.reset_state(optimizer, model, masks, masks)
+    else:
+        bp.apply_masks(model, masks if "masks" in change else None, weights if "weights" in change else None)
+    assert len(calls) == 1
+
+
+def test_a_compiled_layer_has_the_same_names_with_and_without_a_mask() -> None:
+    layer = nn.Linear(4, 4)
+    compiled = torch.compile(layer, backend="aot_eager")
+    mask = bp.BlockMask(torch.eye(2).bool(), bp.BlockGrid((4, 4), (2, 2)))
+    for _ in range(2):
+        bp.apply_masks(compiled, {"_orig_mod.weight": mask})
+        assert bp.read_masks(compiled) == {"_orig_mod.weight": mask}
+        assert list(parameter_refs(compiled)) == ["_orig_mod.weight", "_orig_mod.bias"]
+    assert bp.read_masks(layer) == {"weight": mask}
+    assert not bp.read_masks(bp.apply_masks(compiled, {}))

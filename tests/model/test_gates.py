@@ -81,8 +81,8 @@ def test_a_weight_is_multiplied_block_by_block(grid: bp.BlockGrid, seed: int, dt
     dense = model.weight.detach().clone()
     gates.add(model, where=bp.named("weight", grid.block), gate=Gate(lambda logits, _: logits, torch.sigmoid))
     set_logits(model, seed)
-    factors = gates.scores(model)["weight"].value.to(dtype)
-    assert torch.equal(model.weight, dense * reference.expand(factors, grid))
+    factors = gates.scores(model)["weight"].value  # in at least float32, also for a bfloat16 weight
+    assert torch.equal(model.weight, (dense * reference.expand(factors, grid)).to(dtype))
 
 
 @each
@@ -354,6 +354,46 @@ def test_optimizers_and_half_precision_and_autocast() -> None:
     half = gates.add(Net().bfloat16(), where=WHERE)
     assert half.first.weight.dtype == torch.bfloat16
     assert half.bfloat16()(X.bfloat16()).dtype == torch.bfloat16
+
+
+@given(grids(), seeds, st.sampled_from([torch.float16, torch.bfloat16]))
+@settings(max_examples=30)
+def test_gates_of_half_precision_have_the_gradients_of_float32(grid: bp.BlockGrid, seed: int, dtype: torch.dtype) -> None:
+    """Products of weights and gradients, and sums of them, that half precision would round to 0 or to infinity."""
+    model = nn.Module()
+    model.weight = nn.Parameter((1e-4 * normal(grid.shape, seed)).to(dtype))
+    gates.add(model, where=bp.named("weight", grid.block), gate=Gate(lambda logits, _: logits, torch.sigmoid), initial=1.0)
+    (logits,) = gates.parameters(model)
+    grad = (1e-4 * normal(grid.shape, seed + 1)).to(dtype)
+    model.weight.backward(grad)
+    exact = dense_of(model).detach().double() * grad.double()
+    torch.testing.assert_close(logits.grad, reference.pool(exact, grid).float(), rtol=1e-4, atol=1e-12)
+    assert logits.grad is not None
+    assert logits.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_stay_in_float32_when_a_model_is_converted_to_half_precision(dtype: torch.dtype) -> None:
+    model = gates.add(Net(), where=WHERE)  # with a tied weight, whose modules have one tensor of logits
+    set_logits(model)
+    before = [logits.detach().clone() for logits in gates.parameters(model)]
+    factors = gates.hard_concrete().value(before[0], False)
+    replica = copy.deepcopy(model.to(dtype)).eval()
+    for converted in (model.eval(), replica):
+        assert all(torch.equal(logits, was) for logits, was in zip(gates.parameters(converted), before, strict=True))
+        assert converted.first.parametrizations.weight[0].logits is converted.last.parametrizations.weight[0].logits
+        stored = dense_of(converted.first)
+        expected = stored.float() * bp.expand(factors, bp.BlockGrid((6, 6), (2, 2)))
+        assert converted.first.weight.dtype == stored.dtype == dtype
+        assert torch.equal(converted.first.weight, expected.to(dtype))
+    assert gates.parameters(model.double())[0].dtype == torch.float64
+    assert all(logits.is_meta for logits in gates.parameters(replica.to("meta")))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script.*:DeprecationWarning")
+def test_scripting_a_gated_model_names_remove() -> None:
+    with pytest.raises(RuntimeError, match=r"torch.jit.script .* gates of a weight \(6, 4\).*bp.gates.remove\(model\)"):
+        torch.jit.script(gates.add(nn.Sequential(nn.Linear(4, 6)), where=WHERE))
 
 
 @pytest.mark.slow

@@ -247,3 +247,16 @@ def test_tracing_a_masked_model_names_finalize() -> None:
         torch.jit.trace(model, torch.ones(1, 4))
     traced = torch.jit.trace(bp.finalize(model), torch.ones(1, 4))
     assert torch.equal(traced(torch.ones(1, 4)), model(torch.ones(1, 4)))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script.*:DeprecationWarning")
+def test_scripting_a_masked_model_names_finalize() -> None:
+    masked, x = pair(MASK)[1], torch.ones(1, 4)
+    model = nn.Sequential(masked, nn.ReLU(), nn.Linear(6, 4), masked)  # a module under two names
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for scripted in (model, masked, copy.deepcopy(model)):
+        with pytest.raises(RuntimeError, match=r"torch.jit.script .* \(6, 4\).*bp.finalize\(model\)"):
+            torch.jit.script(scripted)
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.jit.script(bp.finalize(model))(x), model(x))
