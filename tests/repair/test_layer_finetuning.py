@@ -283,12 +283,12 @@ class PreNorm(nn.Module):
         return x + self.mlp(x)  # type: ignore[no-any-return]
 
 
-def parts_by_hand(model: nn.Module, masks: bp.Masks, x: list[Tensor], tune: Any) -> dict[str, Tensor]:
+def parts_by_hand(model: Any, masks: bp.Masks, x: list[Tensor], tune: Any) -> dict[str, Tensor]:
     """Each branch of each layer is fitted to the dense branch on the dense model's inputs."""
     weights: dict[str, Tensor] = {}
     with torch.no_grad():
         dense, pruned = list(x), list(x)
-        for number, layer in enumerate(model):  # type: ignore[arg-type]
+        for number, layer in enumerate(model):
             for part in ("mix", "mlp"):
                 branch = layer.get_submodule(part)
                 into = layer.norm if part == "mix" else nn.Identity()
@@ -341,7 +341,7 @@ def test_a_weight_under_two_names_of_a_part_stays_one() -> None:
     def build() -> nn.Module:
         layers = PreNorm(), PreNorm()
         for layer in layers:
-            layer.mix[2].weight = layer.mix[0].weight  # type: ignore[union-attr]
+            layer.mix[2].weight = layer.mix[0].weight
         return nn.Sequential(*layers)
 
     model, x = seeded(build).double(), inputs(4)
@@ -350,14 +350,15 @@ def test_a_weight_under_two_names_of_a_part_stays_one() -> None:
     torch.testing.assert_close(found.weights["0.mix.0.weight"], expected, rtol=0, atol=1e-9)
 
 
-def parts_by_hand_tied(model: nn.Module, masks: bp.Masks, x: list[Tensor]) -> Tensor:
-    layer: Any = model[0]  # type: ignore[index]
+def parts_by_hand_tied(model: Any, masks: bp.Masks, x: list[Tensor]) -> Tensor:
+    layer = model[0]
     own = masks["0.mix.0.weight"]
     start = {"w": reference.masked(layer.mix[0].weight.detach(), own.keep, own.grid)}
     b, c = layer.mix[0].bias.detach(), layer.mix[2].bias.detach()
 
     def run(p: Mapping[str, Tensor], h: Tensor) -> Tensor:
-        return torch.tanh(h @ p["w"].mT + b) @ p["w"].mT + c
+        hidden: Tensor = torch.tanh(h @ p["w"].mT + b)
+        return hidden @ p["w"].mT + c  # type: ignore[no-any-return]
 
     with torch.no_grad():
         given = [layer.norm(h) for h in x]
