@@ -182,11 +182,12 @@ def print_figures(
     if options.control:
         figures = {"dense": reference, "dense, trained": json.loads(options.control.read_text())["figures"]["after"], **figures}
         reference = {name: best_of(name)(reference[name], figures["dense, trained"][name]) for name in reference}
-    print("\n" + " " * 16 + "".join(f"{name:>24}" for name in reference))
+    widths = [max(22, len(name)) + 2 for name in reference]
+    print("\n" + " " * 16 + "".join(f"{name:>{width}}" for name, width in zip(reference, widths, strict=True)))
     for row, values in figures.items():
-        print(f"{row:16}" + "".join(f"{value:>24.4f}" for value in values.values()))
+        print(f"{row:16}" + "".join(f"{value:>{width}.4f}" for value, width in zip(values.values(), widths, strict=True)))
     ratios = [f"{figures['after'][name] / value:.3f}" if value else "" for name, value in reference.items()]
-    print(f"{'after / dense':16}" + "".join(f"{ratio:>24}" for ratio in ratios))
+    print(f"{'after / dense':16}" + "".join(f"{ratio:>{width}}" for ratio, width in zip(ratios, widths, strict=True)))
     changes = ", ".join(
         f"{name} {figures['before'][name]:.3f} -> {figures['after'][name]:.3f} ({reference[name]:.3f})" for name in reference
     )

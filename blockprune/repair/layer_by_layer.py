@@ -77,8 +77,9 @@ def sequential(
             the tokens that the dense layer's router sends them.
         finetune: a last step after ``reconstruct``, such as `finetune_layer`, that moves a layer's kept weights towards the dense layer's
             outputs on its dense inputs. A mapping tunes modules in each layer apart, in its order and each towards the dense module's
-            outputs, such as ``{"self_attn": tune, "mlp": tune}``: less memory (Wagner et al. 2510.14444). "" is the layer itself, for
-            all weights that are not tuned before; weights in none of the modules stay as ``reconstruct`` left them.
+            outputs, such as ``{"self_attn": tune, "mlp": tune}`` (Wagner et al. 2510.14444): less memory for gradients, a run more for
+            each. "" is the layer itself, for all weights that are not tuned before; weights in none of the modules stay as
+            ``reconstruct`` left them.
         resume: the result of an earlier, interrupted call.
         callback: called with the result so far after each new layer; the model is in evaluation mode meanwhile.
         options: the fields of `Calibration` besides batches, such as ``forward=``, where ``batches`` is not a `Calibration`.

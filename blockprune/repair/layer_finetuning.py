@@ -149,23 +149,22 @@ def _copies(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @attrs.frozen(eq=False)
 class PartCall:
-    """How a layer calls a module in it, and what the module gives.
+    """How a layer calls a module in it.
 
     Example:
         >>> from blockprune.repair.layer_finetuning import PartCall
-        >>> PartCall(nn.ReLU(), (torch.tensor([-1.0, 2.0]),), {}, output=torch.zeros(2), token_weights=None).run({})
+        >>> PartCall(nn.ReLU(), (torch.tensor([-1.0, 2.0]),), {}, token_weights=None).run({})
         tensor([0., 2.])
     """
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    output: Tensor
     token_weights: Tensor | None
 
     @classmethod
-    def of(cls, part: str, batch: LayerBatch) -> "PartCall":
-        """Run the layer on a batch.
+    def of(cls, part: str, batch: LayerBatch) -> tuple["PartCall", Tensor]:
+        """Run the layer on a batch; returns the call and what the module gives.
 
         Raises:
             ValueError: the layer does not call the module once, or the module does not give a tensor first.
@@ -191,7 +190,7 @@ class PartCall:
             raise ValueError(
                 f"finetune names {part!r}, which in layer {batch.layer.name!r} {what}; name modules that are called once and give a tensor"
             )
-        return cls(module, *calls[0], outputs[0], batch.token_weights)
+        return cls(module, *calls[0], batch.token_weights), outputs[0]
 
     def run(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """The module's output with some of its parameters replaced."""
@@ -240,7 +239,7 @@ def dense_outputs(finetune: Mapping[str, Finetune], dense: LayerBatches) -> dict
     """
     chosen = {dense.layer.local_names[name] for name in dense.layer.parameters}
     parts = [part for part in finetune if part and any(name.startswith(f"{part}.") for name in chosen)]
-    return {part: [PartCall.of(part, batch).output for batch in dense] for part in parts}
+    return {part: [PartCall.of(part, batch)[1] for batch in dense] for part in parts}
 
 
 def finetune_parts(
@@ -275,7 +274,7 @@ def finetune_parts(
             continue
         remaining = {name: mask for name, mask in remaining.items() if name not in own}
         given = [attrs.evolve(batch, parameters=parameters) for batch in batches]
-        calls: list[Any] = [PartCall.of(part, batch) for batch in given] if part else given
+        calls: list[Any] = [PartCall.of(part, batch)[0] for batch in given] if part else given
         goal = [_weighted_tokens(targets[part][i], weights) for i, weights in enumerate(batches.token_weights)]
         named = under_all_names(parameters, layer.aliases)
         local = {name: named[prefix + name] for name in parameter_refs(layer.module.get_submodule(part)) if prefix + name in named}
