@@ -71,7 +71,7 @@ def main(options: argparse.Namespace) -> None:
     problem = PROBLEMS[options.model](options)
     if options.bfloat16 and hasattr(problem.task.model, "set_attn_implementation"):
         problem.task.model.set_attn_implementation("eager")  # the backward of torch's fused attention is slow in bfloat16 on CPUs
-    options.loss = options.loss or problem.losses[0]
+    options.loss, options.lr, options.method = options.loss or problem.losses[0], options.lr or problem.lr, options.method or problem.method
     if options.loss not in problem.losses:
         raise SystemExit(f"--loss {options.loss!r} does not suit {options.model}; use one of {problem.losses}")
     steps = max(1, options.tokens // options.step_tokens)
@@ -223,14 +223,16 @@ if __name__ == "__main__":
     parser.add_argument("--model", choices=PROBLEMS, default="minilm")
     parser.add_argument("--pattern", choices=PATTERNS, default="16x16")
     parser.add_argument("--sparsity", type=float, default=0.5, help="0: the dense model is trained, the control")
-    parser.add_argument("--method", choices=METHODS, default="OBS + budget + cluster", help="what training starts from")
+    parser.add_argument(
+        "--method", choices=METHODS, help="what training starts from; by default OBS + budget + cluster, images without cluster"
+    )
     parser.add_argument("--loss", choices=LOSSES, help="by default KL, or cosine + hidden states")
     parser.add_argument(
         "--tokens", type=int, default=1_000_000, help="that are trained on; crops of photos for efficientnet, here and below"
     )
     parser.add_argument("--step-tokens", type=int, default=2048, help="tokens of an optimizer step")
     parser.add_argument("--accumulate", type=int, default=1, help="batches of an optimizer step")
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, help="by default 5e-4, images 1e-5")
     parser.add_argument("--warmup", type=float, default=0.05, help="share of the steps")
     parser.add_argument("--lora-rank", type=int)
     parser.add_argument("--norms", type=int, default=0, help="crops on which batch norms are estimated again before training")
