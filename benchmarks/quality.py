@@ -37,12 +37,13 @@ class Task:
     """A model, what to calibrate it on, and the figures that say how good it is."""
 
     model: nn.Module
-    linears: Callable[[bp.Where], bp.Where]  # a rule without the parameters that no output needs
+    prunable: Callable[[tuple[int, ...]], bp.Where]  # block -> the rule of what is pruned
     calibration: bp.Calibration
     gradients: bp.Calibration  # batches and loss for statistics that need gradients
     figures: Callable[[nn.Module], Sequence[float]]
     down: str  # pattern of the MLP's second projection
     example: Any  # a small batch, to find the hidden axes with
+    layers: Sequence[str] | None = None  # that follow each other, where the model does not show it
 
 
 @attrs.frozen
@@ -55,7 +56,7 @@ class Pattern:
 
     def where(self, task: Task) -> bp.Where:
         """The rule that chooses parameters and blocks."""
-        return bp.named(task.down, self.block) if self.only_down else task.linears(bp.linears(self.block))
+        return bp.named(task.down, self.block) if self.only_down else task.prunable(self.block)
 
     @property
     def per_layer(self) -> Any:
@@ -97,7 +98,7 @@ def smollm_task(windows: int, held_out: int, gradients: int, device: str) -> Tas
 
     return Task(
         model=model.to(device),
-        linears=partial(bp.excluding, pattern="lm_head*"),
+        prunable=lambda block: bp.excluding(bp.linears(block), "lm_head*"),
         calibration=bp.Calibration(list(calibration[:, None]), forward=forward, progress=False),
         gradients=bp.Calibration(list(calibration[:gradients, None]), forward=forward, loss=next_token_loss, progress=False),
         figures=figures,
@@ -126,7 +127,7 @@ def tiny_task(windows: int) -> Task:
     batches = list(tokens[:-1, None])
     return Task(
         model=model,
-        linears=partial(bp.excluding, pattern="lm_head*"),
+        prunable=lambda block: bp.excluding(bp.linears(block), "lm_head*"),
         calibration=bp.Calibration(batches, progress=False),
         gradients=bp.Calibration(batches, loss=next_token_loss, progress=False),
         figures=figures,
@@ -146,7 +147,7 @@ def minilm_task(texts: int, device: str) -> Task:
         dense = torch.cat([minilm.embed(model, batch) for batch in judged])
     return Task(
         model=model,
-        linears=partial(bp.excluding, pattern="pooler.*"),
+        prunable=lambda block: bp.excluding(bp.linears(block), "pooler.*"),
         calibration=bp.Calibration(
             [minilm.tokens(tokenizer, background[i : i + 8], longest=128) for i in range(0, texts, 8)],
             forward=minilm.embed,
@@ -197,7 +198,7 @@ def obs_recipe(task: Task, pattern: Pattern, **options: Any) -> recipes.LayerByL
     assert recipe.budget is not None
     budget = attrs.evolve(recipe.budget, collect=partial(recipe.budget.collect, calibration=task.gradients))
     pipeline = attrs.evolve(recipe.pipeline, allocate=pattern.per_layer)
-    return attrs.evolve(recipe, **{"pipeline": pipeline, "budget": budget, **options})
+    return attrs.evolve(recipe, **{"pipeline": pipeline, "budget": budget, "layers": task.layers, **options})
 
 
 def obs(task: Task, pattern: Pattern, sparsity: float) -> Pruned:
@@ -217,20 +218,18 @@ def budgeted(task: Task, pattern: Pattern, sparsity: float, *, looks: int = 1, *
     for look in range(1, looks):
         shares, extra_data = recipe.budget(model, sparsity * look / looks)
         quarter = attrs.evolve(task.calibration, batches=list(task.calibration.batches)[::4])
-        part = bp.sequential(task.model, recipe.pipeline, recipe.reconstruct, quarter, shares, extra_data=extra_data)
+        part = bp.sequential(task.model, recipe.pipeline, recipe.reconstruct, quarter, shares, layers=task.layers, extra_data=extra_data)
         model = bp.finalize(bp.apply_masks(copy.deepcopy(task.model), part.masks, part.weights))
     shares, extra_data = recipe.budget(model, sparsity)
     del model
     stages = task.model, recipe.pipeline, recipe.reconstruct, task.calibration
-    return task.model, bp.sequential(*stages, shares, extra_data=extra_data, finetune=recipe.finetune)
+    return task.model, bp.sequential(*stages, shares, layers=task.layers, extra_data=extra_data, finetune=recipe.finetune)
 
 
 def clustered(task: Task, pattern: Pattern, sparsity: float, **options: Any) -> Pruned:
     """`budgeted` after hidden units that matter in the same places were brought into the same blocks."""
     block = tuple(64 if side == -1 else side for side in pattern.block)
-    model = recipes.cluster_units(
-        task.model, task.linears(bp.linears(block)), task.gradients, block=block, sparsity=sparsity, example=task.example
-    )
+    model = recipes.cluster_units(task.model, task.prunable(block), task.gradients, block=block, sparsity=sparsity, example=task.example)
     return budgeted(attrs.evolve(task, model=model), pattern, sparsity, **options)
 
 

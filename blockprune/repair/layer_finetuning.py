@@ -1,13 +1,22 @@
-"""Repair by gradients, one layer at a time: the kept weights learn the dense layer's outputs."""
+"""Repair by gradients, one layer or part of a layer at a time: the kept weights learn the dense module's outputs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from blockprune.core.types import BlockMask
+from blockprune.core.patterns import suggest
+from blockprune.core.types import BlockMask, Masks
 from blockprune.model.masking import mask_blocks
+from blockprune.model.parameters import parameter_refs, stored_aliases, under_all_names
+from blockprune.repair.dense_reference import LayerBatch
+from blockprune.repair.hidden_states import LayerBatches, Tensors
+from blockprune.repair.transformer_layers import Layer
+
+Finetune = Callable[..., Mapping[str, Tensor]]  # such as `finetune_layer`
 
 
 def finetune_layer(
@@ -133,3 +142,160 @@ class _MaskedLayer:
 
 def _copies(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in values.items()}
+
+
+# The parts of a layer.
+
+
+@attrs.frozen(eq=False)
+class PartCall:
+    """How a layer calls a module in it.
+
+    Example:
+        >>> from blockprune.repair.layer_finetuning import PartCall
+        >>> PartCall(nn.ReLU(), (torch.tensor([-1.0, 2.0]),), {}, token_weights=None).run({})
+        tensor([0., 2.])
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    token_weights: Tensor | None
+
+    @classmethod
+    def of(cls, part: str, batch: LayerBatch) -> tuple["PartCall", Tensor]:
+        """Run the layer on a batch; returns the call and what the module gives.
+
+        Raises:
+            ValueError: the layer does not call the module once, or the module does not give a tensor first.
+        """
+        module, calls = batch.layer.module.get_submodule(part), []
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append((_copied_tensors(args), dict(zip(kwargs, _copied_tensors(kwargs.values()), strict=True))))
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            first = output[0] if isinstance(output, (tuple, list)) and output else output
+            outputs.append(first.clone() if isinstance(first, Tensor) else first)
+
+        outputs: list[Any] = []
+        handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+        try:
+            batch.run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        if len(outputs) != 1 or not isinstance(outputs[0], Tensor):
+            what = f"gives a {type(outputs[0]).__name__} first" if len(outputs) == 1 else f"is called {len(outputs)} times in a forward"
+            raise ValueError(
+                f"finetune names {part!r}, which in layer {batch.layer.name!r} {what}; name modules that are called once and give a tensor"
+            )
+        return cls(module, *calls[0], batch.token_weights), outputs[0]
+
+    def run(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The module's output with some of its parameters replaced."""
+        kwargs = dict(zip(self.kwargs, _copied_tensors(self.kwargs.values()), strict=True))
+        named = under_all_names(parameters, stored_aliases(self.module))
+        output: Any = functional_call(self.module, named, _copied_tensors(self.args), kwargs, tie_weights=False)
+        first: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+        return _weighted_tokens(first, self.token_weights)
+
+
+def _copied_tensors(values: Iterable[Any]) -> tuple[Any, ...]:
+    """With copies of the tensors, which a module may write into."""
+    return tuple(value.clone() if isinstance(value, Tensor) else value for value in values)
+
+
+def check_parts(finetune: Mapping[str, Finetune], order: Sequence[Layer]) -> None:
+    """Check what is tuned.
+
+    Raises:
+        KeyError: a part that no layer has.
+        TypeError: something else than a function for a part.
+
+    Example:
+        >>> from blockprune.repair.layer_finetuning import check_parts
+        >>> check_parts({"": bp.finetune_layer}, [])
+    """
+    names = dict.fromkeys(name for layer in order for name, _ in layer.module.named_modules())
+    for part, function in finetune.items():
+        if part and part not in names:
+            raise KeyError(f"finetune names {part!r}, which is a module of no layer{suggest(part, list(names)[1:])}")
+        if not callable(function):
+            raise TypeError(f"finetune[{part!r}] must be a function such as bp.finetune_layer, not {type(function).__name__}")
+
+
+def dense_outputs(finetune: Mapping[str, Finetune], dense: LayerBatches) -> dict[str, Tensors]:
+    """What the dense modules to be tuned give on each batch, but for the layer itself.
+
+    Example:
+        >>> from blockprune.repair.hidden_states import LayerBatches
+        >>> from blockprune.repair.layer_finetuning import dense_outputs
+        >>> from blockprune.repair.transformer_layers import CapturedBatch, Layer
+        >>> layer = Layer("", nn.Sequential(nn.Linear(2, 2), nn.ReLU()), ["0.weight"])
+        >>> batches = LayerBatches(layer, {}, [torch.ones(1, 2)], [CapturedBatch(None, torch.ones(1, 2), {"": ("", (), {})})], [None])
+        >>> [output.shape for output in dense_outputs({"0": bp.finetune_layer}, batches)["0"]]
+        [torch.Size([1, 2])]
+    """
+    chosen = {dense.layer.local_names[name] for name in dense.layer.parameters}
+    parts = [part for part in finetune if part and any(name.startswith(f"{part}.") for name in chosen)]
+    return {part: [PartCall.of(part, batch)[1] for batch in dense] for part in parts}
+
+
+def finetune_parts(
+    finetune: Mapping[str, Finetune], batches: LayerBatches, masks: Masks, targets: Mapping[str, Tensors]
+) -> dict[str, Tensor]:
+    """Tune modules of a layer in turn, each on the inputs that the tuned ones before it give.
+
+    Args:
+        finetune: a function for each module, such as `finetune_layer`, by its name in the layer; "" is the layer, whose weights in
+            modules that come before it in this mapping stay as they are tuned.
+        batches: the pruned layer's.
+        masks: by the parameters' names in the model.
+        targets: the dense modules' outputs on each batch.
+
+    Returns:
+        The tuned parameters, by the layer's own names.
+
+    Example:
+        >>> layer = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> recipe = bp.recipes.obs(bp.linears((2, 2)), bp.Calibration([torch.randn(32, 4) for _ in range(4)]))
+        >>> apart = attrs.evolve(recipe, budget=None, finetune={"0": bp.finetune_layer, "2": bp.finetune_layer})
+        >>> apart(nn.Sequential(layer), 0.5)
+        RepairResult(2 masks, 50.0% pruned; 2 weights; 1 layer: '0')
+    """
+    layer, parameters = batches.layer, dict(batches.parameters)
+    tuned: dict[str, Tensor] = {}
+    remaining = {layer.local_names[name]: masks[name] for name in layer.parameters}
+    for part, function in finetune.items():
+        prefix = f"{part}." if part else ""
+        own = {name: mask for name, mask in remaining.items() if name.startswith(prefix)}
+        if not own:
+            continue
+        remaining = {name: mask for name, mask in remaining.items() if name not in own}
+        given = [attrs.evolve(batch, parameters=parameters) for batch in batches]
+        calls: list[Any] = [PartCall.of(part, batch)[0] for batch in given] if part else given
+        goal = [_weighted_tokens(targets[part][i], weights) for i, weights in enumerate(batches.token_weights)]
+        named = under_all_names(parameters, layer.aliases)
+        local = {name: named[prefix + name] for name in parameter_refs(layer.module.get_submodule(part)) if prefix + name in named}
+        local_masks = {name.removeprefix(prefix): mask for name, mask in own.items()}
+        new = function(_run_part if part else _run_layer, local, local_masks, calls, goal)
+        tuned |= {f"{prefix}{name}": value for name, value in new.items()}
+        parameters |= tuned
+    return tuned
+
+
+def _run_part(parameters: Mapping[str, Tensor], call: PartCall) -> Tensor:
+    return call.run(parameters)
+
+
+def _run_layer(parameters: Mapping[str, Tensor], batch: LayerBatch) -> Tensor:
+    return _weighted_tokens(attrs.evolve(batch, parameters=parameters).run(), batch.token_weights)
+
+
+def _weighted_tokens(x: Tensor, weights: Tensor | None) -> Tensor:
+    """The tokens that count, times the square root of their weights, so that a plain squared error is the weighted one."""
+    if weights is None or x.shape[: weights.ndim] != weights.shape:
+        return x
+    counts = weights > 0
+    return x[counts] * weights[counts].to(x).sqrt().view(-1, *[1] * (x.ndim - weights.ndim))

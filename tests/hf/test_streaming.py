@@ -127,9 +127,10 @@ def test_a_bfloat16_checkpoint_is_computed_and_written_in_bfloat16(recipe: str, 
     assert {x.dtype for path in (tmp_path / "pruned").glob("model-*") for x in load_file(path).values()} == {torch.bfloat16}
 
 
-def test_hidden_states_in_files_and_a_step_of_finetuning_change_no_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parts", [None, ["self_attn", "mlp"], ["self_attn", ""]])
+def test_hidden_states_in_files_and_a_step_of_finetuning_change_no_bit(parts: list[str] | None, tmp_path: Path) -> None:
     source, tune = saved(tmp_path), partial(bp.finetune_layer, epochs=1, held_out=0.34)
-    recipe = attrs.evolve(RECIPES["obs"](), finetune=tune)
+    recipe = attrs.evolve(RECIPES["obs"](), finetune=dict.fromkeys(parts, tune) if parts else tune)
     masks, weights = in_memory(source, recipe)
     assert prune_checkpoint(source, tmp_path / "pruned", recipe, 0.5, spill=True) == masks
     assert same(loaded(tmp_path / "pruned").state_dict(), weights)

@@ -265,3 +265,125 @@ def test_a_batch_with_nan_is_named(number: int, of: str) -> None:
     (batches if of == "batches" else targets)[number] = torch.full((8, 4), torch.nan)
     with pytest.raises(ValueError, match=f"finetune_layer: the error of the layer's output on batch {number} is nan"):
         bp.finetune_layer(lambda p, x: x @ p["weight"].mT, {"weight": torch.eye(4)}, {"weight": mask}, batches, targets, held_out=0.25)
+
+
+# The parts of a layer.
+
+
+class PreNorm(nn.Module):
+    """A layer of two branches on a residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mix = nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+        self.mlp = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(self.norm(x))
+        return x + self.mlp(x)  # type: ignore[no-any-return]
+
+
+def parts_by_hand(model: Any, masks: bp.Masks, x: list[Tensor], tune: Any) -> dict[str, Tensor]:
+    """Each branch of each layer is fitted to the dense branch on the dense model's inputs."""
+    weights: dict[str, Tensor] = {}
+    with torch.no_grad():
+        dense, pruned = list(x), list(x)
+        for number, layer in enumerate(model):
+            for part in ("mix", "mlp"):
+                branch = layer.get_submodule(part)
+                into = layer.norm if part == "mix" else nn.Identity()
+                prefix = f"{number}.{part}."
+                own = {name.removeprefix(prefix): m for name, m in masks.items() if name.startswith(prefix)}
+                start = {k: reference.masked(branch.get_parameter(k).detach(), m.keep, m.grid) for k, m in own.items()}
+                targets = [branch(into(h)) for h in dense]
+
+                def run(p: Mapping[str, Tensor], h: Tensor, branch: nn.Module = branch) -> Tensor:
+                    return functional_call(branch, dict(p), (h,))  # type: ignore[no-any-return]
+
+                got = tune(run, start, own, [into(h) for h in pruned], targets)
+                weights |= {f"{prefix}{k}": w for k, w in got.items()}
+                pruned = [h + run(got, into(h)) for h in pruned]
+                dense = [h + y for h, y in zip(dense, targets, strict=True)]
+    return weights
+
+
+@settings(max_examples=8, deadline=None)
+@given(seeds, st.sampled_from(["pruned", "dense"]), st.integers(3, 5))
+def test_parts_are_tuned_as_by_hand(seed: int, target: Any, count: int) -> None:
+    model, x = seeded(lambda: nn.Sequential(PreNorm(), PreNorm()), seed).double(), inputs(count)
+    tune = partial(bp.finetune_layer, lr=1e-2, epochs=3, held_out=0.34)
+    found = bp.sequential(model, pipeline(), reconstruct.none, x, 0.5, target=target, finetune={"mix": tune, "mlp": tune})
+    expected = parts_by_hand(model, found.masks, x, tune)
+    assert found.weights.keys() == expected.keys() == found.masks.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found.weights[name], weight, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("target", ["pruned", "dense"])
+def test_the_layer_is_one_of_its_parts_and_takes_what_is_left(target: Any) -> None:
+    model, x, seen = seeded(lambda: nn.Sequential(PreNorm(), PreNorm())).double(), inputs(4), []
+    go = partial(bp.sequential, model, pipeline(), reconstruct.least_squares, x, 0.5, target=target)
+    tune = partial(bp.finetune_layer, lr=1e-2, epochs=2)
+
+    def noted(run: Run, parameters: Any, masks: bp.Masks, batches: Any, targets: Any) -> Mapping[str, Tensor]:
+        seen.append(sorted(masks))
+        return tune(run, parameters, masks, batches, targets)
+
+    assert same(go(finetune=tune).weights, go(finetune={"": tune}).weights)
+    go(finetune={"mix": noted, "": noted})
+    assert seen == [["0.weight", "2.weight"], ["mlp.0.weight", "mlp.2.weight"]] * 2
+    found = bp.sequential(model, pipeline(), reconstruct.none, x, 0.5, target=target, finetune={"mlp.2": tune})
+    plain = {name: reference.masked(model.get_parameter(name), m.keep, m.grid) for name, m in found.masks.items()}
+    assert [name for name, w in plain.items() if not torch.equal(w, found.weights[name])] == ["0.mlp.2.weight", "1.mlp.2.weight"]
+
+
+def test_a_weight_under_two_names_of_a_part_stays_one() -> None:
+    def build() -> nn.Module:
+        layers = PreNorm(), PreNorm()
+        for layer in layers:
+            layer.mix[2].weight = layer.mix[0].weight
+        return nn.Sequential(*layers)
+
+    model, x = seeded(build).double(), inputs(4)
+    found = bp.sequential(model, pipeline(), reconstruct.none, x, 0.5, finetune={"mix": partial(bp.finetune_layer, lr=1e-2, epochs=2)})
+    expected = parts_by_hand_tied(model, found.masks, x)
+    torch.testing.assert_close(found.weights["0.mix.0.weight"], expected, rtol=0, atol=1e-9)
+
+
+def parts_by_hand_tied(model: Any, masks: bp.Masks, x: list[Tensor]) -> Tensor:
+    layer = model[0]
+    own = masks["0.mix.0.weight"]
+    start = {"w": reference.masked(layer.mix[0].weight.detach(), own.keep, own.grid)}
+    b, c = layer.mix[0].bias.detach(), layer.mix[2].bias.detach()
+
+    def run(p: Mapping[str, Tensor], h: Tensor) -> Tensor:
+        hidden: Tensor = torch.tanh(h @ p["w"].mT + b)
+        return hidden @ p["w"].mT + c  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        given = [layer.norm(h) for h in x]
+        targets = [layer.mix(h) for h in given]
+    return bp.finetune_layer(run, start, {"w": own}, given, targets, lr=1e-2, epochs=2)["w"]
+
+
+@pytest.mark.parametrize(
+    ("finetune", "error", "message"),
+    [
+        ({"mpl": bp.finetune_layer}, KeyError, "finetune names 'mpl', which is a module of no layer; similar names: 'mlp'"),
+        ({"mlp": 3}, TypeError, r"finetune\['mlp'\] must be a function such as bp.finetune_layer, not int"),
+        ({"twice": bp.finetune_layer}, ValueError, "finetune names 'twice', which in layer '0' is called 2 times in a forward"),
+        ({"bag": bp.finetune_layer}, ValueError, "finetune names 'bag', which in layer '0' is called 0 times in a forward"),
+    ],
+)
+def test_parts_that_cannot_be_tuned_are_named(finetune: Any, error: type[Exception], message: str) -> None:
+    class Odd(PreNorm):
+        def __init__(self) -> None:
+            super().__init__()
+            self.twice, self.bag = nn.Sequential(nn.Linear(8, 8)), nn.ModuleList([nn.Linear(8, 8)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.bag[0](self.twice(self.twice(x))))
+
+    model = seeded(lambda: nn.Sequential(Odd())).double()
+    with pytest.raises(error, match=message):
+        bp.sequential(model, pipeline(), reconstruct.none, inputs(4), 0.5, target="pruned", finetune=finetune)
