@@ -184,7 +184,7 @@ def writes_arguments(operation: Any) -> bool:
 
 def is_cast(operation: Any) -> bool:
     """Whether an operator is the one that copies a tensor to another type or device, as ``Tensor.to`` does (torch 2.0)."""
-    return operation is torch.ops.aten._to_copy.default
+    return bool(operation is torch.ops.aten._to_copy.default)
 
 
 def dispatch_mode_is_active() -> bool:
