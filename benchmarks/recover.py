@@ -72,6 +72,14 @@ def save(value: Any, path: Path) -> None:
     os.replace(f"{path}.part", path)
 
 
+def title_of(options: argparse.Namespace, unit: str, is_pruned: bool) -> str:
+    """What a run prunes and how it trains."""
+    start = f"{options.pattern} at {options.sparsity:.0%}, {options.method}" if is_pruned else "dense"
+    training = f"{options.loss}, {options.optimizer} {options.lr:g}, {options.tokens:,} {unit}, {options.step_tokens:,} a step"
+    title = f"{options.model}, {start}; {training}"
+    return title + (f", norms of {options.norms:,} {unit}" if options.norms else "")
+
+
 def main(options: argparse.Namespace) -> None:
     torch.manual_seed(SEED)
     print(machine())
@@ -84,10 +92,7 @@ def main(options: argparse.Namespace) -> None:
         raise SystemExit(f"--loss {options.loss!r} does not suit {options.model}; use one of {problem.losses}")
     steps = max(1, options.tokens // options.step_tokens)
     model, masks, weights = pruned(problem, options)
-    start = f"{options.pattern} at {options.sparsity:.0%}, {options.method}" if masks else "dense"
-    training = f"{options.loss}, {options.optimizer} {options.lr:g}, {options.tokens:,} {problem.unit}, {options.step_tokens:,} a step"
-    title = f"{options.model}, {start}; {training}"
-    title += f", norms of {options.norms:,} {problem.unit}" if options.norms else ""
+    title = title_of(options, problem.unit, bool(masks))
     name = title.replace("; ", ", ").replace(",", "") + f" seed {options.seed}"
     path = options.folder / f"{name}.pt"
     record = torch.load(path, weights_only=True) if path.exists() else {"seconds": 0.0, "curve": [], "figures": {}, "state": None}
@@ -234,6 +239,11 @@ if __name__ == "__main__":
         "--method", choices=METHODS, help="what training starts from; by default OBS + budget + cluster, images without cluster"
     )
     parser.add_argument("--loss", choices=LOSSES, help="by default KL, or cosine + hidden states")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="AdamW")
+    parser.add_argument(
+        "--texts", type=Path, nargs="+", default=[], help="MiniLM: trained on, too: files or folders of .txt, .html, .txt.gz"
+    )
+    parser.add_argument("--repeats", type=int, default=1, help="how often a pass has the articles and the news beside --texts")
     parser.add_argument(
         "--tokens", type=int, default=1_000_000, help="that are trained on; crops of photos for efficientnet, here and below"
     )

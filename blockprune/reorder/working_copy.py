@@ -97,7 +97,7 @@ class WorkingCopy:
 
     def run(self, change: Callable[[Tensor], Tensor] = torch.clone) -> list[Tensor]:
         """The tensors of the output on the example, without caches, after a change of the inputs; random numbers are the same each time."""
-        in_float64 = _CastsToFloat64() if self.casts else contextlib.nullcontext()
+        in_float64 = _CastsToFloat64() if self.casts else contextlib.nullcontext()  # type: ignore[no-untyped-call]
         with in_float64, disable_attention_fastpath(), torch.random.fork_rng(devices := cuda_devices(self.model)):
             for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
                 generator.manual_seed(SEED)
