@@ -68,6 +68,7 @@ __all__ = [
     "is_functorch_tensor",
     "is_legacy_batched",
     "is_tracing",
+    "is_view",
     "is_zero_tensor",
     "lazy_clone",
     "originals",
@@ -139,6 +140,11 @@ def replace_data(parameter: Tensor, data: Tensor) -> None:
 def without_base(x: Tensor) -> Tensor:
     """The same tensor in the same memory, but not a view of another tensor; it is differentiable (torch 2.0)."""
     return cast(Tensor, torch.ops.aten._unsafe_view(x, x.shape))
+
+
+def is_view(x: Tensor) -> bool:
+    """Whether torch sees a tensor as a view: writing into it then replaces its place in the graph of gradients (torch 2.0)."""
+    return x._is_view()
 
 
 def is_zero_tensor(x: Tensor) -> bool:

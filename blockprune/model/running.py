@@ -231,14 +231,14 @@ def _check_form(loss: Loss, batch: Any) -> None:
 
 
 def to_model_device(model: nn.Module, batch: Any, dtype: torch.dtype | None = None) -> Any:
-    """The batch with its tensors on the model's device, floating-point ones in the model's dtype or this one, and mappings as dicts."""
+    """A copy of the batch, which a model may write into: tensors on its device, floating-point ones in its dtype or this one; dicts."""
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     return _to_device(batch, like.device, dtype or like.dtype)
 
 
 def _to_device(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if isinstance(batch, Tensor):
-        return batch.to(device, dtype) if batch.is_floating_point() else batch.to(device)
+        return batch.to(device, dtype if batch.is_floating_point() else None, copy=True)
     if isinstance(batch, Mapping):
         return {key: _to_device(value, device, dtype) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
