@@ -452,6 +452,16 @@ def test_a_layer_that_is_tied_to_something_else_is_refused(tmp_path: Path) -> No
         prune_checkpoint(source, tmp_path / "pruned", RECIPES["sparsegpt"](), 0.5, model_class=Tied)
 
 
+@pytest.mark.parametrize("recipe", ["sparsegpt", "obs with a budget"])
+def test_a_layer_that_runs_several_times_is_refused(recipe: str, tmp_path: Path) -> None:
+    source = saved(tmp_path, lambda: transformers.AlbertForMaskedLM(transformers.AlbertConfig(embedding_size=16, **SIZES)))
+    recipes_where = bp.including(bp.linears((8, 8)), "*albert_layer_groups.*")
+    make = {"sparsegpt": recipes.sparsegpt, "obs with a budget": recipes.obs}[recipe]
+    for prune in (partial(prune_checkpoint, source, tmp_path / "pruned"), lambda *args: args[0](loaded(source), args[1])):
+        with pytest.raises(ValueError, match=r"layer 'albert.encoder.albert_layer_groups.0' is called twice"):
+            prune(make(recipes_where, calibration(loss=loss)), 0.5)
+
+
 def test_offloaded_models_are_refused_with_what_to_call() -> None:
     accelerate = pytest.importorskip("accelerate")
     model = accelerate.cpu_offload(llama(), "cpu")
