@@ -153,9 +153,7 @@ class StopForward(Exception):
     """Ends a forward that has shown what was asked."""
 
 
-def capture_layer_inputs(
-    model: nn.Module, order: Sequence[Layer], forward: Forward, batch: Any, *, to_end: bool = False
-) -> CapturedBatch:
+def capture_layer_inputs(model: nn.Module, order: Sequence[Layer], forward: Forward, batch: Any, *, to_end: bool = False) -> CapturedBatch:
     """What the layers are called with in one forward, which stops at the last layer.
 
     Args:
