@@ -44,7 +44,9 @@ def prune_checkpoint(
 
     The result has the same bits as ``recipe(model, sparsity)`` of the loaded model. Each layer is written when it is done. If the call is
     interrupted, the same call goes on where it was, and ends in the same bits. The new folder loads with ``from_pretrained``; pruned blocks
-    are zeros in plain weights. Its masks are in ``masks.safetensors`` (`load_masks`).
+    are zeros in plain weights. Its masks are in ``masks.safetensors`` (`load_masks`). All other files of the source are copied, with
+    subfolders such as ``1_Pooling`` of sentence-transformers, but no weights in other formats: a subfolder that has some, such as
+    ``onnx``, is left out, as its model is not pruned.
 
     Args:
         source: a folder with config.json and safetensors files.

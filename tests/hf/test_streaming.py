@@ -21,6 +21,7 @@ from blockprune import recipes
 transformers = pytest.importorskip("transformers")
 from blockprune.hf import prune_checkpoint  # noqa: E402 (needs transformers)
 from blockprune.hf.checkpoint_folder import Checkpoint, Skeleton  # noqa: E402
+from blockprune.hf.pruned_folder import side_files  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 
@@ -152,6 +153,45 @@ def test_another_class_than_that_of_the_configuration_and_buffers(tmp_path: Path
     masks = recipe(transformers.LlamaModel.from_pretrained(source), 0.5).masks
     assert prune_checkpoint(source, tmp_path / "pruned", recipe, 0.5, model_class=transformers.LlamaModel) == masks
     assert bp.masks_from_zeros(loaded(tmp_path / "pruned").model, where=bp.linears((8, 8))) == masks
+
+
+def test_side_files_are_copied_and_weights_in_other_formats_are_not(tmp_path: Path) -> None:
+    source = saved(tmp_path)
+    copied = ["tokenizer.model", "modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "code/a/b.py"]
+    left_out = [
+        *("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "model.Q4_0.gguf", "optimizer.pt", "pruning.json"),
+        *("onnx/model.onnx", "onnx/config.json", "original/consolidated.00.pth", "original/params.json", "checkpoint-5/model.safetensors"),
+        *("coreml/a.mlpackage/Manifest.json", "coreml/a.mlpackage/Data/weight.bin", ".git/objects/pack", "pruned before/masks.safetensors"),
+    ]
+    for name in (*copied, *left_out):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    modules = [{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}, {"idx": 2, "path": "2_Dense"}]
+    (source / "modules.json").write_text(json.dumps(modules))
+    before = contents_below(source)
+    prune_checkpoint(source, source / "pruned", RECIPES["magnitude"](), 0.5)  # also into a subfolder of the source
+    found = contents_below(source / "pruned")
+    own = {path.name for path in (source / "pruned").glob("*model-*")} | {
+        "model.safetensors.index.json",
+        "masks.safetensors",
+        "pruning.json",
+    }
+    assert {Path(name).relative_to(source / "pruned").as_posix() for name in found} == {
+        *copied,
+        *own,
+        "config.json",
+        "generation_config.json",
+    }
+    assert all(found[str(source / "pruned" / name)] == before[str(source / name)] for name in copied)
+    assert {name: data for name, data in contents_below(source).items() if name not in found} == before
+
+
+@pytest.mark.parametrize("modules", ["text", "5", '["1_Pooling"]', "[{}]"])
+def test_a_modules_json_of_another_form_names_no_folders(modules: str, tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text(modules)
+    (tmp_path / "2_Dense").mkdir()
+    (tmp_path / "2_Dense" / "model.safetensors").write_text("")
+    assert side_files(tmp_path) == [Path("modules.json")]
 
 
 # Interrupted and gone on with.
