@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from blockprune.collect.accumulate import Counts, Fold
+from blockprune.core._compat import without_compiled_prefixes
 from blockprune.core.sharded_tensor import whole
 from blockprune.core.types import Masks
 from blockprune.model.parameters import PARAMETRIZED_NAME, parameter_refs
@@ -97,7 +98,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
     """The state dict of ``finalize(model)`` on rank 0, in CPU memory, and an empty one on other ranks; all ranks must call it.
 
     Of a model that ``fully_shard`` or ``parallelize_module`` has sharded, one tensor at a time is gathered. A plain model of the same class
-    loads it, on one process.
+    loads it, on one process: the names are its own, also where ``torch.compile`` has wrapped the model.
 
     Args:
         model: masked or not, sharded or not; it is not changed.
@@ -112,12 +113,13 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for key, value in model.state_dict().items():
         match = PARAMETRIZED_NAME.fullmatch(key)
-        name = match.expand(r"\1\2") if match and match.expand(r"\1\2") in masked else key
-        if name in state or (name not in masked and not isinstance(value, Tensor)):
+        own = match.expand(r"\1\2") if match and match.expand(r"\1\2") in masked else key
+        name = without_compiled_prefixes(own)
+        if name in state or (own not in masked and not isinstance(value, Tensor)):
             state.setdefault(name, value)
             continue
         with torch.no_grad():
-            tensor = whole(masked[name].masked if name in masked else value).detach()
+            tensor = whole(masked[own].masked if own in masked else value).detach()
         state[name] = tensor.to("cpu", copy=True) if _is_first_rank() else None
     return state if _is_first_rank() else {}
 

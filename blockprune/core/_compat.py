@@ -15,6 +15,7 @@ This module imports nothing of blockprune, so that every other module can import
 
 import contextlib
 import ctypes
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -88,6 +89,7 @@ __all__ = [
     "two_of_four_product",
     "version_counter",
     "without_base",
+    "without_compiled_prefixes",
     "writes_arguments",
 ]
 
@@ -224,6 +226,11 @@ def has_hooks(module: nn.Module) -> bool:
 def is_compiled_wrapper(module: nn.Module) -> bool:
     """Whether ``torch.compile`` returned the module, which then calls another one and names its parameters differently (torch 2.0)."""
     return hasattr(module, "_orig_mod")
+
+
+def without_compiled_prefixes(name: str) -> str:
+    """The name in the plain model of a tensor whose module, or a module around it, ``torch.compile`` has wrapped (torch 2.0)."""
+    return re.sub(r"(?<![^.])_orig_mod\.", "", name)
 
 
 def has_one_original(parametrizations: parametrize.ParametrizationList) -> bool:

@@ -339,6 +339,8 @@ def test_compiled_wrappers_are_recognised() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the import of the compiler uses deprecated functions
             assert _compat.is_compiled_wrapper(torch.compile(layer))
+            compiled = torch.compile(nn.Sequential(torch.compile(layer)))
+            assert [_compat.without_compiled_prefixes(name) for name in compiled.state_dict()] == ["0.weight", "0.bias"]
 
 
 def test_all_tensors_of_a_parametrized_weight_are_listed() -> None:
