@@ -19,6 +19,7 @@ from blockprune.core.mask_file import load_masks, save_masks
 from blockprune.core.tensor_file import replace_file, write_tensors
 from blockprune.core.types import Masks
 from blockprune.hf.checkpoint_folder import INDEX, Checkpoint, stored_tensors
+from blockprune.model.sharding import gather_from_ranks, rank_of
 
 try:
     import fcntl
@@ -159,6 +160,30 @@ def _data_bytes(path: Path) -> int:
     """The bytes of the tensors of a safetensors file: what follows the header, whose length it begins with."""
     with open(path, "rb") as file:
         return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+
+
+@contextlib.contextmanager
+def opened_by_first(folder: PrunedFolder, state: Mapping[str, Any], reduce: Callable[..., Any] | None) -> Iterator[None]:
+    """`opened` by the first of the processes that ``reduce`` adds over; all raise its errors, and wait for all at the end.
+
+    Example:
+        >>> import tempfile
+        >>> from blockprune.hf.pruned_folder import PrunedFolder, opened_by_first
+        >>> with tempfile.TemporaryDirectory() as path, opened_by_first(PrunedFolder(Path(path), []), {"sparsity": 0.5}, None):
+        ...     sorted(os.listdir(path))
+        ['pruning.json', 'unfinished']
+    """
+    with contextlib.ExitStack() as stack:
+        error: Exception | None = None
+        if rank_of(reduce) == 0:
+            try:
+                stack.enter_context(opened(folder, state))
+            except Exception as raised:
+                error = raised
+        if (error := gather_from_ranks(error, reduce)[0]) is not None:
+            raise error
+        yield
+        gather_from_ranks(None, reduce)
 
 
 @contextlib.contextmanager

@@ -113,6 +113,9 @@ class Calibration:
             for models that `torch.func.vmap` cannot run.
         chunk_size: samples at a time under vmap.
         progress: show a progress bar; by default in a terminal and in a notebook.
+        reduce: adds the sums of statistics of several processes, such as `blockprune.distributed.all_reduce`. Each process then has batches
+            of its own, or none, and all of them end with the same statistics, masks and weights. It adds over the default process group,
+            or over the ``group`` that `functools.partial` binds to it.
 
     Raises:
         TypeError: batches that are one tensor or mapping instead of an iterable of them.
@@ -130,6 +133,7 @@ class Calibration:
     per_sample: str = attrs.field(default="vmap", kw_only=True)
     chunk_size: int = attrs.field(default=8, kw_only=True)
     progress: bool | None = attrs.field(default=None, kw_only=True)
+    reduce: Callable[[Any], Any] | None = attrs.field(default=None, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         if self.per_sample not in ("vmap", "loop"):

@@ -111,7 +111,7 @@ def collect_layer_by_layer(
                 given = _OutputGradients(attrs.evolve(states.batches(layer, {}), hidden=inputs.pop()), gradients)
                 if layer.parameters:
                     rule = including_names(where, layer.parameters)
-                    receive(collect(layer.root, where=rule, calibration=layer_calibration(given, loss=_loss)))
+                    receive(collect(layer.root, where=rule, calibration=layer_calibration(given, loss=_loss, reduce=calibration.reduce)))
                 if layer is not order[0]:
                     for i, with_gradient in enumerate(given):
                         gradients[i] = with_gradient.input_gradient()
