@@ -183,7 +183,7 @@ class LayerPruning:
             if input_axis(ref) == input_axis(refs[name][0])  # not a head tied to an embedding
         ]
         first = next(iter(states.batches(layer, {})), None)
-        traces = gather_from_ranks(first and trace_layer(first, hooks), states.reduce)
+        traces = gather_from_ranks(None if first is None else trace_layer(first, hooks), states.reduce)
         trace = next(trace for trace in traces if trace is not None)  # the same one on all ranks
         return [(names, [hook for hook in hooks if hook[0] in names], trace) for names in trace.groups]
 
