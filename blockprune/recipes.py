@@ -29,6 +29,7 @@ from blockprune.reorder.hidden_axes import find_axes
 from blockprune.reorder.permutation import permute
 from blockprune.repair import closed_form
 from blockprune.repair.layer_by_layer import RepairResult, sequential
+from blockprune.repair.layer_pruning import check_not_offloaded
 
 __all__ = ["LayerBudget", "LayerByLayer", "OneShot", "cluster_units", "magnitude", "obs", "sparsegpt", "structured", "wanda"]
 
@@ -118,6 +119,7 @@ class LayerByLayer:
     finetune: Callable[..., Mapping[str, Tensor]] | None = None
 
     def __call__(self, model: nn.Module, sparsity: Any) -> RepairResult:
+        check_not_offloaded(model)  # before the budget, which takes time
         shares, extra_data = (sparsity, None) if self.budget is None else self.budget(model, sparsity)
         options: Any = {"layers": self.layers, "target": self.target, "finetune": self.finetune}
         return sequential(model, self.pipeline, self.reconstruct, self.calibration, shares, extra_data=extra_data, **options)

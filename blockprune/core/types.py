@@ -130,7 +130,10 @@ def check_prunable(name: str, weight: Tensor) -> None:
     if not weight.is_floating_point() or weight.is_quantized:
         raise TypeError(f"{what} is {weight.dtype}, but blocks are scored in floating point: leave it out with `excluding`, or convert it")
     if weight.device.type == "meta":
-        raise ValueError(f"{what} is on the meta device, so it has no values; load the weights first")
+        raise ValueError(
+            f"{what} is on the meta device, so it has no values; load the weights first, or if accelerate has offloaded them, prune "
+            "the folder from which they were loaded: blockprune.hf.prune_checkpoint(source, destination, recipe, sparsity)"
+        )
 
 
 def check_finite(name: str, weight: Tensor) -> None:

@@ -234,16 +234,21 @@ def _with_required(statistics: Sequence[Statistic], required: Iterable[Statistic
     return [*statistics, *(s for s in required if s.name not in names)]
 
 
-def _prunable(model: nn.Module, where: Where) -> list[str]:
-    """The chosen parameters of a plain model."""
-    if read_masks(model):
-        raise ValueError("the model is masked; prune a plain one: bp.finalize(model)")
+def check_not_offloaded(model: nn.Module) -> None:
+    """Raise a ValueError if accelerate has offloaded weights of a model."""
     offloaded = [name for name, module in model.named_modules() if is_offloaded(module)]
     if offloaded:
         raise ValueError(
             f"accelerate has offloaded the weights of {offloaded[-1]!r}; prune the folder from which the model was loaded, which needs "
             "memory for one layer: blockprune.hf.prune_checkpoint(source, destination, recipe, sparsity)"
         )
+
+
+def _prunable(model: nn.Module, where: Where) -> list[str]:
+    """The chosen parameters of a plain model."""
+    if read_masks(model):
+        raise ValueError("the model is masked; prune a plain one: bp.finalize(model)")
+    check_not_offloaded(model)
     chosen = select(model, where)
     if computed := [name for name, (ref, _) in chosen.items() if not ref.is_plain]:
         raise ValueError(f"{computed[0]} is computed by another parametrization, so it cannot be repaired; remove that first")

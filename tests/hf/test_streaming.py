@@ -502,11 +502,42 @@ def test_a_layer_that_runs_several_times_is_refused(recipe: str, tmp_path: Path)
             prune(make(recipes_where, calibration(loss=loss)), 0.5)
 
 
-def test_offloaded_models_are_refused_with_what_to_call() -> None:
+def offloaded(*disk: str, folder: Path) -> Any:
+    """A model on the CPU, of which accelerate keeps some modules on disk."""
     accelerate = pytest.importorskip("accelerate")
-    model = accelerate.cpu_offload(llama(), "cpu")
-    with pytest.raises(ValueError, match=r"accelerate has offloaded the weights of .*: blockprune.hf.prune_checkpoint\(source,"):
-        RECIPES["sparsegpt"]()(model, 0.5)
+    torch.manual_seed(0)
+    parts = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.layers.2", "model.norm", "model.rotary_emb", "lm_head")
+    device_map = {part: "disk" if part in disk else "cpu" for part in parts}
+    return accelerate.dispatch_model(llama(), device_map, main_device="cpu", offload_dir=folder, force_hooks=True)
+
+
+LINE = r"blockprune.hf.prune_checkpoint\(source, destination, recipe, sparsity\)"
+
+
+@pytest.mark.parametrize("recipe", ["magnitude", "sparsegpt", "obs with a budget"])
+@pytest.mark.parametrize("disk", [("model.layers.1", "model.layers.2"), ("lm_head",), ("model.embed_tokens",)], ids=" ".join)
+def test_offloaded_models_are_refused_with_what_to_call(disk: tuple[str, ...], recipe: str, tmp_path: Path) -> None:
+    """Weights that are there can be pruned by magnitude."""
+    model = offloaded(*disk, folder=tmp_path)
+    if recipe == "magnitude" and "model.layers.1" not in disk:
+        torch.manual_seed(0)
+        assert RECIPES[recipe]()(model, 0.5).masks == RECIPES[recipe]()(llama(), 0.5).masks
+        return
+    with pytest.raises(ValueError, match=rf"accelerate has offloaded .*: {LINE}"):
+        RECIPES[recipe]()(model, 0.5)
+
+
+@pytest.mark.parametrize("disk", [(), ("model.embed_tokens",), ("lm_head",)], ids=" ".join)
+def test_statistics_of_a_model_that_is_offloaded_in_part_are_those_of_the_model(disk: tuple[str, ...], tmp_path: Path) -> None:
+    """With nothing offloaded, accelerate's hooks change no recipe."""
+    model, recipe = offloaded(*disk, folder=tmp_path), recipes.wanda(WHERE, calibration())
+    torch.manual_seed(0)
+    plain = llama()
+    assert recipe(model, 0.5).masks == recipe(plain, 0.5).masks
+    if not disk:
+        found, expected = (RECIPES["obs with a budget"]()(m, 0.5) for m in (model, plain))
+        assert found.masks == expected.masks
+        assert same(dict(found.weights), dict(expected.weights))
 
 
 # Memory.
