@@ -166,8 +166,11 @@ def _bands(name: str, p: Param, damping: float) -> _Bands:
     variance_inflation = inverse.diagonal(dim1=1, dim2=2) * quadratic.hessian.diagonal(dim1=1, dim2=2)  # large if inputs are collinear
     if variance_inflation.max() * torch.finfo(rows.dtype).eps > MAX_ROUNDING_ERROR:
         rows = rows.double()
-    inverse = F.pad(inverse, (0, 1, 0, 1))[:, flat][:, :, flat]
-    inverse.diagonal(dim1=1, dim2=2)[:, flat == quadratic.hessian.shape[-1]] = 1
+    del quadratic  # it holds as much as the inverse
+    k = inverse.shape[-1]
+    if len(flat) > k or bool((flat.diff() != 1).any()):  # ragged blocks, or blocks whose columns are not side by side
+        inverse = F.pad(inverse, (0, 1, 0, 1))[:, flat][:, :, flat]
+        inverse.diagonal(dim1=1, dim2=2)[:, flat == k] = 1
     return _Bands(rows, inverse, group, columns.shape[1])
 
 

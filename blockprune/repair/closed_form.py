@@ -171,9 +171,11 @@ def sparsegpt(data: Data, masks: Masks, *, damping: float = 0.01, columns_per_st
     with torch.no_grad():
         for name, mask in masks.items():
             q = layer_quadratic(name, data[name], damping=damping)
-            upper = torch.linalg.cholesky(q.inverse, upper=True).to(q.weight.dtype)  # [groups, k, k]
-            pruned = ~expand(mask.keep.to(q.weight.device), mask.grid).reshape(q.weight.shape)  # [groups, rows, k]
-            rows = _sparsegpt_update(q.best.clone(), pruned, upper, columns_per_step)
+            best, inverse = q.best.clone(), q.inverse
+            del q  # it holds more than the inverse
+            upper = torch.linalg.cholesky(inverse, upper=True).to(best.dtype)  # [groups, k, k]
+            pruned = ~expand(mask.keep.to(best.device), mask.grid).reshape(best.shape)  # [groups, rows, k]
+            rows = _sparsegpt_update(best, pruned, upper, columns_per_step)
             repaired[name] = rows.reshape(data[name].weight.shape).to(data[name].weight.dtype)
     return repaired
 
