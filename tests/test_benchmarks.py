@@ -37,7 +37,7 @@ def run(script: str, *options: str) -> str:
         ("masked_forward.py", r" +1 +16 +\(\d+, -?\d+\) "),
         ("calibration.py", r" +1  (input_gram|gate_fisher|Wanda +blockprune|Taylor +blockprune) "),
         ("obs.py", r" +1 +64 +\(\d+, \d+\) "),
-        ("scale.py", r" +\d\.\d\d +[13] +64(?: +\d\.\d{3}){4} +\d\.\d\d +\d+$"),
+        ("scale.py", r" +\d\.\d\d +[13] +64(?: +\d\.\d{3}){4} +\d\.\d\d +\d+ +1 +the same$"),
         ("growth.py", r"(export.block_sparse|\d+ layers) .* \d+\.\d+"),
         ("memory.py", r"(find_axes, first batch|cluster_units|apply_masks) +\d+\.\d+ +-?\d+\.\d+ +\d+\.\d"),
     ],

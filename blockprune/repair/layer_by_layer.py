@@ -80,8 +80,8 @@ def sequential(
         resume: the result of an earlier, interrupted call.
         callback: called with the result so far after each new layer; the model is in evaluation mode meanwhile.
         reduce: adds the statistics of several processes, as in `Calibration`, such as `blockprune.distributed.all_reduce`: each process has
-            batches of its own, or none, and all end with the same masks and weights. Only then a ``reconstruct`` or a metric with
-            ``share=blockprune.distributed.share`` divides its work among them.
+            batches of its own, or none, and all end with the same masks and weights. They share the work of a metric and of a
+            ``reconstruct`` that have ``share=blockprune.distributed.share``.
         options: the fields of `Calibration` besides batches, such as ``forward=``, where ``batches`` is not a `Calibration`.
 
     Raises:
