@@ -46,6 +46,11 @@ def test_a_benchmark_prints_its_table(script: str, row: str) -> None:
     assert len(re.findall(rf"^{row}", run(script, "--tiny"), re.MULTILINE)) >= 2
 
 
+def test_two_processes_prune_a_checkpoint_folder_with_the_masks_of_one() -> None:
+    output = run("scale.py", "--tiny", "--recipe", "obs", "--processes", "1", "2")
+    assert len(re.findall(r" +\d+ +[12] +the same$", output, re.MULTILINE)) == 4
+
+
 def test_the_speed_of_layers() -> None:
     output = run("speed.py", "layers", "--tiny", "--roofline", "--bsr")
     assert re.findall(r"^    (\S+(?: \S+)?) +\d", output, re.MULTILINE) == ["16x16", "BSR 16x16", "16x1"] * 2
