@@ -1,16 +1,20 @@
-"""Peak memory of pruning a checkpoint folder that is never loaded whole, against the size of the model.
+"""Peak memory of pruning a checkpoint folder that is never loaded whole, against the size of the model; and time in several processes.
 
 python benchmarks/scale.py --gib 2 6 --recipe obs      # checkpoints of these sizes, with Llama's shapes and random bfloat16 weights
+python benchmarks/scale.py --gib 0.3 --width 1024 --recipe obs --processes 1 2   # one thread each, which share the batches and the work
 python benchmarks/scale.py --tiny                      # seconds, for the test command
 
 Each model is pruned in a process of its own, whose peak resident memory is read from the system. The bound is
 1.5 x (one layer's weights + its statistics + the hidden states) + 1 GiB. The statistics of a weight with k inputs are two k x k matrices in
 float32: the products of its inputs, and of its inputs with those of the dense model. The hidden states are those of the dense and of the
-pruned model; with a budget, which needs those of all layers, they are kept in files.
+pruned model; with a budget, which needs those of all layers, they are kept in files. Of several processes, peak and seconds are those of
+the first one; the last column says whether the masks are those of the first row of the same model.
 """
 
 import argparse
+import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +29,7 @@ import torch
 from safetensors.torch import save_file
 from timing import machine, resident_bytes
 from torch import Tensor
+from torch import distributed as dist
 
 import blockprune as bp
 
@@ -112,27 +117,47 @@ def random_tensors(shape: Shape) -> Iterator[dict[str, Tensor]]:
     yield {"lm_head.weight": random(shape.words, shape.width)}
 
 
-def prune(source: str, destination: str, recipe_name: str, batches: int, length: int) -> dict[str, float]:
-    """Prune half of the blocks; seconds, and bytes of peak memory of this process."""
+def prune(source: str, destination: str, recipe_name: str, batches: int, length: int) -> dict[str, Any]:
+    """Prune half of the blocks; seconds, bytes of peak memory of this process, and a hash of the masks."""
     from blockprune.hf import prune_checkpoint  # noqa: PLC0415
 
     where = bp.including(bp.linears((16, 16)), "model.layers.*")
     words = json.loads((Path(source) / "config.json").read_text())["vocab_size"]
     tokens = torch.randint(words, (batches, 1, length), generator=torch.Generator().manual_seed(0))
-    calibration = bp.Calibration([{"input_ids": x, "labels": x} for x in tokens], progress=False)
+    reduce, own = None, slice(None)
+    if "RANK" in os.environ:  # torchrun has started this process
+        dist.init_process_group("gloo")
+        reduce, own = bp.distributed.all_reduce, slice(dist.get_rank(), None, dist.get_world_size())
+    calibration = bp.Calibration([{"input_ids": x, "labels": x} for x in tokens[own]], progress=False, reduce=reduce)
     make = {"magnitude": bp.recipes.magnitude, "sparsegpt": partial(bp.recipes.sparsegpt, calibration=calibration)}
     recipe: Any = (make | {"obs": partial(bp.recipes.obs, calibration=calibration)})[recipe_name](where)
     start = time.perf_counter()
-    prune_checkpoint(source, destination, recipe, 0.5, spill=recipe_name == "obs")
-    return {"seconds": time.perf_counter() - start, "bytes": resident_bytes()}
+    masks = prune_checkpoint(source, destination, recipe, 0.5, spill=recipe_name == "obs")
+    seconds, keep = time.perf_counter() - start, torch.cat([masks[name].keep.flatten() for name in sorted(masks)])
+    return {"seconds": seconds, "bytes": resident_bytes(), "masks": hashlib.sha256(keep.numpy().tobytes()).hexdigest()}
 
 
-def measure(shape: Shape, recipe: str, batches: int, length: int) -> dict[str, float]:
+def measure(shape: Shape, recipe: str, batches: int, length: int, processes: int, *, one_thread: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(Path(folder) / "dense", shape)
         paths = [f"{folder}/dense", f"{folder}/pruned"]
-        command = [sys.executable, __file__, "--prune", *paths, "--recipe", recipe, "--batches", str(batches), "--length", str(length)]
-        measured: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+        command = [
+            sys.executable,
+            *start,
+            __file__,
+            "--prune",
+            *paths,
+            "--recipe",
+            recipe,
+            "--batches",
+            str(batches),
+            "--length",
+            str(length),
+        ]
+        threads = {"OMP_NUM_THREADS": "1"} if one_thread else {}
+        run = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | threads)
+        measured: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
         return measured
 
 
@@ -144,10 +169,13 @@ def main() -> None:
     parser.add_argument("--recipe", choices=RECIPES, default="sparsegpt")
     parser.add_argument("--batches", type=int, default=16)
     parser.add_argument("--length", type=int, default=512, help="tokens of a batch")
+    parser.add_argument("--processes", nargs="+", type=int, default=[], help="numbers of processes, of one thread each")
     parser.add_argument("--prune", nargs=2, metavar="FOLDER", help="only prune a folder into another, and print the figures as JSON")
     options = parser.parse_args()
     if options.prune:
-        print(json.dumps(prune(*options.prune, options.recipe, options.batches, options.length)))
+        measured = prune(*options.prune, options.recipe, options.batches, options.length)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(measured))
         return
     shapes = [of_size(gib, options.width) for gib in options.gib]
     if options.tiny:
@@ -155,20 +183,27 @@ def main() -> None:
         options.batches, options.length = 2, 16
     tokens = options.batches * options.length
     print(f"{machine()}\n50% of 16x16, {RECIPES[options.recipe]}; {options.batches} x {options.length} tokens; GiB\n")
-    columns = ("model", "layers", "width", "one layer", "statistics", "hidden", "bound", "peak", "seconds")
+    columns = ("model", "layers", "width", "one layer", "statistics", "hidden", "bound", "peak", "seconds", "processes", "masks")
     print(("{:>12}" * len(columns)).format(*columns))
     for shape in shapes:
-        print_row(f"{shape.model_bytes / GIB:.2f}", shape, tokens, measure(shape, options.recipe, options.batches, options.length))
+        first = ""
+        for count in options.processes or [1]:
+            one_thread = bool(options.processes)
+            measured = measure(shape, options.recipe, options.batches, options.length, count, one_thread=one_thread)
+            first = first or measured["masks"]
+            same = "the same" if measured["masks"] == first else "others"
+            print_row(f"{shape.model_bytes / GIB:.2f}", shape, tokens, {**measured, "processes": count, "masks": same})
     for name, shape in LARGE.items():  # the same arithmetic, not measured
         print_row(f"{name}", shape, tokens, {})
     print("\nbound = 1.5 x (one layer + statistics + hidden) + 1; the rows of 8B and 70B are computed")
 
 
-def print_row(name: str, shape: Shape, tokens: int, measured: dict[str, float]) -> None:
+def print_row(name: str, shape: Shape, tokens: int, measured: dict[str, Any]) -> None:
     parts = (shape.layer_bytes, shape.statistics_bytes, shape.hidden_bytes(tokens), shape.bound(tokens))
     peak, seconds = (f"{measured['bytes'] / GIB:.2f}", f"{measured['seconds']:.0f}") if measured else ("", "")
     sizes = "".join(f"{part / GIB:>12.3f}" for part in parts)
-    print(f"{name:>12}{shape.layers:>12}{shape.width:>12}{sizes}{peak:>12}{seconds:>12}", flush=True)
+    ends = "".join(f"{measured.get(key, ''):>12}" for key in ("processes", "masks"))
+    print(f"{name:>12}{shape.layers:>12}{shape.width:>12}{sizes}{peak:>12}{seconds:>12}{ends}".rstrip(), flush=True)
 
 
 if __name__ == "__main__":

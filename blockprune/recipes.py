@@ -17,6 +17,7 @@ from torch import nn
 from blockprune import allocate as allocators
 from blockprune import collect, metric, statistics
 from blockprune.allocate import budgets
+from blockprune.collect import distributed
 from blockprune.core.grid import BlockShape
 from blockprune.core.pipeline import Pipeline, fields_as_code
 from blockprune.core.types import Allocate, BlockScore, Budget, Collect, Data, Metric, Param, Reconstruct, Sparsity, Where
@@ -29,6 +30,7 @@ from blockprune.reorder.permutation import permute
 from blockprune.repair import closed_form
 from blockprune.repair.layer_by_layer import RepairResult, sequential
 from blockprune.repair.layer_finetuning import Finetune
+from blockprune.repair.layer_pruning import check_not_offloaded
 
 __all__ = ["LayerBudget", "LayerByLayer", "OneShot", "cluster_units", "magnitude", "obs", "sparsegpt", "structured", "wanda"]
 
@@ -118,6 +120,7 @@ class LayerByLayer:
     finetune: Finetune | Mapping[str, Finetune] | None = None
 
     def __call__(self, model: nn.Module, sparsity: Any) -> RepairResult:
+        check_not_offloaded(model)  # before the budget, which takes time
         shares, extra_data = (sparsity, None) if self.budget is None else self.budget(model, sparsity)
         options: Any = {"layers": self.layers, "target": self.target, "finetune": self.finetune}
         return sequential(model, self.pipeline, self.reconstruct, self.calibration, shares, extra_data=extra_data, **options)
@@ -218,7 +221,8 @@ def obs(where: Where, calibration: Calibration, *, damping: float = 0.4, max_lay
     """Optimal Brain Surgeon over blocks with a budget for each layer and least squares repair: the best repair without training.
 
     One look at the dense model with gradients says how much each layer may lose (`metric.obs`, `budgets.loss_weighted`). Then each layer
-    is pruned by Optimal Brain Surgeon and its kept weights are fitted to the dense layer's outputs (`sequential`).
+    is pruned by Optimal Brain Surgeon and its kept weights are fitted to the dense layer's outputs (`sequential`). With a calibration that
+    has ``reduce=bp.distributed.all_reduce``, several processes share the batches and the work, and all have the result.
 
     Args:
         where: which parameters, in what blocks.
@@ -245,9 +249,10 @@ def obs(where: Where, calibration: Calibration, *, damping: float = 0.4, max_lay
         lazy=True,
     )
     distribute = partial(budgets.loss_weighted, max_sparsity=max_layer_sparsity, margin=0.1)
-    budget = LayerBudget(look, partial(metric.obs, progress=progress), distribute, passes=passes)
-    score = partial(metric.obs, damping=damping, progress=False)
-    repair = partial(closed_form.least_squares, damping=damping, progress=False)
+    shared = _shared_work(calibration)
+    budget = LayerBudget(look, partial(metric.obs, progress=progress, **shared), distribute, passes=passes)
+    score = partial(metric.obs, damping=damping, progress=False, **shared)
+    repair = partial(closed_form.least_squares, damping=damping, progress=False, **shared)
     return LayerByLayer(Pipeline(partial(collect.with_statistics, where=where), score, allocators.per_layer), repair, calibration, budget)
 
 
@@ -273,11 +278,12 @@ def cluster_units(
         block: the blocks to sort for, two axes; by default those of ``where``.
         sparsity: the share of the elements that will be pruned.
         example: one small batch that calls every layer, for `find_axes`; by default the first batch. It need not be long: sixteen tokens
-            are enough and take less time and memory.
+            are enough and take less time and memory. Several processes must have the same one.
         passes: as in `LayerBudget`.
 
     Raises:
-        ValueError: ``where`` has several block shapes and ``block`` is not given; and what the four functions raise.
+        ValueError: ``where`` has several block shapes and ``block`` is not given; a calibration with ``reduce`` and no ``example``; and
+            what the four functions raise.
 
     Example:
         >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 4)
@@ -289,11 +295,13 @@ def cluster_units(
     calibration = _reusable(calibration)
     block = _block(model, where) if block is None else block
     each_weight = [statistics.input_gram, statistics.output_grad_sq]
+    if example is None and calibration.reduce:
+        raise ValueError("example is not given, but the first batches of several processes differ; give example=, the same to all of them")
     example = next(iter(calibration.batches)) if example is None else example
     axes = find_axes(model, example, forward=calibration.forward, progress=calibration.progress)
     single = with_block(where, (1, 1))
     look = partial(collect.with_statistics, where=single, statistics=each_weight, calibration=calibration, lazy=True)
-    score = partial(metric.obs, stop_at=0, progress=calibration.progress)
+    score = partial(metric.obs, stop_at=0, progress=calibration.progress, **_shared_work(calibration))
     # the scores have no name here, so that `cluster` can free them
     plan = cluster(_scores_in_passes(model, look, score, passes)[0], axes, block=block, sparsity=sparsity, progress=calibration.progress)
     return permute(model, plan)
@@ -341,6 +349,14 @@ def _block(model: nn.Module, where: Where) -> tuple[int, int]:
         raise ValueError(f"where gives blocks of several shapes, {sorted(blocks)}; say which to sort for: block=(16, 16)")
     height, width = blocks.pop()
     return height, width
+
+
+def _shared_work(calibration: Calibration) -> dict[str, Any]:
+    """The option of OBS and of least squares that shares their work among the processes that share the batches."""
+    reduce = calibration.reduce
+    bound = reduce.keywords if isinstance(reduce, partial) else {}
+    is_known = reduce is not None and (reduce.func if isinstance(reduce, partial) else reduce) is distributed.all_reduce
+    return {"share": partial(distributed.share, **bound) if bound else distributed.share} if is_known else {}
 
 
 def _reusable(calibration: Calibration) -> Calibration:

@@ -1,7 +1,7 @@
 """Weights of every kind of layer with the Gram matrix of their inputs, for the tests of Hessians, scores and repairs."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -131,3 +131,17 @@ def underdetermined(n: int, k: int, seed: int, dtype: torch.dtype, block: Any = 
     """Fewer samples than inputs."""
     x = normal((n, k), seed).to(dtype)
     return param(normal((4, k), seed + 1).to(dtype), x, block)
+
+
+def in_turns(ranks: int) -> Any:
+    """What `distributed.share` does on this many ranks, one after the other; some may have nothing to solve."""
+
+    def share(count: int, solve: Callable[[slice], Sequence[Tensor]]) -> Sequence[Tensor]:
+        parts = [(own, solve(own)) for own in (slice(rank, None, ranks) for rank in range(ranks))]
+        solutions = [part.new_zeros(count, *part.shape[1:]) for part in parts[0][1]]
+        for own, solved in parts:
+            for solution, part in zip(solutions, solved, strict=True):
+                solution[own] = part
+        return solutions
+
+    return share

@@ -37,13 +37,18 @@ def run(script: str, *options: str) -> str:
         ("masked_forward.py", r" +1 +16 +\(\d+, -?\d+\) "),
         ("calibration.py", r" +1  (input_gram|gate_fisher|Wanda +blockprune|Taylor +blockprune) "),
         ("obs.py", r" +1 +64 +\(\d+, \d+\) "),
-        ("scale.py", r" +\d\.\d\d +[13] +64(?: +\d\.\d{3}){4} +\d\.\d\d +\d+$"),
+        ("scale.py", r" +\d\.\d\d +[13] +64(?: +\d\.\d{3}){4} +\d\.\d\d +\d+ +1 +the same$"),
         ("growth.py", r"(export.block_sparse|\d+ layers) .* \d+\.\d+"),
         ("memory.py", r"(find_axes, first batch|cluster_units|apply_masks) +\d+\.\d+ +-?\d+\.\d+ +\d+\.\d"),
     ],
 )
 def test_a_benchmark_prints_its_table(script: str, row: str) -> None:
     assert len(re.findall(rf"^{row}", run(script, "--tiny"), re.MULTILINE)) >= 2
+
+
+def test_two_processes_prune_a_checkpoint_folder_with_the_masks_of_one() -> None:
+    output = run("scale.py", "--tiny", "--recipe", "obs", "--processes", "1", "2")
+    assert len(re.findall(r" +\d+ +[12] +the same$", output, re.MULTILINE)) == 4
 
 
 def test_the_speed_of_layers() -> None:

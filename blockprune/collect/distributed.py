@@ -1,5 +1,6 @@
 """Several processes: every rank gets the same sums, and so the same masks; and gets one model out of what each rank holds."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -8,18 +9,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from blockprune.collect.accumulate import Counts, Fold
+from blockprune.core._compat import without_compiled_prefixes
 from blockprune.core.sharded_tensor import whole
-from blockprune.core.types import Masks
 from blockprune.model.parameters import PARAMETRIZED_NAME, parameter_refs
-from blockprune.model.sharding import reshard
+from blockprune.model.sharding import agree, check_process_group, reshard
+from blockprune.statistics import Sums
 
-__all__ = ["agree", "all_reduce", "full_state_dict"]
+__all__ = ["agree", "all_reduce", "full_state_dict", "share"]
 
 
 def all_reduce(fold: Fold, *, group: dist.ProcessGroup | None = None) -> Fold:
     """Add the folds of all ranks of a process group (gloo or nccl), which may have run on different batches, or on none.
 
-    Pass it as ``reduce`` to `collect.with_statistics`. A sharded model runs on all ranks together, so all need as many batches.
+    Pass it as ``reduce`` to `Calibration`, `sequential` or `collect.with_statistics`. A sharded model runs on all ranks together, so all
+    need as many batches.
 
     Args:
         fold: the sums of this rank.
@@ -36,68 +39,71 @@ def all_reduce(fold: Fold, *, group: dist.ProcessGroup | None = None) -> Fold:
         ...                                   batches=[torch.ones(8, 4)], reduce=bp.distributed.all_reduce)
         >>> dist.destroy_process_group()
     """
-    _check_process_group("all_reduce")
-    reduced = {}
-    for key in sorted(fold.sums):  # all ranks must reduce in the same order
-        reduced[key] = {name: total.detach().clone() for name, total in fold.sums[key].items()}
-        for total in reduced[key].values():
-            dist.all_reduce(total, group=group)
-    names = sorted(fold.counts)
-    counts = torch.tensor([fold.counts[name] for name in names], dtype=torch.int64, device=fold.data[names[0]].stored.device)
+    check_process_group("all_reduce")
+    names = sorted(fold.counts)  # all ranks must reduce in the same order
+    device = fold.data[names[0]].stored.device
+    reduced: dict[tuple[int, ...], Sums] = {}
+    sums: dict[tuple[str, str], Sums] = {}
+    for key, number in zip(sorted(fold.sums), _sharing(fold, group, device), strict=True):
+        if number not in reduced:
+            reduced[number] = {name: total.detach().clone() for name, total in fold.sums[key].items()}
+            for total in reduced[number].values():
+                dist.all_reduce(total, group=group)
+        sums[key] = reduced[number]
+    counts = torch.tensor([fold.counts[name] for name in names], dtype=torch.int64, device=device)
     dist.all_reduce(counts, group=group)
     return attrs.evolve(
         fold,
-        sums={key: reduced[key] for key in fold.sums},
+        sums={key: sums[key] for key in fold.sums},
         counts={name: Counts(*row) for name, row in zip(names, counts.tolist(), strict=True)},
     )
 
 
-def agree(masks: Masks) -> Masks:
-    """The same masks, if all ranks of the default process group have them; all ranks must call it.
+def _sharing(fold: Fold, group: dist.ProcessGroup | None, device: torch.device) -> list[tuple[int, ...]]:
+    """For each of the sorted keys a number for each rank; keys with the same numbers share their sums on all ranks."""
+    first: dict[int, int] = {}
+    own = torch.tensor([first.setdefault(id(fold.sums[key]), i) for i, key in enumerate(sorted(fold.sums))], device=device)
+    of_ranks = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(of_ranks, own, group=group)
+    return [tuple(numbers) for numbers in torch.stack(of_ranks, 1).tolist()]
 
-    Ranks with other masks train another model, which `torch.distributed` does not notice.
+
+def share(count: int, solve: Callable[[slice], Sequence[Tensor]], *, group: dist.ProcessGroup | None = None) -> tuple[Tensor, ...]:
+    """Solve every n-th of many systems on each of n ranks, and give all ranks all solutions.
+
+    Pass it as ``share`` to `metric.obs` and `reconstruct.least_squares`, whose data must be the same on all ranks.
 
     Args:
-        masks: by parameter name.
+        count: of the systems.
+        solve: (slice) -> tensors whose first axis are the systems of this slice, which may have none.
+        group: the ranks; by default all.
 
     Raises:
         RuntimeError: there is no process group.
-        ValueError: on all ranks, if two ranks have masks of other parameters, of other blocks, or that keep other blocks.
 
     Example:
         >>> import torch.distributed as dist
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        >>> masks = {"weight": bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))}
-        >>> bp.distributed.agree(masks) == masks
-        True
+        >>> bp.distributed.share(4, lambda own: [torch.arange(4)[own] ** 2])
+        (tensor([0, 1, 4, 9]),)
         >>> dist.destroy_process_group()
     """
-    _check_process_group("agree")
-    grids = {name: masks[name].grid for name in sorted(masks)}
-    grids_of_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(grids_of_ranks, grids)
-    for name in sorted(set().union(*grids_of_ranks)):
-        of_ranks = [grids_of_rank.get(name) for grids_of_rank in grids_of_ranks]
-        if len(set(of_ranks)) > 1:
-            listed = ", ".join(f"{grid or 'no mask'} on rank {rank}" for rank, grid in enumerate(of_ranks))
-            raise ValueError(f"{name}: the ranks have other masks: {listed}; prune with the same model, `where` and sparsity on each rank")
-    if grids:
-        counts = torch.cat([masks[name].keep.flatten() for name in grids]).to(torch.int32)  # how many ranks keep each block
-        dist.all_reduce(counts)
-        for name, count in zip(grids, counts.split([grid.blocks for grid in grids.values()]), strict=True):
-            if differing := int(((count > 0) & (count < len(grids_of_ranks))).sum()):
-                raise ValueError(
-                    f"{name} {grids[name].shape}: the ranks keep other blocks, {differing} of {grids[name].blocks} differ; collect with "
-                    "reduce=bp.distributed.all_reduce, and give each rank the same model and the same seed"
-                )
-    return masks
+    check_process_group("share")
+    own = slice(dist.get_rank(group), None, dist.get_world_size(group))
+    solutions = []
+    for part in solve(own):
+        solution = part.new_zeros(count, *part.shape[1:])
+        solution[own] = part
+        dist.all_reduce(solution, group=group)  # all others have zeros there
+        solutions.append(solution)
+    return tuple(solutions)
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Any]:
     """The state dict of ``finalize(model)`` on rank 0, in CPU memory, and an empty one on other ranks; all ranks must call it.
 
     Of a model that ``fully_shard`` or ``parallelize_module`` has sharded, one tensor at a time is gathered. A plain model of the same class
-    loads it, on one process.
+    loads it, on one process: the names are its own, also where ``torch.compile`` has wrapped the model.
 
     Args:
         model: masked or not, sharded or not; it is not changed.
@@ -112,20 +118,16 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for key, value in model.state_dict().items():
         match = PARAMETRIZED_NAME.fullmatch(key)
-        name = match.expand(r"\1\2") if match and match.expand(r"\1\2") in masked else key
-        if name in state or (name not in masked and not isinstance(value, Tensor)):
+        own = match.expand(r"\1\2") if match and match.expand(r"\1\2") in masked else key
+        name = without_compiled_prefixes(own)
+        if name in state or (own not in masked and not isinstance(value, Tensor)):
             state.setdefault(name, value)
             continue
         with torch.no_grad():
-            tensor = whole(masked[name].masked if name in masked else value).detach()
+            tensor = whole(masked[own].masked if own in masked else value).detach()
         state[name] = tensor.to("cpu", copy=True) if _is_first_rank() else None
     return state if _is_first_rank() else {}
 
 
 def _is_first_rank() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-
-
-def _check_process_group(function: str) -> None:
-    if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError(f"distributed.{function} needs a process group: call torch.distributed.init_process_group first")

@@ -32,7 +32,8 @@ def with_statistics(
         statistics: what to collect, from `blockprune.statistics` or your own. All of them share one forward pass, and one backward pass if
             any needs it. A `Pipeline` adds the statistics that its metric requires.
         calibration: batches, forward and loss.
-        reduce: a function that is applied to the sums before they are divided, such as `blockprune.distributed.all_reduce`.
+        reduce: a function that is applied to the sums before they are divided, such as `blockprune.distributed.all_reduce`; by default that
+            of the calibration.
         lazy: as in `weights`.
         options: the fields of `Calibration`, such as ``batches=`` and ``loss=``, in place of ``calibration``.
 
@@ -49,7 +50,8 @@ def with_statistics(
         >>> data["weight"].stats["input_sq"]
         tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
-    total = _fold(model, where, statistics, as_calibration(calibration, options), lazy)
+    calibration = as_calibration(calibration, options)
+    total, reduce = _fold(model, where, statistics, calibration, lazy), reduce or calibration.reduce
     return compute(reduce(total)) if reduce else compute_once(total)
 
 
@@ -62,7 +64,7 @@ def fold(
     lazy: bool = False,
     **options: Unpack[CalibrationOptions],
 ) -> Fold:
-    """The sums of `with_statistics` before they are divided, for `merge` and `compute`; with the same options and errors.
+    """The sums of `with_statistics` of this process before they are divided, for `merge` and `compute`; with the same options and errors.
 
     Example:
         >>> model, options = nn.Linear(4, 2), dict(where=bp.linears((2, 2)), statistics=[bp.statistics.input_sq])

@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from blockprune.collect.accumulate import Fold, RunningFold
 from blockprune.collect.block_gates import gate_derivatives
-from blockprune.core._compat import ConvNd, disable_checkpointing, tree_leaves
+from blockprune.core._compat import ConvNd, disable_checkpointing, is_view, tree_leaves
 from blockprune.core.progress import progress_bar
 from blockprune.core.sharded_tensor import whole
 from blockprune.model.experts import Experts, experts_in
@@ -111,13 +111,14 @@ class _LayerObserver:
 
     def _observe(  # noqa: PLR0917 (the first two are bound by `partial`, torch passes the others)
         self, name: str, ref: ParameterRef, module: nn.Module, args: Any, kwargs: Any, output: Any
-    ) -> None:
+    ) -> Tensor | None:
         if self.is_checking:
-            return
+            return None
         self.running.count(name, calls=1)
         if self.sees <= {"weight_grad", "gates"}:
-            return
-        raw: Tensor = output[0] if isinstance(output, tuple) else output
+            return None
+        is_tuple = isinstance(output, tuple)
+        raw: Tensor = output[0] if is_tuple else output
         with torch.no_grad():
             if self.sees & {"inputs", "output_grad"}:
                 self.is_checking = True
@@ -133,9 +134,11 @@ class _LayerObserver:
                 self._add(name, "inputs", self._with_shared_results(call))
             self._add(name, "output", call)
         if "output_grad" in self.sees and raw.requires_grad:  # of this value, even if it is overwritten in place later
+            raw = raw if is_tuple or not is_view(raw) else raw.clone()  # torch would forget the hooks of a view
             without_inputs = attrs.evolve(call, inputs=[])  # which need not stay in memory until the backward pass
             raw.register_hook(lambda g: self._add(name, "output_grad", attrs.evolve(without_inputs, output_grad=_matrix(ref, whole(g)))))
             self.outputs.append(get_gradient_edge(raw))
+        return None if is_tuple else raw
 
     def _add(self, name: str, sees: Sees, evidence: Any) -> None:
         if sees in self.sees:

@@ -16,6 +16,7 @@ This module imports nothing of blockprune, so that every other module can import
 
 import contextlib
 import ctypes
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -70,6 +71,7 @@ __all__ = [
     "is_functorch_tensor",
     "is_legacy_batched",
     "is_tracing",
+    "is_view",
     "is_zero_tensor",
     "lazy_clone",
     "originals",
@@ -90,6 +92,7 @@ __all__ = [
     "two_of_four_product",
     "version_counter",
     "without_base",
+    "without_compiled_prefixes",
     "writes_arguments",
 ]
 
@@ -142,6 +145,11 @@ def replace_data(parameter: Tensor, data: Tensor) -> None:
 def without_base(x: Tensor) -> Tensor:
     """The same tensor in the same memory, but not a view of another tensor; it is differentiable (torch 2.0)."""
     return cast(Tensor, torch.ops.aten._unsafe_view(x, x.shape))
+
+
+def is_view(x: Tensor) -> bool:
+    """Whether torch sees a tensor as a view: writing into it then replaces its place in the graph of gradients (torch 2.0)."""
+    return x._is_view()
 
 
 def is_zero_tensor(x: Tensor) -> bool:
@@ -234,6 +242,11 @@ def own_parametrizations(module: nn.Module) -> nn.ModuleDict | None:
     ``is_parametrized`` also finds those of the module that ``torch.compile`` has wrapped, and is slow where there are none.
     """
     return cast("nn.ModuleDict | None", module._modules.get("parametrizations"))
+
+
+def without_compiled_prefixes(name: str) -> str:
+    """The name in the plain model of a tensor whose module, or a module around it, ``torch.compile`` has wrapped (torch 2.0)."""
+    return re.sub(r"(?<![^.])_orig_mod\.", "", name)
 
 
 def has_one_original(parametrizations: parametrize.ParametrizationList) -> bool:

@@ -33,7 +33,7 @@ class LayerQuadratic:
     @property
     def inverse(self) -> Tensor:
         """H^-1 in float64, ``[groups, k, k]``."""
-        return torch.cholesky_inverse(self.cholesky)
+        return torch.cholesky_inverse(self.cholesky).mT  # symmetric, and torch gives it column by column
 
     @property
     def best(self) -> Tensor:
@@ -145,6 +145,7 @@ def _cholesky(hessian: Tensor) -> Tensor | None:
     """
     factor = hessian
     for dtype in dict.fromkeys((hessian.dtype, torch.float64)):
+        del factor  # before the next one is made: it is as large as H
         h = hessian.to(dtype)
         factor, info = torch.linalg.cholesky_ex(h)
         unexplained = factor.diagonal(dim1=1, dim2=2).square() / h.diagonal(dim1=1, dim2=2)

@@ -1,6 +1,6 @@
 """The values that flow between stages, and the signatures of the stages."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -24,6 +24,20 @@ def in_short(x: Any) -> str:
     if isinstance(x, Tensor) and x.numel() <= 16:
         return " ".join(repr(x.detach()).split())
     return f"Tensor({tuple(x.shape)}, {x.dtype})" if isinstance(x, Tensor) else repr(x)
+
+
+Share = Callable[[int, Callable[[slice], Sequence[Tensor]]], Sequence[Tensor]]  # (how many, solve) -> the solutions of all
+
+
+def solve_all(count: int, solve: Callable[[slice], Sequence[Tensor]]) -> Sequence[Tensor]:
+    """Solve all of many systems here; `distributed.share` solves some.
+
+    Example:
+        >>> from blockprune.core.types import solve_all
+        >>> solve_all(3, lambda own: [torch.arange(3)[own] ** 2])
+        [tensor([0, 1, 4])]
+    """
+    return solve(slice(0, count))
 
 
 _by_value = attrs.cmp_using(eq=torch.equal)  # so that `mask == other_mask` is one bool and not a tensor
@@ -116,7 +130,10 @@ def check_prunable(name: str, weight: Tensor) -> None:
     if not weight.is_floating_point() or weight.is_quantized:
         raise TypeError(f"{what} is {weight.dtype}, but blocks are scored in floating point: leave it out with `excluding`, or convert it")
     if weight.device.type == "meta":
-        raise ValueError(f"{what} is on the meta device, so it has no values; load the weights first")
+        raise ValueError(
+            f"{what} is on the meta device, so it has no values; load the weights first, or if accelerate has offloaded them, prune "
+            "the folder from which they were loaded: blockprune.hf.prune_checkpoint(source, destination, recipe, sparsity)"
+        )
 
 
 def check_finite(name: str, weight: Tensor) -> None:

@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from blockprune.core._compat import tree_leaves, tree_map_only
+from blockprune.core._compat import tree_leaves
 from blockprune.core.table import Rows, Table
 from blockprune.export.constant_units import Run, constant_inputs, is_empty, prunable_layers, unused_reasons
 from blockprune.export.coupled_channels import (
@@ -200,9 +200,8 @@ def _float64_model(plain: nn.Module, example: Any, forward: Forward) -> tuple[nn
 
     def run(model: nn.Module) -> list[Tensor]:
         torch.manual_seed(0)
-        inputs = tree_map_only(Tensor, torch.clone, to_model_device(model, example))
         with disable_attention_fastpath():
-            return [leaf for leaf in tree_leaves(forward(model, inputs)) if isinstance(leaf, Tensor)]
+            return [leaf for leaf in tree_leaves(forward(model, to_model_device(model, example))) if isinstance(leaf, Tensor)]
 
     with torch.no_grad():
         working, outputs = float64_copy(plain, run)

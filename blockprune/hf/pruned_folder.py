@@ -19,6 +19,7 @@ from blockprune.core.mask_file import load_masks, save_masks
 from blockprune.core.tensor_file import replace_file, write_tensors
 from blockprune.core.types import Masks
 from blockprune.hf.checkpoint_folder import INDEX, Checkpoint, stored_tensors
+from blockprune.model.sharding import gather_from_ranks, rank_of
 
 try:
     import fcntl
@@ -26,7 +27,10 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 STATE, MASKS, WORK = "pruning.json", "masks.safetensors", "unfinished"
-WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt", ".index.json")
+WEIGHT_FILES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".index.json"),
+    *(".onnx", ".onnx_data", ".onnx.data", ".tflite", ".mlmodel", ".pb"),
+)
 
 
 @attrs.frozen(eq=False)
@@ -101,12 +105,12 @@ class PrunedFolder:
         return {key: written.read(key) for key in keys}
 
     def finish(self, source: Path) -> Masks:
-        """Write the masks and the index, and copy all files of the source but its weights; its subfolders are not copied."""
+        """Write the masks and the index, and copy the files of the source that are not the model's weights (`side_files`)."""
         masks = {name: mask for number in range(len(self.parts)) for name, mask in self.masks(number).items()}
         save_masks(masks, self.path / MASKS)
-        for file in sorted(source.iterdir()):
-            if file.is_file() and file.name != STATE and not file.name.endswith(WEIGHT_FILES):
-                replace_file(self.path / file.name, lambda path, file=file: shutil.copyfile(file, path))  # type: ignore[misc]
+        for file in side_files(source):
+            (self.path / file).parent.mkdir(parents=True, exist_ok=True)
+            replace_file(self.path / file, lambda path, file=file: shutil.copyfile(source / file, path))  # type: ignore[misc]
         weight_map = {key: self.file(number) for number, keys in enumerate(self.parts) for key in keys}
         size = sum(_data_bytes(self.path / self.file(number)) for number in range(len(self.parts)))
         write_json(self.path / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
@@ -116,10 +120,70 @@ class PrunedFolder:
         return self.work / f"masks-{number + 1:05d}.safetensors"
 
 
+def side_files(source: Path) -> list[Path]:
+    """What a folder of a model has besides its weights, relative to the folder, in order.
+
+    A subfolder that has weights is this model in another format, or another model, and is left out as a whole; but not one that
+    modules.json names, which is a further module of a sentence-transformers model. Hidden subfolders, such as .git, are left out.
+
+    Example:
+        >>> import tempfile
+        >>> from blockprune.hf.pruned_folder import side_files
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for file in ("config.json", "model.safetensors", "1_Pooling/config.json", "onnx/config.json", "onnx/model.onnx"):
+        ...         (Path(folder) / file).parent.mkdir(exist_ok=True)
+        ...         (Path(folder) / file).touch()
+        ...     [file.as_posix() for file in side_files(Path(folder))]
+        ['1_Pooling/config.json', 'config.json']
+    """
+    modules, found = _module_folders(source), []
+    for entry in sorted(source.iterdir()):
+        if not entry.is_dir():
+            files = [] if entry.name == STATE or entry.name.endswith(WEIGHT_FILES) else [entry]
+        else:
+            files = [] if entry.name.startswith(".") else sorted(path for path in entry.rglob("*") if path.is_file())
+            if entry.name not in modules and any(file.name.endswith(WEIGHT_FILES) for file in files):
+                files = []
+        found += [file.relative_to(source) for file in files]
+    return found
+
+
+def _module_folders(source: Path) -> set[str]:
+    """The subfolders that the modules.json of a sentence-transformers model names."""
+    try:
+        return {module["path"] for module in json.loads((source / "modules.json").read_text())}
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()
+
+
 def _data_bytes(path: Path) -> int:
     """The bytes of the tensors of a safetensors file: what follows the header, whose length it begins with."""
     with open(path, "rb") as file:
         return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+
+
+@contextlib.contextmanager
+def opened_by_first(folder: PrunedFolder, state: Mapping[str, Any], reduce: Callable[..., Any] | None) -> Iterator[None]:
+    """`opened` by the first of the processes that ``reduce`` adds over; all raise its errors, and wait for all at the end.
+
+    Example:
+        >>> import tempfile
+        >>> from blockprune.hf.pruned_folder import PrunedFolder, opened_by_first
+        >>> with tempfile.TemporaryDirectory() as path, opened_by_first(PrunedFolder(Path(path), []), {"sparsity": 0.5}, None):
+        ...     sorted(os.listdir(path))
+        ['pruning.json', 'unfinished']
+    """
+    with contextlib.ExitStack() as stack:
+        error: Exception | None = None
+        if rank_of(reduce) == 0:
+            try:
+                stack.enter_context(opened(folder, state))
+            except Exception as raised:
+                error = raised
+        if (error := gather_from_ranks(error, reduce)[0]) is not None:
+            raise error
+        yield
+        gather_from_ranks(None, reduce)
 
 
 @contextlib.contextmanager

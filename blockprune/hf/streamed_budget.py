@@ -12,6 +12,7 @@ from blockprune.core.pipeline import as_code
 from blockprune.core.tensor_file import read_tensors, write_tensors
 from blockprune.core.types import BlockScore, Data, Param
 from blockprune.model.selection import select
+from blockprune.model.sharding import gather_from_ranks, rank_of
 from blockprune.recipes import LayerBudget
 from blockprune.repair.hidden_states import Store
 from blockprune.repair.layer_gradients import collect_layer_by_layer
@@ -46,7 +47,8 @@ def layer_budget(
             "where=..., statistics=..., calibration=...), or no budget: attrs.evolve(recipe, budget=None)"
         )
     grids = {name: grid for name, (_, grid) in select(model, options["where"]).items()}
-    if not path.exists():
+    reduce = options["calibration"].reduce
+    if not gather_from_ranks(path.exists(), reduce)[0]:
         scores: dict[str, BlockScore] = {}
         kept: dict[str, torch.Tensor] = {}
 
@@ -59,7 +61,9 @@ def layer_budget(
         )
         shares = budget.distribute({name: scores[name] for name in grids}, sparsity)
         metadata = {"format": "blockprune.budget", "version": VERSION, "shares": json.dumps(dict(shares))}
-        write_tensors(kept, path, metadata)
+        if rank_of(reduce) == 0:
+            write_tensors(kept, path, metadata)
+        gather_from_ranks(None, reduce)  # wait for the file
     tensors, metadata = read_tensors(path, content="budget", version=VERSION)
     stats: dict[str, dict[str, torch.Tensor]] = {name: {} for name in grids}
     for key, tensor in tensors.items():

@@ -16,11 +16,12 @@ from blockprune.core.mask_file import load_masks, save_masks
 from blockprune.core.pipeline import Pipeline, as_code
 from blockprune.core.types import Masks, Param, Sparsity, check_finite, check_prunable
 from blockprune.hf.checkpoint_folder import Checkpoint, Skeleton
-from blockprune.hf.pruned_folder import MASKS, PrunedFolder, opened
+from blockprune.hf.pruned_folder import MASKS, PrunedFolder, opened_by_first
 from blockprune.hf.recipe_hash import data_hash, recipe_hash
 from blockprune.hf.streamed_budget import layer_budget
 from blockprune.model.masking import mask_blocks
 from blockprune.model.selection import select
+from blockprune.model.sharding import gather_from_ranks, rank_of
 from blockprune.recipes import LayerByLayer, OneShot
 from blockprune.repair.hidden_states import TensorFiles, in_memory
 from blockprune.repair.layer_pruning import LayerPruning, LayerResult
@@ -44,7 +45,12 @@ def prune_checkpoint(
 
     The result has the same bits as ``recipe(model, sparsity)`` of the loaded model. Each layer is written when it is done. If the call is
     interrupted, the same call goes on where it was, and ends in the same bits. The new folder loads with ``from_pretrained``; pruned blocks
-    are zeros in plain weights. Its masks are in ``masks.safetensors`` (`load_masks`).
+    are zeros in plain weights. Its masks are in ``masks.safetensors`` (`load_masks`). All other files of the source are copied, with
+    subfolders such as ``1_Pooling`` of sentence-transformers, but no weights in other formats: a subfolder that has some, such as
+    ``onnx``, is left out, as its model is not pruned.
+
+    If the recipe's calibration has ``reduce=bp.distributed.all_reduce``, all processes call this, each with batches of its own, and see the
+    same folders; the first one writes.
 
     Args:
         source: a folder with config.json and safetensors files.
@@ -55,7 +61,8 @@ def prune_checkpoint(
             output, such as a loss, it must give.
         device: where layers are loaded and computed.
         spill: keep the hidden states of all batches in files in ``destination`` instead of in memory.
-        callback: called with the name of each file of weights after it is written: one for each layer, then those of all else.
+        callback: called with the name of each file of weights after it is written: one for each layer, then those of all else; in the
+            process that writes.
 
     Returns:
         The masks, by parameter name.
@@ -92,18 +99,19 @@ def prune_checkpoint(
     order = _layers(skeleton, recipe)
     skeleton.check_ties()
     folder = PrunedFolder(destination, _parts(skeleton, order), callback)
-    batches = recipe.calibration.batches if isinstance(recipe, LayerByLayer) else ()
+    batches, reduce = (recipe.calibration.batches, recipe.calibration.reduce) if isinstance(recipe, LayerByLayer) else ((), None)
+    hashes = gather_from_ranks(data_hash(batches), reduce)
     state = {
         "version": VERSION,
         "recipe": repr(recipe),
         "sparsity": sparsity,
         "source": checkpoint.fingerprint,
         "model class or device": f"{type(skeleton.model).__qualname__}, {skeleton.device}",
-        "calibration data": data_hash(batches),
+        "calibration data": hashes[0] if len(hashes) == 1 else hashes,
         "recipe or calibration data": recipe_hash(recipe, known=batches),
     }
-    with opened(folder, state):
-        if folder.is_finished:
+    with opened_by_first(folder, state, reduce):
+        if gather_from_ranks(folder.is_finished, reduce)[0]:
             if missing := [folder.file(number) for number in range(len(folder.parts)) if not folder.is_written(number)]:
                 raise ValueError(f"{destination} was finished, but {missing[0]} is missing; delete the folder and begin again")
             return load_masks(destination / MASKS)
@@ -111,7 +119,10 @@ def prune_checkpoint(
             _prune_at_once(skeleton, folder, recipe.pipeline, sparsity)
         else:
             _prune_layers(skeleton, folder, order, recipe, sparsity, spill=spill)
-        return folder.finish(source)
+        if rank_of(reduce) == 0:
+            folder.finish(source)
+        gather_from_ranks(None, reduce)  # wait for the files
+        return load_masks(destination / MASKS)
 
 
 def _plain(sparsity: Sparsity) -> float | dict[str, float]:
@@ -218,7 +229,8 @@ def _masked(skeleton: Skeleton, key: str, masks: Masks) -> Tensor:
 def _prune_layers(
     skeleton: Skeleton, folder: PrunedFolder, order: Sequence[Layer], recipe: LayerByLayer, sparsity: Sparsity, *, spill: bool
 ) -> None:
-    states = folder.work / "hidden"
+    reduce = recipe.calibration.reduce
+    states = folder.work / f"hidden-{rank_of(reduce)}"
     states.mkdir(exist_ok=True)
     store = partial(TensorFiles, folder=states) if spill else in_memory
     load = partial(skeleton.load_layer, order)
@@ -235,16 +247,20 @@ def _prune_layers(
         )
     pruning = LayerPruning.of(skeleton.model, recipe.pipeline, recipe.reconstruct, sparsity, **options)
     number_of = {layer.name: number for number, layer in enumerate(pruning.order)}
+    numbers = range(len(folder.parts))
+    written = gather_from_ranks([number for number in numbers if folder.is_written(number)], reduce)[0]
 
     def done(layer: Layer) -> LayerResult | None:
         number = number_of[layer.name]
-        if not folder.is_written(number):
+        if number not in written:
             return None
         keys = [key for key in folder.parts[number] if skeleton.names[key] in layer.local_names]
         tensors = folder.tensors(number, keys)
         return LayerResult(folder.masks(number), {skeleton.names[key]: x.to(skeleton.device) for key, x in tensors.items()})
 
     def receive(layer: Layer, result: LayerResult) -> None:
+        if rank_of(reduce) > 0:
+            return
         parameters, number, tensors = result.parameters(layer), number_of[layer.name], {}
         for key in folder.parts[number]:
             local_name = layer.local_names.get(skeleton.names[key], "")
@@ -252,6 +268,6 @@ def _prune_layers(
         folder.write(number, tensors, masks=result.masks)
 
     pruning.run(skeleton.model, recipe.calibration, done=done, receive=receive, load=load, store=store)
-    for number in range(len(pruning.order), len(folder.parts)):
-        if not folder.is_written(number):
+    for number in numbers[len(pruning.order) :]:
+        if rank_of(reduce) == 0 and number not in written:
             folder.write(number, {key: skeleton.checkpoint.read(key) for key in folder.parts[number]}, masks={})

@@ -6,8 +6,8 @@ give OBC, one band for the whole layer gives ZipLM.
 
 import math
 import warnings
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import attrs
 import torch
@@ -21,13 +21,21 @@ from blockprune.core.patterns import resolve_by_name
 from blockprune.core.pipeline import requires
 from blockprune.core.precision import double, float32_if_in_range
 from blockprune.core.progress import progress_bar
-from blockprune.core.types import BlockScore, Data, Param, Scores, Sparsity
+from blockprune.core.types import BlockScore, Data, Param, Scores, Share, Sparsity, solve_all
 
 MAX_ROUNDING_ERROR = 0.01  # relative error of a score by rounding, above which the removals are computed in float64
 
 
 @requires(statistics.input_gram)
-def obs(data: Data, *, damping: float = 0.01, stop_at: float = 1.0, memory: int | None = None, progress: bool | None = None) -> Scores:
+def obs(
+    data: Data,
+    *,
+    damping: float = 0.01,
+    stop_at: float = 1.0,
+    memory: int | None = None,
+    progress: bool | None = None,
+    share: Share = solve_all,
+) -> Scores:
     """Optimal Brain Surgeon over blocks: how much each removal raises the layer's error, per element (OBC 2208.11580, ZipLM 2302.04089).
 
     Blocks are removed one at a time from each band (row of blocks), always the one whose removal raises the layer's error least after the
@@ -47,6 +55,8 @@ def obs(data: Data, *, damping: float = 0.01, stop_at: float = 1.0, memory: int 
         memory: bytes for copies of H^-1, of which every band needs one; at least one copy is made. By default 16 MiB, on a GPU a quarter of
             the free memory. The compiled loop, on a CPU, makes one copy per thread instead.
         progress: show a progress bar; by default in a terminal and in a notebook.
+        share: how the bands are divided among processes that all have the data, such as `blockprune.distributed.share`; by default this one
+            takes all.
 
     Raises:
         ValueError: data without ``input_gram``, a Hessian that stays singular with a larger damping, or ``stop_at`` outside [0, 1].
@@ -65,23 +75,41 @@ def obs(data: Data, *, damping: float = 0.01, stop_at: float = 1.0, memory: int 
     scores: dict[str, BlockScore] = {}
     with torch.no_grad():
         for name, p in progress_bar(data.items(), "obs", progress):
-            scores[name] = BlockScore(_obs(name, p, damping, stop_at, memory, progress), p.grid)
+            scores[name] = BlockScore(_obs(name, p, damping, stop_at, memory, progress, share), p.grid)
     return scores
 
 
-def _obs(name: str, p: Param, damping: float, stop_at: float, memory: int | None, progress: bool | None) -> Tensor:  # noqa: PLR0917
+def _obs(  # noqa: PLR0917
+    name: str, p: Param, damping: float, stop_at: float, memory: int | None, progress: bool | None, share: Share
+) -> Tensor:
     bands = _bands(name, p, damping)
     unit = _unit(bands.rows)
     rows, stop, memory = bands.rows / unit, _max_removals(p.grid, stop_at), workspace_bytes(bands.rows.device, memory)
-    remove = partial(_remove_blocks, group=bands.group, width=bands.width, stop=stop, memory=memory, progress=progress)
-    try:
-        increases, order = remove(rows, bands.inverse.to(rows.dtype))
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, though torch does not say so to mypy
+    options: Any = {"width": bands.width, "stop": stop, "memory": memory, "progress": progress}
+
+    def remove(rows: Tensor, inverse: Tensor, group: Tensor) -> Sequence[Tensor]:
+        """The removals, and for each band whether they failed, of which other processes must know."""
+        failed = torch.zeros_like(group)
+        try:
+            return *_remove_blocks(rows, inverse, group, **options), failed
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, though torch does not say so to mypy
+            nothing = rows.new_zeros(len(rows), rows.shape[2] // bands.width)
+            return nothing, nothing.long(), failed + 1
+
+    def removals(rows: Tensor, inverse: Tensor) -> Sequence[Tensor]:
+        return share(len(rows), lambda own: remove(rows[own], inverse, bands.group[own]))
+
+    increases, order, failed = removals(rows, bands.inverse.to(rows.dtype))
+    if failed.any():
         warnings.warn(
             f"{name} {p.grid.shape}: OBS lost precision in {str(rows.dtype)[6:]}, so its scores were computed again in float64",
             stacklevel=3,
         )
-        increases, order = remove(rows.double(), bands.inverse)
+        increases, order, failed = removals(rows.double(), bands.inverse)
+        if failed.any():
+            raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+                f"{name} {p.grid.shape}: rounding made the inverse Hessian indefinite in float64, too; give a larger damping"
+            )
     elements = block_elements(p.grid, device=rows.device).reshape(increases.shape)
     score = torch.empty_like(increases).scatter_(1, order, increases).to(p.stats["input_gram"].dtype) / elements
     return _squared_unit(_rising(score, order), unit).view(p.grid.size)
@@ -138,8 +166,11 @@ def _bands(name: str, p: Param, damping: float) -> _Bands:
     variance_inflation = inverse.diagonal(dim1=1, dim2=2) * quadratic.hessian.diagonal(dim1=1, dim2=2)  # large if inputs are collinear
     if variance_inflation.max() * torch.finfo(rows.dtype).eps > MAX_ROUNDING_ERROR:
         rows = rows.double()
-    inverse = F.pad(inverse, (0, 1, 0, 1))[:, flat][:, :, flat]
-    inverse.diagonal(dim1=1, dim2=2)[:, flat == quadratic.hessian.shape[-1]] = 1
+    del quadratic  # it holds as much as the inverse
+    k = inverse.shape[-1]
+    if len(flat) > k or bool((flat.diff() != 1).any()):  # ragged blocks, or blocks whose columns are not side by side
+        inverse = F.pad(inverse, (0, 1, 0, 1))[:, flat][:, :, flat]
+        inverse.diagonal(dim1=1, dim2=2)[:, flat == k] = 1
     return _Bands(rows, inverse, group, columns.shape[1])
 
 
@@ -198,6 +229,8 @@ def _remove_blocks(
     Raises:
         torch.linalg.LinAlgError: rounding made an inverse indefinite.
     """
+    if not len(rows):
+        return rows.new_empty(0, rows.shape[2] // width), group.new_empty(0, rows.shape[2] // width)
     if (removals := native.obs_sweep(rows, inverse, group, width, stop)) is not None:
         return removals
     chunk = max(1, memory // (3 * inverse[0].numel() * inverse.itemsize))

@@ -113,6 +113,9 @@ class Calibration:
             for models that `torch.func.vmap` cannot run.
         chunk_size: samples at a time under vmap.
         progress: show a progress bar; by default in a terminal and in a notebook.
+        reduce: adds the sums of statistics of several processes, such as `blockprune.distributed.all_reduce`. Each process then has batches
+            of its own, or none, and all of them end with the same statistics, masks and weights. It adds over the default process group,
+            or over the ``group`` that `functools.partial` binds to it.
 
     Raises:
         TypeError: batches that are one tensor or mapping instead of an iterable of them.
@@ -130,6 +133,7 @@ class Calibration:
     per_sample: str = attrs.field(default="vmap", kw_only=True)
     chunk_size: int = attrs.field(default=8, kw_only=True)
     progress: bool | None = attrs.field(default=None, kw_only=True)
+    reduce: Callable[[Any], Any] | None = attrs.field(default=None, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         if self.per_sample not in ("vmap", "loop"):
@@ -231,14 +235,15 @@ def _check_form(loss: Loss, batch: Any) -> None:
 
 
 def to_model_device(model: nn.Module, batch: Any, dtype: torch.dtype | None = None) -> Any:
-    """The batch with its tensors on the model's device, floating-point ones in the model's dtype or this one, and mappings as dicts."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    """A copy of the batch, which a model may write into: tensors on its device, floating-point ones in its dtype or this one; dicts."""
+    present = (p for p in model.parameters() if p.is_floating_point() and not p.is_meta)  # accelerate may have offloaded some
+    like = next(present, torch.zeros(()))
     return _to_device(batch, like.device, dtype or like.dtype)
 
 
 def _to_device(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if isinstance(batch, Tensor):
-        return batch.to(device, dtype) if batch.is_floating_point() else batch.to(device)
+        return batch.to(device, dtype if batch.is_floating_point() else None, copy=True)
     if isinstance(batch, Mapping):
         return {key: _to_device(value, device, dtype) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):

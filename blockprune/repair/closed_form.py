@@ -13,7 +13,7 @@ from blockprune.core.grid import expand
 from blockprune.core.hessian import layer_quadratic, workspace_bytes
 from blockprune.core.pipeline import requires
 from blockprune.core.progress import progress_bar
-from blockprune.core.types import BlockMask, Data, Masks, Param
+from blockprune.core.types import BlockMask, Data, Masks, Param, Share, solve_all
 
 __all__ = ["bias", "least_squares", "none", "sparsegpt"]
 
@@ -30,7 +30,13 @@ def none(data: Data, masks: Masks) -> dict[str, Tensor]:
 
 @requires(statistics.input_gram)
 def least_squares(
-    data: Data, masks: Masks, *, damping: float = 0.01, memory: int | None = None, progress: bool | None = None
+    data: Data,
+    masks: Masks,
+    *,
+    damping: float = 0.01,
+    memory: int | None = None,
+    progress: bool | None = None,
+    share: Share = solve_all,
 ) -> dict[str, Tensor]:
     """The kept weights with the smallest output error: ``W_S = W H_:S (H_SS)^-1`` for the kept inputs S of each row of blocks.
 
@@ -45,6 +51,8 @@ def least_squares(
         memory: bytes for the linear systems that are solved at a time; at least one system is. The default is 16 MiB, and on a GPU a
             quarter of its free memory.
         progress: show a progress bar; by default in a terminal and in a notebook.
+        share: how the rows of blocks are divided among processes that all have the data, such as `blockprune.distributed.share`; by default
+            this one solves all.
 
     Returns:
         Weights by parameter name, zero in pruned blocks, and biases by theirs if they were collected.
@@ -67,11 +75,13 @@ def least_squares(
     repaired: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, mask in progress_bar(masks.items(), "least squares", progress):
-            repaired |= _least_squares(name, data[name], mask, damping, memory)
+            repaired |= _least_squares(name, data[name], mask, damping, memory, share)
     return repaired
 
 
-def _least_squares(name: str, p: Param, mask: BlockMask, damping: float, memory: int | None) -> dict[str, Tensor]:
+def _least_squares(  # noqa: PLR0917
+    name: str, p: Param, mask: BlockMask, damping: float, memory: int | None, share: Share
+) -> dict[str, Tensor]:
     q, memory = layer_quadratic(name, p, damping=damping), workspace_bytes(p.weight.device, memory)
     _, rows, k = q.weight.shape
     height = math.gcd(mask.grid.block[0], rows)  # rows that share a mask and a Hessian
@@ -80,11 +90,11 @@ def _least_squares(name: str, p: Param, mask: BlockMask, damping: float, memory:
     if 2 * pruned.pow(3).sum() < kept.pow(3).sum():  # the systems of pruned inputs are smaller, but take float64: twice as long
         inverse = q.inverse
         best = q.target_product.double() @ inverse if q.has_target else q.weight.double()
-        correction = _solve_bands(inverse, ~keep, best.reshape(-1, height, k), memory)  # best_P ([H^-1]_PP)^-1
+        correction = _solve_bands(inverse, ~keep, best.reshape(-1, height, k), memory, share)  # best_P ([H^-1]_PP)^-1
         weight = (best - correction.reshape(best.shape) @ inverse).reshape(-1, height, k)
         weight = torch.where(keep[:, None], weight, 0)
     else:
-        weight = _solve_bands(q.hessian, keep, q.target_product.reshape(-1, height, k), memory)
+        weight = _solve_bands(q.hessian, keep, q.target_product.reshape(-1, height, k), memory, share)
         if not q.has_target:  # where nothing is pruned, the weight to the bit
             weight[kept == k] = q.weight.reshape(-1, height, k)[kept == k]
     weight = weight.reshape(p.weight.shape)
@@ -97,10 +107,16 @@ def _least_squares(name: str, p: Param, mask: BlockMask, damping: float, memory:
     return repaired
 
 
-def _solve_bands(matrix: Tensor, chosen: Tensor, target: Tensor, memory: int) -> Tensor:
+def _solve_bands(matrix: Tensor, chosen: Tensor, target: Tensor, memory: int, share: Share) -> Tensor:
     """``target_S (A_SS)^-1`` of each band, ``[bands, height, k]``, S the chosen inputs of the band, ``[bands, k]``; zero elsewhere."""
-    solution = torch.zeros_like(target)
     group = torch.arange(len(matrix), device=chosen.device).repeat_interleave(len(chosen) // len(matrix))
+    (solution,) = share(len(chosen), lambda own: [_solve_some_bands(matrix, group[own], chosen[own], target[own], memory)])
+    return solution
+
+
+def _solve_some_bands(matrix: Tensor, group: Tensor, chosen: Tensor, target: Tensor, memory: int) -> Tensor:
+    """`_solve_bands` for some bands; ``group`` is the index of each band's matrix."""
+    solution = torch.zeros_like(target)
     sizes = chosen.sum(1)
     pending = sizes.argsort(stable=True)  # systems of similar size are solved together
     pending = pending[sizes[pending] > 0]
@@ -155,9 +171,11 @@ def sparsegpt(data: Data, masks: Masks, *, damping: float = 0.01, columns_per_st
     with torch.no_grad():
         for name, mask in masks.items():
             q = layer_quadratic(name, data[name], damping=damping)
-            upper = torch.linalg.cholesky(q.inverse, upper=True).to(q.weight.dtype)  # [groups, k, k]
-            pruned = ~expand(mask.keep.to(q.weight.device), mask.grid).reshape(q.weight.shape)  # [groups, rows, k]
-            rows = _sparsegpt_update(q.best.clone(), pruned, upper, columns_per_step)
+            best, inverse = q.best.clone(), q.inverse
+            del q  # it holds more than the inverse
+            upper = torch.linalg.cholesky(inverse, upper=True).to(best.dtype)  # [groups, k, k]
+            pruned = ~expand(mask.keep.to(best.device), mask.grid).reshape(best.shape)  # [groups, rows, k]
+            rows = _sparsegpt_update(best, pruned, upper, columns_per_step)
             repaired[name] = rows.reshape(data[name].weight.shape).to(data[name].weight.dtype)
     return repaired
 

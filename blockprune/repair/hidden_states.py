@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.model.running import Calibration, Loss
+from blockprune.model.sharding import gather_from_ranks
 from blockprune.repair.dense_reference import LayerBatch
 from blockprune.repair.skipped_layers import capture_batches
 from blockprune.repair.transformer_layers import CapturedBatch, Layer, LoadWeights
@@ -96,7 +97,7 @@ class LayerBatches:
         return map(self.__getitem__, range(len(self)))
 
 
-def layer_calibration(batches: Iterable[Any], loss: Loss | None = None) -> Calibration:
+def layer_calibration(batches: Iterable[Any], *, loss: Loss | None = None, reduce: Callable[[Any], Any] | None = None) -> Calibration:
     """A calibration of batches that run a layer themselves, such as `LayerBatch`.
 
     Example:
@@ -104,7 +105,7 @@ def layer_calibration(batches: Iterable[Any], loss: Loss | None = None) -> Calib
         >>> layer_calibration([])
         Calibration(batches=list of 0, forward=run_batch, token_weights=token_weights, progress=False)
     """
-    return Calibration(batches, forward=_run_batch, loss=loss, token_weights=_token_weights, progress=False)
+    return Calibration(batches, forward=_run_batch, loss=loss, token_weights=_token_weights, progress=False, reduce=reduce)
 
 
 def _run_batch(model: Any, batch: Any) -> Any:
@@ -125,6 +126,7 @@ class HiddenStates:
         token_weights: how much each token counts, by batch.
         pruned: in the model whose layers before are pruned.
         dense: in the dense model, if asked for.
+        reduce: as in `Calibration`; other processes have the hidden states of their own batches.
 
     Example:
         >>> from blockprune.repair.hidden_states import HiddenStates
@@ -141,6 +143,7 @@ class HiddenStates:
     token_weights: Sequence[Tensor | None]
     pruned: Tensors
     dense: Tensors | None
+    reduce: Callable[[Any], Any] | None = None
 
     @classmethod
     def of(
@@ -156,7 +159,7 @@ class HiddenStates:
         """The hidden states before the first layer.
 
         Raises:
-            ValueError: no batches, and what `capture_batches` raises.
+            ValueError: no batches on any rank, and what `capture_batches` raises.
         """
         captured: list[CapturedBatch] = []
         weights: list[Tensor | None] = []
@@ -168,9 +171,10 @@ class HiddenStates:
                 yield batch.hidden
 
         pruned = store("pruned", hidden())
-        if not captured:
+        if not any(gather_from_ranks(len(captured), calibration.reduce)):
             raise ValueError("batches is empty: calibration needs at least one")
-        return cls(captured, weights, pruned, store("dense", map(pruned.__getitem__, range(len(pruned)))) if keep_dense else None)
+        dense = store("dense", map(pruned.__getitem__, range(len(pruned)))) if keep_dense else None
+        return cls(captured, weights, pruned, dense, calibration.reduce)
 
     def batches(self, layer: Layer, parameters: Mapping[str, Tensor], *, dense: bool = False) -> LayerBatches:
         """The layer's batches, with these of its parameters replaced."""

@@ -52,6 +52,7 @@ def sequential(
     finetune: Finetune | Mapping[str, Finetune] | None = None,
     resume: RepairResult | None = None,
     callback: Callable[[RepairResult], None] | None = None,
+    reduce: Callable[[Any], Any] | None = None,
     **options: Unpack[RunOptions],
 ) -> RepairResult:
     """Prune and repair layers in order, each calibrated on what the pruned layers before it give (SparseGPT 2301.00774); pure.
@@ -82,11 +83,15 @@ def sequential(
             ``reconstruct`` left them.
         resume: the result of an earlier, interrupted call.
         callback: called with the result so far after each new layer; the model is in evaluation mode meanwhile.
+        reduce: adds the statistics of several processes, as in `Calibration`, such as `blockprune.distributed.all_reduce`: each process has
+            batches of its own, or none, and all end with the same masks and weights. They share the work of a metric and of a
+            ``reconstruct`` that have ``share=blockprune.distributed.share``.
         options: the fields of `Calibration` besides batches, such as ``forward=``, where ``batches`` is not a `Calibration`.
 
     Raises:
         ValueError: a masked model, layers that do not follow each other, a chosen parameter that lies in no layer, no batches, a
-            ``resume`` of other layers or without their masks and weights, a statistic that needs gradients.
+            ``resume`` of other layers or without their masks and weights, a statistic that needs gradients, ``finetune`` in several
+            processes, processes whose masks differ.
         KeyError: a layer that the model does not have, a module in ``finetune`` that no layer has, a sparsity for a parameter that is not
             chosen, or none for one that is.
         TypeError: a collector without the three options, or with batches of its own; batches that are one tensor or mapping.
@@ -101,6 +106,7 @@ def sequential(
         0.5
     """
     calibration = as_calibration(batches, options) if isinstance(batches, Calibration) else Calibration(batches, **options)
+    calibration = attrs.evolve(calibration, reduce=reduce or calibration.reduce)
     pruning = LayerPruning.of(
         model, pipeline, reconstruct, sparsity, layers=layers, extra_data=extra_data, target=target, finetune=finetune
     )

@@ -4,6 +4,7 @@ The layers run once in order, and what each is given is kept. What follows the l
 the layers run again from the last to the first, each with its output's gradient, which gives those of its weights and that of its input.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -78,6 +79,7 @@ def collect_layer_by_layer(
 
     Raises:
         ValueError: no loss; and what `find_layers` and the collector raise.
+        RuntimeError: a layer overwrites a tensor that its own gradient needs.
         NotImplementedError: what follows the layers needs more of them than the last one's hidden states.
 
     Example:
@@ -93,7 +95,10 @@ def collect_layer_by_layer(
         ([['2.weight'], ['0.weight']], tensor([1., 1.]))
     """
     order = find_layers(model, layers, list(select(model, where)))
-    with preserve_state(model), torch.no_grad():
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    with preserve_state(model, learnt), torch.no_grad():
+        for p in learnt:
+            p.requires_grad_(False)  # torch would keep the inputs of layers, which a layer may overwrite
         states = HiddenStates.of(model, order, calibration, keep_dense=False, load=load, store=store)
         inputs = [states.pruned]
         for number, layer in enumerate(order):
@@ -102,14 +107,28 @@ def collect_layer_by_layer(
                 inputs.append(store(f"input-{number + 1}", (batch.run() for batch in batches)))
         gradients = store("gradient", _head_gradients(model, order, calibration, inputs.pop(), load))
         for layer in reversed(order):
-            with load(layer):
+            with load(layer), _overwriting_named(layer):
                 given = _OutputGradients(attrs.evolve(states.batches(layer, {}), hidden=inputs.pop()), gradients)
                 if layer.parameters:
                     rule = including_names(where, layer.parameters)
-                    receive(collect(layer.root, where=rule, calibration=layer_calibration(given, loss=_loss)))
+                    receive(collect(layer.root, where=rule, calibration=layer_calibration(given, loss=_loss, reduce=calibration.reduce)))
                 if layer is not order[0]:
                     for i, with_gradient in enumerate(given):
                         gradients[i] = with_gradient.input_gradient()
+
+
+@contextlib.contextmanager
+def _overwriting_named(layer: Layer) -> Iterator[None]:
+    """Add the name of the layer to torch's error about a tensor that is overwritten."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"layer {layer.name!r} overwrites a tensor that its gradient needs, such as the input of a norm, so torch cannot compute that; "
+            "write x = x + y in place of x += y, or prune without a budget: attrs.evolve(recipe, budget=None)"
+        ) from error
 
 
 def _head_gradients(

@@ -20,6 +20,7 @@ from blockprune.model.masking import mask_blocks
 from blockprune.model.parameters import find_parameters
 from blockprune.model.running import Calibration, preserve_state
 from blockprune.model.selection import including_names, select
+from blockprune.model.sharding import agree, gather_from_ranks, group_of
 from blockprune.repair.dense_reference import DenseReferencePass, LayerTrace, PrunedPass, trace_layer
 from blockprune.repair.hidden_states import HiddenStates, Store, in_memory, layer_calibration
 from blockprune.repair.layer_finetuning import Finetune, check_parts, dense_outputs, finetune_parts
@@ -122,12 +123,20 @@ class LayerPruning:
 
         Args:
             model: whose weights may be missing if ``load`` provides them; it is as it was afterwards.
-            calibration: batches and forward.
+            calibration: batches, forward and reduce.
             done: the result of a layer that an earlier call has finished, or None.
             receive: is given each new layer's result, while the layer's weights are loaded.
             load: loads the weights of one layer at a time.
             store: where hidden states are kept.
+
+        Raises:
+            ValueError: finetuning in several processes, ranks that end with other masks, and what `HiddenStates.of` raises.
         """
+        if self.finetune and calibration.reduce:
+            raise ValueError(
+                "finetune tunes on the batches of one process; leave out reduce= and give all batches to one process, or leave out "
+                "finetune= and train afterwards: bp.distill"
+            )
         last_layer = {name: number for number, layer in enumerate(self.order) for name in layer.local_names}
         earlier = LayerResult()  # of tensors that a later layer has, too
         with preserve_state(model), torch.no_grad():
@@ -157,9 +166,11 @@ class LayerPruning:
             else:  # the weights of the groups before are pruned already
                 pruned = states.batches(layer, result.parameters(layer))
                 batches = DenseReferencePass(names, pruned, states.batches(layer, {}, dense=True), hooks, trace)
-            data = self._collect(layer, names, batches)
+            data = self._collect(layer, names, batches, states.reduce)
             sparsity = {name: self.sparsity[name] for name in names} if isinstance(self.sparsity, Mapping) else self.sparsity
             masks = self.pipeline.allocate(self.pipeline.score(data, sparsity), sparsity)
+            if (group := group_of(states.reduce)) is not None:
+                agree(masks, group=group)
             result = result.joined(masks, self.reconstruct(data, masks))
             del data
         return result
@@ -176,15 +187,23 @@ class LayerPruning:
             for name, ref, module in input_hooks(layer.root, refs)
             if input_axis(ref) == input_axis(refs[name][0])  # not a head tied to an embedding
         ]
-        trace = trace_layer(states.batches(layer, {})[0], hooks)
+        first = next(iter(states.batches(layer, {})), None)
+        traces = gather_from_ranks(None if first is None else trace_layer(first, hooks), states.reduce)
+        trace = next(trace for trace in traces if trace is not None)  # the same one on all ranks
         return [(names, [hook for hook in hooks if hook[0] in names], trace) for names in trace.groups]
 
-    def _collect(self, layer: Layer, names: Sequence[str], batches: PrunedPass | DenseReferencePass) -> Data:
+    def _collect(
+        self,
+        layer: Layer,
+        names: Sequence[str],
+        batches: PrunedPass | DenseReferencePass,
+        reduce: Callable[[Any], Any] | None,
+    ) -> Data:
         data = cast(Any, self.pipeline.collect)(
             layer.root,
             where=including_names(self.where, names),
             statistics=_with_required(self.statistics, batches.statistics),
-            calibration=layer_calibration(batches),
+            calibration=layer_calibration(batches, reduce=reduce),
         )
         extra = {name: self.extra_data[name].stats if name in self.extra_data else {} for name in data}
         return {name: attrs.evolve(p, stats={**extra[name], **p.stats}) for name, p in data.items()}
@@ -220,16 +239,21 @@ def _with_required(statistics: Sequence[Statistic], required: Iterable[Statistic
     return [*statistics, *(s for s in required if s.name not in names)]
 
 
-def _prunable(model: nn.Module, where: Where) -> list[str]:
-    """The chosen parameters of a plain model."""
-    if read_masks(model):
-        raise ValueError("the model is masked; prune a plain one: bp.finalize(model)")
+def check_not_offloaded(model: nn.Module) -> None:
+    """Raise a ValueError if accelerate has offloaded weights of a model."""
     offloaded = [name for name, module in model.named_modules() if is_offloaded(module)]
     if offloaded:
         raise ValueError(
             f"accelerate has offloaded the weights of {offloaded[-1]!r}; prune the folder from which the model was loaded, which needs "
             "memory for one layer: blockprune.hf.prune_checkpoint(source, destination, recipe, sparsity)"
         )
+
+
+def _prunable(model: nn.Module, where: Where) -> list[str]:
+    """The chosen parameters of a plain model."""
+    if read_masks(model):
+        raise ValueError("the model is masked; prune a plain one: bp.finalize(model)")
+    check_not_offloaded(model)
     chosen = select(model, where)
     if computed := [name for name, (ref, _) in chosen.items() if not ref.is_plain]:
         raise ValueError(f"{computed[0]} is computed by another parametrization, so it cannot be repaired; remove that first")

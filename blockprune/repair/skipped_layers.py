@@ -40,11 +40,11 @@ def capture_batches(
         forms: Forms = {}
         running = None if load is None else partial(run_loaded, load, forms)
         may_skip = None if load else False
-        for raw in calibration.batches:
+        for number, raw in enumerate(calibration.batches):
             batch = to_model_device(model, raw)
             capture = partial(capture_layer_inputs, model, order, calibration.forward, batch)
             with replaced_forwards(order, partial(skip, forms) if may_skip else running):
-                captured = capture()
+                captured = capture(to_end=not number)
             with replaced_forwards(order, running):
                 token_weights = hidden_token_weights(model, calibration, batch, captured.hidden)
             if may_skip is None:

@@ -153,8 +153,15 @@ class StopForward(Exception):
     """Ends a forward that has shown what was asked."""
 
 
-def capture_layer_inputs(model: nn.Module, order: Sequence[Layer], forward: Forward, batch: Any) -> CapturedBatch:
+def capture_layer_inputs(model: nn.Module, order: Sequence[Layer], forward: Forward, batch: Any, *, to_end: bool = False) -> CapturedBatch:
     """What the layers are called with in one forward, which stops at the last layer.
+
+    Args:
+        model: of the layers.
+        order: the layers.
+        forward: (model, batch) -> output.
+        batch: one.
+        to_end: do not stop, so that a second call of the last layer is seen. An error that follows the last layer does not matter.
 
     Raises:
         ValueError: layers that do not follow each other, or are not called once with a tensor first.
@@ -165,7 +172,7 @@ def capture_layer_inputs(model: nn.Module, order: Sequence[Layer], forward: Forw
         >>> list(capture_layer_inputs(model, find_layers(model, None, ["0.weight"]), lambda model, batch: model(batch), x).arguments)
         ['0', '1']
     """
-    recorder = _ArgumentRecorder(order[-1].name)
+    recorder = _ArgumentRecorder(order[-1].name, to_end)
     handles = []
     for layer in order:
         handles.append(layer.module.register_forward_pre_hook(partial(recorder.before, layer=layer.name), with_kwargs=True))
@@ -174,6 +181,9 @@ def capture_layer_inputs(model: nn.Module, order: Sequence[Layer], forward: Forw
         forward(model, batch)
     except StopForward:
         pass
+    except Exception:
+        if not recorder.is_done:
+            raise
     finally:
         for handle in handles:
             handle.remove()
@@ -188,8 +198,9 @@ def capture_layer_inputs(model: nn.Module, order: Sequence[Layer], forward: Forw
 class _ArgumentRecorder:
     """Hooks that note the layers' arguments and check that each layer is given the output of the one before."""
 
-    def __init__(self, last: str) -> None:
-        self.last = last
+    def __init__(self, last: str, to_end: bool) -> None:
+        self.last, self.to_end = last, to_end
+        self.is_done = False  # the last layer has run, once
         self.arguments: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {}
         self.hidden: Tensor | None = None  # of the first layer
         self.output: Tensor | None = None  # of the layer before
@@ -204,15 +215,20 @@ class _ArgumentRecorder:
         positions = [*signature(module.forward).parameters, *[""] * len(args)]
         others = tuple(_without_cache(k, v) for k, v in zip(positions[1:], args[1:], strict=False))
         self.arguments[layer] = keyword, others, {k: _without_cache(k, v) for k, v in kwargs.items() if k != keyword}
-        if layer == self.last:
+        if layer == self.last and not self.to_end:
             raise StopForward
 
     def after(self, module: nn.Module, args: Any, output: Any, *, layer: str) -> None:
         self.output = _first_tensor(layer, output).clone()  # what comes between two layers may write into it
+        self.is_done = layer == self.last
 
     def _check(self, layer: str, hidden: Any) -> None:
         if layer in self.arguments:
-            raise ValueError(f"layer {layer!r} is called twice in a forward; name layers that are called once: layers=[...]")
+            self.is_done = False
+            raise ValueError(
+                f"layer {layer!r} is called twice in a forward; name layers that are called once: layers=[...], or prune all weights at "
+                "once, such as by bp.recipes.wanda"
+            )
         if not isinstance(hidden, Tensor):
             raise ValueError(f"layer {layer!r} is not given a tensor first but a {type(hidden).__name__}; name other layers: layers=[...]")
         if hidden.is_nested:

@@ -145,9 +145,38 @@ def at_most_one_weight_is_whole(rank: int) -> Any:
     return len(alive) >= 4, max(alive)
 
 
+def masked(built: Any) -> Any:
+    keep = torch.tensor([[True, False, True]] * 4)
+    return bp.apply_masks(built, {"0.weight": bp.BlockMask(keep, bp.BlockGrid((8, 6), (2, 2)))})
+
+
+def compiled(built: Any) -> Any:
+    """A compiled model with a compiled layer; nothing is compiled before it runs."""
+    built[2] = torch.compile(built[2])
+    return torch.compile(built)
+
+
+def sharded_and_compiled(rank: int) -> Any:
+    state = bp.distributed.full_state_dict(compiled(masked(sharded())))
+    return dict(sorted(state.items())) if not rank else finalized_state() if not state else "rank 1 has a state"
+
+
+def finalized_state() -> dict[str, Tensor]:
+    return dict(sorted(bp.finalize(masked(model())).state_dict().items()))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the compiler's imports
+def test_the_state_of_a_compiled_model_has_the_names_of_the_plain_one() -> None:
+    state = bp.distributed.full_state_dict(compiled(masked(model())))
+    model().load_state_dict(state)
+    assert state.keys() == finalized_state().keys()
+    assert all(torch.equal(state[name], value) for name, value in finalized_state().items())
+
+
 RETURNS: dict[Callable[[int], Any], Any] = {
     the_same: True,
     at_most_one_weight_is_whole: (True, 1),
+    sharded_and_compiled: finalized_state(),
     replicated_and_a_rank_without_batches: (True, torch.stack(batches()[:2]).square().mean((0, 1))[None]),
 }
 RAISES: dict[Callable[[int], Any], str] = {

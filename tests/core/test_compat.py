@@ -71,6 +71,13 @@ def test_copy_on_write_tensors_are_recognised() -> None:
         assert not _compat.is_copy_on_write(clone)
 
 
+def test_outputs_of_linears_that_are_views_are_recognised() -> None:
+    with private("torch.Tensor._is_view", "to have the gradients of outputs that are overwritten"):
+        layer = nn.Linear(2, 3)
+        assert _compat.is_view(layer(torch.ones(4, 5, 2)))
+        assert not _compat.is_view(layer(torch.ones(4, 2)))
+
+
 def test_views_have_the_storage_id_of_their_base() -> None:
     with private("torch.UntypedStorage._cdata", "to copy scores that are views of a weight"):
         x = torch.ones(2, 4)
@@ -346,6 +353,8 @@ def test_compiled_wrappers_are_recognised() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the import of the compiler uses deprecated functions
             assert _compat.is_compiled_wrapper(torch.compile(layer))
+            compiled = torch.compile(nn.Sequential(torch.compile(layer)))
+            assert [_compat.without_compiled_prefixes(name) for name in compiled.state_dict()] == ["0.weight", "0.bias"]
 
 
 def test_all_tensors_of_a_parametrized_weight_are_listed() -> None:

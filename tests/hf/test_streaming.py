@@ -21,6 +21,7 @@ from blockprune import recipes
 transformers = pytest.importorskip("transformers")
 from blockprune.hf import prune_checkpoint  # noqa: E402 (needs transformers)
 from blockprune.hf.checkpoint_folder import Checkpoint, Skeleton  # noqa: E402
+from blockprune.hf.pruned_folder import side_files  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 
@@ -153,6 +154,45 @@ def test_another_class_than_that_of_the_configuration_and_buffers(tmp_path: Path
     masks = recipe(transformers.LlamaModel.from_pretrained(source), 0.5).masks
     assert prune_checkpoint(source, tmp_path / "pruned", recipe, 0.5, model_class=transformers.LlamaModel) == masks
     assert bp.masks_from_zeros(loaded(tmp_path / "pruned").model, where=bp.linears((8, 8))) == masks
+
+
+def test_side_files_are_copied_and_weights_in_other_formats_are_not(tmp_path: Path) -> None:
+    source = saved(tmp_path)
+    copied = ["tokenizer.model", "modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "code/a/b.py"]
+    left_out = [
+        *("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "model.Q4_0.gguf", "optimizer.pt", "pruning.json"),
+        *("onnx/model.onnx", "onnx/config.json", "original/consolidated.00.pth", "original/params.json", "checkpoint-5/model.safetensors"),
+        *("coreml/a.mlpackage/Manifest.json", "coreml/a.mlpackage/Data/weight.bin", ".git/objects/pack", "pruned before/masks.safetensors"),
+    ]
+    for name in (*copied, *left_out):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    modules = [{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}, {"idx": 2, "path": "2_Dense"}]
+    (source / "modules.json").write_text(json.dumps(modules))
+    before = contents_below(source)
+    prune_checkpoint(source, source / "pruned", RECIPES["magnitude"](), 0.5)  # also into a subfolder of the source
+    found = contents_below(source / "pruned")
+    own = {path.name for path in (source / "pruned").glob("*model-*")} | {
+        "model.safetensors.index.json",
+        "masks.safetensors",
+        "pruning.json",
+    }
+    assert {Path(name).relative_to(source / "pruned").as_posix() for name in found} == {
+        *copied,
+        *own,
+        "config.json",
+        "generation_config.json",
+    }
+    assert all(found[str(source / "pruned" / name)] == before[str(source / name)] for name in copied)
+    assert {name: data for name, data in contents_below(source).items() if name not in found} == before
+
+
+@pytest.mark.parametrize("modules", ["text", "5", '["1_Pooling"]', "[{}]"])
+def test_a_modules_json_of_another_form_names_no_folders(modules: str, tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text(modules)
+    (tmp_path / "2_Dense").mkdir()
+    (tmp_path / "2_Dense" / "model.safetensors").write_text("")
+    assert side_files(tmp_path) == [Path("modules.json")]
 
 
 # Interrupted and gone on with.
@@ -453,11 +493,52 @@ def test_a_layer_that_is_tied_to_something_else_is_refused(tmp_path: Path) -> No
         prune_checkpoint(source, tmp_path / "pruned", RECIPES["sparsegpt"](), 0.5, model_class=Tied)
 
 
-def test_offloaded_models_are_refused_with_what_to_call() -> None:
+@pytest.mark.parametrize("recipe", ["sparsegpt", "obs with a budget"])
+def test_a_layer_that_runs_several_times_is_refused(recipe: str, tmp_path: Path) -> None:
+    source = saved(tmp_path, lambda: transformers.AlbertForMaskedLM(transformers.AlbertConfig(embedding_size=16, **SIZES)))
+    recipes_where = bp.including(bp.linears((8, 8)), "*albert_layer_groups.*")
+    make = {"sparsegpt": recipes.sparsegpt, "obs with a budget": recipes.obs}[recipe]
+    for prune in (partial(prune_checkpoint, source, tmp_path / "pruned"), lambda *args: args[0](loaded(source), args[1])):
+        with pytest.raises(ValueError, match=r"layer 'albert.encoder.albert_layer_groups.0' is called twice"):
+            prune(make(recipes_where, calibration(loss=loss)), 0.5)
+
+
+def offloaded(*disk: str, folder: Path) -> Any:
+    """A model on the CPU, of which accelerate keeps some modules on disk."""
     accelerate = pytest.importorskip("accelerate")
-    model = accelerate.cpu_offload(llama(), "cpu")
-    with pytest.raises(ValueError, match=r"accelerate has offloaded the weights of .*: blockprune.hf.prune_checkpoint\(source,"):
-        RECIPES["sparsegpt"]()(model, 0.5)
+    torch.manual_seed(0)
+    parts = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.layers.2", "model.norm", "model.rotary_emb", "lm_head")
+    device_map = {part: "disk" if part in disk else "cpu" for part in parts}
+    return accelerate.dispatch_model(llama(), device_map, main_device="cpu", offload_dir=folder, force_hooks=True)
+
+
+LINE = r"blockprune.hf.prune_checkpoint\(source, destination, recipe, sparsity\)"
+
+
+@pytest.mark.parametrize("recipe", ["magnitude", "sparsegpt", "obs with a budget"])
+@pytest.mark.parametrize("disk", [("model.layers.1", "model.layers.2"), ("lm_head",), ("model.embed_tokens",)], ids=" ".join)
+def test_offloaded_models_are_refused_with_what_to_call(disk: tuple[str, ...], recipe: str, tmp_path: Path) -> None:
+    """Weights that are there can be pruned by magnitude."""
+    model = offloaded(*disk, folder=tmp_path)
+    if recipe == "magnitude" and "model.layers.1" not in disk:
+        torch.manual_seed(0)
+        assert RECIPES[recipe]()(model, 0.5).masks == RECIPES[recipe]()(llama(), 0.5).masks
+        return
+    with pytest.raises(ValueError, match=rf"accelerate has offloaded .*: {LINE}"):
+        RECIPES[recipe]()(model, 0.5)
+
+
+@pytest.mark.parametrize("disk", [(), ("model.embed_tokens",), ("lm_head",)], ids=" ".join)
+def test_statistics_of_a_model_that_is_offloaded_in_part_are_those_of_the_model(disk: tuple[str, ...], tmp_path: Path) -> None:
+    """With nothing offloaded, accelerate's hooks change no recipe."""
+    model, recipe = offloaded(*disk, folder=tmp_path), recipes.wanda(WHERE, calibration())
+    torch.manual_seed(0)
+    plain = llama()
+    assert recipe(model, 0.5).masks == recipe(plain, 0.5).masks
+    if not disk:
+        found, expected = (RECIPES["obs with a budget"]()(m, 0.5) for m in (model, plain))
+        assert found.masks == expected.masks
+        assert same(dict(found.weights), dict(expected.weights))
 
 
 # Memory.

@@ -11,7 +11,7 @@ import attrs
 import pytest
 import reference
 import torch
-from hessian_cases import EITHER, EVERY, GRAM, check_removals, close, collected, linears, loops, made, param, underdetermined
+from hessian_cases import EITHER, EVERY, GRAM, check_removals, close, collected, in_turns, linears, loops, made, param, underdetermined
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from strategies import normal, seeds, shares_memory
@@ -67,6 +67,14 @@ def test_blocks_that_span_groups_are_refused_by_name(kind: str, whole: bool) -> 
             score(data)
         for part in (name, str(p.grid.shape), f"{p.grid.block[0]} rows", f"divides {len(p.weight) // len(p.stats['input_gram'])}"):
             assert part in str(caught.value), part
+
+
+@EITHER
+@given(linears(), st.integers(1, 5), st.sampled_from([0.5, 1.0]))
+def test_bands_that_ranks_share_have_the_scores_of_all_bands(compiled: bool, p: Param, ranks: int, stop_at: float) -> None:
+    with loops(compiled):
+        found, expected = (metric.obs({"w": p}, stop_at=stop_at, **share)["w"].value for share in ({"share": in_turns(ranks)}, {}))
+    close(found, expected, rtol=1e-9)
 
 
 @given(linears(side=9), st.sampled_from([0, 1, 1000, 10_000, 1 << 30]), st.sampled_from([torch.float32, torch.float64]))

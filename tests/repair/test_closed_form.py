@@ -7,7 +7,21 @@ import attrs
 import pytest
 import reference
 import torch
-from hessian_cases import EITHER, EVERY, GRAM, KINDS, check_removals, close, collected, linears, loops, made, param, underdetermined
+from hessian_cases import (
+    EITHER,
+    EVERY,
+    GRAM,
+    KINDS,
+    check_removals,
+    close,
+    collected,
+    in_turns,
+    linears,
+    loops,
+    made,
+    param,
+    underdetermined,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import normal, seeds, shares_memory
@@ -46,6 +60,13 @@ def test_least_squares_solves_each_row_alone_on_what_it_keeps(p: Param, seed: in
     assert list(got) == ["w"]
     close(got["w"], reference.least_squares(p, elementwise(mask), damping), atol=1e-8)
     assert (got["w"][~elementwise(mask)] == 0).all()
+
+
+@given(linears(), seeds, st.sampled_from([0.0, 0.3, 0.7, 1.0]), st.integers(1, 5))
+def test_bands_that_ranks_share_have_the_weights_of_all_bands(p: Param, seed: int, share: float, ranks: int) -> None:
+    masks = {"w": random_mask(p, seed, share)}
+    found, expected = (reconstruct.least_squares({"w": p}, masks, **options)["w"] for options in ({"share": in_turns(ranks)}, {}))
+    close(found, expected, atol=1e-9)
 
 
 @given(linears(), st.data())

@@ -784,8 +784,11 @@ class Overwritten(nn.Module):
         return b(a(x).mul_(2))  # type: ignore[no-any-return]
 
 
-def shared() -> nn.Module:
+def shared(last: bool = False) -> nn.Module:
     act = nn.ReLU()
+    if last:
+        linear = nn.Linear(8, 8)
+        return nn.Sequential(nn.Linear(8, 8), linear, linear).double()
     return nn.Sequential(nn.Linear(8, 8), act, nn.Linear(8, 8), act, nn.Linear(8, 8)).double()
 
 
@@ -795,6 +798,19 @@ def keyed() -> nn.Module:
             return {"count": len(x)}
 
     return nn.Sequential(Keyed(), nn.Linear(8, 8)).double()
+
+
+class Loop(nn.Module):
+    """One layer that runs several times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.layers[0](x).tanh()
+        return x
 
 
 def nested() -> dict[str, Any]:
@@ -824,6 +840,20 @@ def without_statistics() -> bp.Pipeline:
         return {}
 
     return bp.Pipeline(collector, metric.obs, allocate.per_row)
+
+
+class Unfinished(nn.Sequential):
+    """An encoder whose decoder lacks its inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        super().forward(x)
+        raise ValueError("give decoder_input_ids")
+
+
+def test_an_error_after_the_last_layer_does_not_matter() -> None:
+    model, unfinished = mlp(), Unfinished(*mlp())
+    found, expected = (bp.sequential(m, pipeline(), reconstruct.least_squares, inputs(), 0.5) for m in (unfinished, model))
+    assert same(found, expected)
 
 
 MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], dict[str, Any]]]] = {
@@ -872,6 +902,8 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], dict[str, Any]]]] =
     "written into between": (ValueError, r"layer 'layers.1' is not given", lambda: {"model": Overwritten().double()}),
     "out of order": (ValueError, r"never calls layer '2' in the order", lambda: {"layers": ["2", "3", "4", "0", "1"]}),
     "twice": (ValueError, r"layer '1' is called twice.*layers=", lambda: {"model": shared()}),
+    "the last one twice": (ValueError, r"layer '1' is called twice.*layers=.*recipes.wanda", lambda: {"model": shared(last=True)}),
+    "in a loop": (ValueError, r"layer 'layers.0' is called twice", lambda: {"model": Loop().double(), "pipeline": pipeline()}),
     "no tensor": (ValueError, r"layer '0' does not give a tensor first but a int", lambda: {"model": keyed(), "pipeline": pipeline()}),
     "nested": (ValueError, r"layer 'layers.0' is given a nested tensor; .*enable_nested_tensor=False", nested),
     "layer in a layer": (ValueError, r"layer '0' is not given the output of the one before", lambda: {"layers": ["", "0"]}),

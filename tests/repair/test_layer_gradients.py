@@ -1,6 +1,7 @@
 """What is collected a layer at a time, from the last to the first, is what one pass over the whole model gives, to the bit."""
 
 import contextlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,24 +15,42 @@ from blockprune.repair.layer_gradients import collect_layer_by_layer
 
 LOOK = partial(collect.with_statistics, statistics=[statistics.input_gram, statistics.output_grad_gram, statistics.output_grad_sq])
 LAYERS = [f"layers.{i}" for i in range(3)]
+Add = Callable[[Tensor, Tensor], Tensor]
+
+
+def into_its_input(x: Tensor, y: Tensor) -> Tensor:
+    x += y
+    return x
+
+
+def into_the_output(x: Tensor, y: Tensor) -> Tensor:
+    y += x
+    return y
+
+
+def twice(x: Tensor, y: Tensor) -> Tensor:
+    return x.mul_(0.5).add_(y)
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    """A norm keeps its input for its gradient; a block that overwrites that input has none."""
+
+    def __init__(self, add: Add = torch.add, has_norm: bool = True) -> None:
         super().__init__()
-        self.norm, self.up, self.gate, self.down = nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+        norm = nn.LayerNorm(8) if has_norm else nn.Identity()
+        self.norm, self.up, self.gate, self.down, self.add = norm, nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8), add
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        return x + self.down(self.up(y) * self.gate(y).sigmoid())
+        return self.add(x, self.down(self.up(y) * self.gate(y).sigmoid()))
 
 
 class Model(nn.Module):
     """``skip`` lets the head see the first layer's output, too."""
 
-    def __init__(self, skip: bool = False) -> None:
+    def __init__(self, skip: bool = False, **options: Any) -> None:
         super().__init__()
-        self.layers, self.head, self.skip = nn.ModuleList(Block() for _ in range(3)), nn.Linear(8, 4), skip
+        self.layers, self.head, self.skip = nn.ModuleList(Block(**options) for _ in range(3)), nn.Linear(8, 4), skip
 
     def forward(self, x: Tensor) -> Tensor:
         first = None
@@ -61,9 +80,35 @@ def by_layer(network: nn.Module, where: bp.Where, run: bp.Calibration) -> list[b
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_it_is_one_pass_over_the_whole_model(dtype: torch.dtype) -> None:
-    network, where = model().to(dtype), bp.including(bp.linears((4, 4)), "layers.*")
-    expected = LOOK(network, where=where, calibration=calibration(dtype))
-    parts = by_layer(network, where, calibration(dtype))
+    check_one_pass(model().to(dtype), dtype)
+
+
+@pytest.mark.parametrize("add", [into_its_input, into_the_output, twice], ids=lambda add: add.__name__)
+def test_residual_additions_in_place_change_nothing(add: Add) -> None:
+    """Also not the batches, which the first layer is given."""
+    network = model(add=add, has_norm=False)
+    check_one_pass(network)
+    usual = model(has_norm=False)
+    usual.load_state_dict(network.state_dict())
+    if add is not twice:
+        where = bp.including(bp.linears((4, 4)), "layers.*")
+        found, expected = (LOOK(m, where=where, calibration=calibration()) for m in (network, usual))
+        for name, p in expected.items():
+            torch.testing.assert_close(found[name].stats, p.stats)
+
+
+def test_a_layer_that_overwrites_what_its_gradient_needs_is_named() -> None:
+    network = model(add=into_its_input)
+    with pytest.raises(RuntimeError, match=r"layer 'layers.2' overwrites a tensor .* write x = x \+ y in place of x \+= y, .*budget=None"):
+        by_layer(network, bp.including(bp.linears((4, 4)), "layers.*"), calibration())
+    assert all(p.requires_grad and p.grad is None for p in network.parameters())
+
+
+def check_one_pass(network: Model, dtype: torch.dtype = torch.float32) -> None:
+    where, run = bp.including(bp.linears((4, 4)), "layers.*"), calibration(dtype)
+    expected = LOOK(network, where=where, calibration=run)
+    parts = by_layer(network, where, run)
+    assert all(torch.equal(a, b) for a, b in zip(run.batches, calibration(dtype).batches, strict=True))
     assert [{name.split(".")[1] for name in data} for data in parts] == [{"2"}, {"1"}, {"0"}]
     found = {name: p for data in parts for name, p in data.items()}
     assert found.keys() == expected.keys()
