@@ -16,7 +16,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ def pruned(problem: Problem, options: argparse.Namespace) -> tuple[nn.Module, di
     model = problem.task.model
     if not options.sparsity:
         return model, {}, {}
-    path = options.folder / f"start, {options.model}, {options.pattern}, {options.sparsity:g}, {options.method}.pt"
+    photos = f", photos {zlib.crc32(bytes(options.photos.resolve()))}" if options.model == "efficientnet" else ""
+    path = options.folder / f"start, {options.model}, {options.pattern}, {options.sparsity:g}, {options.method}{photos}.pt"
     if not path.exists():
         model, result = METHODS[options.method](problem.task, PATTERNS[options.pattern], options.sparsity)
         grids = {name: (mask.keep, mask.grid.shape, mask.grid.block) for name, mask in result.masks.items()}
@@ -76,8 +78,7 @@ def title_of(options: argparse.Namespace, unit: str, is_pruned: bool) -> str:
     """What a run prunes and how it trains."""
     start = f"{options.pattern} at {options.sparsity:.0%}, {options.method}" if is_pruned else "dense"
     training = f"{options.loss}, {options.optimizer} {options.lr:g}, {options.tokens:,} {unit}, {options.step_tokens:,} a step"
-    title = f"{options.model}, {start}; {training}"
-    return title + (f", norms of {options.norms:,} {unit}" if options.norms else "")
+    return f"{options.model}, {start}; {training}"
 
 
 def main(options: argparse.Namespace) -> None:
@@ -100,8 +101,7 @@ def main(options: argparse.Namespace) -> None:
     if any(chosen[key] != value for key, value in record.get("options", {}).items()):  # a file may be older than an option
         raise SystemExit(f"{path} is of a run with other options; give another --folder")
     record["options"] = chosen
-    student = with_norms_of_pruned(model, masks, weights, problem.batches, options.norms) if options.norms else model
-    copied = copy.deepcopy(student)
+    copied = copy.deepcopy(model)
 
     def judged(weights: bp.Weights) -> nn.Module:
         return bp.apply_masks(copied, masks, weights)
@@ -126,7 +126,7 @@ def main(options: argparse.Namespace) -> None:
         clock = time.monotonic()
 
     final = bp.distill(
-        student,
+        model,
         masks,
         weights,
         problem.batches,
@@ -160,26 +160,7 @@ def main(options: argparse.Namespace) -> None:
         draw([finished], options.picture)
     if options.deploy:
         assert problem.deploy is not None
-        problem.deploy({"repaired": judged(weights), "distilled": bp.apply_masks(copy.deepcopy(student), masks, final)}, options)
-
-
-def with_norms_of_pruned(model: nn.Module, masks: bp.Masks, weights: bp.Weights, batches: Iterable[Any], count: int) -> nn.Module:
-    """A copy whose batch norms have the mean and variance of the pruned model, over so many samples of batches."""
-    pruned = bp.apply_masks(copy.deepcopy(model), masks, weights)
-    norms = [module for module in pruned.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean of all batches
-        norm.train()
-    torch.manual_seed(SEED)
-    with torch.no_grad():
-        while count > 0:
-            for batch in batches:
-                pruned(batch)
-                count -= len(batch)
-    copied = copy.deepcopy(model)
-    copied.load_state_dict(dict(pruned.named_buffers()), strict=False)  # the masks' own buffers are not the copy's
-    return copied
+        problem.deploy({"repaired": judged(weights), "distilled": bp.apply_masks(copy.deepcopy(model), masks, final)}, options)
 
 
 def print_row(tokens: int, seconds: float, figure: float) -> None:
@@ -252,7 +233,6 @@ if __name__ == "__main__":
     parser.add_argument("--lr", type=float, help="by default 5e-4, images 1e-5")
     parser.add_argument("--warmup", type=float, default=0.05, help="share of the steps")
     parser.add_argument("--lora-rank", type=int)
-    parser.add_argument("--norms", type=int, default=0, help="crops on which batch norms are estimated again before training")
     parser.add_argument("--bfloat16", action="store_true", help="autocast")
     parser.add_argument("--every", type=int, default=100_000, help="tokens between evaluations")
     parser.add_argument("--seed", type=int, default=SEED)

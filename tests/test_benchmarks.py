@@ -113,7 +113,7 @@ def test_recovery_of_an_image_model_needs_only_photos(tmp_path: Path) -> None:
         noise = torch.randint(256, (9, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
         image.frombytes("RGB", (8, 9), noise.numpy().tobytes()).resize((240, 270)).save(tmp_path / "photos" / f"{number}.png")
     options = ["--model", "efficientnet", "--method", "magnitude", "--photos", str(tmp_path / "photos"), "--folder", str(tmp_path)]
-    options += ["--tokens", "4", "--step-tokens", "2", "--every", "2", "--norms", "2", "--rounds", "1"]
+    options += ["--tokens", "4", "--step-tokens", "2", "--every", "2", "--rounds", "1"]
     output = run("recover.py", *options, "--deploy", str(tmp_path / "deployed.png"))
     assert "5 photos trained on, 1 for choices, 2 and 20 of ImageNet reported" in output
     assert re.search(r"^dense +1\.0000 +1\.0000 +0\.9000 +0\.0000 +0\.0000$", output, re.MULTILINE)

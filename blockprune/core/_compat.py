@@ -241,7 +241,8 @@ def own_parametrizations(module: nn.Module) -> nn.ModuleDict | None:
 
     ``is_parametrized`` also finds those of the module that ``torch.compile`` has wrapped, and is slow where there are none.
     """
-    return cast("nn.ModuleDict | None", module._modules.get("parametrizations"))
+    child = module._modules.get("parametrizations")
+    return child if isinstance(child, nn.ModuleDict) else None
 
 
 def without_compiled_prefixes(name: str) -> str:

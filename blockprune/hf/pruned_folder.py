@@ -29,7 +29,7 @@ except ImportError:  # Windows
 STATE, MASKS, WORK = "pruning.json", "masks.safetensors", "unfinished"
 WEIGHT_FILES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".index.json"),
-    *(".onnx", ".onnx_data", ".onnx.data", ".tflite", ".mlmodel", ".pb"),
+    *(".onnx", ".onnx_data", ".onnx.data", ".tflite", ".mlmodel", ".pb", ".npz", ".npy", ".pkl", ".pdparams", ".keras"),
 )
 
 
@@ -138,21 +138,25 @@ def side_files(source: Path) -> list[Path]:
     """
     modules, found = _module_folders(source), []
     for entry in sorted(source.iterdir()):
-        if not entry.is_dir():
-            files = [] if entry.name == STATE or entry.name.endswith(WEIGHT_FILES) else [entry]
+        if entry.is_file():
+            files = [] if entry.name == STATE or _has_weights(entry) else [entry]
         else:
             files = [] if entry.name.startswith(".") else sorted(path for path in entry.rglob("*") if path.is_file())
-            if entry.name not in modules and any(file.name.endswith(WEIGHT_FILES) for file in files):
+            if entry.name not in modules and any(map(_has_weights, files)):
                 files = []
         found += [file.relative_to(source) for file in files]
     return found
 
 
+def _has_weights(file: Path) -> bool:
+    return file.name.endswith(WEIGHT_FILES) or ".data-" in file.name  # of TensorFlow: variables.data-00000-of-00001
+
+
 def _module_folders(source: Path) -> set[str]:
     """The subfolders that the modules.json of a sentence-transformers model names."""
     try:
-        return {module["path"] for module in json.loads((source / "modules.json").read_text())}
-    except (OSError, ValueError, TypeError, KeyError):
+        return {module["path"].partition("/")[0] for module in json.loads((source / "modules.json").read_text())}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return set()
 
 

@@ -21,6 +21,7 @@ from blockprune.reorder.permutation import permute
 from blockprune.reorder.varied_values import vary_model
 
 SEED = 0  # every run of the model draws the same random numbers
+ALIKE = 0.05  # the largest difference of two outputs, as a share of their norm
 LINEAR_ELEMENTS = 1 << 22  # of a Linear's weight that are in float64 at one time
 
 Values = Literal["own", "varied", "varied parameters"]  # those of the given model, or others, also or not in buffers
@@ -40,7 +41,8 @@ class WorkingCopy:
         forward: (model, example) -> output.
         dtype: of the floating-point tensors of the example.
         values: which values the copy has at present.
-        casts: whether casts in the model's own code, such as that of a norm to float32, are casts to float64 instead.
+        casts: whether casts in the model's own code, such as that of a norm to float32, are casts to float64 instead; not where that
+            changes what the model computes, because it looks at the type or overflows.
 
     Example:
         >>> from blockprune.model.running import default_forward
@@ -81,18 +83,14 @@ class WorkingCopy:
             raise ValueError(
                 "the model's output on the example has no floating-point tensors to compare; pass a forward= that returns some"
             )
-        del outputs
         double = attrs.evolve(own, dtype=torch.float64)
         _convert(double.model, _layers_to_convert_when_called(double.model, called))
-        for double.casts in (True, False):
-            with contextlib.suppress(Exception):  # the model creates tensors of another dtype, or reads a weight elsewhere
-                double.run()
-                return double
-        double.model = _evaluation_copy(source).double()
-        for double.casts in (True, False):
+        for whole, double.casts in ((False, True), (False, False), (True, True), (True, False)):
+            if whole and double.casts:
+                double.model = _evaluation_copy(source).double()
             with contextlib.suppress(Exception):  # the model creates tensors of another dtype, or its device has no float64
-                double.run()
-                return double
+                if all(map(_are_alike, double.run(), outputs)) or not double.casts:
+                    return double
         return attrs.evolve(own, model=_evaluation_copy(source))
 
     def run(self, change: Callable[[Tensor], Tensor] = torch.clone) -> list[Tensor]:
@@ -158,6 +156,14 @@ def _tensors_in(output: Any) -> Iterator[Tensor]:
             yield leaf
         elif dataclasses.is_dataclass(leaf):
             yield from _tensors_in([getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)])
+
+
+def _are_alike(actual: Tensor, expected: Tensor) -> bool:
+    """Whether two outputs differ by no more than rounding errors of half precision, so that a cast did not change what a model computes."""
+    if actual.shape != expected.shape or not expected.is_floating_point():
+        return actual.shape == expected.shape
+    expected = expected.to(actual).nan_to_num()
+    return bool((actual.nan_to_num() - expected).norm() <= ALIKE * expected.norm())
 
 
 def _evaluation_copy(model: nn.Module) -> nn.Module:

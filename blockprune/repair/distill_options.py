@@ -2,11 +2,12 @@
 
 import math
 import numbers
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from blockprune.model.apply import parameter_masks
@@ -69,15 +70,22 @@ def check_options(
         raise ValueError("checkpointing=True needs train=True: transformers keeps all activations in evaluation mode")
 
 
-def optimizers_of(made: Any) -> list[Optimizer]:
-    """The optimizers that ``optimizer=`` made.
+def optimizers_of(made: Any, parameters: Mapping[str, Tensor]) -> list[Optimizer]:
+    """The optimizers that ``optimizer=`` made of the parameters.
 
     Raises:
         TypeError: neither an optimizer nor a list of some.
+        ValueError: several optimizers that have a parameter twice, or not at all.
     """
     optimizers = [made] if isinstance(made, Optimizer) else list(made) if isinstance(made, (list, tuple)) else []
     if not optimizers or not all(isinstance(optimizer, Optimizer) for optimizer in optimizers):
         raise TypeError(f"optimizer returned {made!r}; it must return a torch.optim.Optimizer, or a list of some")
+    held = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+    for name, p in parameters.items():
+        if len(optimizers) > 1 and held[id(p)] != 1:
+            raise ValueError(
+                f"{name} {tuple(p.shape)} is in {held[id(p)]} of the optimizers that optimizer= returned; put it into exactly one"
+            )
     return optimizers
 
 

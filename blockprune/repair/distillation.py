@@ -210,7 +210,7 @@ class _Training:
     def __init__(self, student: Student, optimizer: MakeOptimizer, batches: Iterable[Any], loss_of: Callable[[Any], Tensor]) -> None:
         self.student, self.loss_of = student, loss_of
         self.parameters = list(student.trained.values())
-        self.optimizers = optimizers_of(optimizer(self.parameters))
+        self.optimizers = optimizers_of(optimizer(self.parameters), student.trained)
         self.highest_lrs = [group["lr"] for group in self._groups()]
         self.stream = BatchStream(batches, cuda_devices(student.module))
         self.step, self.count, self.unit = 0, 0, "samples"
@@ -286,6 +286,7 @@ class _Training:
         internals = {
             "parameters": {name: p.detach().clone() for name, p in self.student.trained.items()},
             "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in self.optimizers],
+            "classes": [type(optimizer).__name__ for optimizer in self.optimizers],
             "stream": self.stream.state(),
             "masks": self._masks(),
             "worse": self.worse,
@@ -304,9 +305,10 @@ class _Training:
         different = sorted(masks.keys() ^ before.keys()) or [n for n, keep in masks.items() if not torch.equal(keep, before[n].to(keep))]
         if different:
             raise ValueError(f"resume: its state has other masks, such as that of {different[0]!r}; give the masks of the first call")
-        if len(self.optimizers) != (saved := len(state.internals["optimizers"])):
+        classes, saved_classes = [type(optimizer).__name__ for optimizer in self.optimizers], state.internals["classes"]
+        if classes != saved_classes:
             raise ValueError(
-                f"resume: its state is of {saved} optimizers, not {len(self.optimizers)}; give the optimizer= of the first call"
+                f"resume: its state is of {', '.join(saved_classes)}, not {', '.join(classes)}; give optimizer= of the first call"
             )
         self.student.load(state.internals["parameters"])
         for optimizer, saved in zip(self.optimizers, state.internals["optimizers"], strict=True):

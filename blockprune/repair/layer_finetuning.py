@@ -212,6 +212,7 @@ def check_parts(finetune: Mapping[str, Finetune], order: Sequence[Layer]) -> Non
     Raises:
         KeyError: a part that no layer has.
         TypeError: something else than a function for a part.
+        ValueError: a part that is left without a weight to tune in every layer.
 
     Example:
         >>> from blockprune.repair.layer_finetuning import check_parts
@@ -223,6 +224,15 @@ def check_parts(finetune: Mapping[str, Finetune], order: Sequence[Layer]) -> Non
             raise KeyError(f"finetune names {part!r}, which is a module of no layer{suggest(part, list(names)[1:])}")
         if not callable(function):
             raise TypeError(f"finetune[{part!r}] must be a function such as bp.finetune_layer, not {type(function).__name__}")
+    remaining = {(layer.name, layer.local_names[name]) for layer in order for name in layer.parameters}
+    for part in finetune if remaining else ():
+        own = {(layer, name) for layer, name in remaining if name.startswith(f"{part}." if part else "")}
+        if not own:
+            raise ValueError(
+                f"finetune has nothing to tune in {part!r}: no layer has a pruned weight in it that is not tuned in the modules before it; "
+                "leave it out, or put it first"
+            )
+        remaining -= own
 
 
 def dense_outputs(finetune: Mapping[str, Finetune], dense: LayerBatches) -> dict[str, Tensors]:

@@ -105,6 +105,8 @@ class LayerPruning:
         names = _prunable(model, where)
         order = find_layers(model, layers, names)
         shares = resolve_by_name(sparsity, names, what="sparsity") if isinstance(sparsity, Mapping) else sparsity
+        if finetune is not None and not callable(finetune) and not isinstance(finetune, Mapping):
+            raise TypeError(f"finetune has the type {type(finetune).__name__}; give a function such as bp.finetune_layer, or a mapping")
         parts = finetune if isinstance(finetune, Mapping) else {"": finetune} if finetune else {}
         check_parts(parts, order)
         return cls(order, pipeline, reconstruct, where, statistics, shares, extra_data or {}, target, parts)

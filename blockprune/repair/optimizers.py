@@ -12,11 +12,12 @@ LONGEST = 16  # times the shorter side: a longer matrix is the table of an embed
 
 
 def muon(parameters: Iterable[Tensor], *, lr: float = 1e-3, weight_decay: float = 0.0) -> list[Optimizer]:
-    """Muon for the weights of Linears, and AdamW for all other parameters (https://kellerjordan.github.io/posts/muon/).
+    """Muon for matrices, and AdamW for all other parameters (https://kellerjordan.github.io/posts/muon/).
 
     Muon makes the singular values of each update nearly equal; it often needs fewer tokens than AdamW alone. It takes the parameters with
-    two axes of which the longer is at most 16 times the shorter; a longer one is taken for the table of an embedding. Its updates have
-    the size of AdamW's (Liu et al. 2502.16982, section 2.2), so that the same learning rate does for both.
+    two axes of which the longer is at most 16 times the shorter. A longer one is taken for the table of an embedding, which AdamW trains
+    better; most low-rank factors are long, too. The values of block-sparse layers have one axis: they are nothing for Muon. Its updates
+    have the size of AdamW's (Liu et al. 2502.16982, section 2.2), so that the same learning rate does for both.
 
     Args:
         parameters: those to train.
@@ -24,21 +25,20 @@ def muon(parameters: Iterable[Tensor], *, lr: float = 1e-3, weight_decay: float 
         weight_decay: of both, as a share of the learning rate.
 
     Raises:
-        ValueError: no parameters.
+        ValueError: none of the parameters is for Muon.
 
     Example:
         >>> [type(optimizer).__name__ for optimizer in bp.muon(nn.Linear(8, 4).parameters())]
         ['Muon', 'AdamW']
     """
     parameters = list(parameters)
-    if not parameters:
-        raise ValueError("parameters has no parameters; give those that are trained")
     matrices = [p for p in parameters if p.ndim == 2 and max(p.shape) <= LONGEST * min(p.shape)]
+    if not matrices:
+        raise ValueError(
+            f"parameters has no matrix for Muon, two axes of which the longer is at most {LONGEST} times the shorter, among "
+            f"{len(parameters)}; give torch.optim.AdamW"
+        )
     chosen = {id(p) for p in matrices}
     others = [p for p in parameters if id(p) not in chosen]
-    optimizers: list[Optimizer] = []
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
-    if others:
-        optimizers.append(torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay))
-    return optimizers
+    optimizers: list[Optimizer] = [torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")]
+    return [*optimizers, torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay)] if others else optimizers

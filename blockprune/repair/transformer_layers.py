@@ -187,10 +187,9 @@ def capture_layer_inputs(model: nn.Module, order: Sequence[Layer], forward: Forw
     finally:
         for handle in handles:
             handle.remove()
-    if missing := [layer.name for layer in order if layer.name not in recorder.arguments]:
-        raise ValueError(
-            f"the forward never calls layer {missing[0]!r} in the order given; name layers that follow each other: layers=[...]"
-        )
+    called = list(recorder.arguments)
+    if wrong := [layer.name for i, layer in enumerate(order) if [layer.name] != called[i : i + 1]]:
+        raise ValueError(f"the forward never calls layer {wrong[0]!r} in the order given; name layers that follow each other: layers=[...]")
     assert recorder.hidden is not None
     return CapturedBatch(batch, recorder.hidden, recorder.arguments)
 

@@ -830,3 +830,27 @@ class Centered(nn.Module):
 def test_rounding_errors_of_casts_to_float32_hide_no_axis() -> None:
     axes = bp.find_axes(Centered().eval(), torch.randn(5, 4))
     assert [len(axis.order) for axis in axes] == [64, 16]
+
+
+class ByType(nn.Module):
+    """Numbers its units if they are in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.to(torch.float32)
+        return y * torch.arange(y.shape[-1]).to(y.dtype) if y.dtype == torch.float32 else y
+
+
+class ByOverflow(nn.Module):
+    """Numbers the units that half precision cannot hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.half()
+        return torch.where(y.isinf(), torch.arange(y.shape[-1]).to(y.dtype), y).to(x.dtype)
+
+
+@pytest.mark.parametrize("middle", [ByType(), ByOverflow()], ids=lambda module: type(module).__name__)
+def test_models_that_compute_something_else_in_float64_are_traced_as_they_are(middle: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), middle, nn.Linear(16, 8))
+    with torch.no_grad():
+        model[0].weight.mul_(1e5)
+    assert bp.find_axes(model, torch.randn(32, 8)) == []

@@ -225,7 +225,9 @@ def test_muon_takes_the_weights_of_linears_and_keeps_the_masks() -> None:
     first, second = bp.muon([*nn.Linear(8, 4).parameters(), wide], lr=0.5)
     assert [p.shape for p in first.param_groups[0]["params"]] == [(4, 8)]
     assert [p.shape for p in second.param_groups[0]["params"]] == [(4,), (64, 2)]
-    assert [type(optimizer) for optimizer in bp.muon([wide])] == [torch.optim.AdamW]
+    assert [type(optimizer) for optimizer in bp.muon([nn.Linear(2, 2).weight])] == [torch.optim.Muon]
+    with pytest.raises(ValueError, match=r"no matrix for Muon.* among 1"):
+        bp.muon([wide])
     weights = bp.distill(model, masks, None, batches, teacher=model, loss=losses.kl, optimizer=bp.muon, steps=8)
     assert pruned_values_are_zero(weights, masks)
     pruned, recovered = (bp.apply_masks(copy.deepcopy(model), masks, w) for w in (None, weights))
@@ -338,6 +340,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"lora_rank": 1.5}, ValueError, "lora_rank=1.5 must be an integer"),
     ({"optimizer": lambda parameters: None}, TypeError, "optimizer returned None"),
     ({"optimizer": lambda parameters: []}, TypeError, "or a list of some"),
+    ({"optimizer": lambda parameters: [SGD(parameters), SGD(parameters[:1])]}, ValueError, "is in 2 of the optimizers"),
+    ({"optimizer": lambda parameters: [SGD(parameters[:1]), SGD(parameters[2:])]}, ValueError, "is in 0 of the optimizers"),
     ({"warmup": -1}, ValueError, "warmup=-1"),
     ({"warmup": 9, "steps": 8}, ValueError, "warmup=9 must be at most .* 8"),
     ({"final_lr": -0.1}, ValueError, "final_lr=-0.1"),

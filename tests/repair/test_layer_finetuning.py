@@ -370,6 +370,8 @@ def parts_by_hand_tied(model: Any, masks: bp.Masks, x: list[Tensor]) -> Tensor:
     ("finetune", "error", "message"),
     [
         ({"mpl": bp.finetune_layer}, KeyError, "finetune names 'mpl', which is a module of no layer; similar names: 'mlp'"),
+        ([("mlp", bp.finetune_layer)], TypeError, "finetune has the type list"),
+        ({"": bp.finetune_layer, "mlp": bp.finetune_layer}, ValueError, "finetune has nothing to tune in 'mlp'"),
         ({"mlp": 3}, TypeError, r"finetune\['mlp'\] must be a function such as bp.finetune_layer, not int"),
         ({"twice": bp.finetune_layer}, ValueError, "finetune names 'twice', which in layer '0' is called 2 times in a forward"),
         ({"bag": bp.finetune_layer}, ValueError, "finetune names 'bag', which in layer '0' is called 0 times in a forward"),
