@@ -158,18 +158,28 @@ def test_another_class_than_that_of_the_configuration_and_buffers(tmp_path: Path
 
 def test_side_files_are_copied_and_weights_in_other_formats_are_not(tmp_path: Path) -> None:
     source = saved(tmp_path)
-    copied = ["tokenizer.model", "modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "code/a/b.py"]
+    copied = [
+        "tokenizer.model",
+        "modules.json",
+        "1_Pooling/config.json",
+        "2_Dense/config.json",
+        "2_Dense/model.safetensors",
+        "code/a/b.py",
+        "a/3_Dense/model.safetensors",
+    ]
     left_out = [
         *("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "model.Q4_0.gguf", "optimizer.pt", "pruning.json"),
         *("onnx/model.onnx", "onnx/config.json", "original/consolidated.00.pth", "original/params.json", "checkpoint-5/model.safetensors"),
         *("coreml/a.mlpackage/Manifest.json", "coreml/a.mlpackage/Data/weight.bin", ".git/objects/pack", "pruned before/masks.safetensors"),
+        *("weights.npz", "mlx/weights.npz", "jax/params.pkl", "tf/variables/variables.data-00000-of-00001"),
     ]
     for name in (*copied, *left_out):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(name)
-    modules = [{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}, {"idx": 2, "path": "2_Dense"}]
+    modules = [{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}, {"idx": 2, "path": "2_Dense"}, {"idx": 3, "path": "a/3_Dense"}]
     (source / "modules.json").write_text(json.dumps(modules))
     before = contents_below(source)
+    (source / "cleaned.json").symlink_to("not there")
     prune_checkpoint(source, source / "pruned", RECIPES["magnitude"](), 0.5)  # also into a subfolder of the source
     found = contents_below(source / "pruned")
     own = {path.name for path in (source / "pruned").glob("*model-*")} | {

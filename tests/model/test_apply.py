@@ -599,3 +599,10 @@ def test_a_compiled_layer_has_the_same_names_with_and_without_a_mask() -> None:
         assert list(parameter_refs(compiled)) == ["_orig_mod.weight", "_orig_mod.bias"]
     assert bp.read_masks(layer) == {"weight": mask}
     assert not bp.read_masks(bp.apply_masks(compiled, {}))
+
+
+def test_a_child_may_be_named_as_torch_names_parametrizations() -> None:
+    layer = nn.Linear(4, 4)
+    layer.parametrizations = nn.Linear(4, 4)
+    masks = bp.recipes.magnitude(bp.linears((2, 2)))(layer, 0.5).masks
+    assert masks.keys() == {"weight", "parametrizations.weight"}

@@ -939,3 +939,11 @@ def test_a_mistake_is_named_and_the_model_left_alone(mistake: str) -> None:
     with pytest.raises(error, match=message):
         bp.sequential(reconstruct=reconstruct.least_squares, **given)
     assert state_of(given["model"]) == before
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("layers", [["2", "1", "0"], ["1", "2", "0"]])
+def test_layers_in_another_order_are_refused_whatever_the_batches(layers: list[str], count: int) -> None:
+    model = seeded(lambda: nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3)])).double()
+    with pytest.raises(ValueError, match=r"the forward never calls layer '.' in the order given"):
+        bp.sequential(model, pipeline(), reconstruct.none, inputs(count), 0.5, layers=layers)
