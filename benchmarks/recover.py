@@ -160,7 +160,8 @@ def main(options: argparse.Namespace) -> None:
         draw([finished], options.picture)
     if options.deploy:
         assert problem.deploy is not None
-        problem.deploy({"repaired": judged(weights), "distilled": bp.apply_masks(copy.deepcopy(model), masks, final)}, options)
+        models = {"repaired": weights, "distilled": final}
+        problem.deploy({name: bp.apply_masks(copy.deepcopy(model), masks, w) for name, w in models.items()}, options)
 
 
 def print_row(tokens: int, seconds: float, figure: float) -> None:
