@@ -72,12 +72,13 @@ def test_the_speed_of_training_is_what_was_recorded() -> None:
 
 
 def test_what_distillation_gives_back_is_what_was_recorded() -> None:
-    answer = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "recover_minilm.json").read_text())["answer"]
+    recorded = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "recover_minilm.json").read_text())
+    answer, int8 = recorded["answer"], re.findall(r"distilled, int8 +([\d.]+)\n", "\n".join(recorded["output"]))[0]
     minutes, before, after, *correlations = re.findall(
         r"\((\d+) minutes\).*cosine Lee50 ([\d.]+) -> ([\d.]+).*correlation Lee50 ([\d.]+) -> ([\d.]+) \(([\d.]+)\)", answer
     )[0]
     text = README.replace("\n", " ")
-    assert f"({minutes} minutes, `python benchmarks/recover.py`), the half-pruned model rises from cosine {before} to {after}" in text
+    assert f"({minutes} minutes, `python benchmarks/recover.py`), the half-pruned model rises from cosine {before} to {after}, in int8 to {int8}" in text
     answer = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "recover_smollm.json").read_text())["answer"]
     perplexities = [round(float(x)) for x in re.findall(r"perplexity Wikipedia ([\d.]+) -> ([\d.]+)", answer)[0]]
     assert "it is not usable yet ({}; {} after 240,000 tokens of distillation)".format(*perplexities) in text
