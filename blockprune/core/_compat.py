@@ -223,7 +223,7 @@ def state_dict_hooks(module: nn.Module) -> list[Any]:
 
 def parameter_names(module: nn.Module) -> list[str]:
     """The names of a module's own parameters in order, with those that are None, which ``named_parameters`` leaves out (torch 2.0)."""
-    return list(module._parameters)
+    return list(module._parameters.keys())  # a scripted module cannot be iterated
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -241,7 +241,8 @@ def own_parametrizations(module: nn.Module) -> nn.ModuleDict | None:
 
     ``is_parametrized`` also finds those of the module that ``torch.compile`` has wrapped, and is slow where there are none.
     """
-    child = module._modules.get("parametrizations")
+    children = module._modules  # of a scripted module, it has no `get`
+    child = children["parametrizations"] if "parametrizations" in children else None  # noqa: SIM401
     return child if isinstance(child, nn.ModuleDict) else None
 
 
