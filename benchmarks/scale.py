@@ -142,19 +142,8 @@ def measure(shape: Shape, recipe: str, batches: int, length: int, processes: int
         make_checkpoint(Path(folder) / "dense", shape)
         paths = [f"{folder}/dense", f"{folder}/pruned"]
         start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-        command = [
-            sys.executable,
-            *start,
-            __file__,
-            "--prune",
-            *paths,
-            "--recipe",
-            recipe,
-            "--batches",
-            str(batches),
-            "--length",
-            str(length),
-        ]
+        options = [f"--recipe={recipe}", f"--batches={batches}", f"--length={length}"]
+        command = [sys.executable, *start, __file__, "--prune", *paths, *options]
         threads = {"OMP_NUM_THREADS": "1"} if one_thread else {}
         run = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | threads)
         measured: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])

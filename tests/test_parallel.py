@@ -4,11 +4,9 @@ Each cell of the table (how the model is distributed, whether masks come before 
 """
 
 import functools
-import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import in_two_processes
 
 import blockprune as bp
 from blockprune.core.sharded_tensor import is_sharded, whole
@@ -321,28 +319,21 @@ def refusal(wrap: str, when: str, what: str) -> str | None:
 TABLE = [(wrap, when, do.__name__) for wrap in WRAPS if wrap != "none" for when in ("before", "after") for do in DONE]
 
 
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def run_rank(rank: int, folder: str) -> dict[tuple[str, str, str], Any]:
     warnings.simplefilter("ignore")
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
     results: dict[tuple[str, str, str], Any] = {}
     for number, (wrap, when, what) in enumerate(TABLE):
         try:
             results[wrap, when, what] = globals()[what](wrap, when, f"{folder}/{number}")
         except Exception as error:
             results[wrap, when, what] = f"{type(error).__name__}: {error}"
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    os._exit(0)  # freeing the reducer of DistributedDataParallel may hang: it joins a thread that needs Python's lock
+    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str, str], Any]]:
     """What each rank returned, or its error, for each cell of the table."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, (str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return in_two_processes(run_rank, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.slow

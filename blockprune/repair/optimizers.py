@@ -15,9 +15,9 @@ def muon(parameters: Iterable[Tensor], *, lr: float = 1e-3, weight_decay: float 
     """Muon for matrices, and AdamW for all other parameters (https://kellerjordan.github.io/posts/muon/).
 
     Muon makes the singular values of each update nearly equal; it often needs fewer tokens than AdamW alone. It takes the parameters with
-    two axes of which the longer is at most 16 times the shorter. A longer one is taken for the table of an embedding, which AdamW trains
-    better; most low-rank factors are long, too. The values of block-sparse layers have one axis: they are nothing for Muon. Its updates
-    have the size of AdamW's (Liu et al. 2502.16982, section 2.2), so that the same learning rate does for both.
+    two axes of which the longer is at most 16 times the shorter. A longer one is taken for the table of an embedding, for which Muon is
+    not meant; most low-rank factors are as long. The values of block-sparse layers have one axis, so AdamW trains them. Muon's updates have
+    the size of AdamW's (Liu et al. 2502.16982, section 2.2), so that both can have one learning rate.
 
     Args:
         parameters: those to train.
@@ -32,13 +32,15 @@ def muon(parameters: Iterable[Tensor], *, lr: float = 1e-3, weight_decay: float 
         ['Muon', 'AdamW']
     """
     parameters = list(parameters)
-    matrices = [p for p in parameters if p.ndim == 2 and max(p.shape) <= LONGEST * min(p.shape)]
+    matrices, others = ([p for p in parameters if _is_for_muon(p) == wanted] for wanted in (True, False))
     if not matrices:
         raise ValueError(
             f"parameters has no matrix for Muon, two axes of which the longer is at most {LONGEST} times the shorter, among "
             f"{len(parameters)}; give torch.optim.AdamW"
         )
-    chosen = {id(p) for p in matrices}
-    others = [p for p in parameters if id(p) not in chosen]
     optimizers: list[Optimizer] = [torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")]
     return [*optimizers, torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay)] if others else optimizers
+
+
+def _is_for_muon(parameter: Tensor) -> bool:
+    return parameter.ndim == 2 and max(parameter.shape) <= LONGEST * min(parameter.shape)

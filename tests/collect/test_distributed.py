@@ -1,10 +1,8 @@
 """Two processes: every rank ends with the statistics of all batches, and so with the same masks."""
 
-import os
 import re
 import weakref
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import in_two_processes
 
 import blockprune as bp
 
@@ -188,26 +187,19 @@ RAISES: dict[Callable[[int], Any], str] = {
 }
 
 
-def run_all(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+def run_all(rank: int, folder: str) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for function in (*RETURNS, *RAISES):
         try:
             results[function.__name__] = function(rank)
         except ValueError as error:
             results[function.__name__] = str(error)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    os._exit(0)  # freeing the reducer of DistributedDataParallel may hang: it joins a thread that needs Python's lock
+    return results
 
 
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("all")
-    mp.spawn(run_all, (str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return in_two_processes(run_all, tmp_path_factory.mktemp("all"))
 
 
 @pytest.mark.slow

@@ -4,15 +4,13 @@ accelerate shards on GPUs and the like alone; on a CPU it would take Distributed
 """
 
 import os
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from two_processes import in_two_processes
 
 import blockprune as bp
 
@@ -59,8 +57,7 @@ def shard_on_a_cpu() -> None:
     state.__init__ = init
 
 
-def run_rank(rank: int, folder: str, kind: str) -> None:
-    torch.set_num_threads(1)
+def run_rank(rank: int, folder: str, kind: str) -> dict[str, Any]:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -68,8 +65,6 @@ def run_rank(rank: int, folder: str, kind: str) -> None:
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": "1",
     }  # not used
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     if kind == "FSDP2":
         shard_on_a_cpu()
     options = FSDP if kind == "FSDP2" else {}
@@ -85,17 +80,14 @@ def run_rank(rank: int, folder: str, kind: str) -> None:
     masks = [bp.distributed.agree(bp.read_masks(each.model)) for each in (first, second)]
     keeps = [{name: mask.keep for name, mask in of_one.items()} for of_one in masks]
     kinds = {type(each.model_wrapped).__name__ for each in (first, second)}
-    torch.save({"states": states, "keep": keeps, "kinds": kinds, "sparsity": bp.sparsity(masks[0])}, f"{folder}/{rank}.pt")
-    dist.barrier()
-    os._exit(0)  # freeing the reducer of DistributedDataParallel may hang: it joins a thread that needs Python's lock
+    return {"states": states, "keep": keeps, "kinds": kinds, "sparsity": bp.sparsity(masks[0])}
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
 def test_training_is_pruned_resumed_and_exported(kind: str, tmp_path: Path) -> None:
-    mp.spawn(run_rank, (str(tmp_path), kind), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = in_two_processes(run_rank, tmp_path, kind, seconds=120)
     assert first["kinds"] == {"DistributedDataParallel" if kind == "DDP" else "FSDPBertForSequenceClassification"}
     assert first["sparsity"] == 0.75
     state, resumed = first["states"]

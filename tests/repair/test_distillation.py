@@ -219,6 +219,15 @@ def test_optimizers_that_share_out_the_parameters_are_as_one_with_groups() -> No
     assert same(several, expected)
 
 
+def test_a_state_of_other_optimizers_is_refused() -> None:
+    model, masks, batches = problem()
+    states: list[bp.DistillState] = []
+    call = partial(bp.distill, model, masks, None, batches, teacher=model, loss=losses.kl, steps=2)
+    call(optimizer=bp.muon, callback=states.append)
+    with pytest.raises(ValueError, match="its state is of Muon, AdamW, not SGD; give optimizer= of the first call"):
+        call(optimizer=SGD, resume=states[0])
+
+
 def test_muon_takes_the_weights_of_linears_and_keeps_the_masks() -> None:
     model, masks, batches = problem()
     wide = nn.Embedding(64, 2).weight

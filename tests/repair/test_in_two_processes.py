@@ -1,9 +1,7 @@
 """Two processes that share the batches and the work end with the masks of one that has all batches, and with its weights up to rounding."""
 
-import os
 import re
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -11,12 +9,11 @@ import attrs
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+from two_processes import in_two_processes
 
 import blockprune as bp
 
-RANKS = 2
 WHERE = bp.including(bp.linears((4, 4)), "layers.*")
 BATCHES_OF_RANK = {"halves": [[0, 1], [2, 3]], "unequal": [[0], [1, 2, 3]], "none": [[0, 1, 2, 3], []], "none at first": [[], [0, 1, 2, 3]]}
 
@@ -124,10 +121,7 @@ RAISES: dict[Callable[[int], Any], str] = {
 CASES = [(recipe, case) for recipe in RECIPES for case in BATCHES_OF_RANK]
 
 
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=120))
+def run_rank(rank: int, folder: str) -> dict[Any, Any]:
     results: dict[Any, Any] = {
         (recipe, case): result(recipe, BATCHES_OF_RANK[case][rank], reduce=bp.distributed.all_reduce) for recipe, case in CASES
     }
@@ -137,16 +131,12 @@ def run_rank(rank: int, folder: str) -> None:
             results[function.__name__] = function(rank)
         except ValueError as error:
             results[function.__name__] = str(error)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    os._exit(0)
+    return results
 
 
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, (str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return in_two_processes(run_rank, tmp_path_factory.mktemp("ranks"), seconds=120)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
