@@ -102,6 +102,7 @@ def main(options: argparse.Namespace) -> None:
         raise SystemExit(f"{path} is of a run with other options; give another --folder")
     record["options"] = chosen
     copied = copy.deepcopy(model)
+    teacher = copy.deepcopy(model).bfloat16() if options.bfloat16 else model  # saves autocast the conversion of each weight
 
     def judged(weights: bp.Weights) -> nn.Module:
         return bp.apply_masks(copied, masks, weights)
@@ -130,7 +131,7 @@ def main(options: argparse.Namespace) -> None:
         masks,
         weights,
         problem.batches,
-        teacher=model,
+        teacher=teacher,
         loss=LOSSES[options.loss],
         optimizer=partial(OPTIMIZERS[options.optimizer], lr=options.lr),
         steps=steps,

@@ -15,7 +15,7 @@ from blockprune.core.progress import progress_bar
 from blockprune.export import semi_structured, triton_launch
 from blockprune.export.candidates import Candidate, find_candidates
 from blockprune.export.choices import Choice, Choices, backends, warn_if_all_dense
-from blockprune.export.dense_baselines import dense_int8_kernels, dense_kernels
+from blockprune.export.dense_baselines import dense_int8_kernels, dense_layer_calls
 from blockprune.export.ops import BACKENDS, int8_backend
 from blockprune.export.packing import pack_int8, pack_weight
 from blockprune.export.quantization import output_error, wants_int8
@@ -310,15 +310,8 @@ def _copies(candidate: Candidate, x: Tensor, nbytes: int) -> range:
 def _dense_calls(candidate: Candidate, x: Tensor) -> Calls:
     calls: Calls = defaultdict(list)
     for _ in _copies(candidate, x, candidate.ref.stored.nbytes):
-        layer = finalize(candidate.module)
-        if isinstance(layer, nn.Conv2d):
-            calls["Conv2d"].append(partial(layer, x))
-            if x.ndim == 4:
-                other = copy.deepcopy(layer).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-                calls["Conv2d channels_last"].append(partial(other, x.to(memory_format=torch.channels_last)))
-        else:
-            for name, call in dense_kernels(x, cast(Tensor, layer.weight), cast(Any, layer.bias)).items():
-                calls[name].append(call)
+        for name, call in dense_layer_calls(cast(Any, finalize(candidate.module)), x).items():
+            calls[name].append(call)
     return calls
 
 

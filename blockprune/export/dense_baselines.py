@@ -34,6 +34,23 @@ def dense_kernels(x: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, C
     return kernels
 
 
+def dense_layer_calls(layer: nn.Linear | nn.Conv2d, x: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """The dense implementations of a Linear or of a convolution on this machine, by name: the first is the one that the layer runs.
+
+    Example:
+        >>> from blockprune.export.dense_baselines import dense_layer_calls
+        >>> list(dense_layer_calls(nn.Conv2d(3, 4, 3), torch.ones(1, 3, 8, 8)))
+        ['Conv2d', 'Conv2d channels_last']
+    """
+    if isinstance(layer, nn.Linear):
+        return dense_kernels(x, layer.weight, layer.bias)
+    calls: dict[str, Callable[[], Tensor]] = {"Conv2d": partial(layer, x)}
+    if x.ndim == 4:
+        other = copy.deepcopy(layer).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        calls["Conv2d channels_last"] = partial(other, x.to(memory_format=torch.channels_last))
+    return calls
+
+
 def dense_int8_kernels(x: Tensor, weight: Tensor, bias: nn.Parameter | None) -> dict[str, Callable[[], Tensor]]:
     """The dense int8 implementations of one Linear, by name: an `Int8BlockSparseLinear` with all blocks, and torch's own on a CPU.
 

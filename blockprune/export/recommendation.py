@@ -1,28 +1,20 @@
 """Which blocks make layers faster on this machine, and what a block costs: timed on single layers with random masks."""
 
-import copy
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blockprune.core.grid import BlockGrid, BlockShape
 from blockprune.core.progress import progress_bar
 from blockprune.core.table import Rows, Table
-from blockprune.core.types import BlockMask, Masks, Scores
+from blockprune.core.types import Masks, Scores
 from blockprune.export.autotune import DEFAULT_ROWS
-from blockprune.export.choices import backends
-from blockprune.export.dense_baselines import dense_int8_kernels, dense_kernels
-from blockprune.export.ops import int8_backend
-from blockprune.export.packing import pack_int8, pack_weight
-from blockprune.export.quantization import wants_int8
-from blockprune.export.sparse_layers import BlockSparseLinear, Int8BlockSparseLinear
-from blockprune.export.timing import cold_copies, time_interleaved
+from blockprune.export.timed_layers import TimedLayer, layers_of_model, layers_without_model
+from blockprune.model.running import Forward, default_forward
 
 BLOCKS: tuple[BlockShape, ...] = ((16, 1), (8, 1), (4, 4), (16, 16), (32, 32), (64, 64))
 SPARSITIES = (0.5, 0.75, 0.9, 0.95)
@@ -32,15 +24,22 @@ SPARSITIES = (0.5, 0.75, 0.9, 0.95)
 class BlockSpeedup:
     """The speedup of a layer in blocks of one shape over the fastest dense kernel, by sparsity.
 
+    Args:
+        shape: of the weight.
+        inputs: the shape of what the layer gets in one call.
+        block: of the mask.
+        speedup: by sparsity.
+
     Example:
         >>> from blockprune import export
-        >>> export.BlockSpeedup((512, 512), (16, 16), {0.5: 0.8, 0.75: 1.6}).faster_from
+        >>> export.BlockSpeedup((512, 512), (128, 512), (16, 16), {0.5: 0.8, 0.75: 1.6}).faster_from
         0.6
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
+    inputs: tuple[int, ...]
     block: tuple[int, ...]
-    speedup: Mapping[float, float]  # by sparsity
+    speedup: Mapping[float, float]
 
     @property
     def faster_from(self) -> float | None:
@@ -62,35 +61,36 @@ class BlockRecommendation(Table):
 
     Example:
         >>> from blockprune import export
-        >>> export.BlockRecommendation((export.BlockSpeedup((512, 512), (16, 16), {0.5: 0.8, 0.75: 1.6}),), 128)
-        layer    block    50%    75%  faster from
-        512x512  16x16  0.80x  1.60x          60%
-        With 128 input rows per call. 512x512: 16x16 blocks are best, faster than dense from 60% pruned.
+        >>> export.BlockRecommendation((export.BlockSpeedup((512, 512), (128, 512), (16, 16), {0.5: 0.8, 0.75: 1.6}),))
+        layer    inputs   block    50%    75%  faster from
+        512x512  128x512  16x16  0.80x  1.60x          60%
+        512x512 with inputs 128x512: 16x16 blocks are best, faster than dense from 60% pruned.
     """
 
     rows: tuple[BlockSpeedup, ...]
-    input_rows: int  # in one call of a layer
 
     def table(self) -> Rows:
         sparsities = sorted({s for row in self.rows for s in row.speedup})
-        lines = [("layer", "block", *(f"{s:.0%}" for s in sparsities), "faster from")]
+        lines = [("layer", "inputs", "block", *(f"{s:.0%}" for s in sparsities), "faster from")]
         for row in self.rows:
             start = "never" if row.faster_from is None else f"{row.faster_from:.0%}"
-            lines.append((_size_text(row.shape), _size_text(row.block), *(f"{row.speedup[s]:.2f}x" for s in sparsities), start))
+            sizes = (_size_text(row.shape), _size_text(row.inputs), _size_text(row.block))
+            lines.append((*sizes, *(f"{row.speedup[s]:.2f}x" for s in sparsities), start))
         return lines
 
     @property
     def verdict(self) -> str:
         """The best block of each layer: faster than dense from the lowest sparsity, and the fastest among several such blocks."""
-        sentences = [f"With {self.input_rows} input rows per call."]
-        for shape in dict.fromkeys(row.shape for row in self.rows):
-            faster = [row for row in self.rows if row.shape == shape and row.faster_from is not None]
+        sentences = []
+        for shape, inputs in dict.fromkeys((row.shape, row.inputs) for row in self.rows):
+            layer = f"{_size_text(shape)} with inputs {_size_text(inputs)}"
+            faster = [row for row in self.rows if (row.shape, row.inputs) == (shape, inputs) and row.faster_from is not None]
             if faster:
                 best = min(faster, key=lambda row: (row.faster_from, -sum(row.speedup.values())))
                 blocks = f"{_size_text(best.block)} blocks are best, faster than dense from {best.faster_from:.0%} pruned"
-                sentences.append(f"{_size_text(shape)}: {blocks}.")
+                sentences.append(f"{layer}: {blocks}.")
             else:
-                sentences.append(f"{_size_text(shape)}: no blocks are faster than dense; leave it dense.")
+                sentences.append(f"{layer}: no blocks are faster than dense; leave it dense.")
         return " ".join(sentences)
 
 
@@ -121,7 +121,7 @@ class BlockCosts(Table):
 
     Example:
         >>> from blockprune import export
-        >>> costs = export.BlockCosts((export.BlockCost("fc.weight", (16, 16), 0.001, 0.02),), 128)
+        >>> costs = export.BlockCosts((export.BlockCost("fc.weight", (16, 16), 0.001, 0.02),))
         >>> costs
         parameter  block  us per block  ms without blocks
         fc.weight  16x16         1.000              0.020
@@ -130,7 +130,6 @@ class BlockCosts(Table):
     """
 
     rows: tuple[BlockCost, ...]
-    input_rows: int  # in one call of a layer
 
     @property
     def per_element(self) -> dict[str, float]:
@@ -146,8 +145,10 @@ class BlockCosts(Table):
 def recommend_blocks(
     layers: Masks | Scores,
     *,
+    model: nn.Module | None = None,
+    inputs: Any = None,
+    forward: Forward = default_forward,
     rows: int = DEFAULT_ROWS,
-    inputs: Tensor | None = None,
     blocks: Sequence[BlockShape] = BLOCKS,
     sparsities: Sequence[float] = SPARSITIES,
     dtype: torch.dtype | str = torch.float32,
@@ -159,48 +160,58 @@ def recommend_blocks(
 
     Args:
         layers: masks or scores, of which only the shapes, blocks and device matter.
-        rows: input rows of a layer in one call, such as batch x tokens.
-        inputs: instead of ``rows`` and ``dtype``: a tensor ``[..., in_features]`` as all of these layers get it.
+        model: the model of these layers. They are timed in its type and on inputs of the size that they get in it. Convolutions need it,
+            because their time depends on their stride and the size of the image.
+        inputs: with a model, one batch for ``forward``. Without a model, and instead of ``rows`` and ``dtype``: a tensor
+            ``[..., in_features]`` as all of these layers get it.
+        forward: (model, batch) -> output, as in `Calibration`.
+        rows: without inputs, input rows of a layer in one call, such as batch x tokens.
         blocks: block shapes to try besides those of the layers.
         sparsities: to try, each above 0 and below 1.
         dtype: of weights and inputs, or "int8" for weights of int8 and inputs of float32 (or of the type of ``inputs``), which are
-            compared with the fastest dense kernel of both types.
+            compared with the fastest dense kernel of both types. Convolutions have no int8 form and stay in their type.
         graph: on a GPU, time layers as a CUDA graph replays them, as in `choose`.
         rounds: of measurement, of which the median counts.
         progress: show a progress bar; by default in a terminal and in a notebook.
 
     Raises:
-        ValueError: no layers, no input rows, inputs that do not fit a layer, a block with too many axes, or a sparsity outside (0, 1).
+        KeyError: a name that is no parameter of the model.
+        ValueError: no layers, no input rows, inputs that do not fit or reach a layer, a layer that has no block-sparse form, a convolution
+            without its model, a block with too many axes, or a sparsity outside (0, 1).
 
     Example:
         >>> from blockprune import export
         >>> mask = bp.BlockMask(torch.rand(16, 16) > 0.9, bp.BlockGrid((256, 256), (16, 16)))
         >>> options = {"blocks": [], "sparsities": [0.5, 0.9], "rounds": 1, "progress": False}
         >>> speed = export.recommend_blocks({"fc.weight": mask}, rows=32, **options)
-        >>> [(row.shape, row.block, list(row.speedup)) for row in speed.rows]
-        [((256, 256), (16, 16), [0.5, 0.9])]
+        >>> [(row.shape, row.inputs, row.block, list(row.speedup)) for row in speed.rows]
+        [((256, 256), (32, 256), (16, 16), [0.5, 0.9])]
     """
-    timing = _LayerTiming.of(layers, rows, inputs, dtype, graph=graph, rounds=rounds)
     if not all(0 < s < 1 for s in sparsities):
         raise ValueError(f"sparsities={list(sparsities)} must be above 0 and below 1")
-    grids: dict[tuple[int, int], list[BlockGrid]] = defaultdict(list)
-    for layer in layers.values():
-        grid = _matrix_grid(layer.grid)
-        shape = cast(tuple[int, int], grid.shape)
-        grids[shape] += [grid, *(_clipped_grid(block, shape) for block in blocks)]
+    timed, int8 = _timed_layers(layers, model, inputs, forward=forward, rows=rows, dtype=dtype)
+    grids: dict[Any, list[BlockGrid]] = {}
+    for name, layer in timed.items():
+        grid = layers[name].grid
+        grids.setdefault(layer.key, []).extend([grid, *(_clipped_grid(block, grid.shape) for block in blocks)])
+    alike = {layer.key: layer for layer in timed.values()}
     speedups = []
-    for shape, candidates in progress_bar(grids.items(), "recommend_blocks", progress):
-        distinct = list(dict.fromkeys(candidates))
-        dense_ms, sparse_ms = timing.milliseconds(distinct, sparsities)
-        speedups += [BlockSpeedup(shape, grid.block, {s: dense_ms / sparse_ms[grid, s] for s in sparsities}) for grid in distinct]
-    return BlockRecommendation(tuple(speedups), timing.input_rows)
+    for key, layer in progress_bar(alike.items(), "recommend_blocks", progress):
+        distinct = list(dict.fromkeys(grids[key]))
+        dense_ms, sparse_ms = layer.milliseconds(distinct, sparsities, int8=int8, graph=graph, rounds=rounds)
+        for grid in distinct:
+            speedup = {s: dense_ms / sparse_ms[grid, s] for s in sparsities}
+            speedups.append(BlockSpeedup(tuple(grid.shape), tuple(layer.x.shape), tuple(grid.block), speedup))
+    return BlockRecommendation(tuple(speedups))
 
 
 def cost_table(
     layers: Scores | Masks,
     *,
+    model: nn.Module | None = None,
+    inputs: Any = None,
+    forward: Forward = default_forward,
     rows: int = DEFAULT_ROWS,
-    inputs: Tensor | None = None,
     dtype: torch.dtype | str = torch.float32,
     graph: bool = False,
     rounds: int = 9,
@@ -208,14 +219,14 @@ def cost_table(
 ) -> BlockCosts:
     """What one kept block costs on this machine, from the times of each layer at 50 and 90 % sparsity: a price for budgets in milliseconds.
 
-    Layers of the same shape and blocks are timed once.
+    Layers of the same shape, blocks and inputs are timed once.
 
     Args:
         layers: scores or masks, of which only the shapes, blocks and device matter.
-        rows, inputs, dtype, graph, rounds, progress: as in `recommend_blocks`.
+        model, inputs, forward, rows, dtype, graph, rounds, progress: as in `recommend_blocks`.
 
     Raises:
-        ValueError: no layers, no input rows, or inputs that do not fit a layer.
+        KeyError, ValueError: as `recommend_blocks`.
 
     Example:
         >>> from blockprune import export
@@ -225,95 +236,29 @@ def cost_table(
         >>> list(budget)
         ['fc.weight']
     """
-    timing = _LayerTiming.of(layers, rows, inputs, dtype, graph=graph, rounds=rounds)
-    grids = {name: _matrix_grid(layer.grid) for name, layer in layers.items()}
-    costs: dict[BlockGrid, tuple[float, float]] = {}  # milliseconds of one block, and without any block
-    for grid in progress_bar(dict.fromkeys(grids.values()), "cost_table", progress):
-        _, sparse_ms = timing.milliseconds([grid], (0.5, 0.9))
+    timed, int8 = _timed_layers(layers, model, inputs, forward=forward, rows=rows, dtype=dtype)
+    keys = {name: (layer.key, layers[name].grid) for name, layer in timed.items()}
+    distinct = {keys[name]: layer for name, layer in timed.items()}
+    costs: dict[Any, tuple[float, float]] = {}  # milliseconds of one block, and without any block
+    for (key, grid), layer in progress_bar(distinct.items(), "cost_table", progress):
+        _, sparse_ms = layer.milliseconds([grid], (0.5, 0.9), int8=int8, graph=graph, rounds=rounds)
         half, tenth = sparse_ms[grid, 0.5], sparse_ms[grid, 0.9]
         per_block = max(half - tenth, 0.01 * half) / (0.4 * grid.blocks)  # above 0, however noisy the times are
-        costs[grid] = per_block, max(0.0, tenth - 0.1 * grid.blocks * per_block)
-    return BlockCosts(tuple(BlockCost(name, grid.block, *costs[grid]) for name, grid in grids.items()), timing.input_rows)
+        costs[key, grid] = per_block, max(0.0, tenth - 0.1 * grid.blocks * per_block)
+    return BlockCosts(tuple(BlockCost(name, tuple(layers[name].grid.block), *costs[keys[name]]) for name in layers))
 
 
-@attrs.frozen
-class _LayerTiming:
-    """The size of the inputs on which layers are timed, and how they are timed."""
-
-    input_rows: int
-    dtype: torch.dtype
-    device: torch.device
-    graph: bool
-    rounds: int
-    int8: bool
-
-    @classmethod
-    def of(
-        cls, layers: Scores | Masks, rows: int, inputs: Tensor | None, dtype: torch.dtype | str, *, graph: bool, rounds: int
-    ) -> "_LayerTiming":
-        int8 = not (isinstance(dtype, torch.dtype) and dtype.is_floating_point) and wants_int8(dtype)
-        float_dtype = dtype if isinstance(dtype, torch.dtype) and not int8 else torch.float32
-        if inputs is not None:
-            rows = inputs.numel() // inputs.shape[-1]
-        if not layers or rows < 1:
-            raise ValueError(
-                f"there are {len(layers)} layers and {rows} input rows; give at least one layer, and at least one row by rows= or inputs="
-            )
-        if vectors := [name for name, layer in layers.items() if len(layer.grid.shape) < 2]:
-            shape = layers[vectors[0]].grid.shape
-            raise ValueError(f"{vectors[0]} of shape {shape} is no weight of a Linear or a convolution; leave it out")
-        if inputs is None:
-            first: Any = next(iter(layers.values()))
-            device = first.keep.device if isinstance(first, BlockMask) else first.value.device
-        else:
-            device, float_dtype = inputs.device, inputs.dtype
-            in_features = {name: math.prod(layer.grid.shape[1:]) for name, layer in layers.items()}
-            if wrong := [name for name, features in in_features.items() if features != inputs.shape[-1]]:
-                misfit = f"inputs {tuple(inputs.shape)} do not fit {wrong[0]}, which has {in_features[wrong[0]]} input features"
-                raise ValueError(f"{misfit}; give the number of input rows instead: rows={rows}")
-        if int8 and device.type != "cpu":
-            raise ValueError(f"dtype={dtype!r} has kernels for a CPU alone, and the layers or inputs are on {device}")
-        return cls(rows, float_dtype, device, graph, rounds, int8)
-
-    def milliseconds(self, grids: Sequence[BlockGrid], sparsities: Sequence[float]) -> tuple[float, dict[tuple[BlockGrid, float], float]]:
-        """The time of the fastest dense kernel, and the times of random masks by grid and sparsity; the grids have one shape."""
-        generator = torch.Generator().manual_seed(0)
-        backend = next(row.name for row in backends().rows if row.available)
-        weight = torch.randn(grids[0].shape, generator=generator).to(self.device, self.dtype)
-        x = torch.randn(self.input_rows, weight.shape[1], generator=generator).to(self.device, self.dtype)
-        calls: dict[Any, list[Callable[[], Tensor]]] = defaultdict(list)
-        for _ in self._copies(weight.nbytes):
-            kernels = dense_kernels(x, weight.clone(), None) | (dense_int8_kernels(x, weight, None) if self.int8 else {})
-            for name, call in kernels.items():
-                calls[name].append(call)
-        dense_names = list(calls)
-        for grid in grids:
-            order = torch.randperm(grid.blocks, generator=generator)
-            for sparsity in sparsities:
-                keep = (order >= round(sparsity * grid.blocks)).view(grid.size)
-                mask = BlockMask(keep, grid)
-                if self.int8:
-                    layer: BlockSparseLinear = Int8BlockSparseLinear(pack_int8(weight, mask), None, int8_backend(x))
-                else:
-                    layer = BlockSparseLinear(pack_weight(weight, mask), None, backend)
-                calls[grid, sparsity] = [partial(copy.deepcopy(layer), x) for _ in self._copies(layer.values.nbytes)]
-        with torch.no_grad():
-            seconds = time_interleaved(calls, self.device, graph=self.graph, rounds=self.rounds)
-        milliseconds = {name: 1e3 * value for name, value in seconds.items()}
-        return min(milliseconds.pop(name) for name in dense_names), milliseconds
-
-    def _copies(self, nbytes: int) -> range:
-        return range(1 if self.device.type == "cpu" else cold_copies(nbytes, self.device))
+def _timed_layers(
+    layers: Scores | Masks, model: nn.Module | None, inputs: Any, *, forward: Forward, rows: int, dtype: torch.dtype | str
+) -> tuple[dict[str, TimedLayer], bool]:
+    if model is not None:
+        return layers_of_model(layers, model, inputs, forward, dtype)
+    if inputs is not None and not isinstance(inputs, Tensor):
+        raise ValueError(f"inputs has the type {type(inputs).__name__}; give a tensor [..., in_features], or model= for a batch of a model")
+    return layers_without_model(layers, rows, inputs, dtype)
 
 
-def _matrix_grid(grid: BlockGrid) -> BlockGrid:
-    """The blocks of a kernel as blocks of the matrix ``[out, in * taps]``, as `pack_weight` stores them."""
-    whole_kernels = grid.block[2:] == grid.shape[2:]
-    width = math.prod(grid.block[1:]) if whole_kernels else 1
-    return BlockGrid((grid.shape[0], math.prod(grid.shape[1:])), (grid.block[0], width))
-
-
-def _clipped_grid(block: BlockShape, shape: tuple[int, int]) -> BlockGrid:
+def _clipped_grid(block: BlockShape, shape: Sequence[int]) -> BlockGrid:
     """A grid whose block is no larger than the shape; axes that the block does not name are whole."""
     if len(block) > len(shape):
         raise ValueError(f"block={tuple(block)} has {len(block)} axes, but a layer's weight has {len(shape)}; give (rows, columns)")

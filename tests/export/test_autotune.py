@@ -14,7 +14,7 @@ from torch import nn
 
 import blockprune as bp
 from blockprune import export
-from blockprune.export import autotune, model_benchmark, timing
+from blockprune.export import autotune, model_benchmark, timed_layers, timing
 from blockprune.export.timing import cold_copies, median_seconds, time_interleaved
 from blockprune.native import spmm
 
@@ -115,7 +115,7 @@ def test_a_real_benchmark_leaves_the_models_alone() -> None:
 @given(st.lists(st.floats(0.1, 10), min_size=2, max_size=5))
 def test_blocks_are_faster_from_between_the_last_slower_and_the_first_faster_sparsity(times: list[float]) -> None:
     sparsities = [(i + 1) / 10 for i in range(len(times))]
-    start = export.BlockSpeedup((8, 8), (4, 4), dict(zip(sparsities, times, strict=True))).faster_from
+    start = export.BlockSpeedup((8, 8), (1, 8), (4, 4), dict(zip(sparsities, times, strict=True))).faster_from
     wins = [s for s, t in zip(sparsities, times, strict=True) if t >= 1]
     if not wins:
         assert start is None
@@ -127,16 +127,86 @@ def test_blocks_are_faster_from_between_the_last_slower_and_the_first_faster_spa
 
 
 def test_a_recommendation_covers_the_layers_own_blocks_and_the_others() -> None:
-    masks = bp.read_masks(masked(nn.Sequential(nn.Linear(64, 48), nn.Flatten(), nn.Conv2d(4, 6, 3)), (4, 4)))
+    masks = bp.read_masks(masked(nn.Sequential(nn.Linear(64, 48)), (4, 4)))
     recommendation = export.recommend_blocks(masks, rows=16, blocks=[(16, 1)], sparsities=[0.5, 0.9], rounds=1, progress=False)
-    assert [(row.shape, row.block) for row in recommendation.rows] == [
-        ((48, 64), (4, 4)),
-        ((48, 64), (16, 1)),
-        ((6, 36), (4, 36)),  # four channels of 3 x 3 taps
-        ((6, 36), (6, 1)),
+    assert [(row.shape, row.inputs, row.block) for row in recommendation.rows] == [
+        ((48, 64), (16, 64), (4, 4)),
+        ((48, 64), (16, 64), (16, 1)),
     ]
     assert "48x64" in repr(recommendation)
+    assert "48x64 with inputs 16x64: " in recommendation.verdict
     assert "<table>" in recommendation._repr_html_()
+
+
+class TwoSizes(nn.Module):
+    """Alike layers on inputs of several sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.alike = (nn.Conv2d(8, 8, 3, stride=s, padding=1) for s in (2, 1, 1))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.alike(self.second(self.first(x))).mean((2, 3)))
+
+
+def test_layers_of_a_model_are_timed_on_inputs_of_the_size_that_they_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = TwoSizes().double(), torch.randn(2, 8, 12, 12, dtype=torch.float64)
+    masks = bp.recipes.magnitude(bp.first_of(bp.linears((2, 2)), bp.convs((4, 2))))(model, 0.5).masks
+    seen = []
+    monkeypatch.setattr(
+        timed_layers, "time_interleaved", lambda calls, *_, **__: seen.append([c[0]() for c in calls.values()]) or dict.fromkeys(calls, 1.0)
+    )
+    before = copy.deepcopy(model.state_dict())
+    masked_model = bp.apply_masks(copy.deepcopy(model), masks)
+    for of in (model, masked_model):
+        recommendation = export.recommend_blocks(masks, model=of, inputs=x, blocks=[(8, 8)], sparsities=[0.5], progress=False)
+        assert [(row.shape, row.inputs, row.block) for row in recommendation.rows] == [
+            ((8, 8, 3, 3), (2, 8, 12, 12), (4, 2, 3, 3)),
+            ((8, 8, 3, 3), (2, 8, 12, 12), (8, 8, 3, 3)),
+            ((8, 8, 3, 3), (2, 8, 6, 6), (4, 2, 3, 3)),  # the second and the one like it
+            ((8, 8, 3, 3), (2, 8, 6, 6), (8, 8, 3, 3)),
+            ((4, 8), (2, 8), (2, 2)),
+            ((4, 8), (2, 8), (4, 8)),
+        ]
+    assert [outputs[0].shape for outputs in seen[:3]] == [(2, 8, 6, 6), (2, 8, 6, 6), (2, 4)]
+    assert all(out.shape == outputs[0].shape and out.dtype == torch.float64 for outputs in seen for out in outputs)
+    costs = export.cost_table(masks, model=masked_model, inputs=x, progress=False)
+    assert [(row.name, row.block) for row in costs.rows] == [(name, mask.grid.block) for name, mask in masks.items()]
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_masks_that_are_timed_keep_the_share_that_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = []
+    monkeypatch.setattr(timed_layers, "pack_weight", lambda weight, mask: packed.append(mask) or export.pack_weight(weight, mask))
+    model, layers = (
+        nn.Sequential(nn.Conv2d(8, 8, 3)),
+        {"0.weight": bp.BlockScore(torch.rand(4, 4, 1, 1), bp.BlockGrid((8, 8, 3, 3), (2, 2)))},
+    )
+    export.recommend_blocks(layers, model=model, inputs=torch.randn(1, 8, 5, 5), blocks=[], sparsities=[0.25, 0.75], rounds=1)
+    assert [bp.sparsity({"w": mask}) for mask in packed] == [0.25, 0.75]
+
+
+def test_layers_that_cannot_be_timed_in_a_model_are_refused() -> None:
+    model, x = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 8, 3)), torch.randn(1, 4, 8, 8)
+    score = bp.BlockScore(torch.rand(4, 4, 1, 1), bp.BlockGrid((8, 8, 3, 3), (2, 2)))
+    with pytest.raises(ValueError, match=r"1.weight of shape \(8, 8, 3, 3\) is a convolution, .* give the model= of the layers"):
+        export.recommend_blocks({"1.weight": score})
+    with pytest.raises(ValueError, match="a model and no inputs; give inputs=, one batch"):
+        export.recommend_blocks({"1.weight": score}, model=model)
+    with pytest.raises(ValueError, match="no layers; give at least one"):
+        export.cost_table({}, model=model, inputs=x)
+    with pytest.raises(KeyError, match=r"'2.weight' is no parameter of the model; similar names: '1.weight'"):
+        export.cost_table({"2.weight": score}, model=model, inputs=x)
+    with pytest.raises(ValueError, match=r"1.weight has shape \(8, 8, 3, 3\) in the model and \(8, 4\) in layers"):
+        export.cost_table({"1.weight": bp.BlockScore(torch.rand(4, 2), bp.BlockGrid((8, 4), (2, 2)))}, model=model, inputs=x)
+    with pytest.raises(ValueError, match=r"0.weight belongs to a Conv2d in groups, which has no block-sparse form"):
+        export.cost_table({"0.weight": bp.BlockScore(torch.rand(4, 1, 1, 1), bp.BlockGrid((8, 2, 3, 3), (2, 2)))}, model=model, inputs=x)
+    with pytest.raises(ValueError, match=r"inputs do not reach 1.weight"):
+        export.cost_table({"1.weight": score}, model=model, inputs=x, forward=lambda model, x: model[0](x))
+    with pytest.raises(ValueError, match="inputs has the type dict; give a tensor"):
+        export.cost_table({"w": bp.BlockScore(torch.rand(4, 2), bp.BlockGrid((8, 4), (2, 2)))}, inputs={"x": x})
+    assert not model[1]._forward_pre_hooks
 
 
 def test_a_cost_is_positive_and_budgets_take_it() -> None:
@@ -144,7 +214,6 @@ def test_a_cost_is_positive_and_budgets_take_it() -> None:
     scores = {name: bp.BlockScore(torch.rand(grid.size), grid) for name, grid in grids.items()}
     costs = export.cost_table(scores, inputs=torch.randn(2, 64, 512), progress=False)
     small, large = costs.rows
-    assert costs.input_rows == 128
     assert min(small.milliseconds, large.milliseconds) > 0
     assert costs.per_element == {row.name: row.milliseconds / side**2 for row, side in ((small, 16), (large, 64))}
     assert min(small.fixed_milliseconds, large.fixed_milliseconds) >= 0
