@@ -94,9 +94,13 @@ batch_sizes = st.one_of(st.integers(0, 9), st.sampled_from([15, 16, 17, 31, 32, 
 @st.composite
 def kept_matrices(draw: st.DrawFn, *, side: int = 48) -> Matrix:
     """A matrix of whole numbers, which of its blocks are kept, and the blocks; some block rows keep nothing, some everything."""
-    shape = draw(st.integers(1, side)), draw(st.integers(1, 2 * side))
-    usual = st.sampled_from([1, 2, 4, 8, 16, 32])
-    block = [draw(st.one_of(usual.map(lambda b, s=s: min(b, s)), st.integers(1, s))) for s in shape]
+    if draw(st.integers(0, 3)):
+        shape = draw(st.integers(1, side)), draw(st.integers(1, 2 * side))
+        usual = st.sampled_from([1, 2, 4, 8, 16, 32])
+        block = [draw(st.one_of(usual.map(lambda b, s=s: min(b, s)), st.integers(1, s))) for s in shape]
+    else:  # blocks that are whole tiles of a processor
+        block = [draw(st.sampled_from([16, 32])), draw(st.sampled_from([16, 32, 48, 64]))]
+        shape = block[0] * draw(st.integers(1, 2)), block[1] * draw(st.integers(1, 3))
     grid, seed = BlockGrid(shape, block), draw(seeds)
     random = torch.rand(grid.size, generator=torch.Generator().manual_seed(seed))
     keep = random < draw(st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0]))

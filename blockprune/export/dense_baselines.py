@@ -59,7 +59,8 @@ def dense_int8_kernels(x: Tensor, weight: Tensor, bias: nn.Parameter | None) -> 
         >>> list(dense_int8_kernels(torch.ones(2, 4), torch.ones(3, 4), None))[:1]
         ['dense int8']
     """
-    kernels: dict[str, Callable[[], Tensor]] = {"dense int8": partial(Int8BlockSparseLinear(pack_int8(weight), bias, int8_backend(x)), x)}
+    layer = Int8BlockSparseLinear(pack_int8(weight), bias, int8_backend(x), weight.dtype)
+    kernels: dict[str, Callable[[], Tensor]] = {"dense int8": partial(layer, x)}
     if has_dynamic_int8() and x.device.type == "cpu":
         plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         plain.weight, plain.bias = nn.Parameter(weight.detach(), requires_grad=False), cast(Any, bias)

@@ -8,7 +8,7 @@
 #endif
 
 // The numbers are positions in INSTRUCTIONS of library.py; there, -1 stands for the best one.
-enum Isa : int32_t { BEST = -1, PLAIN, AVX2, AVX_VNNI, AVX512, AVX512_VNNI, AVX512_BF16, ISA_COUNT };
+enum Isa : int32_t { BEST = -1, PLAIN, AVX2, AVX_VNNI, AVX512, AVX512_VNNI, AVX512_BF16, AMX, ISA_COUNT };
 
 #if (defined(__x86_64__) || defined(__aarch64__)) && (defined(__GNUC__) || defined(__clang__)) && !defined(WITHOUT_VECTORS)
 #define HAS_VECTORS  // the vector extension of gcc and clang
@@ -46,7 +46,13 @@ static inline bool processor_has(Isa isa) {
     }
     if (isa == AVX512) return avx512;
     if (isa == AVX512_VNNI) return avx512 && __builtin_cpu_supports("avx512vnni");
-    if (isa == AVX512_BF16) return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    if (isa == AVX512_BF16) return bf16;
+    if (isa == AMX) {  // tiles, of bfloat16 and of int8
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        const unsigned needed = 1u << 24 | 1u << 22 | 1u << 25;
+        return bf16 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & needed) == needed;
+    }
 #endif
     return isa == PLAIN;
 }

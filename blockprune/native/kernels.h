@@ -69,7 +69,8 @@ static inline const Kernels* kernels_of(int32_t isa) {
         case AVX_VNNI: return processor_has(AVX_VNNI) ? avx2_kernels() : nullptr;
         case AVX512: return avx512_kernels();
         case AVX512_VNNI:
-        case AVX512_BF16: return processor_has((Isa)isa) ? avx512_kernels() : nullptr;
+        case AVX512_BF16:
+        case AMX: return processor_has((Isa)isa) ? avx512_kernels() : nullptr;
         case BEST: break;
         default: return nullptr;
     }

@@ -22,7 +22,7 @@ from blockprune.core._compat import (
 )
 
 # as isa.h numbers them; "plain" is what every processor has: SSE2, NEON
-INSTRUCTIONS = ("plain", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16")
+INSTRUCTIONS = ("plain", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 BEST = -1  # where no position in INSTRUCTIONS is asked for
 
 

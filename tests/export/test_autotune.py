@@ -415,6 +415,19 @@ def test_recommendations_and_costs_know_int8() -> None:
         export.recommend_blocks(layers, dtype="int4")
 
 
+@MAY_STAY_DENSE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_layers_of_other_types_are_timed_in_int8(dtype: torch.dtype) -> None:
+    model, x = masked(nn.Sequential(nn.Linear(32, 16)), (16, 16)).to(dtype), torch.randn(8, 32, dtype=dtype)
+    (choice,) = export.choose(model, dtype="int8", inputs=x, max_error=1, rounds=1, progress=False).rows
+    assert choice.milliseconds is not None
+    assert "dense int8" in choice.milliseconds
+    options = {"dtype": "int8", "blocks": [], "sparsities": [0.5], "rounds": 1, "progress": False}
+    layers = bp.read_masks(model)
+    assert len(export.recommend_blocks(layers, inputs=x, **options).rows) == 1
+    assert len(export.recommend_blocks(layers, model=model, inputs=x, **options).rows) == 1
+
+
 def test_a_model_in_int8_is_compared_with_the_best_dense_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = masked(mlp()), torch.randn(8, 24)
     sparse = export.block_sparse(model, backend="torch", dtype="int8")

@@ -150,14 +150,16 @@ static int run_gradients(int64_t rows, int64_t cols, int64_t height, int64_t wid
 int main(int argc, char** argv) {
     const int rounds = argc > 1 ? std::atoi(argv[1]) : 300;
     int wrong = 0, ran = 0;
-    for (int isa = 0; isa < 6; isa++) {
+    for (int isa = 0; isa < 7; isa++) {
         if (!has_isa(isa)) continue;
         std::printf("instructions %d\n", isa);
         for (int round = 0; round < rounds; round++) {
-            const int heights[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 24, 31, 32, 40}, widths[] = {1, 1, 2, 4, 6, 8, 16, 18, 32};
-            const int64_t height = heights[draw(0, 15)], width = widths[draw(0, 8)];
+            const int heights[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 16, 16, 17, 24, 31, 32, 40}, widths[] = {1, 1, 2, 4, 6, 8, 16, 18, 32, 64};
+            const int64_t height = heights[draw(0, 17)], width = widths[draw(0, 9)];
             const bool large = round % 16 == 0;  // so that bands are read in parts
-            const int64_t rows = draw(1, 3 * (int)height + 5), cols = large ? draw(800, 1500) : draw(1, 90);
+            const bool whole = height == 16 && width >= 16;  // blocks are tiles of a processor that has them
+            const int64_t rows = whole ? 16 * draw(1, 4) : draw(1, 3 * (int)height + 5), any = large ? draw(800, 1500) : draw(1, 90);
+            const int64_t cols = whole ? (any + width - 1) / width * width : any;
             const int64_t n = draw(0, 3) ? draw(0, 20) : draw(20, 70);
             const double densities[] = {0, 0.2, 0.6, 1};
             fail_next(round % 3 ? -1 : draw(0, 8), round % 5 ? -1 : draw(0, 2));
@@ -180,8 +182,9 @@ int main(int argc, char** argv) {
             for (int64_t height : {8, 96}) {
                 wrong += run(96, 1024, height, n % 2 ? 1 : 4, n, 0.9, n > 7, true, 3, isa);
                 wrong += run(96, 1021, height, n % 2 ? 1 : 4, n, 0.9, n > 7, true, 3, isa, true);
+                wrong += run(96, 1024, 16, n % 2 ? 64 : 16, n, 0.9, n > 7, true, 3, isa, height == 8);
                 wrong += run(91, 1021, height, 8, n, 0.9, n > 7, true, 3, isa, true);
-                wrong += run_gradients(96, 1024, height, n % 2 ? 1 : 4, n, 0.9, n > 7, 3, isa), ran += 4;
+                wrong += run_gradients(96, 1024, height, n % 2 ? 1 : 4, n, 0.9, n > 7, 3, isa), ran += 5;
             }
     }
     std::printf("%d products, %d numbers wrong, %d allocations and %d threads refused\n", ran, wrong, (int)refused_allocations,

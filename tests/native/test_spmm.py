@@ -67,12 +67,15 @@ LARGE = [  # bands long enough to be read in parts, of heights that are cut into
     ((70, 1201), (7, 1)),
     ((9, 5000), (1, 16)),
     ((500, 257), (-1, 1)),
+    ((48, 3072), (16, 16)),  # from here on blocks are whole tiles
+    ((32, 7200), (16, 48)),
+    ((64, 2048), (32, 64)),
 ]
 
 
 @EVERY
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 13, 33, 128])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 13, 33, 100, 128])
 @pytest.mark.parametrize(("shape", "block"), LARGE)
 def test_large_layers_in_any_number_of_threads(instructions: str, shape: Any, block: Any, n: int, dtype: torch.dtype) -> None:
     grid = BlockGrid(shape, block)
@@ -105,10 +108,11 @@ def test_its_own_threads_compute_the_same_without_openmp() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", [(16, 1), (32, 32), (4, 4), (1, 16), (5, 3)])
 @pytest.mark.parametrize("n", [1, 4, 40])
-def test_real_numbers_are_close(instructions: str, block: Any, n: int, dtype: torch.dtype) -> None:
-    grid = BlockGrid((200, 700), block)
+@pytest.mark.parametrize("shape", [(200, 700), (192, 704)])
+def test_real_numbers_are_close(instructions: str, shape: tuple[int, int], block: Any, n: int, dtype: torch.dtype) -> None:
+    grid = BlockGrid(shape, block)
     keep = torch.rand(grid.size, generator=torch.Generator().manual_seed(0)) < 0.5
-    weight, x, bias = (normal(shape, i).to(dtype) for i, shape in enumerate([grid.shape, (n, 700), (200,)]))
+    weight, x, bias = (normal(size, i).to(dtype) for i, size in enumerate([shape, (n, shape[1]), shape[:1]]))
     with running(instructions):
         got = linear(x, pack(weight, keep, grid), bias).double()
     kept = torch.where(bp.expand(keep, grid), weight, 0).double()

@@ -7,7 +7,7 @@
 #include "scratch.h"
 
 const KernelSet* kernels_of(int32_t isa) {
-    static const KernelSet* const sets[ISA_COUNT] = {plain_kernels(), avx2_kernels(), avx_vnni_kernels(), avx512_kernels(), avx512_vnni_kernels(), avx512_bf16_kernels()};
+    static const KernelSet* const sets[ISA_COUNT] = {plain_kernels(), avx2_kernels(), avx_vnni_kernels(), avx512_kernels(), avx512_vnni_kernels(), avx512_bf16_kernels(), amx_kernels()};
     if (isa != BEST) return isa >= 0 && isa < ISA_COUNT ? sets[isa] : nullptr;
     for (int32_t best = ISA_COUNT - 1; best > PLAIN; best--)
         if (sets[best]) return sets[best];
@@ -64,9 +64,7 @@ struct Work {
 };
 
 const int64_t SUMS_BYTES = 131072;    // of the sums of a group of bands
-const int64_t PANELS_BYTES = 196608;  // of the columns of all panels that a group of bands meets before the next columns
 const int64_t MIN_COLUMNS = 128;      // at a time
-const int64_t MAX_INPUTS = 256;       // rows of x whose panels are multiplied at a time
 const int64_t PACKED_BYTES = 4194304; // of panels that are packed before they are multiplied
 
 struct Runner {
@@ -88,7 +86,7 @@ struct Runner {
         const int64_t bands = std::max<int64_t>(1, SUMS_BYTES / (4 * width * p.height)), rows = std::min(bands, end - begin) * p.height;
         // more columns where few are kept, so that a band keeps enough of them to be worth a start
         const double density = (double)p.crow[p.bands()] * p.height * p.width / ((double)p.rows * p.cols), factor = 0.5 / (density + 1e-9);
-        const int64_t all = (int64_t)(std::min(4.0, std::max(1.0, factor)) * (double)(PANELS_BYTES / (packed_bytes * width)));
+        const int64_t all = (int64_t)(std::min(4.0, std::max(1.0, factor)) * (double)(kernels.panels_bytes / (packed_bytes * width)));
         const int64_t columns = std::max<int64_t>(MIN_COLUMNS, all / 64 * 64);
         ScratchBuffer sums((rows + 24) * width * 4), scratch(gemm_scratch(p));
         float* next = (float*)sums.get();
@@ -133,7 +131,7 @@ struct Runner {
         const int64_t spread = threads > 1 ? work.total() / work.largest() : 0;
         while (threads > 1 && max_panel > kernels.min_panel && (p.n + max_panel - 1) / max_panel * spread < 2 * threads) max_panel /= 2;
         const std::vector<Slice> slices = slices_of(p, kernels, max_panel);
-        const int64_t count = (int64_t)slices.size(), most = std::max<int64_t>(1, MAX_INPUTS / std::max<int64_t>(1, max_panel));
+        const int64_t count = (int64_t)slices.size(), most = std::max<int64_t>(1, kernels.max_inputs / std::max<int64_t>(1, max_panel));
         const int64_t at_once = threads == 1 ? most : std::max<int64_t>(1, std::min(most, count * spread / (2 * threads)));
         const int64_t together = std::max(at_once, PACKED_BYTES / std::max<int64_t>(1, panel_bytes(slices[0])) / at_once * at_once);
         for (int64_t i = 0; i < count; i += together) run_together(slices.data() + i, std::min(together, count - i), at_once);
@@ -168,6 +166,11 @@ template <class Body> static int32_t with_starts(Product p, Body body) {
     return 0;
 }
 
+// Whether blocks are whole tiles, and x has enough rows for them.
+static bool fills_tiles(const Product& p) {
+    return p.height == 16 && p.rows % 16 == 0 && p.width % 16 == 0 && p.cols % p.width == 0 && p.n > 4;
+}
+
 // y [n, rows] = x [n, cols] W^T + bias, all of one type and contiguous. The caller has checked the stored weight. Returns 0, 1 for an
 // instruction set that is not there, or 2 if memory ran out.
 EXPORT int32_t spmm(const void* values, const int32_t* col, const int64_t* crow, int64_t rows, int64_t cols, int64_t height, int64_t width,
@@ -175,7 +178,8 @@ EXPORT int32_t spmm(const void* values, const int32_t* col, const int64_t* crow,
     const KernelSet* kernels = kernels_of(isa);
     if (!kernels) return 1;
     return with_starts({{values, col, crow, rows, cols, height, width}, x, n, bias, y, nullptr}, [&](const Product& p) {
-        Runner{p, is_bf16 ? *kernels->bf16 : *kernels->f32, {threads, useful_threads(p, threads, is_bf16)}}.run();
+        const Kernels* tiles = is_bf16 && fills_tiles(p) ? kernels->bf16_tiles : nullptr;
+        Runner{p, tiles ? *tiles : is_bf16 ? *kernels->bf16 : *kernels->f32, {threads, useful_threads(p, threads, is_bf16)}}.run();
     });
 }
 
@@ -204,8 +208,9 @@ EXPORT int32_t spmm_int8(const int8_t* values, const int32_t* col, const int64_t
     Product whole{{values, col, crow, rows, cols, height, width}, x, n, bias, y, nullptr};
     whole.weight_scale = scale, whole.is_bf16 = is_bf16;
     return with_starts(whole, [&](Product p) {
-        const int64_t bytes = is_bf16 ? 2 : 4, most = std::min(n, std::max<int64_t>(MAX_INPUTS, PACKED_BYTES / cols));
+        const int64_t bytes = is_bf16 ? 2 : 4, most = std::min(n, std::max<int64_t>(256, PACKED_BYTES / cols));
         const bool pays = !kernels->quads_saturate || (n >= MIN_SATURATING_INPUTS && has_few_remainders(p));
+        p.uses_tiles = kernels->int8_tiles && fills_tiles(p);
         const Kernels* quads = p.width % 4 == 0 && p.height >= 4 && pays ? kernels->int8_quads : nullptr;
         ScratchBuffer quantized(most * cols), scales(most * (int64_t)sizeof(float));
         for (int64_t first = 0; first < n; first += most) {
@@ -217,7 +222,7 @@ EXPORT int32_t spmm_int8(const int8_t* values, const int32_t* col, const int64_t
                     kernels->quantize((const char*)x + (first + row) * cols * bytes, is_bf16, cols, (int8_t*)quantized.get() + row * cols,
                                       (float*)scales.get() + row);
             });
-            Runner{p, quads ? *quads : *kernels->int8, team}.run();
+            Runner{p, p.uses_tiles ? *kernels->int8_tiles : quads ? *quads : *kernels->int8, team}.run();
         }
     });
 }

@@ -43,6 +43,7 @@ struct Product : Layer {
     const int64_t* starts;  // [bands] where the values of each band start, or null where crow says it
     const float *input_scale = nullptr, *weight_scale = nullptr;  // [n] and [rows], where weights are int8: they make sums floats
     bool is_bf16 = false;  // the type of y where weights are int8; their bias is float32
+    bool uses_tiles = false;
 
     int64_t start(int64_t band) const { return starts ? starts[band] : crow[band] * width * height; }
 };
@@ -72,6 +73,8 @@ struct Kernels {
     void (*gemm)(const Product&, const Panel*, int64_t count, const Range& bands, const Range& columns, void* scratch);
     // Multiplies a slice of 1 to 4 rows of x with bands [begin, end); `scratch` holds gemv_scratch(...) floats.
     void (*gemv)(const Product&, const Slice&, float* scratch, int64_t begin, int64_t end);
+    int64_t max_inputs = 256;       // rows of x whose panels are multiplied at a time
+    int64_t panels_bytes = 196608;  // of the columns of these panels that a group of bands meets before the next columns
 };
 
 static const int64_t CACHED_BYTES = 8192;       // of weights that stay in the cache while several tiles and panels read them
@@ -80,7 +83,8 @@ static const float SMALLEST_INPUT = 1e-36f;     // rows of x without larger numb
 
 // Bytes for weights of int8 as they are multiplied, at most four each, and what is added to the sums of each row.
 static inline int64_t gemm_scratch(const Product& p) {
-    return p.weight_scale ? 64 + 4 * round_up(p.height, 16) + 4 * std::max(CACHED_BYTES, p.height * round_up(p.width, 4)) : 0;
+    const int64_t cached = 64 + 4 * round_up(p.height, 16) + 4 * std::max(CACHED_BYTES, p.height * round_up(p.width, 4));
+    return p.weight_scale ? std::max(cached, p.uses_tiles ? p.height * p.cols : 0) : 0;
 }
 static inline int64_t gemv_scratch(const Product& p) { return 4 * (p.height + p.cols + 32); }
 
@@ -95,6 +99,7 @@ struct KernelSet {
     void (*quantize)(const void* x, bool is_bf16, int64_t cols, int8_t* out, float* scale);
     const ConvKernels *conv_f32, *conv_bf16;  // null where there are none
     const GradientKernels *gradient_f32, *gradient_bf16;
+    const Kernels *bf16_tiles = nullptr, *int8_tiles = nullptr;  // for many rows of x, where blocks are whole tiles
 };
 
 const KernelSet* kernels_of(int32_t isa);  // null where the processor lacks it
@@ -105,6 +110,7 @@ const KernelSet* avx_vnni_kernels();
 const KernelSet* avx512_kernels();
 const KernelSet* avx512_vnni_kernels();
 const KernelSet* avx512_bf16_kernels();
+const KernelSet* amx_kernels();
 
 // The threads that torch uses, and how many of them get at least some microseconds of work each.
 struct Team {
