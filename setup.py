@@ -7,6 +7,7 @@ from typing import Any
 
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 
 class ParallelBuildExt(build_ext):
@@ -15,9 +16,18 @@ class ParallelBuildExt(build_ext):
     def build_extensions(self) -> None:
         compile_sources = self.compiler.compile
 
+        def compile_source(source: str, **options: Any) -> list[str]:
+            try:
+                return compile_sources([source], **options)
+            except CompileError:
+                if not source.endswith("amx.cpp"):
+                    raise
+                # an assembler from before 2020 does not know its instructions; without them the rest is as it was
+                return compile_sources([source], **{**options, "macros": [*(options.get("macros") or []), ("WITHOUT_AMX", None)]})
+
         def compile_in_parallel(sources: list[str], **options: Any) -> list[str]:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                objects = pool.map(lambda source: compile_sources([source], **options), sources)
+                objects = pool.map(lambda source: compile_source(source, **options), sources)
                 return [path for paths in objects for path in paths]
 
         self.compiler.compile = compile_in_parallel

@@ -20,13 +20,13 @@ from blockprune.export.ops import BACKENDS, int8_backend
 from blockprune.export.packing import pack_int8, pack_weight
 from blockprune.export.quantization import output_error, wants_int8
 from blockprune.export.sparse_convs import sparse_layer_like
+from blockprune.export.timed_layers import DEFAULT_ROWS
 from blockprune.export.timing import cold_copies, time_interleaved
 from blockprune.model.apply import finalize
 from blockprune.model.running import Forward, default_forward, preserve_state
 
 MAX_ERROR = 0.03  # relative, of a layer's outputs in int8; dense SmolLM2 then has 0.8 % more perplexity, and 3.4 % without a limit
 INT8_BACKENDS = ("native", "torch", "dense")
-DEFAULT_ROWS = 128  # input rows of a layer in one call, where no inputs are given
 _DEVICES = {"native": "cpu", "triton": "cuda"}  # the only device on which a backend is measured; the others run on all
 
 _INT8_KERNELS = tuple(f"{backend} int8" for backend in INT8_BACKENDS)
@@ -224,7 +224,7 @@ def _record_inputs(
         calls[name] += 1
         if candidate.unsupported_reason:  # such as an Embedding, whose inputs are integers
             return
-        recorded[name] = torch.empty_like(x)
+        recorded[name] = torch.empty_like(x, dtype=candidate.ref.stored.dtype)  # under autocast inputs may have another type
         if int8:
             error, before = _int8_error(candidate, x), errors.get(name)
             errors[name] = error if error is None or before is None else max(before, error)
@@ -244,12 +244,17 @@ def _record_inputs(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: x.normal_() for name, x in recorded.items()}, {name for name in reads if reads[name] > calls[name]}, errors
+    return {name: _filled(x) for name, x in recorded.items()}, {name for name in reads if reads[name] > calls[name]}, errors
 
 
 def _random_inputs(candidate: Candidate, rows: int) -> Tensor | None:
     stored = candidate.ref.stored
-    return torch.randn(rows, stored.shape[1], dtype=stored.dtype, device=stored.device) if stored.ndim == 2 else None
+    return _filled(torch.empty(rows, stored.shape[1], dtype=stored.dtype, device=stored.device)) if stored.ndim == 2 else None
+
+
+def _filled(x: Tensor) -> Tensor:
+    """The tensor with normal random numbers; torch's own stay as they are."""
+    return x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
 
 
 def _timing_key(candidate: Candidate, x: Tensor) -> tuple[Any, ...]:

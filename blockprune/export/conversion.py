@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from blockprune.core.patterns import suggest
 from blockprune.export import semi_structured
-from blockprune.export.autotune import DEFAULT_ROWS, MAX_ERROR, choose, fixed_backend
+from blockprune.export.autotune import MAX_ERROR, choose, fixed_backend
 from blockprune.export.candidates import Candidate, find_candidates
 from blockprune.export.choices import Choice, Choices, warn_if_all_dense
 from blockprune.export.module_replacement import replace_modules
@@ -20,6 +20,7 @@ from blockprune.export.packing import pack_int8, pack_weight, read_state
 from blockprune.export.quantization import wants_int8
 from blockprune.export.sparse_convs import BlockSparseConv2d, sparse_layer_like
 from blockprune.export.sparse_layers import STATE_KEYS, BlockSparseLinear, Int8BlockSparseLinear
+from blockprune.export.timed_layers import DEFAULT_ROWS
 from blockprune.model.apply import apply_masks, finalize, parameter_masks
 from blockprune.model.checkpoint import masks_in_state
 from blockprune.model.hf_checkpoint import prepare_checkpoints

@@ -6,13 +6,12 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from blockprune.core.grid import BlockGrid, BlockShape
 from blockprune.core.progress import progress_bar
 from blockprune.core.table import Rows, Table
 from blockprune.core.types import Masks, Scores
-from blockprune.export.autotune import DEFAULT_ROWS
 from blockprune.export.timed_layers import TimedLayer, layers_of_model, layers_without_model
 from blockprune.model.running import Forward, default_forward
 
@@ -29,10 +28,11 @@ class BlockSpeedup:
         inputs: the shape of what the layer gets in one call.
         block: of the mask.
         speedup: by sparsity.
+        names: of the weights of this layer and of those that are alike.
 
     Example:
         >>> from blockprune import export
-        >>> export.BlockSpeedup((512, 512), (128, 512), (16, 16), {0.5: 0.8, 0.75: 1.6}).faster_from
+        >>> export.BlockSpeedup((512, 512), (128, 512), (16, 16), {0.5: 0.8, 0.75: 1.6}, ("fc.weight",)).faster_from
         0.6
     """
 
@@ -40,6 +40,7 @@ class BlockSpeedup:
     inputs: tuple[int, ...]
     block: tuple[int, ...]
     speedup: Mapping[float, float]
+    names: tuple[str, ...]
 
     @property
     def faster_from(self) -> float | None:
@@ -61,9 +62,10 @@ class BlockRecommendation(Table):
 
     Example:
         >>> from blockprune import export
-        >>> export.BlockRecommendation((export.BlockSpeedup((512, 512), (128, 512), (16, 16), {0.5: 0.8, 0.75: 1.6}),))
-        layer    inputs   block    50%    75%  faster from
-        512x512  128x512  16x16  0.80x  1.60x          60%
+        >>> row = export.BlockSpeedup((512, 512), (128, 512), (16, 16), {0.5: 0.8, 0.75: 1.6}, ("fc1.weight", "fc2.weight"))
+        >>> export.BlockRecommendation((row,))
+        layer    inputs   block    50%    75%  faster from                     such as
+        512x512  128x512  16x16  0.80x  1.60x          60%  fc1.weight, 2 in all alike
         512x512 with inputs 128x512: 16x16 blocks are best, faster than dense from 60% pruned.
     """
 
@@ -71,20 +73,23 @@ class BlockRecommendation(Table):
 
     def table(self) -> Rows:
         sparsities = sorted({s for row in self.rows for s in row.speedup})
-        lines = [("layer", "inputs", "block", *(f"{s:.0%}" for s in sparsities), "faster from")]
+        lines = [("layer", "inputs", "block", *(f"{s:.0%}" for s in sparsities), "faster from", "such as")]
         for row in self.rows:
             start = "never" if row.faster_from is None else f"{row.faster_from:.0%}"
             sizes = (_size_text(row.shape), _size_text(row.inputs), _size_text(row.block))
-            lines.append((*sizes, *(f"{row.speedup[s]:.2f}x" for s in sparsities), start))
+            alike = f", {len(row.names)} in all alike" if len(row.names) > 1 else ""
+            lines.append((*sizes, *(f"{row.speedup[s]:.2f}x" for s in sparsities), start, row.names[0] + alike))
         return lines
 
     @property
     def verdict(self) -> str:
         """The best block of each layer: faster than dense from the lowest sparsity, and the fastest among several such blocks."""
-        sentences = []
-        for shape, inputs in dict.fromkeys((row.shape, row.inputs) for row in self.rows):
-            layer = f"{_size_text(shape)} with inputs {_size_text(inputs)}"
-            faster = [row for row in self.rows if (row.shape, row.inputs) == (shape, inputs) and row.faster_from is not None]
+        sentences, groups = [], dict.fromkeys((row.names, row.shape, row.inputs) for row in self.rows)
+        sizes = [(shape, inputs) for _, shape, inputs in groups]
+        for names, shape, inputs in groups:
+            differing = f" ({names[0]})" if sizes.count((shape, inputs)) > 1 else ""  # in stride, for example
+            layer = f"{_size_text(shape)}{differing} with inputs {_size_text(inputs)}"
+            faster = [row for row in self.rows if row.names == names and row.faster_from is not None]
             if faster:
                 best = min(faster, key=lambda row: (row.faster_from, -sum(row.speedup.values())))
                 blocks = f"{_size_text(best.block)} blocks are best, faster than dense from {best.faster_from:.0%} pruned"
@@ -148,10 +153,10 @@ def recommend_blocks(
     model: nn.Module | None = None,
     inputs: Any = None,
     forward: Forward = default_forward,
-    rows: int = DEFAULT_ROWS,
+    rows: int | None = None,
     blocks: Sequence[BlockShape] = BLOCKS,
     sparsities: Sequence[float] = SPARSITIES,
-    dtype: torch.dtype | str = torch.float32,
+    dtype: torch.dtype | str | None = None,
     graph: bool = False,
     rounds: int = 5,
     progress: bool | None = None,
@@ -160,16 +165,15 @@ def recommend_blocks(
 
     Args:
         layers: masks or scores, of which only the shapes, blocks and device matter.
-        model: the model of these layers. They are timed in its type and on inputs of the size that they get in it. Convolutions need it,
-            because their time depends on their stride and the size of the image.
-        inputs: with a model, one batch for ``forward``. Without a model, and instead of ``rows`` and ``dtype``: a tensor
-            ``[..., in_features]`` as all of these layers get it.
+        model: the model of these layers. Each is timed in its own type, with inputs of the size that it gets; if the model calls it several
+            times, the last call counts. Convolutions need it, because their time depends on their stride and the size of the image.
+        inputs: with a model, one batch for ``forward``; without, a floating-point tensor ``[..., in_features]`` as all layers get it.
         forward: (model, batch) -> output, as in `Calibration`.
-        rows: without inputs, input rows of a layer in one call, such as batch x tokens.
+        rows: without model and inputs, the input rows of a layer in one call, such as batch x tokens; by default 128.
         blocks: block shapes to try besides those of the layers.
         sparsities: to try, each above 0 and below 1.
-        dtype: of weights and inputs, or "int8" for weights of int8 and inputs of float32 (or of the type of ``inputs``), which are
-            compared with the fastest dense kernel of both types. Convolutions have no int8 form and stay in their type.
+        dtype: without model and inputs, the type of weights and inputs, by default float32. In any case "int8", for weights of int8, which
+            are compared with the fastest dense kernel of both types; convolutions have no int8 form and stay in their type.
         graph: on a GPU, time layers as a CUDA graph replays them, as in `choose`.
         rounds: of measurement, of which the median counts.
         progress: show a progress bar; by default in a terminal and in a notebook.
@@ -177,7 +181,7 @@ def recommend_blocks(
     Raises:
         KeyError: a name that is no parameter of the model.
         ValueError: no layers, no input rows, inputs that do not fit or reach a layer, a layer that has no block-sparse form, a convolution
-            without its model, a block with too many axes, or a sparsity outside (0, 1).
+            without its model, options that exclude each other, a block with too many axes, or a sparsity outside (0, 1).
 
     Example:
         >>> from blockprune import export
@@ -190,18 +194,19 @@ def recommend_blocks(
     if not all(0 < s < 1 for s in sparsities):
         raise ValueError(f"sparsities={list(sparsities)} must be above 0 and below 1")
     timed, int8 = _timed_layers(layers, model, inputs, forward=forward, rows=rows, dtype=dtype)
-    grids: dict[Any, list[BlockGrid]] = {}
+    grids: dict[TimedLayer, list[BlockGrid]] = {}
+    names: dict[TimedLayer, list[str]] = {}
     for name, layer in timed.items():
         grid = layers[name].grid
-        grids.setdefault(layer.key, []).extend([grid, *(_clipped_grid(block, grid.shape) for block in blocks)])
-    alike = {layer.key: layer for layer in timed.values()}
+        grids.setdefault(layer, []).extend([grid, *(_clipped_grid(block, name, grid.shape) for block in blocks)])
+        names.setdefault(layer, []).append(name)
     speedups = []
-    for key, layer in progress_bar(alike.items(), "recommend_blocks", progress):
-        distinct = list(dict.fromkeys(grids[key]))
+    for layer, candidates in progress_bar(grids.items(), "recommend_blocks", progress):
+        distinct = list(dict.fromkeys(candidates))
         dense_ms, sparse_ms = layer.milliseconds(distinct, sparsities, int8=int8, graph=graph, rounds=rounds)
         for grid in distinct:
             speedup = {s: dense_ms / sparse_ms[grid, s] for s in sparsities}
-            speedups.append(BlockSpeedup(tuple(grid.shape), tuple(layer.x.shape), tuple(grid.block), speedup))
+            speedups.append(BlockSpeedup(layer.weight, layer.inputs, tuple(grid.block), speedup, tuple(names[layer])))
     return BlockRecommendation(tuple(speedups))
 
 
@@ -211,8 +216,8 @@ def cost_table(
     model: nn.Module | None = None,
     inputs: Any = None,
     forward: Forward = default_forward,
-    rows: int = DEFAULT_ROWS,
-    dtype: torch.dtype | str = torch.float32,
+    rows: int | None = None,
+    dtype: torch.dtype | str | None = None,
     graph: bool = False,
     rounds: int = 9,
     progress: bool | None = None,
@@ -237,31 +242,39 @@ def cost_table(
         ['fc.weight']
     """
     timed, int8 = _timed_layers(layers, model, inputs, forward=forward, rows=rows, dtype=dtype)
-    keys = {name: (layer.key, layers[name].grid) for name, layer in timed.items()}
-    distinct = {keys[name]: layer for name, layer in timed.items()}
+    keys = {name: (layer, layers[name].grid) for name, layer in timed.items()}
     costs: dict[Any, tuple[float, float]] = {}  # milliseconds of one block, and without any block
-    for (key, grid), layer in progress_bar(distinct.items(), "cost_table", progress):
+    for layer, grid in progress_bar(dict.fromkeys(keys.values()), "cost_table", progress):
         _, sparse_ms = layer.milliseconds([grid], (0.5, 0.9), int8=int8, graph=graph, rounds=rounds)
         half, tenth = sparse_ms[grid, 0.5], sparse_ms[grid, 0.9]
         per_block = max(half - tenth, 0.01 * half) / (0.4 * grid.blocks)  # above 0, however noisy the times are
-        costs[key, grid] = per_block, max(0.0, tenth - 0.1 * grid.blocks * per_block)
+        costs[layer, grid] = per_block, max(0.0, tenth - 0.1 * grid.blocks * per_block)
     return BlockCosts(tuple(BlockCost(name, tuple(layers[name].grid.block), *costs[keys[name]]) for name in layers))
 
 
 def _timed_layers(
-    layers: Scores | Masks, model: nn.Module | None, inputs: Any, *, forward: Forward, rows: int, dtype: torch.dtype | str
+    layers: Scores | Masks,
+    model: nn.Module | None,
+    inputs: Any,
+    *,
+    forward: Forward,
+    rows: int | None,
+    dtype: torch.dtype | str | None,
 ) -> tuple[dict[str, TimedLayer], bool]:
-    if model is not None:
-        return layers_of_model(layers, model, inputs, forward, dtype)
-    if inputs is not None and not isinstance(inputs, Tensor):
-        raise ValueError(f"inputs has the type {type(inputs).__name__}; give a tensor [..., in_features], or model= for a batch of a model")
-    return layers_without_model(layers, rows, inputs, dtype)
+    if model is None:
+        return layers_without_model(layers, rows, inputs, dtype)
+    if rows is not None:
+        raise ValueError(f"rows={rows} is given beside a model, whose inputs decide it; leave it out")
+    return layers_of_model(layers, model, inputs, forward, dtype)
 
 
-def _clipped_grid(block: BlockShape, shape: Sequence[int]) -> BlockGrid:
+def _clipped_grid(block: BlockShape, name: str, shape: Sequence[int]) -> BlockGrid:
     """A grid whose block is no larger than the shape; axes that the block does not name are whole."""
     if len(block) > len(shape):
-        raise ValueError(f"block={tuple(block)} has {len(block)} axes, but a layer's weight has {len(shape)}; give (rows, columns)")
+        raise ValueError(
+            f"blocks has {tuple(block)} with {len(block)} axes, but {name} of shape {tuple(shape)} has {len(shape)}; give "
+            f"{tuple(block[: len(shape)])}, or time layers of another number of axes in another call"
+        )
     whole = (*block, *[-1] * (len(shape) - len(block)))
     return BlockGrid(shape, [b if b == -1 else min(b, s) for b, s in zip(whole, shape, strict=True)])
 

@@ -115,7 +115,7 @@ def test_a_real_benchmark_leaves_the_models_alone() -> None:
 @given(st.lists(st.floats(0.1, 10), min_size=2, max_size=5))
 def test_blocks_are_faster_from_between_the_last_slower_and_the_first_faster_sparsity(times: list[float]) -> None:
     sparsities = [(i + 1) / 10 for i in range(len(times))]
-    start = export.BlockSpeedup((8, 8), (1, 8), (4, 4), dict(zip(sparsities, times, strict=True))).faster_from
+    start = export.BlockSpeedup((8, 8), (1, 8), (4, 4), dict(zip(sparsities, times, strict=True)), ("w",)).faster_from
     wins = [s for s, t in zip(sparsities, times, strict=True) if t >= 1]
     if not wins:
         assert start is None
@@ -136,6 +136,9 @@ def test_a_recommendation_covers_the_layers_own_blocks_and_the_others() -> None:
     assert "48x64" in repr(recommendation)
     assert "48x64 with inputs 16x64: " in recommendation.verdict
     assert "<table>" in recommendation._repr_html_()
+
+
+LINEAR_MASK = bp.BlockMask(torch.tensor([[True, False], [False, True]]), bp.BlockGrid((8, 8), (4, 4)))
 
 
 class TwoSizes(nn.Module):
@@ -196,17 +199,86 @@ def test_layers_that_cannot_be_timed_in_a_model_are_refused() -> None:
         export.recommend_blocks({"1.weight": score}, model=model)
     with pytest.raises(ValueError, match="no layers; give at least one"):
         export.cost_table({}, model=model, inputs=x)
-    with pytest.raises(KeyError, match=r"'2.weight' is no parameter of the model; similar names: '1.weight'"):
+    with pytest.raises(KeyError, match=r"layers names '2.weight', which is not a parameter of the model; similar names: '1.weight'"):
         export.cost_table({"2.weight": score}, model=model, inputs=x)
-    with pytest.raises(ValueError, match=r"1.weight has shape \(8, 8, 3, 3\) in the model and \(8, 4\) in layers"):
+    with pytest.raises(ValueError, match=r"1.weight has shape \(8, 8, 3, 3\) in the model and \(8, 4\) in layers; give masks"):
         export.cost_table({"1.weight": bp.BlockScore(torch.rand(4, 2), bp.BlockGrid((8, 4), (2, 2)))}, model=model, inputs=x)
-    with pytest.raises(ValueError, match=r"0.weight belongs to a Conv2d in groups, which has no block-sparse form"):
+    with pytest.raises(ValueError, match=r"0.weight is a Conv2d.weight with groups=2, which has no block-sparse form"):
         export.cost_table({"0.weight": bp.BlockScore(torch.rand(4, 1, 1, 1), bp.BlockGrid((8, 2, 3, 3), (2, 2)))}, model=model, inputs=x)
     with pytest.raises(ValueError, match=r"inputs do not reach 1.weight"):
         export.cost_table({"1.weight": score}, model=model, inputs=x, forward=lambda model, x: model[0](x))
-    with pytest.raises(ValueError, match="inputs has the type dict; give a tensor"):
+    with pytest.raises(ValueError, match="inputs is dict; give a floating-point tensor"):
         export.cost_table({"w": bp.BlockScore(torch.rand(4, 2), bp.BlockGrid((8, 4), (2, 2)))}, inputs={"x": x})
+    with pytest.raises(ValueError, match=r"inputs reach 1.weight with the shape \(0, 8, 6, 6\), which holds no numbers"):
+        export.cost_table({"1.weight": score}, model=model, inputs=x[:0])
+    with pytest.raises(ValueError, match=r"rows=8 is given beside a model"):
+        export.cost_table({"1.weight": score}, model=model, inputs=x, rows=8)
+    with pytest.raises(ValueError, match=r"dtype=torch.bfloat16 is given beside a model"):
+        export.cost_table({"1.weight": score}, model=model, inputs=x, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"blocks has \(4, 4, 1, 1, 1\) with 5 axes, but 1.weight of shape \(8, 8, 3, 3\) has 4"):
+        export.recommend_blocks({"1.weight": score}, model=model, inputs=x, blocks=[(4, 4, 1, 1, 1)])
+    sparse = export.block_sparse(bp.apply_masks(nn.Linear(8, 8), {"weight": LINEAR_MASK}), backend="torch")
+    with pytest.raises(ValueError, match="block-sparse already; give the model from before"):
+        export.cost_table({"weight": LINEAR_MASK}, model=sparse, inputs=torch.randn(2, 8))
+    for options in ({"dtype": torch.float8_e4m3fn}, {"inputs": torch.ones(4, 8).long()}, {"inputs": torch.ones(4, 8), "rows": 3}):
+        with pytest.raises(
+            ValueError, match=r"dtype=torch.float8_e4m3fn has no product|inputs is torch.int64|rows=3 and dtype=None are given"
+        ):
+            export.cost_table({"weight": LINEAR_MASK}, **options)
     assert not model[1]._forward_pre_hooks
+
+
+def test_layers_that_differ_in_more_than_their_shapes_are_told_apart() -> None:
+    layers = [
+        nn.Conv2d(8, 8, 3, padding=1, stride=2),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"),
+    ]
+    layers.append(nn.Conv2d(8, 8, 3, padding=1, bias=False))
+    model, x = nn.ModuleList(layers), torch.randn(1, 8, 6, 6)
+    scores = {f"{i}.weight": bp.BlockScore(torch.rand(4, 4, 1, 1), bp.BlockGrid((8, 8, 3, 3), (2, 2))) for i in range(4)}
+    options = {"model": model, "inputs": x, "forward": lambda model, x: [layer(x) for layer in model], "rounds": 1, "progress": False}
+    recommendation = export.recommend_blocks(scores, blocks=[], sparsities=[0.5], **options)
+    assert [row.names for row in recommendation.rows] == [(name,) for name in scores]
+    assert all(f"8x8x3x3 ({name}) with inputs 1x8x6x6: " in recommendation.verdict for name in scores)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.second(x)
+
+
+@MAY_STAY_DENSE
+def test_tied_weights_and_autocast_inside_of_a_model() -> None:
+    model, options = Tied(), {"inputs": torch.randn(4, 8), "rounds": 1, "progress": False}
+    for name in ("first.weight", "second.weight"):
+        layers, _ = timed_layers.layers_of_model({name: LINEAR_MASK}, model, options["inputs"], lambda model, x: model(x), None)
+        assert (list(layers), layers[name].inputs, layers[name].dtype) == ([name], (4, 8), torch.bfloat16)
+    plain = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    masked_model = bp.apply_masks(plain, {f"{i}.weight": LINEAR_MASK for i in range(2)})
+
+    def forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(x)
+
+    assert all(choice.milliseconds for choice in export.choose(masked_model, forward=forward, **options).rows)
+
+
+@MAY_STAY_DENSE
+def test_timing_leaves_the_random_numbers_of_torch_alone() -> None:
+    model, x = bp.apply_masks(nn.Sequential(nn.Linear(8, 8)), {"0.weight": LINEAR_MASK}), torch.randn(4, 8)
+    before, options = torch.get_rng_state(), {"rounds": 1, "progress": False}
+    export.recommend_blocks({"0.weight": LINEAR_MASK}, **options)
+    export.cost_table({"0.weight": LINEAR_MASK}, model=model, inputs=x, **options)
+    export.choose(model, **options)
+    export.choose(model, inputs=x, **options)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_cost_is_positive_and_budgets_take_it() -> None:
@@ -233,7 +305,7 @@ def test_bad_arguments_are_refused() -> None:
         export.recommend_blocks(layer, inputs=torch.randn(2, 3, 9))
     with pytest.raises(ValueError, match="1 layers and 0 input rows"):
         export.cost_table(layer, rows=0)
-    with pytest.raises(ValueError, match="has 3 axes"):
+    with pytest.raises(ValueError, match="with 3 axes"):
         export.recommend_blocks(layer, rows=4, blocks=[(4, 4, 4)])
     assert export.recommend_blocks(layer, rows=4, blocks=[(4,)], sparsities=[0.5], rounds=1, progress=False).rows[1].block == (4, 8)
     with pytest.raises(ValueError, match=r"sparsities=\[1.0\]"):

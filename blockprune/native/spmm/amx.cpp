@@ -1,5 +1,6 @@
 // The kernels for AMX, where blocks are whole tiles: a tile holds 16 rows of x, or of W, and up to 64 bytes of each. One instruction
-// multiplies all rows of a tile of x with all rows of a tile of W, bfloat16 (subnormal ones as zero) or int8, and adds to 16 x 16 sums.
+// multiplies all rows of a tile of x with all rows of a tile of W and adds to 16 x 16 sums. Numbers are int8 or bfloat16; of bfloat16,
+// subnormal numbers count as zero.
 //
 // A band is 16 rows of W, and [columns / 2][16][2] is how a tile holds bfloat16: it is loaded as it is stored. Tiles of int8 need
 // [columns / 4][16][4], so pairs are joined to quads first. A panel holds rows of x as [cols / step][rows][step], where a step is the
@@ -8,7 +9,7 @@
 #include "intrinsics.h"
 #include "spmm.h"
 
-#if defined(BEGIN_TARGET) && !defined(WITHOUT_AVX512) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#if defined(BEGIN_TARGET) && !defined(WITHOUT_AVX512) && !defined(WITHOUT_AMX) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -79,6 +80,7 @@ struct Blocks {
 };
 
 // The sums [TILES][16][16] of a panel of x.
+// `prefetches`: the weights come from memory, not from a cache.
 template <bool IS_INT8, int TILES> void multiply_tiles(const Blocks& blocks, const char* x, bool prefetches, float* sums) {
     const int64_t step = blocks.step, w_bytes = ROWS * step;
     if (blocks.first) {
@@ -174,9 +176,9 @@ void gemm_tiles(const Product& p, const Panel* panels, int64_t count, const Rang
             const Panel& panel = panels[i];
             float* sums = panel.sums + (band - bands.begin) * ROWS * panel.slice.panel;
             switch (panel.slice.panel) {
-                case 16: multiply_tiles<IS_INT8, 1>(blocks, (const char*)panel.packed, i == 0, sums); break;
-                case 32: multiply_tiles<IS_INT8, 2>(blocks, (const char*)panel.packed, i == 0, sums); break;
-                default: multiply_tiles<IS_INT8, 4>(blocks, (const char*)panel.packed, i == 0, sums);
+                case 16: multiply_tiles<IS_INT8, 1>(blocks, (const char*)panel.packed, !IS_INT8 && i == 0, sums); break;
+                case 32: multiply_tiles<IS_INT8, 2>(blocks, (const char*)panel.packed, !IS_INT8 && i == 0, sums); break;
+                default: multiply_tiles<IS_INT8, 4>(blocks, (const char*)panel.packed, !IS_INT8 && i == 0, sums);
             }
         }
     }
@@ -201,7 +203,7 @@ const KernelSet* amx_kernels() {
     if (!is_there) return nullptr;
     const Kernels &few_bf16 = *vectors->bf16, &few_int8 = *vectors->int8_quads;
     static const Kernels bf16 = {PANEL, ROWS, {2, 2}, few_bf16.gemv_rows, pack_panel<uint16_t>, gemm_tiles<false>, few_bf16.gemv,
-                                 PANEL, PANELS_BYTES};
+                                 PANEL, PANELS_BYTES, 2};
     static const Kernels int8 = {PANEL, ROWS, {1, 1}, few_int8.gemv_rows, pack_panel<int8_t>, gemm_tiles<true>, few_int8.gemv,
                                  4 * PANEL, PANELS_BYTES};  // pairs are joined once for four panels
     static const KernelSet set = [] {

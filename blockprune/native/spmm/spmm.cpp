@@ -18,6 +18,7 @@ namespace {
 
 // Up to how many rows of x a gemv is faster than packing them.
 int64_t max_gemv_inputs(const Product& p, const Kernels& kernels) {
+    if (kernels.max_gemv_inputs < 4) return kernels.max_gemv_inputs;
     if (p.weight_scale) return p.height % kernels.gemv_rows == 0 || p.height >= 8 ? 4 : 0;
     if (p.height >= 8) return p.width == 1 && p.height < 16 ? 2 : 4;
     return p.height == 6 || (p.height > 1 && p.height % kernels.gemv_rows) ? 0 : p.width == 1 ? 1 : p.height == 1 ? 4 : 2;
@@ -166,9 +167,10 @@ template <class Body> static int32_t with_starts(Product p, Body body) {
     return 0;
 }
 
-// Whether blocks are whole tiles, and x has enough rows for them.
-static bool fills_tiles(const Product& p) {
-    return p.height == 16 && p.rows % 16 == 0 && p.width % 16 == 0 && p.cols % p.width == 0 && p.n > 4;
+// Whether there are kernels for tiles, blocks are whole tiles, and x has enough rows for them.
+static bool fills_tiles(const Product& p, const Kernels* tiles) {
+    const bool is_whole = p.height == 16 && p.rows % 16 == 0 && p.width % 16 == 0 && p.cols % p.width == 0;
+    return tiles && is_whole && p.n > tiles->max_gemv_inputs;
 }
 
 // y [n, rows] = x [n, cols] W^T + bias, all of one type and contiguous. The caller has checked the stored weight. Returns 0, 1 for an
@@ -178,8 +180,8 @@ EXPORT int32_t spmm(const void* values, const int32_t* col, const int64_t* crow,
     const KernelSet* kernels = kernels_of(isa);
     if (!kernels) return 1;
     return with_starts({{values, col, crow, rows, cols, height, width}, x, n, bias, y, nullptr}, [&](const Product& p) {
-        const Kernels* tiles = is_bf16 && fills_tiles(p) ? kernels->bf16_tiles : nullptr;
-        Runner{p, tiles ? *tiles : is_bf16 ? *kernels->bf16 : *kernels->f32, {threads, useful_threads(p, threads, is_bf16)}}.run();
+        const Kernels *bf16 = fills_tiles(p, kernels->bf16_tiles) ? kernels->bf16_tiles : kernels->bf16;
+        Runner{p, is_bf16 ? *bf16 : *kernels->f32, {threads, useful_threads(p, threads, is_bf16)}}.run();
     });
 }
 
@@ -210,7 +212,7 @@ EXPORT int32_t spmm_int8(const int8_t* values, const int32_t* col, const int64_t
     return with_starts(whole, [&](Product p) {
         const int64_t bytes = is_bf16 ? 2 : 4, most = std::min(n, std::max<int64_t>(256, PACKED_BYTES / cols));
         const bool pays = !kernels->quads_saturate || (n >= MIN_SATURATING_INPUTS && has_few_remainders(p));
-        p.uses_tiles = kernels->int8_tiles && fills_tiles(p);
+        p.uses_tiles = fills_tiles(p, kernels->int8_tiles);
         const Kernels* quads = p.width % 4 == 0 && p.height >= 4 && pays ? kernels->int8_quads : nullptr;
         ScratchBuffer quantized(most * cols), scales(most * (int64_t)sizeof(float));
         for (int64_t first = 0; first < n; first += most) {

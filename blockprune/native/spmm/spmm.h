@@ -43,7 +43,7 @@ struct Product : Layer {
     const int64_t* starts;  // [bands] where the values of each band start, or null where crow says it
     const float *input_scale = nullptr, *weight_scale = nullptr;  // [n] and [rows], where weights are int8: they make sums floats
     bool is_bf16 = false;  // the type of y where weights are int8; their bias is float32
-    bool uses_tiles = false;
+    bool uses_tiles = false;  // the kernels are those of KernelSet::int8_tiles
 
     int64_t start(int64_t band) const { return starts ? starts[band] : crow[band] * width * height; }
 };
@@ -73,8 +73,9 @@ struct Kernels {
     void (*gemm)(const Product&, const Panel*, int64_t count, const Range& bands, const Range& columns, void* scratch);
     // Multiplies a slice of 1 to 4 rows of x with bands [begin, end); `scratch` holds gemv_scratch(...) floats.
     void (*gemv)(const Product&, const Slice&, float* scratch, int64_t begin, int64_t end);
-    int64_t max_inputs = 256;       // rows of x whose panels are multiplied at a time
-    int64_t panels_bytes = 196608;  // of the columns of these panels that a group of bands meets before the next columns
+    int64_t max_inputs = 256;       // rows of x that bands are multiplied with before the next rows
+    int64_t panels_bytes = 196608;  // of these rows as they are packed, that bands are multiplied with before the next columns
+    int64_t max_gemv_inputs = 4;    // up to how many rows of x `gemv` may be used
 };
 
 static const int64_t CACHED_BYTES = 8192;       // of weights that stay in the cache while several tiles and panels read them
