@@ -131,8 +131,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--picture", type=Path, default=PICTURE)
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="of measurement, of which the median counts; more on a machine whose speed varies"
+    )
     options = parser.parse_args()
     if options.tiny:
         main([0.5], layers=1, texts=8, rounds=1, picture=options.picture)
     else:
-        main([0.25, 0.5, 0.75], layers=None, texts=128, rounds=9, picture=options.picture)
+        main([0.25, 0.5, 0.75], layers=None, texts=128, rounds=options.rounds, picture=options.picture)
