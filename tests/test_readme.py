@@ -57,6 +57,9 @@ def test_the_first_table_says_what_was_recorded() -> None:
     times = [fastest(xeon, f"{model} bfloat16") for model in ("dense", "50% pruned,", "75% pruned,")]
     text = README.replace("\n", " ")
     assert "bfloat16, {} ms, and MiniLM in bfloat16 takes {} ms at 50 % and {} at 75 %".format(*times) in text
+    notebook = (Path(__file__).parent.parent / "notebooks" / "05_from_masks_to_milliseconds.ipynb").read_text()
+    gains = [re.findall(rf"{share}% pruned, bfloat16 +bfloat16 .* ([\d.]+)x", notebook)[0] for share in (50, 75)]
+    assert "in 32x32 blocks it is {} and {} times as fast as the fastest dense model".format(*gains) in text
     layers = json.loads((results / "speed_layers_amx.json").read_text())["output"]
     first = next(i for i, line in enumerate(layers) if re.match(r"bfloat16 .* 512  F", line)) + 1
     assert "batch 512, is {}, {} and {} times as fast as dense bfloat16".format(*re.findall(r"([\d.]+)x(?: |$)", layers[first])) in text
