@@ -113,7 +113,7 @@ def test_the_environment_chooses_for_all_loops(monkeypatch: pytest.MonkeyPatch) 
     for name, position in (("avx2", 1), ("plain", 0), ("", BEST)):
         monkeypatch.setenv("BLOCKPRUNE_INSTRUCTIONS", name)
         assert chosen_instructions() == position
-    names = "plain, avx2, avx_vnni, avx512, avx512_vnni, avx512_bf16"
+    names = "plain, avx2, avx_vnni, avx512, avx512_vnni, avx512_bf16, amx"
     monkeypatch.setenv("BLOCKPRUNE_INSTRUCTIONS", "sse9")
     with pytest.raises(ValueError, match=f"BLOCKPRUNE_INSTRUCTIONS='sse9' must be one of {names}, or"):
         chosen_instructions()
