@@ -12,8 +12,8 @@ from blockprune.core.types import BlockMask
 from blockprune.model.apply import parameter_masks
 from blockprune.model.parameters import ParameterRef, is_exported, parameter_refs
 
-_LAYER_TYPES = (nn.Linear, nn.Conv2d)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LAYER_TYPES = (nn.Linear, nn.Conv2d)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @attrs.frozen(eq=False)
@@ -109,7 +109,7 @@ def _unsupported_reason(shared: list[ParameterRef], of_owner: list[ParameterRef]
     owner, stored = shared[0].owner, shared[0].stored
     layer_type = parametrize.type_before_parametrizations(owner)
     attribute = "" if shared[0].attr == "weight" else f".{shared[0].attr}"
-    base = next((base.__name__ for base in _LAYER_TYPES if issubclass(layer_type, base) and layer_type is not base), None)
+    base = next((base.__name__ for base in LAYER_TYPES if issubclass(layer_type, base) and layer_type is not base), None)
     conditions = [
         (len({id(ref.owner) for ref in shared}) > 1, f"tied: {', '.join(ref.name for ref in shared[1:])} has the same weight"),
         (not shared[0].is_plain, "another parametrization computes the weight; remove_parametrizations first"),
@@ -119,7 +119,7 @@ def _unsupported_reason(shared: list[ParameterRef], of_owner: list[ParameterRef]
             f"replace it by a plain {base} first if it does not",
         ),
         (
-            layer_type not in _LAYER_TYPES or attribute != "",
+            layer_type not in LAYER_TYPES or attribute != "",
             f"{layer_type.__name__}{attribute} has no block-sparse form; torch's Linear and Conv2d have",
         ),
         ("forward" in vars(owner), "its forward was replaced, so it may do more than a product"),
@@ -134,7 +134,7 @@ def _unsupported_reason(shared: list[ParameterRef], of_owner: list[ParameterRef]
         ),
         (getattr(owner, "groups", 1) > 1, "a convolution in groups has no block-sparse form"),
         (
-            stored.dtype not in _DTYPES or stored.is_meta,
+            stored.dtype not in DTYPES or stored.is_meta,
             f"a weight of {stored.dtype} on {stored.device.type} has no block-sparse form",
         ),
     ]

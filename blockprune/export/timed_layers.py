@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from blockprune.core.grid import BlockGrid
 from blockprune.core.types import BlockMask, Masks, Scores
+from blockprune.export.candidates import DTYPES, LAYER_TYPES
 from blockprune.export.choices import backends
 from blockprune.export.dense_baselines import dense_int8_kernels, dense_layer_calls
 from blockprune.export.ops import int8_backend
@@ -25,8 +26,6 @@ from blockprune.model.parameters import ParameterRef, find_parameters, is_export
 from blockprune.model.running import Forward, preserve_state
 
 DEFAULT_ROWS = 128  # input rows of a layer in one call, where no inputs are given
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_LAYER_TYPES = (nn.Linear, nn.Conv2d)
 
 Calls = dict[Any, list[Callable[[], Any]]]  # by name of a kernel or by mask, a call for each copy of the weight
 
@@ -198,7 +197,7 @@ def _check_layer(name: str, ref: ParameterRef, grid: BlockGrid) -> None:
     if tuple(ref.shape) != tuple(grid.shape):
         raise ValueError(f"{name} has shape {tuple(ref.shape)} in the model and {grid.shape} in layers; give masks or scores of this model")
     kind, groups = parametrize.type_before_parametrizations(ref.owner), getattr(ref.owner, "groups", 1)
-    if kind not in _LAYER_TYPES or ref.attr != "weight" or groups != 1:
+    if kind not in LAYER_TYPES or ref.attr != "weight" or groups != 1:
         layer = f"{kind.__name__}.{ref.attr}" + (f" with groups={groups}" if groups != 1 else "")
         raise ValueError(f"{name} is a {layer}, which has no block-sparse form; weights of torch's Linear and Conv2d have. Leave it out")
 

@@ -41,13 +41,13 @@ int64_t step_bytes(const Product& p, int64_t number) {
     return bytes % 64 == 0 ? 64 : bytes % 32 == 0 ? 32 : 16;
 }
 
-// Shapes of the tiles: 0 to 3 hold sums, 4 and 5 weights, 6 and 7 rows of x.
+// Shapes of the tiles: 0 to 3 hold sums, 4 weights, 6 and 7 rows of x.
 struct Config {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
     uint8_t rows[16] = {};
     explicit Config(int64_t step) {
-        for (int t = 0; t < 8; t++) row_bytes[t] = (uint16_t)(t < 6 ? 64 : step), rows[t] = (uint8_t)(t == 4 || t == 5 ? step / 4 : ROWS);
+        for (int t = 0; t < 8; t++) row_bytes[t] = (uint16_t)(t < 6 ? 64 : step), rows[t] = (uint8_t)(t == 4 ? step / 4 : ROWS);
         asm volatile("ldtilecfg %0" ::"m"(*this) : "memory");
     }
     ~Config() { asm volatile("tilerelease" ::: "memory"); }
@@ -79,8 +79,7 @@ struct Blocks {
     bool first;  // the sums hold nothing yet
 };
 
-// The sums [TILES][16][16] of a panel of x.
-// `prefetches`: the weights come from memory, not from a cache.
+// The sums [TILES][16][16] of a panel of x. `prefetches` says that the weights come from memory, not from a cache.
 template <bool IS_INT8, int TILES> void multiply_tiles(const Blocks& blocks, const char* x, bool prefetches, float* sums) {
     const int64_t step = blocks.step, w_bytes = ROWS * step;
     if (blocks.first) {
@@ -158,28 +157,17 @@ template <bool IS_INT8>
 void gemm_tiles(const Product& p, const Panel* panels, int64_t count, const Range& bands, const Range& columns, void* scratch) {
     const int64_t number = IS_INT8 ? 1 : 2, step = step_bytes(p, number);
     const Config config(step);
-    const auto first_after = [&](const int32_t* low, const int32_t* high, int64_t column) {
-        while (low < high) {
-            const int32_t* middle = low + (high - low) / 2;
-            if (*middle * p.width < column) low = middle + 1;
-            else high = middle;
-        }
-        return low;
-    };
     for (int64_t band = bands.begin; band < bands.end; band++) {
-        const int32_t *first = p.col + p.crow[band], *last = p.col + p.crow[band + 1];
-        const int32_t *begin = first_after(first, last, columns.begin), *end = first_after(begin, last, columns.end);
-        const char* w = (const char*)p.values + (p.start(band) + (begin - first) * p.width * ROWS) * number;
+        const int32_t* col = p.col + p.crow[band];
+        const int64_t kept = p.crow[band + 1] - p.crow[band];
+        const int64_t begin = first_after(col, 1, kept, p.width, columns.begin), end = first_after(col, 1, kept, p.width, columns.end);
+        const char* w = (const char*)p.values + (p.start(band) + begin * p.width * ROWS) * number;
         if (IS_INT8) w = joined((const int8_t*)w, (end - begin) * p.width, scratch);
-        const Blocks blocks = {w, begin, end - begin, p.width * number, step, begin == first};
+        const Blocks blocks = {w, col + begin, end - begin, p.width * number, step, begin == 0};
         for (int64_t i = 0; i < count; i++) {
-            const Panel& panel = panels[i];
-            float* sums = panel.sums + (band - bands.begin) * ROWS * panel.slice.panel;
-            switch (panel.slice.panel) {
-                case 16: multiply_tiles<IS_INT8, 1>(blocks, (const char*)panel.packed, !IS_INT8 && i == 0, sums); break;
-                case 32: multiply_tiles<IS_INT8, 2>(blocks, (const char*)panel.packed, !IS_INT8 && i == 0, sums); break;
-                default: multiply_tiles<IS_INT8, 4>(blocks, (const char*)panel.packed, !IS_INT8 && i == 0, sums);
-            }
+            const int64_t rows = panels[i].slice.panel;
+            const auto multiply = rows == 16 ? multiply_tiles<IS_INT8, 1> : rows == 32 ? multiply_tiles<IS_INT8, 2> : multiply_tiles<IS_INT8, 4>;
+            multiply(blocks, (const char*)panels[i].packed, !IS_INT8 && i == 0, panels[i].sums + (band - bands.begin) * ROWS * rows);
         }
     }
     if (columns.end < p.cols) return;

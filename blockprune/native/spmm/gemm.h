@@ -322,16 +322,6 @@ template <class K, bool SINGLE> struct BandProduct {
     const int64_t tail = SINGLE ? blocks & 1 : blocks && last_block + p.width > p.cols ? p.cols - last_block : 0;
     const int64_t per_item = SINGLE ? 2 : 1, count = SINGLE ? blocks / 2 : blocks - (tail > 0), weights = height * per_item * p.width;
 
-    // The first block, or pair of columns, that starts at a column or after it.
-    int64_t first_after(int64_t column) const {
-        int64_t low = 0, high = count;
-        while (low < high) {
-            const int64_t middle = (low + high) / 2;
-            if (col[per_item * middle] * p.width < column) low = middle + 1;
-            else high = middle;
-        }
-        return low;
-    }
     void multiply_panels(TileInput<K>& input) const {
         for (int64_t i = 0; i < panel_count; i++) {
             const Panel& panel = panels[i];
@@ -353,7 +343,8 @@ template <class K, bool SINGLE> struct BandProduct {
     }
     void multiply(const Range& columns) const {
         const bool is_last = columns.end >= p.cols;
-        const int64_t begin = columns.begin ? first_after(columns.begin) : 0, end = is_last ? count : first_after(columns.end);
+        const auto first_item = [&](int64_t column) { return first_after(col, per_item, count, p.width, column); };
+        const int64_t begin = columns.begin ? first_item(columns.begin) : 0, end = is_last ? count : first_item(columns.end);
         // several tiles and all panels read the weights: they are read in parts, which stay in the cache
         const int64_t step = std::max<int64_t>(1, CACHED_BYTES / (weights * (int64_t)sizeof(typename K::Weight)));
         TileInput<K> input = {nullptr, nullptr, nullptr, 0, p.width, height, nullptr, nullptr, 0, 0, false, nullptr};

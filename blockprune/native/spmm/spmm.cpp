@@ -180,7 +180,7 @@ EXPORT int32_t spmm(const void* values, const int32_t* col, const int64_t* crow,
     const KernelSet* kernels = kernels_of(isa);
     if (!kernels) return 1;
     return with_starts({{values, col, crow, rows, cols, height, width}, x, n, bias, y, nullptr}, [&](const Product& p) {
-        const Kernels *bf16 = fills_tiles(p, kernels->bf16_tiles) ? kernels->bf16_tiles : kernels->bf16;
+        const Kernels* bf16 = fills_tiles(p, kernels->bf16_tiles) ? kernels->bf16_tiles : kernels->bf16;
         Runner{p, is_bf16 ? *bf16 : *kernels->f32, {threads, useful_threads(p, threads, is_bf16)}}.run();
     });
 }
@@ -210,10 +210,11 @@ EXPORT int32_t spmm_int8(const int8_t* values, const int32_t* col, const int64_t
     Product whole{{values, col, crow, rows, cols, height, width}, x, n, bias, y, nullptr};
     whole.weight_scale = scale, whole.is_bf16 = is_bf16;
     return with_starts(whole, [&](Product p) {
-        const int64_t bytes = is_bf16 ? 2 : 4, most = std::min(n, std::max<int64_t>(256, PACKED_BYTES / cols));
         const bool pays = !kernels->quads_saturate || (n >= MIN_SATURATING_INPUTS && has_few_remainders(p));
-        p.uses_tiles = fills_tiles(p, kernels->int8_tiles);
         const Kernels* quads = p.width % 4 == 0 && p.height >= 4 && pays ? kernels->int8_quads : nullptr;
+        p.uses_tiles = fills_tiles(p, kernels->int8_tiles);
+        const Kernels& chosen = p.uses_tiles ? *kernels->int8_tiles : quads ? *quads : *kernels->int8;
+        const int64_t bytes = is_bf16 ? 2 : 4, most = std::min(n, std::max<int64_t>(chosen.max_inputs, PACKED_BYTES / cols));
         ScratchBuffer quantized(most * cols), scales(most * (int64_t)sizeof(float));
         for (int64_t first = 0; first < n; first += most) {
             p.n = std::min(most, n - first);
@@ -224,7 +225,7 @@ EXPORT int32_t spmm_int8(const int8_t* values, const int32_t* col, const int64_t
                     kernels->quantize((const char*)x + (first + row) * cols * bytes, is_bf16, cols, (int8_t*)quantized.get() + row * cols,
                                       (float*)scales.get() + row);
             });
-            Runner{p, p.uses_tiles ? *kernels->int8_tiles : quads ? *quads : *kernels->int8, team}.run();
+            Runner{p, chosen, team}.run();
         }
     });
 }

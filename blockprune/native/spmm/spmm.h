@@ -35,6 +35,17 @@ struct Layer {
     }
 };
 
+// The first of `count` items, each of `per_item` blocks of columns, that starts at a column or after it.
+static inline int64_t first_after(const int32_t* col, int64_t per_item, int64_t count, int64_t width, int64_t column) {
+    int64_t low = 0, high = count;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (col[per_item * middle] * width < column) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
 struct Product : Layer {
     const void* x;
     int64_t n;
