@@ -1,9 +1,11 @@
 """What changes with the masks of a model in training: the values of new blocks, and what the optimizer remembers of blocks."""
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from blockprune.core.grid import expand
 from blockprune.core.sharded_tensor import sharded_like
@@ -12,7 +14,7 @@ from blockprune.model.masking import mask_blocks
 from blockprune.model.parameters import ParameterRef, find_parameters, parameter_refs, select_parameters
 from blockprune.model.sharding import reshard
 
-Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
+Optimizers = TypeVar("Optimizers", bound=Optimizer | Sequence[Optimizer])
 
 # the tensors that do not begin at 0, and the option of a group of parameters at which they do: of Rprop and of Adagrad
 _INITIAL_STATES = {"step_size": "lr", "sum": "initial_accumulator_value"}
@@ -53,7 +55,7 @@ def zero_new_blocks(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
     return weights
 
 
-def reset_state(optimizer: Optimizer, model: nn.Module, before: Masks, after: Masks) -> Optimizer:
+def reset_state(optimizer: Optimizers, model: nn.Module, before: Masks, after: Masks) -> Optimizers:
     """Change an optimizer in place, so that it remembers nothing of the blocks that ``before`` or ``after`` keeps, but not both; return it.
 
     In these blocks the tensors that it holds for a parameter, such as the momentum of SGD and both moments of Adam and AdamW, become what
@@ -61,14 +63,14 @@ def reset_state(optimizer: Optimizer, model: nn.Module, before: Masks, after: Ma
     in RigL.
 
     Args:
-        optimizer: any optimizer whose tensors have the shapes of their parameters, with a step done or not.
+        optimizer: any optimizer whose tensors have the shapes of their parameters, with a step done or not; or several, as `muon` returns.
         model: the model that it trains; it is not changed.
         before: the masks of the model until now. A parameter that it lacks was kept whole.
         after: the masks from now on. A parameter that it lacks is kept whole.
 
     Raises:
         KeyError: a parameter that the model does not have.
-        ValueError: an optimizer that has none of these parameters, or that holds tensors of other shapes (Adafactor); a parameter with
+        ValueError: optimizers that have none of these parameters, or that hold tensors of other shapes (Adafactor); a parameter with
             different blocks in the two masks. The optimizer is as it was before the call.
 
     Example:
@@ -86,17 +88,20 @@ def reset_state(optimizer: Optimizer, model: nn.Module, before: Masks, after: Ma
     found = [(select_parameters(of_model, masks, what="masks"), masks) for masks in (before, after)]
     refs = {name: users[0] for selected, _ in found for name, users in selected.items()}
     old, new = (dict(zip(selected, masks.values(), strict=True)) for selected, masks in found)
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    optimizers: Sequence[Optimizer] = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+    trained = {id(parameter) for held in optimizers for group in held.param_groups for parameter in group["params"]}
     if refs and not any(id(ref.stored) in trained for ref in refs.values()):
+        kinds = " and ".join(type(held).__name__ for held in optimizers) or "empty"
         raise ValueError(
-            f"optimizer is a {type(optimizer).__name__} that has none of the masked parameters, such as {next(iter(refs))!r}; give the "
-            "optimizer that trains this model"
+            f"optimizer is {kinds}, which has none of the masked parameters, such as {next(iter(refs))!r}; give the optimizer that trains "
+            "this model"
         )
     changed = {name: _changed_elements(name, old.get(name), new.get(name)) for name in refs}
     states = [
-        (state, changed[name], initial_state(optimizer, ref.stored, key))
+        (state, changed[name], initial_state(held, ref.stored, key))
+        for held in optimizers
         for name, ref in refs.items()
-        for key, state in _states(optimizer, name, ref).items()
+        for key, state in _states(held, name, ref).items()
     ]
     with torch.no_grad():
         for state, elements, initial in states:
@@ -104,7 +109,7 @@ def reset_state(optimizer: Optimizer, model: nn.Module, before: Masks, after: Ma
     return optimizer
 
 
-def initial_state(optimizer: torch.optim.Optimizer, parameter: Tensor, key: str) -> float:
+def initial_state(optimizer: Optimizer, parameter: Tensor, key: str) -> float:
     """The number that fills a tensor of a parameter's state before the first step, such as the momentum of SGD; ``key`` names the tensor.
 
     A step size of Rprop begins at the present learning rate, because Rprop multiplies it with factors and never adds to it.
@@ -131,7 +136,7 @@ def _changed_elements(name: str, old: BlockMask | None, new: BlockMask | None) -
     return expand(~mask.keep, mask.grid)
 
 
-def _states(optimizer: torch.optim.Optimizer, name: str, ref: ParameterRef) -> dict[str, Tensor]:
+def _states(optimizer: Optimizer, name: str, ref: ParameterRef) -> dict[str, Tensor]:
     """The tensors that an optimizer holds for a parameter, in its shape; step counters have no axes."""
     held = optimizer.state.get(ref.stored, {})
     states = {key: state for key, state in held.items() if isinstance(state, Tensor) and state.ndim}

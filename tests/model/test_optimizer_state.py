@@ -103,10 +103,24 @@ def test_tied_parameters_have_one_state_under_any_of_their_names() -> None:
     assert not optimizer.state[model[0].weight]["momentum_buffer"].any()
 
 
+def test_several_optimizers_share_the_parameters() -> None:
+    model = bp.apply_masks(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)), BEFORE, straight_through=True)
+    optimizers = bp.muon(model.parameters())
+    model(torch.ones(5, 6)).square().sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert bp.reset_state(optimizers, model, BEFORE, AFTER) is optimizers
+    changed = bp.expand(BEFORE["0.weight"].keep ^ AFTER["0.weight"].keep, GRID)
+    momentum = optimizers[0].state[model[0].parametrizations.weight.original]["momentum_buffer"]
+    assert torch.equal(momentum == 0, changed)
+    with pytest.raises(ValueError, match=r"optimizer is empty, which has none of the masked parameters"):
+        bp.reset_state([], model, BEFORE, AFTER)
+
+
 def test_an_optimizer_that_does_not_fit_is_an_error_and_stays_as_it_is() -> None:
     model, optimizer = trained(OPTIMIZERS["adam"], BEFORE)
     other = torch.optim.Adam(nn.Linear(2, 2).parameters())
-    with pytest.raises(ValueError, match=r"optimizer is a Adam that has none of the masked parameters, such as '0\.weight'"):
+    with pytest.raises(ValueError, match=r"optimizer is Adam, which has none of the masked parameters, such as '0\.weight'"):
         bp.reset_state(other, model, BEFORE, AFTER)
     before = tensors(optimizer)
     with pytest.raises(ValueError, match=r"0\.weight has different blocks in before and after"):

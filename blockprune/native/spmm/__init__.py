@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_MULTIPLICATIONS = 1 << 32  # of one call of the compiled loops, a part of a second; between calls Python answers signals such as Ctrl-C
+_MULTIPLICATIONS = 1 << 33  # of one call of the compiled loops, a part of a second; between calls Python answers signals such as Ctrl-C
 _MAX_INT8_COLUMNS = (1 << 31) // 127**2  # whose products an int32 holds
 _ROWS_MULTIPLE = 128  # of inputs in one such call, so that they fill the kernels' panels
 
@@ -39,7 +39,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library.spmm.argtypes = [*[pointer] * 3, *[count] * 4, choice, pointer, count, pointer, pointer, count, choice]
         library.spmm_int8.argtypes = [*[pointer] * 3, *[count] * 4, choice, pointer, count, *[pointer] * 3, count, choice]
         library.conv2d.argtypes = [*[pointer] * 3, *[count] * 3, choice, *[pointer] * 4, *[count] * 3, choice]
-        library.gradient.argtypes = [*[pointer] * 3, *[count] * 4, choice, pointer, count, *[pointer] * 2, count, choice]
+        library.gradient.argtypes = [*[pointer] * 3, *[count] * 4, choice, pointer, count, *[pointer] * 2, choice, count, choice]
         for function in (library.spmm, library.spmm_int8, library.conv2d, library.gradient):
             function.restype = choice
         library.use_openmp.argtypes = [pointer]
@@ -132,7 +132,7 @@ def _multiply(
     n, at_bias = x.numel() // cols, None if bias is None else bias.data_ptr()
     layer, multiply = (*addresses, rows, cols, *block, _DTYPES[x.dtype]), getattr(_library, function)
     scales = () if scale is None else (scale.data_ptr(),)
-    step = max(1, _MULTIPLICATIONS // (max(1, len(values)) * _ROWS_MULTIPLE)) * _ROWS_MULTIPLE
+    step = _rows_at_once(len(values))
     for first in range(0, n, step):
         at_x, at_out = (t.data_ptr() + first * width * t.element_size() for t, width in ((x, cols), (out, rows)))
         if multiply(*layer, at_x, min(step, n - first), at_bias, at_out, *scales, torch.get_num_threads(), _choice):
@@ -166,7 +166,8 @@ def values_grad(
     """
     if x.dtype != grad.dtype or not _readable(x := x.contiguous(), x.dtype):
         return None
-    out = torch.empty(count, dtype=torch.float32) if grad.numel() else torch.zeros(count, dtype=torch.float32)
+    is_long = _rows_at_once(count) < grad.numel() // shape[0]  # parts are added up in float32
+    out = torch.empty(count, dtype=torch.float32 if is_long else x.dtype) if grad.numel() else torch.zeros(count, dtype=x.dtype)
     return out.to(x.dtype) if _gradient(None, x, grad, out, (crow, col), shape=shape, block=block) else None
 
 
@@ -189,17 +190,24 @@ def _gradient(
     rows, cols = shape
     n, kept = grad.numel() // rows, len(out) if values is None else len(values)
     addresses = None if values is None else values.data_ptr(), col.data_ptr(), crow.data_ptr()
-    step = max(1, _MULTIPLICATIONS // (max(1, kept) * _ROWS_MULTIPLE)) * _ROWS_MULTIPLE
+    step = _rows_at_once(kept)
     for first in range(0, n, step):
         at_grad = grad.data_ptr() + first * rows * grad.element_size()
         at_x = None if x is None else x.data_ptr() + first * cols * x.element_size()
         to = out.view(-1)[first * cols :] if x is None else out if first == 0 else torch.empty_like(out)
         layer = *addresses, rows, cols, *block, _DTYPES[grad.dtype]
-        if _library.gradient(*layer, at_x, min(step, n - first), at_grad, to.data_ptr(), torch.get_num_threads(), _choice):
+        if _library.gradient(
+            *layer, at_x, min(step, n - first), at_grad, to.data_ptr(), to.dtype == torch.float32, torch.get_num_threads(), _choice
+        ):
             return False
         if x is not None and first:
             out += to
     return True
+
+
+def _rows_at_once(kept: int) -> int:
+    """How many rows of inputs one call of a compiled loop multiplies with a weight of so many kept elements."""
+    return max(1, _MULTIPLICATIONS // (max(1, kept) * _ROWS_MULTIPLE)) * _ROWS_MULTIPLE
 
 
 class Window(NamedTuple):

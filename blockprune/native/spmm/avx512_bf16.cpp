@@ -2,6 +2,7 @@
 
 #include "intrinsics.h"
 #include "conv.h"
+#include "gradients.h"
 
 #if defined(BEGIN_TARGET) && !defined(WITHOUT_AVX512)
 #define INSTRUCTIONS "instructions_avx512.h"
@@ -17,6 +18,7 @@ namespace {
 #include "gemv.h"
 #include "kernel_table.h"
 #include "conv_kernels.h"
+#include "gradient_kernels.h"
 const Kernels bf16 = float_kernels<Bf16Pairs, Bf16Columns, Bf16Words<DotPairs>>();
 const ConvKernels conv_bf16 = conv_kernels<Bf16Columns>();
 }  // namespace
@@ -27,7 +29,7 @@ const KernelSet* avx512_bf16_kernels() {
     if (!vnni || !processor_has(AVX512_BF16)) return nullptr;
     static const KernelSet set = [] {
         KernelSet all = *vnni;
-        all.bf16 = &bf16, all.conv_bf16 = &conv_bf16;
+        all.bf16 = &bf16, all.conv_bf16 = &conv_bf16, all.gradient_pairs = &gradient_pairs;
         return all;
     }();
     return &set;

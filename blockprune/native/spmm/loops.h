@@ -79,11 +79,23 @@ template <class T> void quantize_row(const T* x, int64_t cols, int8_t* out, floa
     for (int64_t c = 0; c < cols; c++) out[c] = is_finite ? (int8_t)std::nearbyint(load_float(x + c) * factor) : 0;
 }
 
+Word word_of(float x) {
+    Word bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    return bits;
+}
+
+float float_of(Word bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof(x));
+    return x;
+}
+
 template <class T>
-void pack_columns(const Matrix& x, int64_t first, int64_t count, const Range& columns, float* to, int64_t pitch) {
+void pack_columns(const Matrix& x, int64_t first, int64_t count, const Range& columns, Word* to, int64_t pitch) {
     for (int64_t i = 0; i < count; i++)
         for (int64_t c = columns.begin; c < columns.end; c++)
-            to[(c - columns.begin) * pitch + i] = load_float((const T*)x.numbers + (first + i) * x.width + c);
+            to[(c - columns.begin) * pitch + i] = word_of(load_float((const T*)x.numbers + (first + i) * x.width + c));
 }
 
 template <class T>
@@ -93,14 +105,18 @@ void unpack_columns(const float* from, int64_t pitch, int64_t first, int64_t cou
             store_float((T*)to + (first + i) * width + c, from[(c - columns.begin) * pitch + i]);
 }
 
-template <class T> void pack_rows(const Gradient& g, int64_t first, int64_t count, const RowTile& tile, float* to) {
-    const T* dy = (const T*)g.dy + first * g.rows + tile.band * g.height + tile.first;
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t r = 0; r < tile.rows; r++) to[i * tile.lanes + r] = load_float(dy + i * g.rows + r);
+template <class T> void round_all(const float* from, const Range& numbers, void* to) {
+    for (int64_t i = numbers.begin; i < numbers.end; i++) store_float((T*)to + i, from[i]);
 }
 
-template <class T> const float* widen(const void* values, int64_t first, int64_t count, float* scratch) {
-    for (int64_t i = 0; i < count; i++) scratch[i] = load_float((const T*)values + first + i);
+template <class T> void pack_rows(const Gradient& g, int64_t first, int64_t count, const RowTile& tile, Word* to) {
+    const T* dy = (const T*)g.dy + first * g.rows + tile.band * g.height + tile.first;
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t r = 0; r < tile.rows; r++) to[i * tile.lanes + r] = word_of(load_float(dy + i * g.rows + r));
+}
+
+template <class T> const Word* pack_weights(const void* values, int64_t columns, int64_t height, Word* scratch) {
+    for (int64_t i = 0; i < columns * height; i++) scratch[i] = word_of(load_float((const T*)values + i));
     return scratch;
 }
 
@@ -109,28 +125,28 @@ int64_t position(int64_t row, int64_t k, int64_t count, int64_t height) {
     return k == count - 1 && count % 2 ? k * height + row : k / 2 * 2 * height + 2 * row + k % 2;
 }
 
-void add_to_inputs(float* const* columns, int64_t count, const float* weights, int64_t step, const float* dy, int64_t height, int64_t pitch,
+void add_to_inputs(float* const* columns, int64_t count, const Word* weights, int64_t step, const Word* dy, int64_t height, int64_t pitch,
                    int64_t n) {
     for (int64_t k = 0; k < count; k++)
         for (int64_t r = 0; r < height; r++) {
-            const float weight = weights[k == count - 1 && count % 2 ? k * height + r * step : position(r, k, count, height)];
-            for (int64_t i = 0; i < n; i++) columns[k][i] += weight * dy[r * pitch + i];
+            const float weight = float_of(weights[k == count - 1 && count % 2 ? k * height + r * step : position(r, k, count, height)]);
+            for (int64_t i = 0; i < n; i++) columns[k][i] += weight * float_of(dy[r * pitch + i]);
         }
 }
 
-void add_to_weights(const float* const* columns, int64_t count, const float* dy, int64_t n, const RowTile& tile, int64_t height, float* out,
+void add_to_weights(const Word* const* columns, int64_t count, const Word* dy, int64_t n, const RowTile& tile, int64_t height, float* out,
                     bool add) {
     for (int64_t k = 0; k < count; k++)
         for (int64_t r = 0; r < tile.rows; r++) {
             float sum = 0;
-            for (int64_t i = 0; i < n; i++) sum += columns[k][i] * dy[i * tile.lanes + r];
+            for (int64_t i = 0; i < n; i++) sum += float_of(columns[k][i]) * float_of(dy[i * tile.lanes + r]);
             float* to = out + position(tile.first + r, k, count, height);
             *to = add ? *to + sum : sum;
         }
 }
 
 template <class T> GradientKernels gradient_kernels() {
-    return {1, pack_columns<T>, unpack_columns<T>, pack_rows<T>, widen<T>, add_to_inputs, add_to_weights};
+    return {1, 1, pack_columns<T>, pack_columns<T>, unpack_columns<T>, round_all<T>, pack_rows<T>, pack_weights<T>, add_to_inputs, add_to_weights};
 }
 
 const Kernels f32 = {0, 0, {0, 0}, 1, nullptr, nullptr, gemv<float>}, bf16 = {0, 0, {0, 0}, 1, nullptr, nullptr, gemv<uint16_t>};

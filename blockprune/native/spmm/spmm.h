@@ -111,6 +111,7 @@ struct KernelSet {
     void (*quantize)(const void* x, bool is_bf16, int64_t cols, int8_t* out, float* scale);
     const ConvKernels *conv_f32, *conv_bf16;  // null where there are none
     const GradientKernels *gradient_f32, *gradient_bf16;
+    const GradientKernels* gradient_pairs = nullptr;  // of bfloat16
     const Kernels *bf16_tiles = nullptr, *int8_tiles = nullptr;  // for many rows of x, where blocks are whole tiles
 };
 
