@@ -99,7 +99,7 @@ def dynamic_int8(model: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces that torchao, a package of its own, will take this over
         quantized: nn.Module = torch.ao.quantization.quantize_dynamic(
-            copy.deepcopy(model).float(), {nn.Linear}, dtype=torch.qint8, inplace=True
+            copy.deepcopy(model).to(torch.float32), {nn.Linear}, dtype=torch.qint8, inplace=True
         )
     return quantized
 

@@ -77,7 +77,7 @@ def make_student(
     module = apply_masks(copy.deepcopy(model), masks, weights)
     dtypes = {name: refs[0].stored.dtype for name, refs in parameter_refs(module).items()}
     if any(dtype.is_floating_point and dtype.itemsize < 4 for dtype in dtypes.values()):
-        module.float()
+        module.to(torch.float32)
     chosen = _chosen(module, where, lora_rank)
     refs = parameter_refs(module)
     low_rank = {name: refs[name] for name in chosen if lora_rank is not None and refs[name][0].mask and len(refs[name][0].shape) > 1}

@@ -12,6 +12,7 @@ from torch import nn
 
 import blockprune as bp
 from blockprune import losses
+from blockprune.export.dense_baselines import dynamic_int8
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -47,6 +48,15 @@ def test_checkpointing_gives_the_same_weights_and_leaves_the_model_without_it() 
         torch.testing.assert_close(again[name], x)
     with pytest.raises(ValueError, match="train=True"):
         bp.distill(model, masks, None, batches, teacher=model, loss=losses.kl, checkpointing=True)
+
+
+def test_a_model_from_a_quantised_file_is_trained_and_timed_as_any_other() -> None:
+    model, masks, batches = llama()
+    plain = bp.distill(model.bfloat16(), masks, None, batches, teacher=model, loss=losses.kl)
+    model.is_quantized = True  # as transformers marks a model that it loads from a GGUF file, whose .float() it refuses
+    marked = bp.distill(model, masks, None, batches, teacher=model, loss=losses.kl)
+    assert all(torch.equal(marked[name], x) for name, x in plain.items())
+    assert next(dynamic_int8(model).parameters()).dtype == torch.float32
 
 
 def test_all_losses_of_a_language_model_and_its_low_rank_recovery() -> None:
