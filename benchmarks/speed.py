@@ -276,7 +276,8 @@ def models(options: argparse.Namespace) -> None:
                 choices = export.choose(
                     cast, inputs=inputs, forward=forward, graph=graph, progress=False, dtype="int8" if is_int8 else None
                 )
-                sparse.append(export.block_sparse(cast, backend=choices))
+                exported = export.block_sparse(cast, backend=choices)
+                sparse.append(rowwise_int8(exported) if is_int8 else exported)  # Linears without masks, such as the output head, too
                 count = sum(isinstance(module, export.BlockSparseLinear) for module in sparse[-1].modules())
                 names.append(f"{name}{' int8' * is_int8}, {count} of {len(masks)} layers {'int8' if is_int8 else 'sparse'}")
         print(f"\n{title}; {torch.get_num_threads()} threads")
