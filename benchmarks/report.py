@@ -81,7 +81,7 @@ def report(runs: list[dict[str, Any]]) -> str:
 def earlier() -> str:
     """What was measured before runs were recorded, with the code of that time."""
     text = (RESULTS / "earlier.md").read_text().replace("\n## ", "\n### ")
-    return f"\n## Measured before runs were recorded\n\nWith earlier code; these are to be measured again.\n\n#{text}"
+    return f"\n## Measured before runs were recorded\n\nWith earlier code: what takes hours, a GPU or other engines.\n\n#{text}"
 
 
 def section(recorded: dict[str, Any]) -> str:

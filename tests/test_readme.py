@@ -92,8 +92,9 @@ def test_what_distillation_gives_back_is_what_was_recorded() -> None:
     assert f"({minutes} minutes, `python benchmarks/recover.py`), the half-pruned model rises from cosine {before} to {after}" in text
     assert f"cosine {before} to {after}, in int8 to {int8}" in text
     answer = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "recover_smollm.json").read_text())["answer"]
-    perplexities = [round(float(x)) for x in re.findall(r"perplexity Wikipedia ([\d.]+) -> ([\d.]+)", answer)[0]]
-    assert "it is not usable yet ({}; {} after 120,000 tokens of distillation)".format(*perplexities) in text
+    tokens, before, after = re.findall(r"after ([\d,]+) tokens .*perplexity Wikipedia ([\d.]+) -> ([\d.]+)", answer)[0]
+    after = f"{float(after):.0f} after {round(int(tokens.replace(',', '')), -4):,} tokens of distillation"
+    assert f"it is not usable yet ({float(before):.0f}; {after})" in text
     assert "is a tie before and after ({} and {}, dense {})".format(*correlations) in text
 
 
