@@ -278,7 +278,7 @@ def models(options: argparse.Namespace) -> None:
                 )
                 exported = export.block_sparse(cast, backend=choices)
                 sparse.append(rowwise_int8(exported) if is_int8 else exported)  # Linears without masks, such as the output head, too
-                count = sum(isinstance(module, export.BlockSparseLinear) for module in sparse[-1].modules())
+                count = sum(isinstance(module, export.BlockSparseLinear) for module in exported.modules())
                 names.append(f"{name}{' int8' * is_int8}, {count} of {len(masks)} layers {'int8' if is_int8 else 'sparse'}")
         print(f"\n{title}; {torch.get_num_threads()} threads")
         measured: Any = {"forward": forward, "compiled": options.inductor, "graph": graph, "rounds": options.rounds}
