@@ -15,7 +15,7 @@ from blockprune.export.format import BlockSparse, unpack
 from blockprune.export.packing import pack_weight
 from blockprune.export.sparse_layers import BlockSparseLinear
 from blockprune.model.apply import apply_masks, parameter_masks
-from blockprune.model.optimizer_state import initial_state
+from blockprune.model.optimizer_state import initial_state, list_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -51,7 +51,7 @@ def update(model: M, masks: Masks, *, optimizer: Optimizer | Sequence[Optimizer]
         >>> model.weight[:, 2:].count_nonzero().item()
         0
     """
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    optimizers = list_of(optimizer)
     sparse, masked, weights = _named_layers(model), parameter_masks(model), {} if weights is None else weights
     for name, mask in masks.items():
         if name not in sparse and name not in masked:

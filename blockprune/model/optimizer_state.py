@@ -88,7 +88,7 @@ def reset_state(optimizer: Optimizers, model: nn.Module, before: Masks, after: M
     found = [(select_parameters(of_model, masks, what="masks"), masks) for masks in (before, after)]
     refs = {name: users[0] for selected, _ in found for name, users in selected.items()}
     old, new = (dict(zip(selected, masks.values(), strict=True)) for selected, masks in found)
-    optimizers: Sequence[Optimizer] = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+    optimizers = list_of(optimizer)
     trained = {id(parameter) for held in optimizers for group in held.param_groups for parameter in group["params"]}
     if refs and not any(id(ref.stored) in trained for ref in refs.values()):
         kinds = " and ".join(type(held).__name__ for held in optimizers) or "empty"
@@ -107,6 +107,11 @@ def reset_state(optimizer: Optimizers, model: nn.Module, before: Masks, after: M
         for state, elements, initial in states:
             state.masked_fill_(sharded_like(elements.to(state.device), state), initial)
     return optimizer
+
+
+def list_of(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    """The optimizers of an argument that is one, several or None."""
+    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
 
 
 def initial_state(optimizer: Optimizer, parameter: Tensor, key: str) -> float:

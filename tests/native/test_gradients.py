@@ -59,19 +59,19 @@ def test_large_layers_in_any_number_of_threads(instructions: str, shape: Any, bl
 
 @EVERY
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block", [(16, 1), (32, 32), (4, 4), (1, 16), (5, 3), (2, 1)])
+@pytest.mark.parametrize("block", [(16, 1), (32, 32), (4, 4), (1, 16), (5, 3)])
 def test_real_numbers_are_close(instructions: str, block: Any, dtype: torch.dtype) -> None:
-    grid = BlockGrid((201, 701), block)
+    grid = BlockGrid((200, 700), block)
     keep = torch.rand(grid.size, generator=torch.Generator().manual_seed(0)) < 0.5
-    weight, x, grad = normal(grid.shape, 0).to(dtype), normal((41, 701), 1).to(dtype), normal((41, 201), 2).to(dtype)
+    weight, x, grad = normal(grid.shape, 0).to(dtype), normal((40, 700), 1).to(dtype), normal((40, 200), 2).to(dtype)
     kept = torch.where(bp.expand(keep, grid), weight, 0).double()
     with running(instructions):
         of_inputs, of_values = gradients(grad, x, pack(weight, keep, grid))
     rounding = 2**-8 if dtype == torch.bfloat16 else 0  # of the result
     right, size = grad.double() @ kept, grad.double().abs() @ kept.abs()
-    assert ((of_inputs - right).abs() <= 1e-6 * size + rounding * right.abs()).all()
+    assert ((of_inputs - right).abs() <= 3e-7 * size + rounding * right.abs()).all()
     sums, sizes = (pack(a.double().mT @ b.double(), keep, grid).values for a, b in ((grad, x), (grad.abs(), x.abs())))
-    assert ((of_values - sums).abs() <= 1e-6 * sizes + rounding * sums.abs()).all()
+    assert ((of_values - sums).abs() <= 3e-7 * sizes + rounding * sums.abs()).all()
 
 
 @EVERY
@@ -86,6 +86,18 @@ def test_nan_reaches_the_gradients_of_what_it_meets_and_no_others(instructions: 
     assert torch.equal(of_inputs.isfinite(), torch.tensor([[True] * 4, [True] * 4, [True, True, False, False]]))
     finite = torch.tensor([[False, True, True, True], [False, True, True, True], [True, True, True, True], [True, True, False, False]])
     assert torch.equal(of_values.isfinite(), pack(finite.float(), keep, grid).values > 0)
+
+
+@BUILT
+@pytest.mark.skipif("avx512_bf16" not in spmm.instructions(), reason="the processor does not multiply pairs of bfloat16")
+def test_pairs_of_bfloat16_count_subnormal_numbers_as_zero_and_floats_do_not() -> None:
+    grid = BlockGrid((4, 4), (2, 2))
+    small, large = (torch.full((4, 4), x, dtype=torch.bfloat16) for x in (2.0**-130, 2.0**100))
+    for instructions, is_zero in (("avx512_bf16", True), ("avx512", False)):
+        with running(instructions):
+            of_inputs, _ = gradients(large, small, pack(small, torch.ones(2, 2).bool(), grid))
+            _, of_values = gradients(large, small, pack(large, torch.ones(2, 2).bool(), grid))
+        assert (of_inputs == 0).all() == (of_values == 0).all() == is_zero, instructions
 
 
 @BUILT

@@ -31,12 +31,6 @@ int64_t kept_before(const Layer& w, int64_t band, int64_t column) {
     return (std::lower_bound(begin, end, column / w.width, [](int32_t a, int64_t b) { return a < b; }) - begin) * w.width;
 }
 
-int64_t count_kept(const Layer& w) {
-    int64_t count = 0;
-    for (int64_t band = 0; band < w.bands(); band++) count += w.kept_columns(band) * w.height_of(band);
-    return count;
-}
-
 // What both gradients share: how many rows are packed at a time, and how many columns stay in the cache.
 struct Division {
     int64_t inputs, pitch, columns, parts;
@@ -107,7 +101,7 @@ void add_up_weights(const Gradient& g, const GradientKernels& kernels, const Tea
     for (int64_t t = 0; t < tile_count; t++) offsets[t + 1] = offsets[t] + tiles[t].lanes * d.inputs / per_word;
     ScratchBuffer packed_x(g.cols * d.pitch * (int64_t)sizeof(Word)), packed_dy(offsets[tile_count] * (int64_t)sizeof(Word));
     Word *const x = (Word*)packed_x.get(), *const dy = (Word*)packed_dy.get();
-    const int64_t kept = count_kept(g);
+    const int64_t last = g.bands() - 1, kept = last < 0 ? 0 : g.starts[last] + g.kept_columns(last) * g.height_of(last);
     ScratchBuffer floats(rounds ? kept * (int64_t)sizeof(float) : 0);
     float* const sums = rounds ? (float*)floats.get() : (float*)g.out;
     for (int64_t first = 0; first < g.n; first += d.inputs) {
