@@ -1,5 +1,6 @@
 """Examples in docstrings assume these imports; pictures are drawn without a screen, and closed after each test."""
 
+import gc
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,11 @@ import blockprune as bp
 
 mpl.use("Agg")  # not by the environment, which the kernels of notebooks inherit
 collect_ignore = [] if importlib.util.find_spec("triton") else ["blockprune/export/triton_kernels.py"]
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # the garbage collector does not go through modules and thousands of tests again and again
 
 
 @pytest.fixture(autouse=True)

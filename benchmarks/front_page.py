@@ -25,34 +25,42 @@ PICTURE = Path(__file__).parents[1] / "notebooks" / "front_page.png"
 WHERE = bp.including(bp.linears((16, 16)), "encoder.*")
 
 
-def main(sparsities: list[float], layers: int | None, texts: int, rounds: int, picture: Path) -> None:
+def main(sparsities: list[float], layers: int | None, texts: int, rounds: int, picture: Path, *, judged: int = 50, timed: int = 8) -> None:
     print(machine())
     dense, tokenizer = minilm.load(layers)
     repair = bp.recipes.obs(WHERE, minilm.calibration(dense, tokenizer, texts))
     results = {f"{sparsity:.0%} pruned": repair(dense, sparsity) for sparsity in sparsities}
     pruned = {name: bp.apply_masks(copy.deepcopy(dense), result.masks, result.weights) for name, result in results.items()}
-    speeds, quality = compared(dense, tokenizer, pruned, rounds)
+    speeds, quality = compared(dense, tokenizer, pruned, rounds, judged=judged, timed=timed)
     draw(speeds, quality, {"pruned": {f"{sparsity:.0%}": f"{sparsity:.0%} pruned" for sparsity in sparsities}}, picture)
     best = max(speeds.rows, key=lambda row: row.speedup)
     print(f"In short: {verdict(speeds, quality, sparsities)} The fastest model of all is {best.name}, {best.milliseconds:.0f} ms.")
 
 
 def compared(
-    dense: nn.Module, tokenizer: Any, masked: Mapping[str, nn.Module], rounds: int
+    dense: nn.Module, tokenizer: Any, masked: Mapping[str, nn.Module], rounds: int, *, judged: int = 50, timed: int = 8
 ) -> tuple[export.SpeedComparison, dict[str, float]]:
-    """Time masked models, exported in each type, beside dense ones with one thread; and the cosine of each with the dense embeddings."""
+    """Time masked models, exported in each type, beside dense ones with one thread; and the cosine of each with the dense embeddings.
+
+    Args:
+        dense, tokenizer: MiniLM.
+        masked: the masked models by name.
+        rounds: of measurement.
+        judged: how many texts are embedded for the cosine.
+        timed: how many texts a timed call has.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    judged = [minilm.tokens(tokenizer, minilm.documents()[i : i + 10]) for i in range(0, 50, 10)]
+    batches = [minilm.tokens(tokenizer, minilm.documents()[i : i + 10]) for i in range(0, judged, 10)]
     with torch.no_grad():
-        embeddings = torch.cat([minilm.embed(dense, batch) for batch in judged])
-    inputs = minilm.tokens(tokenizer, minilm.background()[:8], longest=128)
-    quality = {"dense": 1.0, "dense int8": minilm.likeness(dynamic_int8(dense), judged, embeddings)}
-    quality["dense int8, row by row"] = minilm.likeness(rowwise_int8(dense), judged, embeddings)
+        embeddings = torch.cat([minilm.embed(dense, batch) for batch in batches])
+    inputs = minilm.tokens(tokenizer, minilm.background()[:timed], longest=128)
+    quality = {"dense": 1.0, "dense int8": minilm.likeness(dynamic_int8(dense), batches, embeddings)}
+    quality["dense int8, row by row"] = minilm.likeness(rowwise_int8(dense), batches, embeddings)
     dtypes = ["float32", "int8"]
     if packs_bfloat16():  # without instructions for it, bfloat16 is slower than float32
         dtypes.append("bfloat16")
-        quality["dense bfloat16"] = minilm.likeness(copy.deepcopy(dense).bfloat16(), judged, embeddings)
+        quality["dense bfloat16"] = minilm.likeness(copy.deepcopy(dense).bfloat16(), batches, embeddings)
     models = {}
     for title, model in masked.items():
         for dtype in dtypes:
@@ -60,14 +68,14 @@ def compared(
             cast = copy.deepcopy(model).to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
             asked: Any = {"dtype": "int8"} if dtype == "int8" else {}
             models[name] = export.block_sparse(cast, inputs=inputs, forward=minilm.embed, **asked)
-            quality[name] = minilm.likeness(models[name], judged, embeddings)
+            quality[name] = minilm.likeness(models[name], batches, embeddings)
             linears, dense_linears = (sum(isinstance(m, nn.Linear) for m in model.modules()) for model in (dense, models[name]))
             print(f"{name}: {dense_linears} of {linears} Linears stay dense", flush=True)
     options: dict[str, Any] = {"inputs": inputs, "forward": minilm.embed, "dtypes": dtypes, "rounds": rounds}
     speeds = export.benchmark(dense, *models.values(), names=list(models), **options)
     torch.set_num_threads(threads)
     print(f"\nOne thread, {'x'.join(map(str, inputs['input_ids'].shape))} tokens a call; 16x16 blocks, recipe obs\n{speeds}\n")
-    print("cosine of the embeddings with those of the dense model (50 news texts that were not calibrated on):")
+    print(f"cosine of the embeddings with those of the dense model ({judged} news texts that were not calibrated on):")
     for name, value in quality.items():
         print(f"  {name:26}{value:.3f}")
     return speeds, quality
@@ -136,6 +144,6 @@ if __name__ == "__main__":
     )
     options = parser.parse_args()
     if options.tiny:
-        main([0.5], layers=1, texts=8, rounds=1, picture=options.picture)
+        main([0.5], layers=1, texts=8, rounds=1, picture=options.picture, judged=10, timed=1)
     else:
         main([0.25, 0.5, 0.75], layers=None, texts=128, rounds=options.rounds, picture=options.picture)

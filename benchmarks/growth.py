@@ -135,7 +135,7 @@ def compare_operations(sizes: tuple[int, int], only: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, prepare in OPERATIONS.items():
             if only in name:
-                prepare(Prepared(20, Path(folder)))()  # imports
+                prepare(Prepared(min(20, sizes[0]), Path(folder)))()  # imports
                 times = [min(cpu_seconds(prepare(Prepared(size, Path(folder)))) for _ in range(2)) for size in sizes]
                 ratio = times[1] / times[0]
                 mark = "  superlinear" if ratio > LIMIT * sizes[1] / sizes[0] else ""
@@ -174,10 +174,10 @@ def main(sizes: tuple[int, int], depths: tuple[int, ...], only: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="20 and 40 Linears, 2 and 4 layers")
+    parser.add_argument("--tiny", action="store_true", help="10 and 20 Linears, 2 and 4 layers")
     parser.add_argument("--only", default="", help="only the operations whose name contains this text")
     options = parser.parse_args()
     if options.tiny:
-        main((20, 40), (2, 4), options.only)
+        main((10, 20), (2, 4), options.only)
     else:
         main((300, 3000), (2, 16, 64, 128), options.only)

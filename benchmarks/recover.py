@@ -1,6 +1,7 @@
 """What distillation gives back after pruning: perplexity of SmolLM2-135M, embeddings of MiniLM, classes of EfficientNet-Lite0.
 
 python benchmarks/recover.py --model minilm --sparsity 0.5 --tokens 4_000_000
+python benchmarks/recover.py --model minilm --tokens 4_000_000 --stages 0.2:0.12 0.35:0.15 0.45:0.15     # pruned little by little
 python benchmarks/recover.py --model smollm --sparsity 0 --loss cross-entropy      # the control: the dense model trained alike
 python benchmarks/recover.py --model efficientnet --tokens 8_000 --step-tokens 32 --every 800     # "tokens" are crops of photos
 python benchmarks/recover.py --draw RUN.json ... --picture curve.png               # curves of finished runs in one picture
@@ -17,7 +18,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,35 @@ def pruned(problem: Problem, options: argparse.Namespace) -> tuple[nn.Module, di
     path = options.folder / f"start, {options.model}, {options.pattern}, {options.sparsity:g}, {options.method}{photos}.pt"
     if not path.exists():
         model, result = METHODS[options.method](problem.task, PATTERNS[options.pattern], options.sparsity)
-        grids = {name: (mask.keep, mask.grid.shape, mask.grid.block) for name, mask in result.masks.items()}
-        save({"model": model.state_dict(), "masks": grids, "weights": dict(result.weights)}, path)
+        save({"model": model.state_dict(), **packed(result.masks, result.weights)}, path)
     saved = torch.load(path, weights_only=True)
     model.load_state_dict(saved["model"])  # clustering gives units another order
+    return model, *unpacked(saved)
+
+
+def packed(masks: bp.Masks, weights: bp.Weights) -> dict[str, Any]:
+    """Masks and weights for `torch.save`."""
+    return {"masks": {name: (m.keep, m.grid.shape, m.grid.block) for name, m in masks.items()}, "weights": dict(weights)}
+
+
+def unpacked(saved: Mapping[str, Any]) -> tuple[dict[str, bp.BlockMask], dict[str, Tensor]]:
     masks = {name: bp.BlockMask(keep, bp.BlockGrid(shape, block)) for name, (keep, shape, block) in saved["masks"].items()}
-    return model, masks, saved["weights"]
+    return masks, saved["weights"]
+
+
+def pruned_further(
+    problem: Problem, options: argparse.Namespace, model: nn.Module, sparsity: float
+) -> tuple[dict[str, bp.BlockMask], dict[str, Tensor]]:
+    """Masks and repaired weights of a model whose units are in order already; blocks that are zero are the first to be pruned."""
+    method = METHODS[options.method.removesuffix(" + cluster")]
+    result = method(attrs.evolve(problem.task, model=model), PATTERNS[options.pattern], sparsity)[1]
+    return dict(result.masks), dict(result.weights)
+
+
+def stage(text: str) -> tuple[float, float]:
+    """The sparsity and the share of the tokens that ``0.2:0.12`` names."""
+    sparsity, share = map(float, text.split(":"))
+    return sparsity, share
 
 
 def save(value: Any, path: Path) -> None:
@@ -77,8 +101,68 @@ def save(value: Any, path: Path) -> None:
 def title_of(options: argparse.Namespace, unit: str, is_pruned: bool) -> str:
     """What a run prunes and how it trains."""
     start = f"{options.pattern} at {options.sparsity:.0%}, {options.method}" if is_pruned else "dense"
-    training = f"{options.loss}, {options.optimizer} {options.lr:g}, {options.tokens:,} {unit}, {options.step_tokens:,} a step"
+    stages = "".join(f", {share:.0%} of them at {sparsity:.0%}" for sparsity, share in options.stages)
+    training = f"{options.loss}, {options.optimizer} {options.lr:g}, {options.tokens:,} {unit}{stages}, {options.step_tokens:,} a step"
     return f"{options.model}, {start}; {training}"
+
+
+def train(
+    problem: Problem,
+    options: argparse.Namespace,
+    model: nn.Module,
+    start: tuple[dict[str, bp.BlockMask], dict[str, Tensor]],
+    *,
+    record: dict[str, Any],
+    path: Path,
+) -> None:
+    """Prune and train, stage after stage, from where the record is; it is kept in a file."""
+    judged = partial(bp.apply_masks, copy.deepcopy(model))
+    teacher = copy.deepcopy(model).bfloat16() if options.bfloat16 else model  # saves autocast the conversion of each weight
+    masks, weights = start
+    clock = time.monotonic()
+
+    def keep(state: bp.DistillState) -> None:
+        nonlocal clock
+        record["seconds"] += time.monotonic() - clock
+        record["curve"].append((record["count"] + state.count, record["seconds"], problem.curve(judged(masks, state.weights))))
+        print_row(*record["curve"][-1])
+        record["state"] = attrs.asdict(state, recurse=False)
+        save(record, path)
+        clock = time.monotonic()
+
+    stages = [*options.stages, (options.sparsity, 1 - sum(share for _, share in options.stages))]
+    for number in range(record["stage"], len(stages)):
+        sparsity, share = stages[number]
+        if record["start"] is None:
+            if options.stages:
+                before = unpacked(record["result"]) if number else ({}, {})
+                masks, repaired = pruned_further(problem, options, bp.finalize(judged(*before)), sparsity)
+                weights = {**before[1], **repaired}
+            record["start"] = packed(masks, weights)
+        masks, weights = unpacked(record["start"])
+        steps = max(1, int(share * options.tokens) // options.step_tokens)
+        trained = bp.distill(
+            model,
+            masks,
+            weights,
+            problem.batches,
+            teacher=teacher,
+            loss=LOSSES[options.loss],
+            optimizer=partial(OPTIMIZERS[options.optimizer], lr=options.lr),
+            steps=steps,
+            warmup=math.ceil(options.warmup * steps),
+            accumulate=options.accumulate,
+            held_out=problem.validation,
+            every=max(1, options.every // options.step_tokens),
+            seed=options.seed + number,
+            forward=problem.forward,
+            autocast=torch.bfloat16 if options.bfloat16 else None,
+            lora_rank=options.lora_rank,
+            callback=keep,
+            resume=bp.DistillState(**record["state"]) if record["state"] else None,
+        )
+        record |= {"stage": number + 1, "count": record["curve"][-1][0], "start": None, "state": None, "result": packed(masks, trained)}
+        save(record, path)
 
 
 def main(options: argparse.Namespace) -> None:
@@ -91,62 +175,30 @@ def main(options: argparse.Namespace) -> None:
     options.loss, options.lr, options.method = options.loss or problem.losses[0], options.lr or problem.lr, options.method or problem.method
     if options.loss not in problem.losses:
         raise SystemExit(f"--loss {options.loss!r} does not suit {options.model}; use one of {problem.losses}")
-    steps = max(1, options.tokens // options.step_tokens)
     model, masks, weights = pruned(problem, options)
     title = title_of(options, problem.unit, bool(masks))
     name = title.replace("; ", ", ").replace(",", "") + f" seed {options.seed}"
     path = options.folder / f"{name}.pt"
-    record = torch.load(path, weights_only=True) if path.exists() else {"seconds": 0.0, "curve": [], "figures": {}, "state": None}
+    record: dict[str, Any] = {"seconds": 0.0, "curve": [], "figures": {}, "stage": 0, "count": 0, "start": None, "state": None}
+    if path.exists():
+        record = torch.load(path, weights_only=True)
     chosen = {key: str(value) for key, value in vars(options).items() if key not in NOT_OF_THE_RUN}
     if any(chosen[key] != value for key, value in record.get("options", {}).items()):  # a file may be older than an option
         raise SystemExit(f"{path} is of a run with other options; give another --folder")
     record["options"] = chosen
-    copied = copy.deepcopy(model)
-    teacher = copy.deepcopy(model).bfloat16() if options.bfloat16 else model  # saves autocast the conversion of each weight
-
-    def judged(weights: bp.Weights) -> nn.Module:
-        return bp.apply_masks(copied, masks, weights)
-
+    judged = partial(bp.apply_masks, copy.deepcopy(model))
     if not record["figures"]:
-        record["figures"] = {"dense": problem.figures(model), "before": problem.figures(judged(weights))}
-        record["curve"] = [(0, 0.0, problem.curve(copied))]
+        record["figures"] = {"dense": problem.figures(model), "before": problem.figures(judged(masks, weights))}
+        record["curve"] = [(0, 0.0, problem.curve(judged(masks, weights)))]
     print(f"{title}; warmup {options.warmup:.0%}, cosine; seed {options.seed}; {bp.sparsity(masks):.1%} pruned" if masks else title)
     if problem.data:
         print(problem.data)
     print(f"{problem.unit:>10}{'seconds':>9}  validation {problem.curve_name}")
     for row in record["curve"]:
         print_row(*row)
-    clock = time.monotonic()
-
-    def keep(state: bp.DistillState) -> None:
-        nonlocal clock
-        record["seconds"] += time.monotonic() - clock
-        record["curve"].append((state.count, record["seconds"], problem.curve(judged(state.weights))))
-        print_row(*record["curve"][-1])
-        save({**record, "state": attrs.asdict(state, recurse=False)}, path)
-        clock = time.monotonic()
-
-    final = bp.distill(
-        model,
-        masks,
-        weights,
-        problem.batches,
-        teacher=teacher,
-        loss=LOSSES[options.loss],
-        optimizer=partial(OPTIMIZERS[options.optimizer], lr=options.lr),
-        steps=steps,
-        warmup=math.ceil(options.warmup * steps),
-        accumulate=options.accumulate,
-        held_out=problem.validation,
-        every=max(1, options.every // options.step_tokens),
-        seed=options.seed,
-        forward=problem.forward,
-        autocast=torch.bfloat16 if options.bfloat16 else None,
-        lora_rank=options.lora_rank,
-        callback=keep,
-        resume=bp.DistillState(**record["state"]) if record["state"] else None,
-    )
-    figures = record["figures"] | {"after": problem.figures(judged(final))}
+    train(problem, options, model, (masks, weights), record=record, path=path)
+    final = unpacked(record["result"])
+    figures = record["figures"] | {"after": problem.figures(judged(*final))}
     finished = {
         "title": title,
         "curve_name": problem.curve_name,
@@ -161,8 +213,8 @@ def main(options: argparse.Namespace) -> None:
         draw([finished], options.picture)
     if options.deploy:
         assert problem.deploy is not None
-        models = {"repaired": weights, "distilled": final}
-        problem.deploy({name: bp.apply_masks(copy.deepcopy(model), masks, w) for name, w in models.items()}, options)
+        models = {"repaired": (masks, weights), "distilled": final}
+        problem.deploy({name: bp.apply_masks(copy.deepcopy(model), *parts) for name, parts in models.items()}, options)
 
 
 def print_row(tokens: int, seconds: float, figure: float) -> None:
@@ -230,6 +282,14 @@ if __name__ == "__main__":
     parser.add_argument(
         "--tokens", type=int, default=1_000_000, help="that are trained on; crops of photos for efficientnet, here and below"
     )
+    parser.add_argument(
+        "--stages",
+        type=stage,
+        nargs="+",
+        default=[],
+        metavar="SPARSITY:SHARE",
+        help="prune to these sparsities first, each trained on a share",
+    )
     parser.add_argument("--step-tokens", type=int, default=2048, help="tokens of an optimizer step")
     parser.add_argument("--accumulate", type=int, default=1, help="batches of an optimizer step")
     parser.add_argument("--lr", type=float, help="by default 5e-4, images 1e-5")
@@ -250,6 +310,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if options.deploy and (options.model not in ("minilm", "efficientnet") or options.pattern != "16x16" or not options.sparsity):
         parser.error("--deploy is for --model minilm and efficientnet in 16x16 blocks")
+    if sum(share for _, share in options.stages) >= 1 or any(sparsity >= options.sparsity for sparsity, _ in options.stages):
+        parser.error("--stages: their sparsities must be below --sparsity, and the sum of their shares below 1")
     if options.draw and not options.picture:
         parser.error("--draw needs --picture, the file to draw into")
     if options.draw:

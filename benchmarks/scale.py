@@ -152,7 +152,7 @@ def measure(shape: Shape, recipe: str, batches: int, length: int, processes: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="1 and 3 layers, 64 wide")
+    parser.add_argument("--tiny", action="store_true", help="1 and 3 layers, 64 wide; with --processes only 3")
     parser.add_argument("--gib", nargs="+", type=float, default=[2.0, 6.0], help="sizes of the checkpoints")
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--recipe", choices=RECIPES, default="sparsegpt")
@@ -168,7 +168,7 @@ def main() -> None:
         return
     shapes = [of_size(gib, options.width) for gib in options.gib]
     if options.tiny:
-        shapes = [Shape(64, 256, 16, layers, words=64) for layers in (1, 3)]
+        shapes = [Shape(64, 256, 16, layers, words=64) for layers in ((3,) if options.processes else (1, 3))]
         options.batches, options.length = 2, 16
     tokens = options.batches * options.length
     print(f"{machine()}\n50% of 16x16, {RECIPES[options.recipe]}; {options.batches} x {options.length} tokens; GiB\n")

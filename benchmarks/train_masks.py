@@ -1,25 +1,30 @@
-"""Which way of learning masks in training keeps the accuracy of a small network with 80 % and 90 % of its 4x4 blocks pruned?
+"""Which way of learning masks in training keeps the accuracy of a small network with 80 % and 90 % of its blocks pruned?
 
 python benchmarks/train_masks.py [--seeds 5] [--split test] [--picture train_masks.png] [--methods RigL SET]
+python benchmarks/train_masks.py --problem fashion-mnist --block 16 --split test
+python benchmarks/train_masks.py --problem vit --split test
 
-A convolutional network learns scikit-learn's digits from scratch. Every method starts from the same weights, sees the same batches for the
-same number of steps, and ends with the same share of the blocks in each layer. Learning rates and strengths were chosen with --split
-validation, a part of the training images; --split test reports the accuracy on the test images.
+A convolutional network learns scikit-learn's digits or Fashion-MNIST from scratch, a vision transformer the digits (`mask_problems.py`).
+Every method starts from the same weights, sees the same batches for the same number of steps, and ends with the same share of the blocks in
+each layer. Learning rates and strengths were chosen with --split validation, a part of the training images, for the digits and the
+convolutional network; --split test reports the accuracy on the test images.
 
 Computation is what a block-sparse implementation would have to multiply in the pruned layers during training, as a share of dense training:
-a forward pass and two products of a backward pass. This program multiplies dense.
+a forward pass and two products of a backward pass. The forward pass of a dense teacher counts, its training does not. This program
+multiplies dense.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
+from mask_problems import PROBLEMS, Problem
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -27,21 +32,33 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import blockprune as bp
 from blockprune.core.types import Metric
-from blockprune.examples import digits
 
-BLOCK = (4, 4)
 SPARSITIES = (0.8, 0.9)
-EPOCHS, BATCH, LEARNING_RATE = 12, 64, 0.05
+BATCH = 64
 EVERY = 12  # steps from one update of the masks to the next
 LEARNED = 0.6  # the masks are final after this share of the steps
-WHERE = bp.first_of(bp.excluding(bp.convs(BLOCK), "body.0.*"), bp.excluding(bp.linears(BLOCK), "head.*"))
 Method = Callable[["Run"], None]
+
+
+@attrs.frozen
+class Task:
+    """What all methods are compared on."""
+
+    problem: Problem
+    block: int
+    split: str
+    epochs: int
+
+    @property
+    def where(self) -> bp.Where:
+        return self.problem.prunable((self.block, self.block))
 
 
 @attrs.define(eq=False)
 class Run:
     """One training run: what a method may read and change between two steps."""
 
+    task: "Task"
     model: nn.Module
     optimizer: torch.optim.Optimizer
     sparsity: float
@@ -52,6 +69,11 @@ class Run:
     backward: float = 1.0  # the share of the weights that need a gradient
     penalty: Callable[[nn.Module], Tensor] | None = None
     logits: torch.optim.Optimizer | None = None
+    teacher: nn.Module | None = None
+
+    @property
+    def where(self) -> bp.Where:
+        return self.task.where
 
     @property
     def last(self) -> int:
@@ -71,7 +93,7 @@ class Run:
 
 def scored(metric: Metric, run: Run, sparsity: float) -> bp.Masks:
     """Masks of the stored weights, the same share of each layer."""
-    return bp.allocate.per_layer(metric(bp.collect.weights(run.model, where=WHERE)), sparsity)
+    return bp.allocate.per_layer(metric(bp.collect.weights(run.model, where=run.where)), sparsity)
 
 
 def random_masks(run: Run) -> bp.Masks:
@@ -99,13 +121,20 @@ def magnitude(run: Run) -> None:
         run.apply(scored(bp.metric.l1, run, rising(run)))
 
 
+def distilled(run: Run) -> None:
+    """Half of the loss is the distance from the outputs of the dense network, trained in the same way."""
+    if run.step == 0:
+        run.teacher = teacher_of(run.task, run.seed)
+    magnitude(run)
+
+
 def exchanging(run: Run, grow: Callable[[Run], bp.Scores], *, needs_gradients: bool) -> None:
     """Dynamic sparsity: SET and RigL differ in `grow`."""
     if run.step == 0:
         run.apply(random_masks(run))
     elif run.is_update:
         before = bp.read_masks(run.model)
-        drop = bp.metric.l1(bp.collect.weights(run.model, where=WHERE))
+        drop = bp.metric.l1(bp.collect.weights(run.model, where=run.where))
         fraction = bp.schedule.cosine(run.step, initial=0.3, final=0.0, end=run.last)
         after = bp.regrow(before, drop=drop, grow=grow(run), fraction=fraction)
         run.apply(after, bp.zero_new_blocks(run.model, after))
@@ -115,11 +144,11 @@ def exchanging(run: Run, grow: Callable[[Run], bp.Scores], *, needs_gradients: b
 
 
 def random_scores(run: Run) -> bp.Scores:
-    return bp.metric.random(bp.collect.weights(run.model, where=WHERE), generator=run.seed + run.step)
+    return bp.metric.random(bp.collect.weights(run.model, where=run.where), generator=run.seed + run.step)
 
 
 def gradient_scores(run: Run) -> bp.Scores:
-    return bp.metric.gradient_magnitude(bp.collect.gradients(run.model, where=WHERE))
+    return bp.metric.gradient_magnitude(bp.collect.gradients(run.model, where=run.where))
 
 
 def top_kast(run: Run) -> None:
@@ -139,7 +168,7 @@ def straight_through(run: Run, *, decay: float) -> None:
 def gated(run: Run, gate: Callable[[], bp.gates.Gate], *, strength: float, lr: float, initial: float, fold: bool) -> None:
     """Gates with a penalty whose target rises; then masks of the gates, and the rest of the steps with these masks."""
     if run.step == 0:
-        bp.gates.add(run.model, where=WHERE, gate=gate(), initial=initial)
+        bp.gates.add(run.model, where=run.where, gate=gate(), initial=initial)
         run.logits = torch.optim.Adam(bp.gates.parameters(run.model), lr=lr)
         run.penalty = lambda model: strength * bp.gates.penalty(model, sparsity=rising(run))
     elif run.step == run.last:
@@ -152,7 +181,7 @@ def gated(run: Run, gate: Callable[[], bp.gates.Gate], *, strength: float, lr: f
 def group_lasso(run: Run, *, strength: float) -> None:
     if run.step < run.last:
         lr = run.optimizer.param_groups[0]["lr"]
-        bp.regularizers.proximal_group_lasso(run.model, where=WHERE, strength=lr * strength)
+        bp.regularizers.proximal_group_lasso(run.model, where=run.where, strength=lr * strength)
     elif run.step == run.last:
         run.apply(scored(bp.metric.l2, run, run.sparsity))
 
@@ -161,6 +190,7 @@ METHODS: Mapping[str, Method] = {
     "dense": dense,
     "static random": static,
     "magnitude gradual": magnitude,
+    "distilled gradual": distilled,
     "SET": partial(exchanging, grow=random_scores, needs_gradients=False),
     "RigL": partial(exchanging, grow=gradient_scores, needs_gradients=True),
     "Top-KAST": top_kast,
@@ -169,22 +199,6 @@ METHODS: Mapping[str, Method] = {
     "L0": partial(gated, gate=bp.gates.hard_concrete, strength=10.0, lr=0.05, initial=0.5, fold=True),
     "group lasso": partial(group_lasso, strength=3e-4),
 }
-
-
-class Network(nn.Module):
-    """Images ``[n, 64]`` -> logits ``[n, 10]``: three convolutions and two Linears."""
-
-    def __init__(self) -> None:
-        super().__init__()
-
-        def convolution(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
-            return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
-
-        layers = *convolution(1, 16), nn.MaxPool2d(2), *convolution(16, 32), *convolution(32, 32), nn.MaxPool2d(2), nn.Flatten()
-        self.body, self.head = nn.Sequential(*layers, nn.Linear(128, 64), nn.BatchNorm1d(64), nn.ReLU()), nn.Linear(64, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.body(images.view(-1, 1, 8, 8)))  # type: ignore[no-any-return]
 
 
 @attrs.frozen
@@ -198,35 +212,39 @@ class Result:
     update_seconds: float  # spent in the method
 
 
-def images_of(split: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images and labels to train on, and images and labels to measure with."""
-    train, test, train_labels, test_labels = digits.split()
-    if split == "test":
-        return train, train_labels, test, test_labels
-    return train[:-300], train_labels[:-300], train[-300:], train_labels[-300:]
+@cache
+def teacher_of(task: Task, seed: int) -> nn.Module:
+    """The dense network."""
+    return trained(dense, 0.0, seed, task)[0]
 
 
-def trained(method: Method, sparsity: float, seed: int, *, split: str, epochs: int) -> Result:
+def trained(method: Method, sparsity: float, seed: int, task: Task) -> tuple[nn.Module, Result]:
     """Train a network from scratch with a method."""
-    images, labels, held_out, held_out_labels = images_of(split)
+    problem, epochs = task.problem, task.epochs
+    images, labels, held_out, held_out_labels = problem.images(task.split)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Network()
+        model = problem.network()
         loader = DataLoader(
             TensorDataset(images, labels), BATCH, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(seed)
         )
         steps = epochs * len(loader)
-        optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
+        optimizer = problem.optimizer(model.parameters())
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        run = Run(model, optimizer, sparsity, seed, steps)
+        run = Run(task, model, optimizer, sparsity, seed, steps)
         computation, spent, start = 0.0, 0.0, time.perf_counter()
         for _ in range(epochs):
             for x, y in loader:
                 before = time.perf_counter()
                 method(run)
                 spent += time.perf_counter() - before
-                computation += (2 * run.forward + run.backward) / 3 / steps
-                loss = cross_entropy(model(x), y)
+                computation += (2 * run.forward + run.backward + (run.teacher is not None)) / 3 / steps
+                logits = model(x)
+                loss = cross_entropy(logits, y)
+                if run.teacher is not None:
+                    with torch.no_grad():
+                        target = run.teacher(x)
+                    loss = (loss + bp.losses.kl(logits, target)) / 2
                 if run.penalty is not None:
                     loss = loss + run.penalty(model)
                 for trains in filter(None, (optimizer, run.logits)):
@@ -241,7 +259,7 @@ def trained(method: Method, sparsity: float, seed: int, *, split: str, epochs: i
     plain = with_batchnorm_statistics(bp.finalize(model), images)
     with torch.no_grad():
         accuracy = float((plain(held_out).argmax(1) == held_out_labels).double().mean())
-    return Result(accuracy, bp.sparsity(bp.read_masks(model)), computation, seconds, spent)
+    return plain, Result(accuracy, bp.sparsity(bp.read_masks(model)), computation, seconds, spent)
 
 
 def with_batchnorm_statistics(model: nn.Module, images: Tensor) -> nn.Module:
@@ -260,7 +278,7 @@ def mean_and_spread(values: list[float]) -> str:
     return f"{100 * statistics.mean(values):5.1f} +- {100 * spread:3.1f}"
 
 
-def draw(results: Mapping[tuple[str, float], list[Result]], path: Path) -> None:
+def draw(results: Mapping[tuple[str, float], list[Result]], title: str, path: Path) -> None:
     """Accuracy against the computation of training."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, sparsity in zip(figure.subplots(1, len(SPARSITIES), sharey=True), SPARSITIES, strict=True):
@@ -269,8 +287,8 @@ def draw(results: Mapping[tuple[str, float], list[Result]], path: Path) -> None:
             accuracies = [100 * run.accuracy for run in runs]
             error = statistics.stdev(accuracies) if len(runs) > 1 else 0.0
             x, y = statistics.mean(run.computation for run in runs), statistics.mean(accuracies)
-            axes.errorbar([x], [y], [error], fmt="o^sDvPX*<>"[number % 10], color=f"C{number % 10}", capsize=3, label=name)
-        axes.set(title=f"{sparsity:.0%} of the 4x4 blocks pruned", xlabel="computation in pruned layers / dense training")
+            axes.errorbar([x], [y], [error], fmt="o^sDvPX*<>h"[number % 11], color=f"C{number % 10}", capsize=3, label=name)
+        axes.set(title=f"{title}, {sparsity:.0%} of the blocks pruned", xlabel="computation in pruned layers / dense training")
     figure.axes[0].set_ylabel("accuracy (%)")
     figure.axes[-1].legend(fontsize=7, loc="lower right")
     figure.savefig(path, dpi=150)
@@ -278,22 +296,28 @@ def draw(results: Mapping[tuple[str, float], list[Result]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--problem", choices=PROBLEMS, default="digits")
+    parser.add_argument("--block", type=int, default=4, help="rows and columns of a block")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--tiny", action="store_true", help="three epochs, one seed")
     options = parser.parse_args()
-    seeds, epochs = (1, 3) if options.tiny else (options.seeds, EPOCHS)
+    problem, seeds = PROBLEMS[options.problem], 1 if options.tiny else options.seeds
+    task = Task(problem, options.block, options.split, 3 if options.tiny else problem.epochs)
+    title = f"{options.problem}, {options.block}x{options.block}"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     results: dict[tuple[str, float], list[Result]] = {}
     try:
-        print(f"digits, {epochs} epochs, seeds 0 to {seeds - 1}, accuracy on the {options.split} images (%), mean +- standard deviation\n")
+        print(
+            f"{title}, {task.epochs} epochs, seeds 0 to {seeds - 1}; accuracy on {options.split} images (%), mean +- standard deviation\n"
+        )
         print("method             pruned    accuracy   computation   seconds   in the method")
         for name in options.methods:
             for sparsity in (0.0,) if name == "dense" else SPARSITIES:
-                runs = [trained(METHODS[name], sparsity, seed, split=options.split, epochs=epochs) for seed in range(seeds)]
+                runs = [trained(METHODS[name], sparsity, seed, task)[1] for seed in range(seeds)]
                 for target in SPARSITIES if name == "dense" else (sparsity,):
                     results[name, target] = runs
                 mean = {field: statistics.mean(getattr(run, field) for run in runs) for field in ("sparsity", "computation", "seconds")}
@@ -304,7 +328,7 @@ def main() -> None:
     finally:
         torch.set_num_threads(threads)
     if options.picture:
-        draw(results, options.picture)
+        draw(results, title, options.picture)
     print(f"\nIn short: {in_short(results)}")
 
 

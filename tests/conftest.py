@@ -1,4 +1,4 @@
-"""How hard hypothesis tries: `laws` at every change, ``HYPOTHESIS_PROFILE=thorough pytest`` now and then."""
+"""How hard hypothesis tries: `laws` at every change, ``HYPOTHESIS_PROFILE=thorough pytest`` now and then, `quick` in ``make test-fast``."""
 
 import os
 
@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, settings
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
 
 settings.register_profile("laws", max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("quick", settings.get_profile("laws"), max_examples=20)
 settings.register_profile("thorough", settings.get_profile("laws"), max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "laws"))
 

@@ -1,5 +1,10 @@
 """What the laws range over: shapes of rank 1 to 4 in blocks of any size, dtypes, scores full of ties, masks."""
 
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -9,6 +14,7 @@ from blockprune import BlockGrid, BlockMask, BlockScore, Param
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**32 - 1)
+up_to = functools.cache(lambda top: st.integers(0, top))
 inf = float("inf")
 
 # Every number is exact in every dtype, and so is a sum of two.
@@ -26,17 +32,35 @@ sparsities = st.one_of(st.sampled_from([0.0, 1.0, 0.5]), st.integers(0, 64).map(
 dyadic = st.integers(0, 64).map(lambda k: k / 64)  # exact: sparsity times elements does not round
 
 
+def lengths(draw: st.DrawFn, counts: Sequence[int]) -> list[int]:
+    """For each count a number from 0 on that is smaller, all as one choice: drawing many choices takes longer than most laws."""
+    number, digits = draw(up_to(math.prod(counts) - 1)), []
+    for count in reversed(counts):
+        number, digit = divmod(number, count)
+        digits.append(digit)
+    return digits[::-1]
+
+
+def block_of(draw: st.DrawFn, shape: Sequence[int]) -> list[int]:
+    named = shape[: draw(up_to(len(shape)))]
+    return [length or -1 for length in lengths(draw, [s + 1 for s in named])]
+
+
+def grid_of(draw: st.DrawFn, rank: tuple[int, int], side: int) -> BlockGrid:
+    axes = rank[0] + (draw(up_to(rank[1] - rank[0])) if rank[1] > rank[0] else 0)
+    shape = [1 + length for length in lengths(draw, [side] * axes)]
+    return BlockGrid(shape, block_of(draw, shape))
+
+
 @st.composite
 def grids(draw: st.DrawFn, *, rank: tuple[int, int] = (1, 4), side: int = 5) -> BlockGrid:
-    shape = draw(st.lists(st.integers(1, side), min_size=rank[0], max_size=rank[1]))
-    return BlockGrid(shape, draw(blocks(shape)))
+    return grid_of(draw, rank, side)
 
 
 @st.composite
 def blocks(draw: st.DrawFn, shape: list[int] | tuple[int, ...]) -> list[int]:
     """A block of any notation: whole axes as -1, as their size, or left out."""
-    block = [draw(st.sampled_from([-1, *range(1, s + 1)])) for s in shape]
-    return block[: draw(st.integers(0, len(shape)))]
+    return block_of(draw, shape)
 
 
 def integers(shape: tuple[int, ...], seed: int, *, top: int = 8) -> Tensor:
@@ -50,7 +74,7 @@ def normal(shape: tuple[int, ...], seed: int) -> Tensor:
 
 @st.composite
 def params(draw: st.DrawFn, *, rank: tuple[int, int] = (1, 4), exact: bool = False) -> Param:
-    grid = draw(grids(rank=rank))
+    grid = grid_of(draw, rank, 5)
     weight = (integers if exact else normal)(grid.shape, draw(seeds)) * draw(st.sampled_from([1.0, 2.0**-6, 64.0]))
     return Param(weight.to(draw(dtypes)), grid)
 
@@ -60,25 +84,30 @@ def drawn(palette: list[float], grid: BlockGrid, seed: int, dtype: torch.dtype) 
     return BlockScore(torch.tensor(palette, dtype=torch.float64)[pick].to(dtype), grid)
 
 
+@functools.cache
+def kinds_of(palettes: tuple[str, ...]) -> st.SearchStrategy[tuple[str, torch.dtype]]:
+    return st.sampled_from([*itertools.product(palettes, DTYPES)])
+
+
 @st.composite
 def scores(
     draw: st.DrawFn, *, rank: tuple[int, int] = (1, 4), layers: int = 3, palettes: tuple[str, ...] = tuple(PALETTES), pruned: bool = False
 ) -> dict[str, BlockScore]:
     """One to three parameters of unlike grids and dtypes; with `pruned`, some blocks are -inf."""
-    found = {}
-    for name in ["a.weight", "b.weight", "c.weight"][: draw(st.integers(1, layers))]:
-        palette = PALETTES[draw(st.sampled_from(palettes))] + [-inf] * pruned
-        found[name] = drawn(palette, draw(grids(rank=rank)), draw(seeds), draw(dtypes))
+    found, kinds, seed = {}, kinds_of(palettes), draw(seeds)
+    for i, name in enumerate(["a.weight", "b.weight", "c.weight"][: 1 + draw(up_to(layers - 1))]):
+        palette, dtype = draw(kinds)
+        found[name] = drawn(PALETTES[palette] + [-inf] * pruned, grid_of(draw, rank, 5), seed + i, dtype)
     return found
 
 
 @st.composite
 def masks(draw: st.DrawFn, *, like: dict[str, BlockGrid] | None = None, names: tuple[str, ...] = ("a", "b", "c")) -> dict[str, BlockMask]:
     chosen = draw(st.lists(st.sampled_from(names), unique=True))
-    found = {}
-    for name in chosen:
-        grid = like[name] if like else draw(grids())
-        rng = torch.Generator().manual_seed(draw(seeds))
+    found, seed = {}, draw(seeds) if chosen else 0
+    for i, name in enumerate(chosen):
+        grid = like[name] if like else grid_of(draw, (1, 4), 5)
+        rng = torch.Generator().manual_seed(seed + i)
         found[name] = BlockMask(torch.rand(grid.size, generator=rng) < draw(st.sampled_from([0.0, 0.3, 0.7, 1.0])), grid)
     return found
 

@@ -1,6 +1,7 @@
 """Each benchmark runs with tiny models and prints its table. Real models belong to `make bench`."""
 
 import contextlib
+import gc
 import io
 import re
 import runpy
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from blockprune.examples import efficientnet
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 pytestmark = [
@@ -25,7 +28,11 @@ def run(script: str, *options: str) -> str:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
         patch.syspath_prepend(FOLDER)
         patch.setattr(sys, "argv", [script, *options])
-        runpy.run_path(str(FOLDER / script), run_name="__main__")
+        gc.freeze()  # benchmarks collect garbage often, and would go through the objects of all other tests each time
+        try:
+            runpy.run_path(str(FOLDER / script), run_name="__main__")
+        finally:
+            gc.unfreeze()
     assert torch.get_num_threads() == threads, "the script must set the number of threads back"
     return output.getvalue()
 
@@ -48,7 +55,7 @@ def test_a_benchmark_prints_its_table(script: str, row: str) -> None:
 
 def test_two_processes_prune_a_checkpoint_folder_with_the_masks_of_one() -> None:
     output = run("scale.py", "--tiny", "--recipe", "obs", "--processes", "1", "2")
-    assert len(re.findall(r" +\d+ +[12] +the same$", output, re.MULTILINE)) == 4
+    assert re.findall(r" +\d+ +([12]) +the same$", output, re.MULTILINE) == ["1", "2"]
 
 
 def test_the_speed_of_layers() -> None:
@@ -82,8 +89,8 @@ def test_the_quality_table_and_the_speed_of_its_masks(tmp_path: Path) -> None:
 def test_ways_to_train_masks_end_at_their_sparsity(tmp_path: Path) -> None:
     output = run("train_masks.py", "--tiny", "--picture", str(tmp_path / "picture.png"))
     rows = re.findall(r"^(\S+(?: \w+)?) +(\d+\.\d)% +[\d.]+ \+- 0\.0 +[\d.]+ +[\d.]+ +[\d.]+%$", output, re.MULTILINE)
-    assert len(rows) == 19
-    assert all(abs(float(pruned) - target) < 1 for (_, pruned), target in zip(rows[1:], [80, 90] * 9, strict=True))
+    assert len(rows) == 21
+    assert all(abs(float(pruned) - target) < 1 for (_, pruned), target in zip(rows[1:], [80, 90] * 10, strict=True))
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
@@ -106,8 +113,25 @@ def test_recovery_goes_on_from_its_file_and_draws_its_picture(tmp_path: Path) ->
     assert re.search(r"^dense, trained +\d", run("recover.py", *options, "--control", str(control)), re.MULTILINE)
 
 
-def test_recovery_of_an_image_model_needs_only_photos(tmp_path: Path) -> None:
+def test_recovery_prunes_in_stages_and_goes_on_from_its_file(tmp_path: Path) -> None:
+    options = ["--model", "tiny", "--pattern", "32x32", "--method", "magnitude", "--tokens", "256", "--step-tokens", "32", "--every", "64"]
+    options += ["--stages", "0.2:0.25", "0.4:0.25", "--folder", str(tmp_path)]
+    outputs = [run("recover.py", *options) for _ in range(2)]
+    assert outputs[0] == outputs[1]
+    assert "256 tokens, 25% of them at 20%, 25% of them at 40%, 32 a step" in outputs[0]
+    assert len(re.findall(r"^ +[\d,]+ +\d+  [\d.]+$", outputs[0], re.MULTILINE)) == 5
+    (path,) = (path for path in tmp_path.glob("*.pt") if not path.name.startswith("start"))
+    masks = torch.load(path, weights_only=True)["result"]["masks"].values()
+    pruned = sum(int((~keep).sum()) for keep, _, _ in masks) / sum(keep.numel() for keep, _, _ in masks)
+    assert abs(pruned - 0.5) < 0.02
+
+
+def test_recovery_of_an_image_model_needs_only_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = pytest.importorskip("PIL.Image")
+    monkeypatch.setattr(efficientnet, "SIDE", 96)  # pixels of the model's input instead of 224
+    imagenet, classes = efficientnet.photos()
+    right = float((efficientnet.load()(efficientnet.center(imagenet)).argmax(1) == classes).double().mean())
+    assert 0 < right < 1
     (tmp_path / "photos").mkdir()
     for number in range(8):
         noise = torch.randint(256, (9, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
@@ -116,6 +140,6 @@ def test_recovery_of_an_image_model_needs_only_photos(tmp_path: Path) -> None:
     options += ["--tokens", "4", "--step-tokens", "2", "--every", "2", "--rounds", "1"]
     output = run("recover.py", *options, "--deploy", str(tmp_path / "deployed.png"))
     assert "5 photos trained on, 1 for choices, 2 and 20 of ImageNet reported" in output
-    assert re.search(r"^dense +1\.0000 +1\.0000 +0\.9000 +0\.0000 +0\.0000$", output, re.MULTILINE)
+    assert re.search(rf"^dense +1\.0000 +1\.0000 +{right:.4f} +0\.0000 +0\.0000$", output, re.MULTILINE)
     assert re.search(r"^distilled +\w+ +[\d.]+ ", output, re.MULTILINE)
     assert (tmp_path / "deployed.png").stat().st_size > 10_000

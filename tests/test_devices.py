@@ -49,6 +49,7 @@ def test_every_stage_stays_on_the_models_device() -> None:
     assert " passed" in run("-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", str(FOLDER / "device_laws.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_FAKE_DEVICE, reason="needs a torch that takes a device written in Python")
 def test_mixed_devices_are_an_error() -> None:
     output = run("-c", MIXED_DEVICES)

@@ -60,7 +60,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], str, int, int]] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_repair_of_the_readme(family: str, tmp_path: Path) -> None:
+def test_the_repair_of_the_readme(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, config, sizes, pattern, axes, linears = FAMILIES[family]
     torch.manual_seed(0)
     make: Callable[[], nn.Module] = lambda: getattr(hf, kind)(getattr(hf, config)(**sizes)).eval()  # noqa: E731
@@ -69,8 +69,15 @@ def test_the_repair_of_the_readme(family: str, tmp_path: Path) -> None:
     batches = [torch.randn(3, 3, 16, 16) if images else torch.randint(3, 48, (3, 16)) for _ in range(3)]
     where = bp.including(bp.linears((4, 4)), pattern)
     calibration = bp.Calibration(batches, loss=_loss, progress=False)
-    assert len(bp.find_axes(model, batches[0], progress=False)) == axes
+    axes_of_calls: list[Any] = []
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        axes_of_calls.append(bp.find_axes(*args, **options))
+        return axes_of_calls[-1]
+
+    monkeypatch.setattr("blockprune.recipes.find_axes", recorded)
     clustered = bp.recipes.cluster_units(model, where, calibration)
+    assert [len(units) for units in axes_of_calls] == [axes]
     torch.testing.assert_close(_first(clustered(batches[0])), _first(model(batches[0])), atol=1e-5, rtol=1e-5)
 
     result = bp.recipes.obs(where, calibration)(clustered, 0.25)

@@ -564,6 +564,7 @@ def test_compiled_models_follow_their_masks() -> None:
     assert_compiled_once("aot_eager", ["mlp", "conv2d", "tied head", "attention"])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # inductor itself uses it
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_models_compiled_by_inductor_follow_their_masks() -> None:

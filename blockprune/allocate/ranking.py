@@ -11,6 +11,8 @@ from torch import Tensor
 
 from blockprune.core.types import Scores
 
+FEW_BLOCKS = 1 << 12  # are counted by 8 bits: adding up 65,536 counts takes longer than sorting the blocks that 16 bits would tell apart
+
 
 def to_common_device(scores: Scores) -> Scores:
     """The scores on the device of the first parameter, so that they can be compared."""
@@ -37,11 +39,12 @@ def prune_lowest(score: Tensor, elements: Tensor, budget: float, *, round_down: 
     """
     # Sorting all blocks is slow. They are counted by the leading bits of their scores instead, and only the blocks whose leading bits are
     # those with which the budget is reached are sorted.
-    bits = _leading_bits(score)
+    width = 8 if len(score) <= FEW_BLOCKS else 16
+    bits = _leading_bits(score, width)
     if elements.stride(0) == 0 and len(elements):  # all blocks have the same size
-        counts = torch.bincount(bits, minlength=1 << 16).double() * elements[0]
+        counts = torch.bincount(bits, minlength=1 << width).double() * elements[0]
     else:
-        counts = torch.bincount(bits, weights=elements.double(), minlength=1 << 16)
+        counts = torch.bincount(bits, weights=elements.double(), minlength=1 << width)
     removed = counts.cumsum(0)
     last = int(torch.searchsorted(removed, budget))
     pruned = bits < last
@@ -72,11 +75,11 @@ def select_pruned(elements: Tensor, budget: Tensor, *, round_down: bool) -> Tens
     return (2 * after - elements < 2 * budget) & (elements > 0)  # closer if less than half of the block is beyond the budget
 
 
-def _leading_bits(score: Tensor) -> Tensor:
-    """The 16 leading bits of each score as an integer of the same order, ``[B]`` in [0, 65536); scores that are close share theirs."""
+def _leading_bits(score: Tensor, width: int) -> Tensor:
+    """The leading bits of each score as an integer of the same order, ``[B]`` in [0, 2**width); scores that are close share theirs."""
     bits = (score + 0.0).view(torch.int32 if score.dtype == torch.float32 else torch.int64)  # + 0.0 makes -0.0 equal 0.0
-    width = 8 * score.dtype.itemsize
-    bits ^= (bits >> (width - 1)).bitwise_and_((1 << (width - 1)) - 1)  # the bits of negative floats have the reversed order
-    bits >>= width - 16
-    bits += 1 << 15
+    all_bits = 8 * score.dtype.itemsize
+    bits ^= (bits >> (all_bits - 1)).bitwise_and_((1 << (all_bits - 1)) - 1)  # the bits of negative floats have the reversed order
+    bits >>= all_bits - width
+    bits += 1 << (width - 1)
     return bits

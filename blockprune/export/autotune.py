@@ -313,9 +313,10 @@ def _copies(candidate: Candidate, x: Tensor, nbytes: int) -> range:
 
 
 def _dense_calls(candidate: Candidate, x: Tensor) -> Calls:
+    plain = finalize(candidate.module)
     calls: Calls = defaultdict(list)
     for _ in _copies(candidate, x, candidate.ref.stored.nbytes):
-        for name, call in dense_layer_calls(cast(Any, finalize(candidate.module)), x).items():
+        for name, call in dense_layer_calls(cast(Any, copy.deepcopy(plain)), x).items():
             calls[name].append(call)
     return calls
 

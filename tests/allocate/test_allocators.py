@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import reference
@@ -17,6 +18,7 @@ from strategies import scores as any_scores
 from torch import nn
 
 import blockprune as bp
+from blockprune.allocate import ranking
 from blockprune.allocate.allocators import n_of_m, per_bank, per_columns, per_layer, per_model, per_row
 from blockprune.allocate.budgets import erk, uniform
 from blockprune.allocate.ranking import prune_lowest
@@ -32,7 +34,6 @@ ALLOCATORS: dict[str, Callable[..., bp.Masks]] = {
     "free": partial(per_model, max_sparsity=1, min_keep=0),
     "limited": partial(per_model, max_sparsity=0.7, min_keep=2),
 }
-every = pytest.mark.parametrize("allocator", ALLOCATORS.values(), ids=ALLOCATORS)
 flat = any_scores(rank=(2, 4))  # of two axes or more, so that every allocator applies
 
 
@@ -142,8 +143,12 @@ def test_scores_with_the_same_leading_bits_are_ranked_exactly(dtype: torch.dtype
 def test_prune_lowest_is_a_stable_sort(values: list[float], share: float) -> None:
     value, count = torch.tensor(values), torch.ones(()).long().expand(len(values))
     expected = reference.prune_lowest(values, [1] * len(values), share * len(values))
-    assert set(prune_lowest(value, count, share * len(values)).nonzero().flatten().tolist()) == expected
-    assert set(prune_lowest(value.double(), count.clone().contiguous(), share * len(values)).nonzero().flatten().tolist()) == expected
+    for few_blocks in (0, len(values)):  # counted by 16 bits, and by 8
+        with mock.patch.object(ranking, "FEW_BLOCKS", few_blocks):
+            assert set(prune_lowest(value, count, share * len(values)).nonzero().flatten().tolist()) == expected
+            assert (
+                set(prune_lowest(value.double(), count.clone().contiguous(), share * len(values)).nonzero().flatten().tolist()) == expected
+            )
 
 
 # Law 2: the closest reachable sparsity.
@@ -157,12 +162,12 @@ def test_per_layer_removes_the_closest_reachable(scores: bp.Scores, sparsity: fl
         assert abs(removed({name: mask}) - budget) == pytest.approx(reference.closest(value, sizes, budget), abs=1e-9)
 
 
-@pytest.mark.parametrize("limits", [{}, {"max_sparsity": 1, "min_keep": 0}], ids=["default", "free"])
-@given(scores=any_scores(), sparsity=sparsities)
-def test_per_model_of_equal_blocks_removes_the_sparsity_up_to_half_a_block(limits: dict, scores: bp.Scores, sparsity: float) -> None:
+@given(any_scores(), sparsities)
+def test_per_model_of_equal_blocks_removes_the_sparsity_up_to_half_a_block(scores: bp.Scores, sparsity: float) -> None:
     scores = {name: score(s.value, dtype=s.value.dtype) for name, s in scores.items()}  # blocks of one element
-    masks = per_model(scores, sparsity, **limits)
-    assert abs(removed(masks) - sparsity * elements(scores)) <= 0.5 + 1e-9
+    for name in ("per_model", "free"):
+        masks = ALLOCATORS[name](scores, sparsity)
+        assert abs(removed(masks) - sparsity * elements(scores)) <= 0.5 + 1e-9, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -176,14 +181,14 @@ def test_of_ten_thousand_equal_scores_the_first_ones_are_pruned_exactly_to_the_s
     assert removed(per_model(scores, sparsity)) == round(sparsity * 10_000)
 
 
-@every
-@given(scores=flat)
-def test_sparsity_0_keeps_all_and_1_removes_all_that_no_limit_keeps(allocator: Callable[..., bp.Masks], scores: bp.Scores) -> None:
-    assert removed(allocator(scores, 0)) == removed(allocator(scores, 0.0)) == 0
-    all_pruned = allocator(scores, 1)
-    assert all_pruned == allocator(scores, 1.0)
-    if "max_sparsity" not in getattr(allocator, "keywords", {}) or allocator.keywords["max_sparsity"] == 1:  # type: ignore[attr-defined]
-        assert removed(all_pruned) == elements(scores)
+@given(flat)
+def test_sparsity_0_keeps_all_and_1_removes_all_that_no_limit_keeps(scores: bp.Scores) -> None:
+    for name, allocator in ALLOCATORS.items():
+        assert removed(allocator(scores, 0)) == removed(allocator(scores, 0.0)) == 0, name
+        all_pruned = allocator(scores, 1)
+        assert all_pruned == allocator(scores, 1.0), name
+        if getattr(allocator, "keywords", {}).get("max_sparsity", 1) == 1:
+            assert removed(all_pruned) == elements(scores), name
 
 
 def test_no_parameters_give_no_masks() -> None:
@@ -194,22 +199,22 @@ def test_no_parameters_give_no_masks() -> None:
 # The order: what scores mean.
 
 
-@every
-@given(scores=any_scores(rank=(2, 4), palettes=("constant", "zeros", "ties", "signs", "many")), sparsity=sparsities, dtype=dtypes)
-def test_the_dtype_of_exact_scores_does_not_matter(
-    allocator: Callable[..., bp.Masks], scores: bp.Scores, sparsity: float, dtype: torch.dtype
-) -> None:
-    assert allocator({n: bp.BlockScore(s.value.to(dtype), s.grid) for n, s in scores.items()}, sparsity) == allocator(scores, sparsity)
+@given(any_scores(rank=(2, 4), palettes=("constant", "zeros", "ties", "signs", "many")), sparsities, dtypes)
+def test_the_dtype_of_exact_scores_does_not_matter(scores: bp.Scores, sparsity: float, dtype: torch.dtype) -> None:
+    converted = {n: bp.BlockScore(s.value.to(dtype), s.grid) for n, s in scores.items()}
+    for name, allocator in ALLOCATORS.items():
+        assert allocator(converted, sparsity) == allocator(scores, sparsity), name
 
 
-@every
 @given(
-    scores=any_scores(rank=(2, 4), palettes=("signs", "ties")),
-    sparsity=sparsities,
-    move=st.sampled_from([lambda v: 2 * v - 5, lambda v: v**3, torch.exp]),
+    any_scores(rank=(2, 4), palettes=("signs", "ties")),
+    sparsities,
+    st.sampled_from([lambda v: 2 * v - 5, lambda v: v**3, torch.exp]),
 )
-def test_only_the_order_of_scores_matters(allocator: Callable[..., bp.Masks], scores: bp.Scores, sparsity: float, move: Callable) -> None:
-    assert allocator({n: bp.BlockScore(move(s.value.double()), s.grid) for n, s in scores.items()}, sparsity) == allocator(scores, sparsity)
+def test_only_the_order_of_scores_matters(scores: bp.Scores, sparsity: float, move: Callable) -> None:
+    moved = {n: bp.BlockScore(move(s.value.double()), s.grid) for n, s in scores.items()}
+    for name, allocator in ALLOCATORS.items():
+        assert allocator(moved, sparsity) == allocator(scores, sparsity), name
 
 
 def test_minus_zero_equals_zero_negative_is_below_and_infinity_is_pruned_last() -> None:
@@ -246,33 +251,29 @@ def test_mixed_dtypes_and_block_sizes_are_ranked_by_score_and_counted_in_element
 # Law 3: nesting.
 
 
-@every
-@given(scores=flat, one=sparsities, two=sparsities)
-def test_a_higher_sparsity_nests_in_a_lower(allocator: Callable[..., bp.Masks], scores: bp.Scores, one: float, two: float) -> None:
-    assert nested(allocator(scores, max(one, two)), allocator(scores, min(one, two)))
+@given(flat, sparsities, sparsities)
+def test_a_higher_sparsity_nests_in_a_lower(scores: bp.Scores, one: float, two: float) -> None:
+    for name, allocator in ALLOCATORS.items():
+        assert nested(allocator(scores, max(one, two)), allocator(scores, min(one, two))), name
 
 
-@every
-@given(scores=flat, other=seeds, one=sparsities, two=sparsities)
-def test_what_restrict_prunes_stays_pruned_at_any_sparsity(
-    allocator: Callable, scores: bp.Scores, other: int, one: float, two: float
-) -> None:
-    first = allocator(scores, one)
+@given(flat, seeds, sparsities, sparsities)
+def test_what_restrict_prunes_stays_pruned_at_any_sparsity(scores: bp.Scores, other: int, one: float, two: float) -> None:
     again = {name: drawn(PALETTES["edges"], s.grid, other, s.value.dtype) for name, s in scores.items()}
-    assert nested(allocator(bp.restrict(again, first), two), first)
-    lower, higher = (allocator(bp.restrict(again, first), s) for s in sorted((one, two)))
-    assert nested(higher, lower)
+    for name, allocator in ALLOCATORS.items():
+        first = allocator(scores, one)
+        restricted = bp.restrict(again, first)
+        masks = {sparsity: allocator(restricted, sparsity) for sparsity in (one, two)}
+        assert nested(masks[two], first), name
+        assert nested(masks[max(one, two)], masks[min(one, two)]), name
 
 
-@pytest.mark.parametrize(
-    "allocator", [per_layer, partial(per_model, max_sparsity=1, min_keep=0), per_model], ids=["per_layer", "free", "per_model"]
-)
-@given(scores=any_scores(), one=sparsities, two=sparsities)
-def test_restricting_to_masks_of_the_same_scores_changes_nothing(
-    allocator: Callable[..., bp.Masks], scores: bp.Scores, one: float, two: float
-) -> None:
+@given(any_scores(), sparsities, sparsities)
+def test_restricting_to_masks_of_the_same_scores_changes_nothing(scores: bp.Scores, one: float, two: float) -> None:
     low, high = sorted((one, two))
-    assert allocator(bp.restrict(scores, allocator(scores, low)), high) == allocator(scores, high)
+    for name in ("per_layer", "free", "per_model"):
+        allocator = ALLOCATORS[name]
+        assert allocator(bp.restrict(scores, allocator(scores, low)), high) == allocator(scores, high), name
 
 
 def test_blocks_that_are_pruned_already_count_as_removed() -> None:
@@ -451,18 +452,16 @@ def test_coupled_scores_are_added_in_the_widest_of_their_dtypes() -> None:
 # Law 4: purity.
 
 
-@every
-@given(scores=any_scores(rank=(2, 4), pruned=True), sparsity=sparsities)
-def test_an_allocator_writes_into_nothing_and_its_masks_own_their_memory(
-    allocator: Callable[..., bp.Masks], scores: bp.Scores, sparsity: float
-) -> None:
+@given(any_scores(rank=(2, 4), pruned=True), sparsities)
+def test_an_allocator_writes_into_nothing_and_its_masks_own_their_memory(scores: bp.Scores, sparsity: float) -> None:
     before = copy.deepcopy(scores)
-    masks = allocator(scores, sparsity)
-    assert scores == before
-    assert list(masks) == list(scores)
-    assert all(masks[name].grid == scores[name].grid for name in scores)
-    keeps = [mask.keep for mask in masks.values()]
-    assert not any(shares_memory(keep, *(s.value for s in scores.values()), *keeps[:i]) for i, keep in enumerate(keeps))
+    for which, allocator in ALLOCATORS.items():
+        masks = allocator(scores, sparsity)
+        assert scores == before, which
+        assert list(masks) == list(scores), which
+        assert all(masks[name].grid == scores[name].grid for name in scores), which
+        keeps = [mask.keep for mask in masks.values()]
+        assert not any(shares_memory(keep, *(s.value for s in scores.values()), *keeps[:i]) for i, keep in enumerate(keeps)), which
 
 
 def test_coupled_masks_own_their_memory_and_options_are_not_written_into() -> None:

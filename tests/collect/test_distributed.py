@@ -4,13 +4,10 @@ import re
 import weakref
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -37,29 +34,18 @@ def options() -> dict[str, Any]:
     return {"where": bp.linears((2, 2)), "statistics": statistics, "loss": lambda output, batch: output.square().mean(), "progress": False}
 
 
-def run_rank(index: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=index, world_size=RANKS)
-    for case, numbers in BATCHES_OF_RANK.items():
-        own = [batches()[i] for i in numbers[index]]
-        data = bp.collect.with_statistics(model(), batches=own, reduce=bp.distributed.all_reduce, **options())
-        masks = bp.allocate.per_model(bp.metric.fisher(data), 0.5)
-        torch.save({name: (param.stats, masks[name].keep) for name, param in data.items()}, f"{folder}/{case}, {index}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with what each rank saved in each case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, (str(folder),), nprocs=RANKS)
-    return folder
+def statistics_and_masks(rank: int, case: str) -> dict[str, Any]:
+    own = [batches()[i] for i in BATCHES_OF_RANK[case][rank]]
+    data = bp.collect.with_statistics(model(), batches=own, reduce=bp.distributed.all_reduce, **options())
+    masks = bp.allocate.per_model(bp.metric.fisher(data), 0.5)
+    return {name: (param.stats, masks[name].keep) for name, param in data.items()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", BATCHES_OF_RANK)
-def test_every_rank_ends_with_the_statistics_of_all_batches(case: str, results: Path) -> None:
+def test_every_rank_ends_with_the_statistics_of_all_batches(case: str, of_ranks: list[dict[str, Any]]) -> None:
     whole = bp.collect.with_statistics(model(), batches=batches(), **options())
-    first, second = (torch.load(results / f"{case}, {index}.pt", weights_only=True) for index in range(RANKS))
+    first, second = (results[case] for results in of_ranks)
     for name, param in whole.items():
         (statistics, keep), (other_statistics, other_keep) = first[name], second[name]
         for key, value in param.stats.items():
@@ -188,7 +174,7 @@ RAISES: dict[Callable[[int], Any], str] = {
 
 
 def run_all(rank: int, folder: str) -> dict[str, Any]:
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {case: statistics_and_masks(rank, case) for case in BATCHES_OF_RANK}
     for function in (*RETURNS, *RAISES):
         try:
             results[function.__name__] = function(rank)

@@ -850,6 +850,7 @@ def test_a_private_name_would_be_found(code: str) -> None:
     assert foreign(ast.parse(code))
 
 
+@pytest.mark.slow
 def test_the_overrides_are_those_that_the_docstring_lists() -> None:
     listed = {name: set(files.split(", ")) for name, files in re.findall(r"``nn\.Module\.(\w+)``: (.+)", _compat.__doc__ or "")}
     assert listed == OVERRIDES

@@ -624,6 +624,7 @@ def convolutions() -> nn.Sequential:
     return nn.Sequential(*first, nn.Conv2d(12, 6, (2, 3), dilation=2, padding="same", padding_mode="circular"))
 
 
+@pytest.mark.slow
 @OF_CONVOLUTIONS
 @pytest.mark.parametrize(("layout", "dynamic"), [(torch.contiguous_format, True), (torch.channels_last, False)])
 def test_convolutions_compile_in_one_graph_and_export(backend: str, layout: torch.memory_format, dynamic: bool) -> None:

@@ -722,6 +722,7 @@ def test_a_llama_loses_mlp_units_and_whole_groups_of_heads(attention: str, padde
         assert torch.equal(*[m.generate(**other, max_new_tokens=3, do_sample=False, pad_token_id=0) for m in (model, shrunk.model)])
 
 
+@pytest.mark.slow
 def test_minilm_loses_mlp_units_and_heads() -> None:
     from blockprune.examples import minilm  # noqa: PLC0415
 

@@ -30,6 +30,7 @@ from blockprune.export.autotune import fixed_backend
 from blockprune.export.format import BlockSparse, pack, to_layout
 from blockprune.export.torch_products import torch_product
 
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar")  # of NumPy, by Triton 3.6
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 RUNS = pytest.mark.skipif(

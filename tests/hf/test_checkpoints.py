@@ -1,6 +1,7 @@
 """Masked and exported models through ``save_pretrained`` and ``from_pretrained``."""
 
 import copy
+import importlib
 import json
 import subprocess
 import sys
@@ -121,19 +122,22 @@ def test_masks_on_tied_embeddings_come_back(tmp_path: Path) -> None:
     assert torch.equal(output(loaded), output(model))
 
 
-@pytest.mark.parametrize("make", [masked, exported])
-def test_a_fresh_process_loads_the_folder(make: Callable[..., Any], tmp_path: Path) -> None:
-    model = make(llama)
-    model.save_pretrained(tmp_path / "model")
+@pytest.mark.slow
+def test_a_fresh_process_loads_the_folders(tmp_path: Path) -> None:
+    models = {"masked": masked(llama), "exported": exported(llama)}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
     program = (
         "import sys, torch, transformers, blockprune as bp, blockprune.hf\n"
-        "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "torch.save((model(torch.arange(16).view(2, 8)).logits, len(bp.read_masks(model))), sys.argv[2])"
+        "for folder in sys.argv[1:]:\n"
+        "    model = transformers.AutoModelForCausalLM.from_pretrained(folder)\n"
+        "    torch.save((model(torch.arange(16).view(2, 8)).logits, len(bp.read_masks(model))), f'{folder}.pt')"
     )
-    subprocess.run([sys.executable, "-c", program, tmp_path / "model", tmp_path / "out"], check=True)
-    logits, count = torch.load(tmp_path / "out")
-    assert torch.equal(logits, output(model))
-    assert count == len(bp.read_masks(model)) == 14
+    subprocess.run([sys.executable, "-c", program, *(tmp_path / name for name in models)], check=True)
+    for name, model in models.items():
+        logits, count = torch.load(tmp_path / f"{name}.pt")
+        assert torch.equal(logits, output(model))
+        assert count == len(bp.read_masks(model)) == 14
 
 
 def test_the_file_is_as_large_as_the_kept_share(tmp_path: Path) -> None:
@@ -333,7 +337,8 @@ def test_a_dense_folder_cannot_be_loaded_as_pruned(tmp_path: Path) -> None:
         transformers.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=blockprune.hf.BlockpruneConfig())
 
 
-def test_missing_transformers_names_the_extra() -> None:
-    program = "import sys; sys.modules['transformers'] = None; import blockprune.hf"
-    result = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
-    assert 'pip install "blockprune[lm]"' in result.stderr
+def test_missing_transformers_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "blockprune.hf")
+    with pytest.raises(ImportError, match=r'pip install "blockprune\[lm\]"'):
+        importlib.import_module("blockprune.hf")

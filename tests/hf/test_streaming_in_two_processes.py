@@ -1,6 +1,7 @@
 """torchrun of a script that prunes a checkpoint folder writes what one process writes: the same masks, and weights up to rounding."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 import blockprune as bp
@@ -30,13 +33,9 @@ class Stopped(Exception):
     pass
 
 
-def prune_on_this_rank(source: str, destination: str, stop: str = "") -> None:
-    """What torchrun starts: a call that stops after a file, the same call again, and others that are refused."""
-    import torch.distributed as dist  # noqa: PLC0415
-
-    dist.init_process_group("gloo")
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    own = recipe(rank, ranks, reduce=bp.distributed.all_reduce)
+def prune_on_this_rank(source: str, destination: str, rank: int, stop: str = "") -> None:
+    """A call that stops after a file, or a whole one, the same call again, and others that are refused."""
+    own = recipe(rank, 2, reduce=bp.distributed.all_reduce)
     files: list[str] = []
 
     def callback(file: str) -> None:
@@ -44,17 +43,19 @@ def prune_on_this_rank(source: str, destination: str, stop: str = "") -> None:
         if file == stop:
             raise Stopped
 
-    if stop:  # rank 0 stops alone, as if its disk were full, and the others end with the process group
-        try:
-            prune_checkpoint(source, destination, own, 0.5, callback=callback)
-        except Stopped:
-            return
-    masks = prune_checkpoint(source, destination, own, 0.5, callback=files.append, spill=True)
+    masks = prune_checkpoint(source, destination, own, 0.5, callback=callback, spill=not stop)
     assert bool(files) == (rank == 0)
     assert masks == bp.load_masks(f"{destination}/masks.safetensors") == prune_checkpoint(source, destination, own, 0.5)
     with pytest.raises(ValueError, match="begun with another sparsity"):
         prune_checkpoint(source, destination, own, 0.25)
-    dist.destroy_process_group()
+
+
+def stop_on_rank_0(rank: int, folder: str) -> None:
+    """Rank 0 stops alone, as if its disk were full, and the other one ends with the process group."""
+    try:
+        prune_on_this_rank(f"{folder}/dense", f"{folder}/two", rank, "model-00002-of-00004.safetensors")
+    except Stopped:
+        os._exit(0)
 
 
 def torchrun(*args: object) -> subprocess.CompletedProcess[str]:
@@ -63,12 +64,15 @@ def torchrun(*args: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_torchrun_writes_the_files_of_one_process_also_after_an_interruption(tmp_path: Path) -> None:
+    from two_processes import in_two_processes  # noqa: PLC0415 (torchrun starts this file and does not find it)
+
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 64}
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path / "dense")
     masks = prune_checkpoint(tmp_path / "dense", tmp_path / "one", recipe(), 0.5)
-    stopped = torchrun(tmp_path / "dense", tmp_path / "two", "model-00002-of-00004.safetensors")
-    assert (tmp_path / "two" / "model-00002-of-00004.safetensors").exists(), stopped.stderr
+    with pytest.raises(mp.ProcessRaisedException, match="Process 1 terminated"):
+        in_two_processes(stop_on_rank_0, tmp_path)
+    assert (tmp_path / "two" / "model-00002-of-00004.safetensors").exists()
     assert not (tmp_path / "two" / "model.safetensors.index.json").exists()
     ended = torchrun(tmp_path / "dense", tmp_path / "two")
     assert not ended.returncode, ended.stderr
@@ -85,4 +89,6 @@ def test_torchrun_writes_the_files_of_one_process_also_after_an_interruption(tmp
 
 
 if __name__ == "__main__":
-    prune_on_this_rank(*sys.argv[1:])
+    dist.init_process_group("gloo")
+    prune_on_this_rank(*sys.argv[1:], dist.get_rank())
+    dist.destroy_process_group()

@@ -17,6 +17,7 @@ import blockprune as bp
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 
+KINDS = ("DDP", "FSDP2")
 FSDP = {
     "fsdp": True,
     "fsdp_config": {
@@ -57,16 +58,8 @@ def shard_on_a_cpu() -> None:
     state.__init__ = init
 
 
-def run_rank(rank: int, folder: str, kind: str) -> dict[str, Any]:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "1",
-    }  # not used
-    if kind == "FSDP2":
-        shard_on_a_cpu()
+def run_kind(folder: str, kind: str) -> dict[str, Any]:
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # of the kind before
     options = FSDP if kind == "FSDP2" else {}
     first = trainer(tiny_bert(), f"{folder}/a", options)
     first.train()
@@ -83,11 +76,31 @@ def run_rank(rank: int, folder: str, kind: str) -> dict[str, Any]:
     return {"states": states, "keep": keeps, "kinds": kinds, "sparsity": bp.sparsity(masks[0])}
 
 
+def run_rank(rank: int, folder: str) -> dict[str, Any]:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }  # not used
+    shard_on_a_cpu()
+    return {kind: run_kind(f"{folder}/{kind}", kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder, and what each rank returned for each kind."""
+    folder = tmp_path_factory.mktemp("ranks")
+    return folder, in_two_processes(run_rank, folder, seconds=120)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
-def test_training_is_pruned_resumed_and_exported(kind: str, tmp_path: Path) -> None:
-    first, second = in_two_processes(run_rank, tmp_path, kind, seconds=120)
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_is_pruned_resumed_and_exported(kind: str, ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, of_ranks = ranks
+    first, second = (results[kind] for results in of_ranks)
     assert first["kinds"] == {"DistributedDataParallel" if kind == "DDP" else "FSDPBertForSequenceClassification"}
     assert first["sparsity"] == 0.75
     state, resumed = first["states"]
@@ -98,5 +111,5 @@ def test_training_is_pruned_resumed_and_exported(kind: str, tmp_path: Path) -> N
     exported.load_state_dict(state)
     assert bp.sparsity(bp.masks_from_zeros(exported, where=bp.including(bp.linears((4, 4)), "bert.encoder.*"))) == 0.75
     if kind == "DDP":
-        loaded = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "saved")
+        loaded = transformers.BertForSequenceClassification.from_pretrained(folder / kind / "saved")
         assert all(torch.equal(tensor, state[name]) for name, tensor in bp.finalize(loaded).state_dict().items())

@@ -118,6 +118,7 @@ LARGE = [  # images in several strips, rows of W in several groups
 ]
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("index", range(len(LARGE)))

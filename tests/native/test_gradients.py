@@ -41,6 +41,7 @@ def test_sums_of_whole_numbers_are_exact(instructions: str, matrix: Matrix, n: i
     assert torch.equal(of_values, pack(reference.values_grad(grad, x, mask).to(dtype), keep, grid).values)
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 33, 300])  # 300 rows are packed in two parts

@@ -136,6 +136,7 @@ def test_any_two_neighbouring_weights_are_added_without_saturation(product: Prod
     assert torch.equal(product(x, sparse, None), x @ weight.mT)
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 3, 8, 100, 128])

@@ -73,6 +73,7 @@ LARGE = [  # bands long enough to be read in parts, of heights that are cut into
 ]
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 13, 33, 100, 128])
@@ -175,6 +176,7 @@ def test_it_shares_the_threads_of_torch() -> None:
     assert gomp_parallel() or "linux" not in sys.platform
 
 
+@pytest.mark.slow
 def test_the_environment_chooses_instructions_or_says_which_there_are() -> None:
     code = "from blockprune.native import spmm; print(spmm.INSTRUCTIONS[spmm._choice])"
     error = "BLOCKPRUNE_INSTRUCTIONS='sse9' must be one of plain, avx2, avx_vnni, avx512, avx512_vnni, avx512_bf16"

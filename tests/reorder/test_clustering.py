@@ -245,6 +245,7 @@ def test_an_axis_without_scores_keeps_its_order() -> None:
     assert bp.cluster(scores, [], block=(2, 2)) == []
 
 
+@pytest.mark.slow
 @given(st.integers(0, 100), st.sampled_from([1, 7, 40]))
 def test_orders_do_not_depend_on_the_size_of_temporary_tensors(seed: int, elements: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -129,6 +129,7 @@ for module, name, replacement in [(tensor_file, "save_file", half), (os, "fsync"
 """
 
 
+@pytest.mark.slow
 def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path: Path) -> None:
     bp.save_repair(result(1.0), path := tmp_path / "r")
     subprocess.run([sys.executable, "-c", KILLED, path], check=True)
@@ -208,6 +209,7 @@ def test_a_tensor_that_cannot_be_saved_leaves_the_old_file(tmp_path: Path) -> No
 # Damage.
 
 
+@pytest.mark.slow
 def test_a_file_in_which_any_byte_changed_or_that_was_cut_is_an_error_or_says_the_same(tmp_path: Path) -> None:
     bp.save_repair(saved := result(), path := tmp_path / "r.safetensors")
     content = path.read_bytes()
