@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import blockprune as bp
-from blockprune.core.grid import BlockShape
 from blockprune.examples import digits
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -29,7 +28,7 @@ class Problem:
 
     images: Callable[[str], Images]  # split -> images and labels to train on, images and labels to measure with
     network: Callable[[], nn.Module]
-    prunable: Callable[[BlockShape], bp.Where]  # all layers but the first and the last
+    prunable: Callable[[int], bp.Where]  # rows and columns of a block -> all layers but the first and the last
     epochs: int
     optimizer: Callable[..., torch.optim.Optimizer]
 
@@ -108,12 +107,14 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(self.body(self.embed(patches) + self.place)).mean(1))  # type: ignore[no-any-return]
 
 
-def layers_of_network(block: BlockShape) -> bp.Where:
-    return bp.first_of(bp.excluding(bp.convs(block), "body.0.*"), bp.excluding(bp.linears(block), "head.*"))
+def layers_of_network(side: int) -> bp.Where:
+    """Small blocks have all taps of a kernel, large ones a single tap: otherwise a layer has too few of them."""
+    taps = () if side <= 4 else (1, 1)
+    return bp.first_of(bp.excluding(bp.convs((side, side, *taps)), "body.0.*"), bp.excluding(bp.linears((side, side)), "head.*"))
 
 
-def layers_of_transformer(block: BlockShape) -> bp.Where:
-    return bp.including(bp.linears(block), "body.*")
+def layers_of_transformer(side: int) -> bp.Where:
+    return bp.including(bp.linears((side, side)), "body.*")
 
 
 sgd = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-4)
