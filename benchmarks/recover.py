@@ -6,7 +6,8 @@ python benchmarks/recover.py --model smollm --sparsity 0 --loss cross-entropy   
 python benchmarks/recover.py --model efficientnet --tokens 8_000 --step-tokens 32 --every 800     # "tokens" are crops of photos
 python benchmarks/recover.py --draw RUN.json ... --picture curve.png               # curves of finished runs in one picture
 
-A run writes its state to --folder at each evaluation; the same command goes on from there. Training texts are Wikipedia articles, for
+A run writes its state to --folder at each evaluation; the same command goes on from there. "before" is the model pruned at once and
+repaired, from which a run with --stages does not start. Training texts are Wikipedia articles, for
 MiniLM also the news texts that it is calibrated on; EfficientNet-Lite0 sees random crops of photos without labels. Choices (learning rate,
 loss) are made by the validation texts or photos; those that are reported decide nothing.
 """
@@ -80,7 +81,10 @@ def unpacked(saved: Mapping[str, Any]) -> tuple[dict[str, bp.BlockMask], dict[st
 def pruned_further(
     problem: Problem, options: argparse.Namespace, model: nn.Module, sparsity: float
 ) -> tuple[dict[str, bp.BlockMask], dict[str, Tensor]]:
-    """Masks and repaired weights of a model whose units are in order already; blocks that are zero are the first to be pruned."""
+    """Masks and repaired weights of a model whose units are in order already.
+
+    Where a layer is at its limit, a pruned block may come back.
+    """
     method = METHODS[options.method.removesuffix(" + cluster")]
     result = method(attrs.evolve(problem.task, model=model), PATTERNS[options.pattern], sparsity)[1]
     return dict(result.masks), dict(result.weights)
@@ -173,6 +177,8 @@ def main(options: argparse.Namespace) -> None:
     if options.bfloat16 and hasattr(problem.task.model, "set_attn_implementation"):
         problem.task.model.set_attn_implementation("eager")  # the backward of torch's fused attention is slow in bfloat16 on CPUs
     options.loss, options.lr, options.method = options.loss or problem.losses[0], options.lr or problem.lr, options.method or problem.method
+    if options.stages and "cluster" in options.method.removesuffix(" + cluster"):
+        raise SystemExit(f"--stages needs a method whose units keep their order after the first stage, not {options.method!r}")
     if options.loss not in problem.losses:
         raise SystemExit(f"--loss {options.loss!r} does not suit {options.model}; use one of {problem.losses}")
     model, masks, weights = pruned(problem, options)
@@ -181,7 +187,7 @@ def main(options: argparse.Namespace) -> None:
     path = options.folder / f"{name}.pt"
     record: dict[str, Any] = {"seconds": 0.0, "curve": [], "figures": {}, "stage": 0, "count": 0, "start": None, "state": None}
     if path.exists():
-        record = torch.load(path, weights_only=True)
+        record |= torch.load(path, weights_only=True)  # a file may be older than one of these
     chosen = {key: str(value) for key, value in vars(options).items() if key not in NOT_OF_THE_RUN}
     if any(chosen[key] != value for key, value in record.get("options", {}).items()):  # a file may be older than an option
         raise SystemExit(f"{path} is of a run with other options; give another --folder")
@@ -310,8 +316,9 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if options.deploy and (options.model not in ("minilm", "efficientnet") or options.pattern != "16x16" or not options.sparsity):
         parser.error("--deploy is for --model minilm and efficientnet in 16x16 blocks")
-    if sum(share for _, share in options.stages) >= 1 or any(sparsity >= options.sparsity for sparsity, _ in options.stages):
-        parser.error("--stages: their sparsities must be below --sparsity, and the sum of their shares below 1")
+    sparsities, shares = [0.0, *(stage[0] for stage in options.stages), options.sparsity], [stage[1] for stage in options.stages]
+    if options.stages and (sparsities != sorted(set(sparsities)) or min(shares) <= 0 or sum(shares) >= 1):
+        parser.error("--stages: sparsities must rise from above 0 to below --sparsity; shares must be above 0, and their sum below 1")
     if options.draw and not options.picture:
         parser.error("--draw needs --picture, the file to draw into")
     if options.draw:

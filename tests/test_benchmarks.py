@@ -3,10 +3,13 @@
 import contextlib
 import gc
 import io
+import json
+import os
 import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +36,8 @@ def run(script: str, *options: str) -> str:
             runpy.run_path(str(FOLDER / script), run_name="__main__")
         finally:
             gc.unfreeze()
+            gc.collect()
+            gc.freeze()  # as conftest.py does after the collection of tests
     assert torch.get_num_threads() == threads, "the script must set the number of threads back"
     return output.getvalue()
 
@@ -113,14 +118,33 @@ def test_recovery_goes_on_from_its_file_and_draws_its_picture(tmp_path: Path) ->
     assert re.search(r"^dense, trained +\d", run("recover.py", *options, "--control", str(control)), re.MULTILINE)
 
 
-def test_recovery_prunes_in_stages_and_goes_on_from_its_file(tmp_path: Path) -> None:
+def test_recovery_in_stages_ends_as_it_would_without_an_interruption(tmp_path: Path) -> None:
     options = ["--model", "tiny", "--pattern", "32x32", "--method", "magnitude", "--tokens", "256", "--step-tokens", "32", "--every", "64"]
-    options += ["--stages", "0.2:0.25", "0.4:0.25", "--folder", str(tmp_path)]
-    outputs = [run("recover.py", *options) for _ in range(2)]
-    assert outputs[0] == outputs[1]
-    assert "256 tokens, 25% of them at 20%, 25% of them at 40%, 32 a step" in outputs[0]
-    assert len(re.findall(r"^ +[\d,]+ +\d+  [\d.]+$", outputs[0], re.MULTILINE)) == 5
-    (path,) = (path for path in tmp_path.glob("*.pt") if not path.name.startswith("start"))
+    options += ["--stages", "0.2:0.25", "0.4:0.25", "--folder"]
+    output = run("recover.py", *options, str(tmp_path / "whole"))
+    assert "256 tokens, 25% of them at 20%, 25% of them at 40%, 32 a step" in output
+    assert len(re.findall(r"^ +[\d,]+ +\d+  [\d.]+$", output, re.MULTILINE)) == 5
+
+    def finished(folder: Path) -> dict[str, Any]:
+        record = json.loads(next(folder.glob("*.json")).read_text())
+        return {**record, "curve": [(tokens, figure) for tokens, _, figure in record["curve"]]}
+
+    replace = os.replace
+    for allowed in (2, 3, 5):  # files are written: the start, two for each of the first stages, three in the last
+
+        def interrupted(*paths: Any, left: list[int] = [allowed]) -> None:  # noqa: B006
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            replace(*paths)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "replace", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run("recover.py", *options, str(tmp_path / str(allowed)))
+        run("recover.py", *options, str(tmp_path / str(allowed)))
+        assert finished(tmp_path / str(allowed)) == finished(tmp_path / "whole")
+    (path,) = (path for path in (tmp_path / "whole").glob("*.pt") if not path.name.startswith("start"))
     masks = torch.load(path, weights_only=True)["result"]["masks"].values()
     pruned = sum(int((~keep).sum()) for keep, _, _ in masks) / sum(keep.numel() for keep, _, _ in masks)
     assert abs(pruned - 0.5) < 0.02

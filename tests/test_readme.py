@@ -93,7 +93,7 @@ def test_what_distillation_gives_back_is_what_was_recorded() -> None:
     assert f"cosine {before} to {after}, in int8 to {int8}" in text
     answer = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "recover_minilm_stages.json").read_text())["answer"]
     tokens, after = re.findall(r"after ([\d,]+) tokens .*cosine Lee50 [\d.]+ -> ([\d.]+)", answer)[0]
-    assert f"in four steps it needs {int(tokens.replace(',', '')) / 1e6:.1f} million tokens for {after}" in text
+    assert f"in four steps, it reaches {after} with {int(tokens.replace(',', '')) / 1e6:.1f} million tokens" in text
     answer = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "recover_smollm.json").read_text())["answer"]
     tokens, before, after = re.findall(r"after ([\d,]+) tokens .*perplexity Wikipedia ([\d.]+) -> ([\d.]+)", answer)[0]
     after = f"{float(after):.0f} after {round(int(tokens.replace(',', '')), -4):,} tokens of distillation"

