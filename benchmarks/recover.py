@@ -114,13 +114,16 @@ def train(
     problem: Problem,
     options: argparse.Namespace,
     model: nn.Module,
+    judged: Callable[[bp.Masks, bp.Weights], nn.Module],
     start: tuple[dict[str, bp.BlockMask], dict[str, Tensor]],
     *,
     record: dict[str, Any],
     path: Path,
 ) -> None:
-    """Prune and train, stage after stage, from where the record is; it is kept in a file."""
-    judged = partial(bp.apply_masks, copy.deepcopy(model))
+    """Prune and train, stage after stage, from where the record is; it is kept in a file.
+
+    ``judged`` gives the model with masks and weights.
+    """
     teacher = copy.deepcopy(model).bfloat16() if options.bfloat16 else model  # saves autocast the conversion of each weight
     masks, weights = start
     clock = time.monotonic()
@@ -202,7 +205,7 @@ def main(options: argparse.Namespace) -> None:
     print(f"{problem.unit:>10}{'seconds':>9}  validation {problem.curve_name}")
     for row in record["curve"]:
         print_row(*row)
-    train(problem, options, model, (masks, weights), record=record, path=path)
+    train(problem, options, model, judged, (masks, weights), record=record, path=path)
     final = unpacked(record["result"])
     figures = record["figures"] | {"after": problem.figures(judged(*final))}
     finished = {

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
 
-settings.register_profile("laws", max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("laws", max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("quick", settings.get_profile("laws"), max_examples=20)
 settings.register_profile("thorough", settings.get_profile("laws"), max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "laws"))

@@ -31,13 +31,9 @@ def run(script: str, *options: str) -> str:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
         patch.syspath_prepend(FOLDER)
         patch.setattr(sys, "argv", [script, *options])
+        gc.collect()
         gc.freeze()  # benchmarks collect garbage often, and would go through the objects of all other tests each time
-        try:
-            runpy.run_path(str(FOLDER / script), run_name="__main__")
-        finally:
-            gc.unfreeze()
-            gc.collect()
-            gc.freeze()  # as conftest.py does after the collection of tests
+        runpy.run_path(str(FOLDER / script), run_name="__main__")
     assert torch.get_num_threads() == threads, "the script must set the number of threads back"
     return output.getvalue()
 
@@ -148,6 +144,13 @@ def test_recovery_in_stages_ends_as_it_would_without_an_interruption(tmp_path: P
     masks = torch.load(path, weights_only=True)["result"]["masks"].values()
     pruned = sum(int((~keep).sum()) for keep, _, _ in masks) / sum(keep.numel() for keep, _, _ in masks)
     assert abs(pruned - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("stages", [["0.4:0.1", "0.2:0.1"], ["0.5:0.1"], ["0.2:0"], ["0.2:0.5", "0.4:0.5"]])
+def test_stages_that_do_not_rise_or_leave_no_tokens_are_refused(stages: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("recover.py", "--model", "tiny", "--stages", *stages)
+    assert "sparsities must rise from above 0 to below --sparsity" in capsys.readouterr().err
 
 
 def test_recovery_of_an_image_model_needs_only_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blockprune.core.types import Scores
 
-FEW_BLOCKS = 1 << 12  # are counted by 8 bits: adding up 65,536 counts takes longer than sorting the blocks that 16 bits would tell apart
+FEW_BLOCKS = 1 << 12  # up to so many are counted by 8 bits: adding up 65,536 counts takes longer than sorting what 16 bits would tell apart
 
 
 def to_common_device(scores: Scores) -> Scores:
