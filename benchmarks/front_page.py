@@ -17,7 +17,7 @@ from torch import nn
 import blockprune as bp
 from blockprune import export
 from blockprune.analysis.pictures import quality_against_latency
-from blockprune.core._compat import packs_bfloat16
+from blockprune.core.precision import multiplies_bfloat16
 from blockprune.examples import minilm
 from blockprune.export.dense_baselines import dynamic_int8, rowwise_int8
 
@@ -58,7 +58,7 @@ def compared(
     quality = {"dense": 1.0, "dense int8": minilm.likeness(dynamic_int8(dense), batches, embeddings)}
     quality["dense int8, row by row"] = minilm.likeness(rowwise_int8(dense), batches, embeddings)
     dtypes = ["float32", "int8"]
-    if packs_bfloat16():  # without instructions for it, bfloat16 is slower than float32
+    if multiplies_bfloat16():  # without instructions for it, bfloat16 is slower than float32
         dtypes.append("bfloat16")
         quality["dense bfloat16"] = minilm.likeness(copy.deepcopy(dense).bfloat16(), batches, embeddings)
     models = {}

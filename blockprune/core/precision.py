@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 SMALLEST = 1e-30  # smaller numbers lose digits in float32, whose normal numbers end at 1e-38
+BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # of x86, and of ARM
 
 
 @contextlib.contextmanager
@@ -24,6 +25,17 @@ def no_autocast() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+def multiplies_bfloat16(device: torch.device | str = "cpu") -> bool:
+    """Whether a device has instructions that multiply bfloat16; a CPU without them is slower in bfloat16 than in float32.
+
+    Example:
+        >>> from blockprune.core.precision import multiplies_bfloat16
+        >>> multiplies_bfloat16("cuda")
+        True
+    """
+    return torch.device(device).type != "cpu" or any(map(torch.cpu.get_capabilities().get, BFLOAT16_INSTRUCTIONS))
 
 
 def double(x: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from blockprune.core._compat import packs_bfloat16, tree_leaves, tree_map_only
+from blockprune.core._compat import tree_leaves, tree_map_only
+from blockprune.core.precision import multiplies_bfloat16
 from blockprune.core.table import Rows, Table
 from blockprune.core.types import BlockMask
 from blockprune.export.autotune import fixed_backend
@@ -170,7 +171,7 @@ def _dense_baselines(plain: nn.Module, dtypes: Sequence[str] | None, compiled: b
 
 
 def _default_dtypes(own: str, on_cpu: bool) -> tuple[str, ...]:
-    bfloat16 = ("bfloat16",) if own == "float32" and (packs_bfloat16() or not on_cpu) else ()
+    bfloat16 = ("bfloat16",) if own == "float32" and (multiplies_bfloat16() or not on_cpu) else ()
     return own, *bfloat16, *(("int8",) if on_cpu and has_dynamic_int8() else ())
 
 

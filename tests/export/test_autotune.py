@@ -65,6 +65,13 @@ def test_a_dense_model_of_another_type_that_is_faster_is_named(monkeypatch: pyte
     assert {row.dtype for row in comparison.rows if "int8" in row.name} == {"int8"}
 
 
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_bfloat16_is_timed_by_default_where_the_processor_multiplies_it(monkeypatch: pytest.MonkeyPatch, has_instructions: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": has_instructions})
+    types = {row.dtype for row in export.benchmark(mlp(), inputs=torch.randn(8, 24), rounds=1).rows}
+    assert types == {"float32", "int8", *(["bfloat16"] if has_instructions else [])}
+
+
 def test_the_types_of_the_dense_models_are_chosen() -> None:
     model, x = mlp(), torch.randn(8, 24)
     assert {row.dtype for row in export.benchmark(model, inputs=x, rounds=1, dtypes=["int8"]).rows} == {"int8"}
