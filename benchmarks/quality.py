@@ -209,7 +209,7 @@ def obs(task: Task, pattern: Pattern, sparsity: float) -> Pruned:
 def budgeted(task: Task, pattern: Pattern, sparsity: float, *, looks: int = 1, **options: Any) -> Pruned:
     """Optimal Brain Surgeon with a budget for each layer.
 
-    With more than one look at the gradients, the model is pruned to a part of the sparsity first, on a quarter of the batches, and the
+    With more than one pass over the gradients, the model is pruned to a part of the sparsity first, on a quarter of the batches, and the
     gradients at that model share out the next part. Each time the weights start from those of the dense model.
     """
     recipe = obs_recipe(task, pattern, **options)

@@ -54,8 +54,7 @@ class OneShot:
     def __call__(self, model: nn.Module, sparsity: Sparsity) -> RepairResult:
         return RepairResult(self.pipeline(model, sparsity), {})
 
-    def __repr__(self) -> str:
-        return fields_as_code(self)
+    __repr__ = fields_as_code
 
 
 @attrs.frozen(repr=False)
@@ -65,30 +64,29 @@ class LayerBudget:
     Args:
         collect: model -> data, the statistics of the whole model.
         metric: data -> scores that compare between layers.
-        distribute: (scores, sparsity) -> one sparsity for each parameter.
+        budget: (scores, sparsity) -> one sparsity for each parameter.
         reuse: names of the statistics that the layers' own metric is given, too.
         passes: each pass over the batches collects the statistics of this share of the parameters, which are dropped once they are scores.
             More passes take less memory and more time. ``collect`` then needs an option ``where=``.
 
     Example:
-        >>> look = partial(bp.collect.weights, where=bp.linears((1, 1)))
-        >>> shares, _ = bp.recipes.LayerBudget(look, bp.metric.l2, bp.budgets.erk, reuse=())(nn.Linear(4, 4), 0.5)
+        >>> collect = partial(bp.collect.weights, where=bp.linears((1, 1)))
+        >>> shares, _ = bp.recipes.LayerBudget(collect, bp.metric.l2, bp.budgets.erk, reuse=())(nn.Linear(4, 4), 0.5)
         >>> shares
         {'weight': 0.5}
     """
 
     collect: Collect
     metric: Metric
-    distribute: Budget
+    budget: Budget
     reuse: tuple[str, ...] = ("output_grad_gram",)
     passes: int = 1
 
     def __call__(self, model: nn.Module, sparsity: float) -> tuple[Mapping[str, float], Data]:
         scores, kept = _scores_in_passes(model, self.collect, self.metric, self.passes, self.reuse)
-        return self.distribute(scores, sparsity), kept
+        return self.budget(scores, sparsity), kept
 
-    def __repr__(self) -> str:
-        return fields_as_code(self)
+    __repr__ = fields_as_code
 
 
 @attrs.frozen(repr=False)
@@ -125,8 +123,7 @@ class LayerByLayer:
         options: Any = {"layers": self.layers, "target": self.target, "finetune": self.finetune}
         return sequential(model, self.pipeline, self.reconstruct, self.calibration, shares, extra_data=extra_data, **options)
 
-    def __repr__(self) -> str:
-        return fields_as_code(self)
+    __repr__ = fields_as_code
 
 
 def magnitude(where: Where, *, allocate: Allocate = allocators.per_layer) -> OneShot:
@@ -218,9 +215,9 @@ def sparsegpt(
 
 
 def obs(where: Where, calibration: Calibration, *, damping: float = 0.4, max_layer_sparsity: float = 0.6, passes: int = 1) -> LayerByLayer:
-    """Optimal Brain Surgeon over blocks with a budget for each layer and least squares repair: the best repair without training.
+    """Optimal Brain Surgeon over blocks with a budget for each layer and least squares repair (OBC 2208.11580, ZipLM 2302.04089).
 
-    One look at the dense model with gradients says how much each layer may lose (`metric.obs`, `budgets.loss_weighted`). Then each layer
+    A pass over the dense model with gradients says how much each layer may lose (`metric.obs`, `budgets.loss_weighted`). Then each layer
     is pruned by Optimal Brain Surgeon and its kept weights are fitted to the dense layer's outputs (`sequential`). With a calibration that
     has ``reduce=bp.distributed.all_reduce``, several processes share the batches and the work, and all have the result.
 
@@ -241,16 +238,16 @@ def obs(where: Where, calibration: Calibration, *, damping: float = 0.4, max_lay
     """
     calibration = _reusable(calibration)
     progress = calibration.progress
-    look = partial(
+    collector = partial(
         collect.with_statistics,
         where=where,
         statistics=[statistics.input_gram, statistics.output_grad_gram],
         calibration=calibration,
         lazy=True,
     )
-    distribute = partial(budgets.loss_weighted, max_sparsity=max_layer_sparsity, margin=0.1)
+    layer_sparsities = partial(budgets.loss_weighted, max_sparsity=max_layer_sparsity, margin=0.1)
     shared = _shared_work(calibration)
-    budget = LayerBudget(look, partial(metric.obs, progress=progress, **shared), distribute, passes=passes)
+    budget = LayerBudget(collector, partial(metric.obs, progress=progress, **shared), layer_sparsities, passes=passes)
     score = partial(metric.obs, damping=damping, progress=False, **shared)
     repair = partial(closed_form.least_squares, damping=damping, progress=False, **shared)
     return LayerByLayer(Pipeline(partial(collect.with_statistics, where=where), score, allocators.per_layer), repair, calibration, budget)
@@ -294,16 +291,18 @@ def cluster_units(
     """
     calibration = _reusable(calibration)
     block = _block(model, where) if block is None else block
-    each_weight = [statistics.input_gram, statistics.output_grad_sq]
+    needed = [statistics.input_gram, statistics.output_grad_sq]
     if example is None and calibration.reduce:
         raise ValueError("example is not given, but the first batches of several processes differ; give example=, the same to all of them")
     example = next(iter(calibration.batches)) if example is None else example
     axes = find_axes(model, example, forward=calibration.forward, progress=calibration.progress)
     single = with_block(where, (1, 1))
-    look = partial(collect.with_statistics, where=single, statistics=each_weight, calibration=calibration, lazy=True)
+    collector = partial(collect.with_statistics, where=single, statistics=needed, calibration=calibration, lazy=True)
     score = partial(metric.obs, stop_at=0, progress=calibration.progress, **_shared_work(calibration))
     # the scores have no name here, so that `cluster` can free them
-    plan = cluster(_scores_in_passes(model, look, score, passes)[0], axes, block=block, sparsity=sparsity, progress=calibration.progress)
+    plan = cluster(
+        _scores_in_passes(model, collector, score, passes)[0], axes, block=block, sparsity=sparsity, progress=calibration.progress
+    )
     return permute(model, plan)
 
 

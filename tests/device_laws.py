@@ -155,15 +155,15 @@ def combine_masks(model: nn.Module, x: Tensor) -> Result:
 
 
 STATISTICS = [getattr(statistics, name) for name in statistics.__all__ if isinstance(getattr(statistics, name), statistics.Statistic)]
-SOURCES = sorted({s.sees for s in STATISTICS})  # what statistics are computed from: inputs, outputs, gradients ...
+SOURCES = sorted({s.source for s in STATISTICS})  # what statistics are computed from: inputs, outputs, gradients ...
 METRICS: dict[str, list[statistics.Statistic]] = {  # and what each is given
     "wanda": [statistics.input_sq],
     "block_output_error": INPUTS,
     "apoz": [statistics.apoz],
     "mean_activation": [statistics.mean_activation],
     "fisher": [statistics.gate_fisher],
-    "grasp": [statistics.gate_hg],
-    "obd": [statistics.gate_hvp(probes=2)],
+    "grasp": [statistics.gate_hessian_grad],
+    "obd": [statistics.gate_hessian_diagonal(probes=2)],
     "snip": [statistics.gate_grad],
     "synflow": [statistics.gate_flow],
     "taylor": [statistics.weight_grad],
@@ -195,7 +195,7 @@ def score_by(model: nn.Module, x: Tensor, name: str) -> Result:
 
 
 def statistics_of(model: nn.Module, x: Tensor, source: str) -> Result:
-    return data(model, x, *(s for s in STATISTICS if s.sees == source and not s.name.endswith("_cross")))
+    return data(model, x, *(s for s in STATISTICS if s.source == source and not s.name.endswith("_cross")))
 
 
 def allocate_by(model: nn.Module, x: Tensor, name: str) -> Result:

@@ -124,7 +124,7 @@ def test_a_recipe_prints_what_it_is_composed_of() -> None:
         "        collect=with_statistics(where=linears(block=(2, 2)), statistics=[input_gram, output_grad_gram], "
         "calibration=Calibration(batches=list of 3, loss=loss, progress=False), lazy=True),",
         "        metric=obs(progress=False),",
-        "        distribute=loss_weighted(max_sparsity=0.6, margin=0.1),",
+        "        budget=loss_weighted(max_sparsity=0.6, margin=0.1),",
         "    ),",
         ")",
     ]

@@ -130,7 +130,13 @@ def test_a_buffer_that_the_forward_replaces_is_restored() -> None:
 
 @pytest.mark.parametrize(
     "statistic",
-    [statistics.input_gram, statistics.output_grad_gram, statistics.weight_grad, statistics.gate_fisher, statistics.gate_hvp()],
+    [
+        statistics.input_gram,
+        statistics.output_grad_gram,
+        statistics.weight_grad,
+        statistics.gate_fisher,
+        statistics.gate_hessian_diagonal(),
+    ],
 )
 def test_nothing_of_a_batch_is_held_once_it_is_added(statistic: statistics.Statistic) -> None:
     alive: list[weakref.ref[Tensor]] = []

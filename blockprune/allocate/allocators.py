@@ -43,7 +43,7 @@ def per_layer(
     """Prune the blocks with the lowest scores of each parameter.
 
     Args:
-        scores: one number a block.
+        scores: one number per block.
         sparsity: the fraction of the elements to remove, 0 to 1; or a mapping by parameter name or glob pattern, which must name every
             parameter. The name itself has priority, then the first pattern that matches, then "*".
         budget: how one sparsity is distributed over the parameters, such as `budgets.uniform`, `budgets.erk` or your own.
@@ -64,7 +64,7 @@ def per_layer(
         tensor([[False,  True],
                 [ True, False]])
     """
-    return _per_bank(scores, sparsity, (), budget, max_sparsity, min_keep, coupled)
+    return per_bank(scores, sparsity, bank=(), budget=budget, max_sparsity=max_sparsity, min_keep=min_keep, coupled=coupled)
 
 
 def per_row(
@@ -76,7 +76,13 @@ def per_row(
     min_keep: MinKeep = 0,
     coupled: Coupled = (),
 ) -> Masks:
-    """Prune the blocks with the lowest scores of each row of blocks, so that all rows are equally sparse; options as in `per_layer`.
+    """Prune the blocks with the lowest scores of each row of blocks, so that all rows are equally sparse.
+
+    Args:
+        scores, sparsity, budget, max_sparsity, min_keep, coupled: as in `per_layer`.
+
+    Raises:
+        ValueError, TypeError, KeyError: as `per_layer`; hidden axes as ``coupled``.
 
     Example:
         >>> score = bp.BlockScore(torch.tensor([[1.0, 4.0], [3.0, 2.0]]), bp.BlockGrid((4, 4), (2, 2)))
@@ -84,7 +90,7 @@ def per_row(
         tensor([[False,  True],
                 [ True, False]])
     """
-    return _per_bank(scores, sparsity, (1,), budget, max_sparsity, min_keep, coupled)
+    return per_bank(scores, sparsity, bank=(1,), budget=budget, max_sparsity=max_sparsity, min_keep=min_keep, coupled=coupled)
 
 
 def per_bank(
@@ -103,7 +109,8 @@ def per_bank(
 
     Args:
         scores, sparsity: as in `per_layer`.
-        bank: blocks along each leading axis: ``(1, 8)`` is 8 blocks of one row. -1, or an axis that is left out, is taken whole.
+        bank: blocks along each leading axis: ``(1, 8)`` is 8 blocks of one row. -1, or an axis that is left out, is taken whole: ``()`` is
+            the whole parameter, as in `per_layer`.
         budget, max_sparsity, min_keep, coupled: as in `per_layer`.
 
     Raises:
@@ -114,14 +121,29 @@ def per_bank(
         >>> bp.allocate.per_bank({"w": score}, 0.5, bank=(1, 2))["w"].keep
         tensor([[False,  True, False,  True]])
     """
-    return _per_bank(scores, sparsity, tuple(bank), budget, max_sparsity, min_keep, coupled)
+    bank, all_shared = tuple(bank), shared_masks(scores, coupled)
+    if bank and (on_axis := next((shared for shared in all_shared if shared.axis), None)):
+        raise ValueError(
+            f"coupled has the hidden axis of {on_axis.names[0]}, whose units are in no rows or banks; use per_layer or per_model"
+        )
+    sparsities = _sparsity_by_parameter(scores, sparsity, budget)
+    caps, min_blocks = layer_limits(scores, max_sparsity, min_keep)
+    keep: dict[SharedMask, Tensor] = {}
+    for shared in all_shared:
+        prune = _prune_in_banks(shared, shared.sparsity(sparsities), bank)
+        if max_sparsity is not None:
+            prune &= _prune_in_banks(shared, min(caps[name] for name in shared.names), bank, round_down=True)
+        if any(min_blocks[name] for name in shared.names):
+            prune &= ~_kept_by(_Limits(dict.fromkeys(shared.names, 1.0), min_blocks), shared)
+        keep[shared] = ~prune
+    return masks_of(scores, keep)
 
 
 def per_columns(scores: Scores, sparsity: Sparsity, *, columns: int = 128) -> Masks:
     """Prune the blocks with the lowest scores of each range of input columns, over all rows: the comparison of `metric.sparsegpt`.
 
     Args:
-        scores: one number a block, of parameters with two axes or more.
+        scores: one number per block, of parameters with two axes or more.
         sparsity: as in `per_layer`.
         columns: input columns in a range, rounded down to whole blocks (at least one). The input columns of a convolution are its channels
             times its kernel positions.
@@ -134,12 +156,12 @@ def per_columns(scores: Scores, sparsity: Sparsity, *, columns: int = 128) -> Ma
         >>> bp.allocate.per_columns({"w": score}, 0.5, columns=2)["w"].keep
         tensor([[False,  True, False,  True]])
     """
-    if columns < 1:
-        raise ValueError(f"columns={columns} must be 1 or more")
+    if not hasattr(columns, "__index__") or columns < 1:
+        raise ValueError(f"columns={columns!r} must be a whole number from 1 on")
     for name, score in scores.items():
         if len(score.grid.shape) < 2:
             raise ValueError(f"{name} {score.grid.shape} has no input columns; leave it out, or use per_layer")
-    sparsities = _sparsity_of_each(scores, sparsity, uniform)
+    sparsities = _sparsity_by_parameter(scores, sparsity, uniform)
     keep: dict[SharedMask, Tensor] = {}
     for shared in shared_masks(scores, ()):
         grid = scores[shared.names[0]].grid
@@ -155,7 +177,7 @@ def n_of_m(scores: Scores, sparsity: Sparsity, *, m: int, axis: int = 1, coupled
     2:4 is m=4 at a sparsity of 0.5 (Mishra et al. 2104.08378).
 
     Args:
-        scores: one number a block.
+        scores: one number per block.
         sparsity: as in `per_layer`; it must keep a whole number of every m blocks.
         m: consecutive blocks of which n are kept; it must divide the number of blocks along the axis.
         axis: 1 is the input axis of a Linear.
@@ -172,7 +194,7 @@ def n_of_m(scores: Scores, sparsity: Sparsity, *, m: int, axis: int = 1, coupled
     if not isinstance(m, int) or isinstance(m, bool) or m < 1:
         raise ValueError(f"m={m!r} must be a whole number of blocks, at least 1")
     all_shared = shared_masks(scores, coupled)
-    sparsities = _sparsity_of_each(scores, sparsity, uniform)
+    sparsities = _sparsity_by_parameter(scores, sparsity, uniform)
     for shared in all_shared:
         _check_n_of_m(shared, shared.sparsity(sparsities), m, axis)
     keep: dict[SharedMask, Tensor] = {}
@@ -211,7 +233,7 @@ def per_model(
     never exceeded; the result is then the closest sparsity that they allow.
 
     Args:
-        scores: one number a block, comparable between parameters.
+        scores: one number per block, comparable between parameters.
         sparsity: the fraction of all elements to remove; or a mapping by name or pattern as in `per_layer`, in which the parameters that
             share a key are ranked together.
         max_sparsity: no parameter loses more than this fraction; a number, or a mapping by name or pattern; 1 is no limit.
@@ -229,7 +251,7 @@ def per_model(
         ([False, False, False, True], [False, True, True, True])
     """
     all_shared = shared_masks(to_common_device(scores), coupled)
-    sparsities = _sparsity_of_each(scores, sparsity, uniform)
+    sparsities = _sparsity_by_parameter(scores, sparsity, uniform)
     hard = _Limits(*layer_limits(scores, max_sparsity, 0 if min_keep is None else min_keep))
     soft = _Limits(*layer_limits(scores, 0.9 if max_sparsity is None else None, 1 if min_keep is None else 0))
     key_of = matching_keys(sparsity, scores) if isinstance(sparsity, Mapping) else dict.fromkeys(scores, "*")
@@ -285,34 +307,7 @@ def _select(elements: Tensor, mask: Tensor) -> Tensor:
     return elements[: int(mask.sum())] if elements.stride(0) == 0 else elements[mask]
 
 
-def _per_bank(  # noqa: PLR0917 (the options of three public functions, in their order)
-    scores: Scores,
-    sparsity: Sparsity,
-    bank: Sequence[int],
-    budget: Budget,
-    max_sparsity: MaxSparsity,
-    min_keep: MinKeep,
-    coupled: Coupled,
-) -> Masks:
-    all_shared = shared_masks(scores, coupled)
-    if bank and (on_axis := next((shared for shared in all_shared if shared.axis), None)):
-        raise ValueError(
-            f"coupled has the hidden axis of {on_axis.names[0]}, whose units are in no rows or banks; use per_layer or per_model"
-        )
-    sparsities = _sparsity_of_each(scores, sparsity, budget)
-    caps, min_blocks = layer_limits(scores, max_sparsity, min_keep)
-    keep: dict[SharedMask, Tensor] = {}
-    for shared in all_shared:
-        prune = _prune_in_banks(shared, shared.sparsity(sparsities), bank)
-        if max_sparsity is not None:
-            prune &= _prune_in_banks(shared, min(caps[name] for name in shared.names), bank, round_down=True)
-        if any(min_blocks[name] for name in shared.names):
-            prune &= ~_kept_by(_Limits(dict.fromkeys(shared.names, 1.0), min_blocks), shared)
-        keep[shared] = ~prune
-    return masks_of(scores, keep)
-
-
-def _sparsity_of_each(scores: Scores, sparsity: Sparsity, budget: Budget) -> dict[str, float]:
+def _sparsity_by_parameter(scores: Scores, sparsity: Sparsity, budget: Budget) -> dict[str, float]:
     """The sparsity of each parameter."""
     if isinstance(sparsity, Mapping):
         for key, fraction in sparsity.items():

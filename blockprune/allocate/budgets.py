@@ -86,7 +86,7 @@ def owl(
     check_fraction("sparsity", sparsity)
     if not m > 0 or not 0 <= lam <= 1:
         raise ValueError(f"owl needs m={m!r} above 0 (such as 5 times the mean score) and lam={lam!r} from 0 to 1 (such as 0.08)")
-    _check_ranks(scores)
+    _check_no_nan(scores)
     members: dict[str, list[str]] = {}
     for name in scores:
         members.setdefault(layer_of(name) if layer_of else name, []).append(name)
@@ -267,7 +267,7 @@ def block_costs(scores: Scores, *, cost: Mapping[str, float] | None = None, rela
         >>> block_costs({"w": score}, cost={"w": 10})
         (tensor([0.1000, 0.4000], dtype=torch.float64), tensor([2, 1]), tensor([20., 10.], dtype=torch.float64))
     """
-    _check_ranks(scores)
+    _check_no_nan(scores)
     element_cost = dict.fromkeys(scores, 1.0) if cost is None else resolve_by_name(cost, scores, what="cost")
     errors_per_cost: list[Tensor] = []
     elements: list[Tensor] = []
@@ -290,7 +290,7 @@ def block_costs(scores: Scores, *, cost: Mapping[str, float] | None = None, rela
     return torch.cat(errors_per_cost), torch.cat(elements), torch.cat(costs)
 
 
-def _check_ranks(scores: Scores) -> None:
+def _check_no_nan(scores: Scores) -> None:
     for name, score in scores.items():
         if nans := int(score.value.isnan().sum()):
             raise ValueError(f"{name}: {nans} of the scores {tuple(score.value.shape)} are NaN and cannot be ranked; check the metric")

@@ -18,6 +18,9 @@ def constant(step: int, *, value: float) -> float:
 def linear(step: int, *, final: float, end: int, begin: int = 0, initial: float = 0.0) -> float:
     """From ``initial`` at step ``begin`` to ``final`` at step ``end``, in equal increments; constant before and after.
 
+    Raises:
+        ValueError: ``begin`` after ``end``.
+
     Example:
         >>> [bp.schedule.linear(step, final=0.8, begin=100, end=300) for step in (0, 200, 1000)]
         [0.0, 0.4, 0.8]
@@ -27,6 +30,9 @@ def linear(step: int, *, final: float, end: int, begin: int = 0, initial: float 
 
 def cubic(step: int, *, final: float, end: int, begin: int = 0, initial: float = 0.0) -> float:
     """As `linear`, but fast at first: ``final + (initial - final) (1 - t)^3`` (AGP, Zhu & Gupta 1710.01878, eq. 1).
+
+    Raises:
+        ValueError: ``begin`` after ``end``.
 
     Example:
         >>> [bp.schedule.cubic(step, final=0.8, begin=100, end=300) for step in (0, 200, 1000)]
@@ -40,6 +46,9 @@ def cosine(step: int, *, final: float, end: int, begin: int = 0, initial: float 
 
     RigL's fraction of exchanged blocks falls from ``initial=0.3`` to ``final=0``.
 
+    Raises:
+        ValueError: ``begin`` after ``end``.
+
     Example:
         >>> [round(bp.schedule.cosine(step, initial=0.3, final=0.0, end=100), 3) for step in (0, 25, 50, 100)]
         [0.3, 0.256, 0.15, 0.0]
@@ -51,7 +60,7 @@ def exponential(step: int, *, final: float, end: int, begin: int = 0, initial: f
     """As `linear`, but every step prunes the same fraction of what the one before kept (lottery tickets, Frankle & Carbin 1803.03635).
 
     Raises:
-        ValueError: ``initial`` or ``final`` of 1, which cannot be reached by fractions of what is kept.
+        ValueError: ``begin`` after ``end``; ``initial`` or ``final`` of 1, which cannot be reached by fractions of what is kept.
 
     Example:
         >>> [round(bp.schedule.exponential(step, final=0.75, end=2), 3) for step in (0, 1, 2)]
@@ -84,5 +93,5 @@ def steps(step: int, *, milestones: Mapping[int, float], initial: float = 0.0) -
 def _progress(step: int, begin: int, end: int) -> float:
     """0 until begin, 1 from end on."""
     if not begin <= end:
-        raise ValueError(f"begin={begin} must not be after end={end}")
+        raise ValueError(f"begin={begin} is after end={end}; give an end from {begin} on, or an earlier begin")
     return min(1.0, max(0.0, (step - begin) / (end - begin))) if end > begin else float(step >= end)

@@ -48,7 +48,7 @@ def conditioning(data: Data, *, damping: float = 0.01) -> Conditioning:
         parameter  inputs  rank  dead  condition  damping
         weight          3     2     1    4.0e+02     0.01
     """
-    found = {}
+    rows = {}
     for name, p in data.items():
         if "input_gram" not in p.stats:
             raise ValueError(
@@ -61,5 +61,5 @@ def conditioning(data: Data, *, damping: float = 0.01) -> Conditioning:
         k = gram.shape[-1]
         rank = int((values > values.amax(1, keepdim=True) * k * torch.finfo(q.hessian.dtype).eps).sum(1).min())
         dead = int((gram.diagonal(dim1=1, dim2=2) == 0).sum(1).max())
-        found[name] = (k, rank, dead, float((damped[:, -1] / damped[:, 0]).max()), q.damping)
-    return Conditioning(found)
+        rows[name] = (k, rank, dead, float((damped[:, -1] / damped[:, 0]).max()), q.damping)
+    return Conditioning(rows)

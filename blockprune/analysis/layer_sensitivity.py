@@ -21,7 +21,7 @@ Evaluate = Callable[[Callable[..., Any]], float | Tensor]  # (model) -> the loss
 
 @attrs.frozen(repr=False)
 class Sensitivity(Table):
-    """A table of losses, one row a parameter, one column a sparsity; prints in a terminal, renders in a notebook.
+    """A table of losses, one row per parameter and one column per sparsity; prints in a terminal, renders in a notebook.
 
     Example:
         >>> bp.Sensitivity((0.5,), 1.0, {"fc.weight": (1.25,)})
@@ -95,6 +95,7 @@ def sensitivity(
         progress: show a progress bar; by default in a terminal and in a notebook.
 
     Raises:
+        TypeError: a recipe in place of a pipeline.
         ValueError: chunk_size below 1, no sparsities, and what the pipeline raises.
 
     Example:
@@ -105,6 +106,8 @@ def sensitivity(
         >>> [round(losses[0], 6) for losses in table.losses.values()]
         [0.0, 0.0]
     """
+    if not isinstance(pipeline, Pipeline):
+        raise TypeError(f"pipeline is a {type(pipeline).__name__}, not a bp.Pipeline; of a recipe, give recipe.pipeline")
     if chunk_size < 1 or not sparsities:
         raise ValueError(f"chunk_size={chunk_size} must be 1 or more, and sparsities={list(sparsities)} must hold at least one sparsity")
     scores = pipeline.scores(model)

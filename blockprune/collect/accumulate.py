@@ -12,7 +12,7 @@ from blockprune.core.precision import SMALLEST, no_autocast
 from blockprune.core.sharded_tensor import is_sharded
 from blockprune.core.types import Data
 from blockprune.model.parameters import ParameterRef
-from blockprune.statistics import Gates, Sees, Statistic, Sums
+from blockprune.statistics import GateDerivatives, Source, Statistic, Sums
 
 TINY = 1e-12  # the square of a smaller number may be too small for float32
 GRADIENTS = ("output_grad", "weight_grad", "gates")  # the kinds of evidence that need a gradient of the loss
@@ -121,7 +121,7 @@ def _check_data(fold: Fold) -> None:
     if not counts.calls:
         reason = f"the forward never calls its {owner}"
         remedy = "give batches that reach the layer, or leave it out with `excluding`"
-    elif statistic.sees in GRADIENTS:
+    elif statistic.source in GRADIENTS:
         reason = (
             f"no gradient of the loss reaches it, although the forward calls its {owner}. Its output is detached, computed under "
             "torch.no_grad or by gradient checkpointing of another library, passed to an operation without a gradient such as argmax, or "
@@ -141,7 +141,7 @@ def _check_data(fold: Fold) -> None:
 
 
 def _has_no_data(fold: Fold, name: str, s: Statistic) -> bool:
-    if s.sees in ("weight_grad", "gates") and not fold.counts[name].gradients:
+    if s.source in ("weight_grad", "gates") and not fold.counts[name].gradients:
         return True
     count = fold.sums[name, s.name].get("n")
     return count is not None and not count.any()
@@ -159,7 +159,7 @@ def empty_fold(data: Data, refs: Mapping[str, ParameterRef], statistics: Sequenc
             where the stored weight is a DTensor.
     """
     for name, ref in refs.items():
-        unsupported = [s.name for s in statistics if s.sees in ("weight_grad", "gates")]
+        unsupported = [s.name for s in statistics if s.source in ("weight_grad", "gates")]
         if unsupported and is_sharded(ref.stored):
             raise NotImplementedError(
                 f"{name} {data[name].grid.shape}: {', '.join(unsupported)} needs the whole weight in the graph of the loss, but this one "
@@ -188,22 +188,22 @@ class RunningFold:
         self.fold = attrs.evolve(fold, sums=dict(fold.sums), counts=dict(fold.counts))
         self.sums: dict[tuple[str, str], Sums] = self.fold.sums  # type: ignore[assignment]
         self.counts: dict[str, Counts] = self.fold.counts  # type: ignore[assignment]
-        self.by_evidence = {sees: [s for s in fold.statistics if s.sees == sees] for sees in get_args(Sees)}
+        self.by_evidence = {source: [s for s in fold.statistics if s.source == source] for source in get_args(Source)}
 
     def count(self, name: str, *, batches: int = 0, calls: int = 0, gradients: int = 0) -> None:
         self.counts[name] = Counts(*map(operator.add, self.counts[name], (batches, calls, gradients)))
 
-    def add(self, name: str, sees: Sees, evidence: Any, batch_number: int) -> None:
+    def add(self, name: str, source: Source, evidence: Any, batch_number: int) -> None:
         """Add the evidence that one batch gives of one parameter, for the statistics that use this kind of evidence.
 
         Raises:
             ValueError: NaN or inf in the new sums.
         """
         changed = False
-        for s in self.by_evidence[sees]:
+        for s in self.by_evidence[source]:
             before = self.sums[name, s.name]
             new = _updated(s, before, evidence)
-            if isinstance(evidence, Gates) and not evidence.called():
+            if isinstance(evidence, GateDerivatives) and not evidence.called():
                 continue  # the layer did not run, so its gradient of 0 says nothing; `compute` reports a layer that never runs
             if not all(_is_finite(total) for total in new.values()):
                 raise ValueError(
@@ -212,22 +212,22 @@ class RunningFold:
                 )
             if self.counts[name].batches == 1:
                 self._check_underflow(name, s, new, evidence)
-            changed = changed or (sees in GRADIENTS and _differs(before, new))
+            changed = changed or (source in GRADIENTS and _differs(before, new))
             self.sums[name, s.name] = new
-        if sees in GRADIENTS and not self.counts[name].gradients and self._is_reached(evidence, changed):
+        if source in GRADIENTS and not self.counts[name].gradients and self._is_reached(evidence, changed):
             self.count(name, gradients=1)
 
     def _check_underflow(self, name: str, s: Statistic, sums: Sums, evidence: Any) -> None:
         """Raise if what is added up is too small for float32, as the squares of tiny gradients are: all blocks would score 0."""
-        values = _values(s.sees, evidence)
+        values = _values(s.source, evidence)
         if not values or not all(
             total.dtype == torch.float32 and bool((total.abs() < SMALLEST).all()) for key, total in sums.items() if key != "n"
         ):
             return
         largest = max(float(x.abs().max()) if x.numel() else 0.0 for x in values)
         if 0 < largest < TINY:
-            what = {"inputs": "inputs", "output": "outputs"}.get(s.sees, "gradients of the loss")
-            remedy = "multiply the loss by a constant" if s.sees in GRADIENTS else "scale them"
+            what = {"inputs": "inputs", "output": "outputs"}.get(s.source, "gradients of the loss")
+            remedy = "multiply the loss by a constant" if s.source in GRADIENTS else "scale them"
             raise ValueError(
                 f"{name} {self.fold.data[name].grid.shape}: the {what} are at most {largest:.1e}, so {s.name!r} is below what float32 "
                 f"holds; {remedy}, or convert the model to float64"
@@ -236,7 +236,7 @@ class RunningFold:
     @staticmethod
     def _is_reached(evidence: Any, changed: bool) -> bool:
         """Whether a gradient reaches a parameter. Gradients of gates are 0 where none does, so that 0 is looked into."""
-        if isinstance(evidence, Gates):
+        if isinstance(evidence, GateDerivatives):
             return evidence.called() and (changed or evidence.reached())
         return evidence is not None
 
@@ -254,13 +254,13 @@ def _updated(s: Statistic, before: Sums, evidence: Any) -> Sums:
     return cast(Sums, results[key][1])
 
 
-def _values(sees: str, evidence: Any) -> list[Tensor]:
+def _values(source: str, evidence: Any) -> list[Tensor]:
     """The tensors that a statistic of this kind adds up; gates are added up in float64."""
-    if sees == "inputs":
+    if source == "inputs":
         return list(evidence.inputs)
-    if sees == "weight_grad":
+    if source == "weight_grad":
         return [] if evidence is None else [evidence]
-    return [] if sees == "gates" else [evidence.output if sees == "output" else evidence.output_grad]
+    return [] if source == "gates" else [evidence.output if source == "output" else evidence.output_grad]
 
 
 def _differs(before: Sums, new: Sums) -> bool:

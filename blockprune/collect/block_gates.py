@@ -16,7 +16,7 @@ from blockprune.core.precision import double
 from blockprune.model.inputs import InputHooks
 from blockprune.model.parameters import ParameterRef, stored_aliases, under_all_names
 from blockprune.model.running import Calibration, scalar_loss
-from blockprune.statistics import Gates
+from blockprune.statistics import GateDerivatives
 
 T = TypeVar("T")
 GateValues = Mapping[str, Tensor]  # by parameter, [*grid.size]
@@ -31,7 +31,7 @@ def gate_derivatives(  # noqa: PLR0917 (it has one caller)
     calibration: Calibration,
     *,
     needs: Sequence[str],
-) -> dict[str, Gates]:
+) -> dict[str, GateDerivatives]:
     """The derivatives of one batch, by parameter name. Each is computed when it is first called.
 
     They take memory for samples * blocks numbers, not for samples * weights.
@@ -56,7 +56,7 @@ def gate_derivatives(  # noqa: PLR0917 (it has one caller)
         >>> calibration, refs = bp.Calibration([x], loss=lambda output, batch: output.sum()), parameter_refs(model)
         >>> grids, hooks = {"weight": bp.BlockGrid((2, 4), (2, 2))}, input_hooks(model, refs)
         >>> gates = gate_derivatives(model, grids, {"weight": refs["weight"][0]}, hooks, x, calibration, needs=[])
-        >>> gates["weight"].per_sample().shape          # one gate a block, one gradient a sample
+        >>> gates["weight"].per_sample().shape          # one gate per block, one gradient per sample
         torch.Size([3, 1, 2])
     """
     gated = _GatedModel(model, grids, refs, hooks, batch, calibration, needs)
@@ -85,10 +85,10 @@ class _GatedModel:
         self.frozen = {name: p.detach() for name, p in model.named_parameters()}  # so that autograd records the gates only
         self.curvatures: dict[tuple[int, int], dict[str, Tensor]] = {}  # by probes and seed
 
-    def derivatives(self, name: str) -> Gates:
-        return Gates(
+    def derivatives(self, name: str) -> GateDerivatives:
+        return GateDerivatives(
             per_sample=lambda: self.per_sample[name],
-            hg=lambda: self.hessian_times_gradient[name],
+            hessian_grad=lambda: self.hessian_times_gradient[name],
             curvature=lambda probes, seed: self.curvature(probes, seed)[name],
             flow=lambda: self.flow[name],
             called=lambda: name in self.called,

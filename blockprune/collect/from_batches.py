@@ -1,6 +1,6 @@
 """Data from running a model on batches: weights, with statistics of what flows through their layers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Unpack
 
 from torch import nn
@@ -20,7 +20,6 @@ def with_statistics(
     where: Where,
     statistics: Sequence[Statistic] = (),
     calibration: Calibration | None = None,
-    reduce: Callable[[Fold], Fold] | None = None,
     lazy: bool = False,
     **options: Unpack[CalibrationOptions],
 ) -> Data:
@@ -32,10 +31,8 @@ def with_statistics(
         statistics: what to collect, from `blockprune.statistics` or your own. All of them share one forward pass, and one backward pass if
             any needs it. A `Pipeline` adds the statistics that its metric requires.
         calibration: batches, forward and loss.
-        reduce: a function that is applied to the sums before they are divided, such as `blockprune.distributed.all_reduce`; by default that
-            of the calibration.
         lazy: as in `weights`.
-        options: the fields of `Calibration`, such as ``batches=`` and ``loss=``, in place of ``calibration``.
+        options: the fields of `Calibration`, such as ``batches=``, ``loss=`` and ``reduce=``, in place of ``calibration``.
 
     Raises:
         ValueError: no batches, a chosen layer that the forward never calls, NaN or inf in an activation or gradient, a loss that is not
@@ -51,8 +48,8 @@ def with_statistics(
         tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
     calibration = as_calibration(calibration, options)
-    total, reduce = _fold(model, where, statistics, calibration, lazy), reduce or calibration.reduce
-    return compute(reduce(total)) if reduce else compute_once(total)
+    total = _fold(model, where, statistics, calibration, lazy)
+    return compute(calibration.reduce(total)) if calibration.reduce else compute_once(total)
 
 
 def fold(
@@ -64,7 +61,9 @@ def fold(
     lazy: bool = False,
     **options: Unpack[CalibrationOptions],
 ) -> Fold:
-    """The sums of `with_statistics` of this process before they are divided, for `merge` and `compute`; with the same options and errors.
+    """The sums of `with_statistics` before they are divided, for `merge` and `compute`; with the same options and errors.
+
+    The sums are those of this process alone: ``reduce`` is not called.
 
     Example:
         >>> model, options = nn.Linear(4, 2), dict(where=bp.linears((2, 2)), statistics=[bp.statistics.input_sq])

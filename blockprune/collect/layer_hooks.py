@@ -29,7 +29,7 @@ from blockprune.model.running import (
 )
 from blockprune.model.sharding import in_step, without_broadcasts
 from blockprune.model.token_streams import TokenStreams, token_streams
-from blockprune.statistics import Call, Sees
+from blockprune.statistics import Call, Source
 
 
 def add_batches(model: nn.Module, fold: Fold, calibration: Calibration) -> Fold:
@@ -37,16 +37,16 @@ def add_batches(model: nn.Module, fold: Fold, calibration: Calibration) -> Fold:
 
     The model's mode, gradients, buffers and hooks and the random number generators are restored afterwards, also after an error.
     """
-    sees = {s.sees for s in fold.statistics}
-    of_loss = sorted(s.name for s in fold.statistics if s.sees in ("output_grad", "weight_grad"))
-    of_gates = sorted(s.name for s in fold.statistics if s.sees == "gates")
+    sources = {s.source for s in fold.statistics}
+    of_loss = sorted(s.name for s in fold.statistics if s.source in ("output_grad", "weight_grad"))
+    of_gates = sorted(s.name for s in fold.statistics if s.source == "gates")
     hooks = input_hooks(model, find_parameters(model, fold.refs, what="where"))
     observed = [hook for hook in hooks if input_axis(hook[1]) == input_axis(fold.refs[hook[0]])]  # not a head tied to an embedding
     grids = {name: p.grid for name, p in fold.data.items()}
     running = RunningFold(fold)
     weights = [ref.stored for ref in fold.refs.values()]
     with preserve_state(model, weights), disable_attention_fastpath(), without_broadcasts(model):
-        if of_loss and not sees & {"weight_grad", "gates"}:  # gradients of weights would keep the inputs of all layers in memory
+        if of_loss and not sources & {"weight_grad", "gates"}:  # gradients of weights would keep the inputs of all layers in memory
             for weight in weights:
                 weight.requires_grad_(False)
         for number, raw in enumerate(in_step(model, progress_bar(calibration.batches, "collect", calibration.progress))):
@@ -55,10 +55,10 @@ def add_batches(model: nn.Module, fold: Fold, calibration: Calibration) -> Fold:
             batch = to_model_device(model, raw)
             for name in fold.data:
                 running.count(name, batches=1)
-            if sees - {"gates"}:
+            if sources - {"gates"}:
                 observer = _LayerObserver(running, batch, number, token_streams(model, observed, calibration, batch))
                 observer.run(model, observed, calibration, of_loss)
-            if "gates" in sees:
+            if "gates" in sources:
                 derivatives = gate_derivatives(model, grids, fold.refs, hooks, batch, calibration, needs=of_gates)
                 for name, gates in derivatives.items():
                     running.add(name, "gates", gates, number)
@@ -74,7 +74,7 @@ class _LayerObserver:
 
     def __init__(self, running: RunningFold, batch: Any, number: int, streams: TokenStreams) -> None:
         self.running, self.fold, self.batch, self.number, self.streams = running, running.fold, batch, number, streams
-        self.sees = {s.sees for s in self.fold.statistics}
+        self.sources = {s.source for s in self.fold.statistics}
         self.is_checking = False  # while the forward of a layer runs a second time, which is no call of the model
         self.calls: Counter[str] = Counter()  # of each parameter's layer, in this forward
         self.routes: dict[nn.Module, tuple[int, Tensor]] = {}  # the number of tokens, and those that are sent to the expert of a Linear
@@ -103,7 +103,7 @@ class _LayerObserver:
         handles = []
         if self.streams.tensors:
             handles += [module.register_forward_pre_hook(self._note_routes) for module in experts_in(model).values()]
-        if "output_grad" in self.sees and not self.sees & {"weight_grad", "gates"}:
+        if "output_grad" in self.sources and not self.sources & {"weight_grad", "gates"}:
             handles += [module.register_forward_pre_hook(partial(_begin_graph, ref.stored), with_kwargs=True) for _, ref, module in hooks]
         for name, ref, module in reversed(hooks):  # each is put before the module's other hooks, which may change the output
             handles.append(module.register_forward_hook(partial(self._observe, name, ref), with_kwargs=True, prepend=True))
@@ -115,34 +115,34 @@ class _LayerObserver:
         if self.is_checking:
             return None
         self.running.count(name, calls=1)
-        if self.sees <= {"weight_grad", "gates"}:
+        if self.sources <= {"weight_grad", "gates"}:
             return None
         is_tuple = isinstance(output, tuple)
         raw: Tensor = output[0] if is_tuple else output
         with torch.no_grad():
-            if self.sees & {"inputs", "output_grad"}:
+            if self.sources & {"inputs", "output_grad"}:
                 self.is_checking = True
                 check_product(ref, module, args, kwargs, raw)
                 self.is_checking = False
-            views = [whole(x.detach()) for x in weight_inputs(ref, module, args, kwargs)] if "inputs" in self.sees else []
+            views = [whole(x.detach()) for x in weight_inputs(ref, module, args, kwargs)] if "inputs" in self.sources else []
             inputs = [x.reshape(-1, x.shape[-1]) for x in views]
             output = whole(raw)  # tensor parallel layers have shards of inputs and outputs
             weights = None if isinstance(ref.owner, ConvNd) else self._token_weights(name, module, [*views, output])
             call = Call(inputs, _matrix(ref, output), weights, name=name, batch=self.batch, index=self.calls[name])
             self.calls[name] += 1
-            if "inputs" in self.sees:
+            if "inputs" in self.sources:
                 self._add(name, "inputs", self._with_shared_results(call))
             self._add(name, "output", call)
-        if "output_grad" in self.sees and raw.requires_grad:  # of this value, even if it is overwritten in place later
+        if "output_grad" in self.sources and raw.requires_grad:  # of this value, even if it is overwritten in place later
             raw = raw if is_tuple or not is_view(raw) else raw.clone()  # torch would forget the hooks of a view
             without_inputs = attrs.evolve(call, inputs=[])  # which need not stay in memory until the backward pass
             raw.register_hook(lambda g: self._add(name, "output_grad", attrs.evolve(without_inputs, output_grad=_matrix(ref, whole(g)))))
             self.outputs.append(get_gradient_edge(raw))
         return None if is_tuple else raw
 
-    def _add(self, name: str, sees: Sees, evidence: Any) -> None:
-        if sees in self.sees:
-            self.running.add(name, sees, evidence, self.number)
+    def _add(self, name: str, source: Source, evidence: Any) -> None:
+        if source in self.sources:
+            self.running.add(name, source, evidence, self.number)
 
     def _with_shared_results(self, call: Call) -> Call:
         """The call, with the results of the call before it if both have the same inputs, such as those of queries, keys and values."""
@@ -178,7 +178,7 @@ class _LayerObserver:
         return None
 
     def _backward(self, loss: Tensor) -> None:
-        if "weight_grad" in self.sees:
+        if "weight_grad" in self.sources:
             weights = {name: ref.stored for name, ref in self.fold.refs.items()}
             grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             for name, g in zip(weights, grads, strict=True):

@@ -40,7 +40,7 @@ class Pipeline:
         >>> scores = prune.scores(model)                      # once ...
         >>> [bp.sparsity(prune.allocate(scores, s)) for s in (0.25, 0.75)]      # ... for many sparsities
         [0.25, 0.75]
-        >>> two_of_four = attrs.evolve(prune, allocate=partial(bp.allocate.n_of_m, m=2))
+        >>> one_of_two = attrs.evolve(prune, allocate=partial(bp.allocate.n_of_m, m=2))
     """
 
     collect: Collect = attrs.field(validator=attrs.validators.is_callable())

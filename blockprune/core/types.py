@@ -47,6 +47,11 @@ _by_value = attrs.cmp_using(eq=torch.equal)  # so that `mask == other_mask` is o
 class Param:
     """The data of one parameter: its weight, its blocks, and the collected statistics by name.
 
+    Args:
+        weight: ``[*grid.shape]``; a DTensor is gathered when it is read.
+        grid: the parameter's shape and its blocks.
+        stats: statistics by name, in the shapes that `blockprune.statistics` documents.
+
     Example:
         >>> bp.Param(torch.ones(4, 4), bp.BlockGrid((4, 4), (2, 2))).grid.size
         (2, 2)
@@ -64,7 +69,14 @@ class Param:
 
 @attrs.frozen(unsafe_hash=False)
 class BlockScore:
-    """One score per block; blocks with low scores are pruned first. A block with the score -inf is pruned at any sparsity.
+    """One score per block of a parameter; blocks with low scores are pruned first.
+
+    Args:
+        value: floating-point numbers ``[*grid.size]``; a block with -inf is pruned at any sparsity.
+        grid: the parameter's shape and its blocks.
+
+    Raises:
+        ValueError: ``value`` of another shape.
 
     Example:
         >>> bp.BlockScore(torch.tensor([[1.0, 2.0]]), bp.BlockGrid((2, 4), (2, 2))).value.shape
@@ -80,7 +92,15 @@ class BlockScore:
 
 @attrs.frozen(unsafe_hash=False)
 class BlockMask:
-    """Which blocks are kept (True) and which are pruned (False). Two masks are equal if their grids and all their blocks are.
+    """Which blocks of a parameter are kept; two masks are equal if their grids and all their blocks are.
+
+    Args:
+        keep: for each block whether it is kept (True) or pruned (False), ``[*grid.size]``.
+        grid: the parameter's shape and its blocks.
+
+    Raises:
+        ValueError: ``keep`` of another shape.
+        TypeError: ``keep`` that is not bool.
 
     Example:
         >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))

@@ -289,13 +289,13 @@ class Skeleton:
 
 def _model_class(folder: Path, config: Any) -> Any:
     name = next(iter(config.architectures or ()), None)
-    found = getattr(transformers, name, None) if name else None
-    if found is None:
+    model_class = getattr(transformers, name, None) if name else None
+    if model_class is None:
         raise ValueError(
             f"{folder}: config.json names the architecture {name!r}, which is no class of transformers; give "
             "model_class=, such as transformers.AutoModelForCausalLM or a class of your own"
         )
-    return found
+    return model_class
 
 
 def _empty_model(model_class: Any, config: Any, dtype: torch.dtype) -> Any:

@@ -136,7 +136,7 @@ def side_files(source: Path) -> list[Path]:
         ...     [file.as_posix() for file in side_files(Path(folder))]
         ['1_Pooling/config.json', 'config.json']
     """
-    modules, found = _module_folders(source), []
+    modules, names = _module_folders(source), []
     for entry in sorted(source.iterdir()):
         if entry.is_file():
             files = [] if entry.name == STATE or _has_weights(entry) else [entry]
@@ -144,8 +144,8 @@ def side_files(source: Path) -> list[Path]:
             files = [] if entry.name.startswith(".") else sorted(path for path in entry.rglob("*") if path.is_file())
             if entry.name not in modules and any(map(_has_weights, files)):
                 files = []
-        found += [file.relative_to(source) for file in files]
-    return found
+        names += [file.relative_to(source) for file in files]
+    return names
 
 
 def _has_weights(file: Path) -> bool:

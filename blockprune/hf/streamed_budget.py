@@ -1,4 +1,4 @@
-"""The budget of a recipe, from a look at the dense model that is never loaded whole."""
+"""The budget of a recipe, from passes over the dense model that never load it whole."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -59,7 +59,7 @@ def layer_budget(
         collect_layer_by_layer(
             model, budget.collect, options["where"], options["calibration"], layers=layers, receive=receive, load=load, store=store
         )
-        shares = budget.distribute({name: scores[name] for name in grids}, sparsity)
+        shares = budget.budget({name: scores[name] for name in grids}, sparsity)
         metadata = {"format": "blockprune.budget", "version": VERSION, "shares": json.dumps(dict(shares))}
         if rank_of(reduce) == 0:
             write_tensors(kept, path, metadata)

@@ -1,4 +1,4 @@
-"""The second stage: metric(data) -> scores, one number a block; blocks with high scores are kept.
+"""The second stage: metric(data) -> scores, one number per block; blocks with high scores are kept.
 
 A sparsity counts elements, so every score is a *benefit per element*, such as a mean over the elements of the block. Blocks of different
 sizes (ragged ones at the edge, or 4x4 and 16x16 in two layers) are then compared fairly. Half-precision weights are summed in float32.

@@ -7,7 +7,7 @@ from blockprune import statistics
 from blockprune.core.grid import BlockGrid, expand, pool
 from blockprune.core.pipeline import requires
 from blockprune.core.types import Data, Param, Scores
-from blockprune.metric.scoring import per_element, score_each
+from blockprune.metric.scoring import per_element, score_parameters
 
 
 @requires(statistics.input_sq)
@@ -25,7 +25,7 @@ def wanda(data: Data) -> Scores:
         >>> bp.allocate.per_row(bp.metric.wanda(data), 0.5)["weight"].keep.sum(1)
         tensor([1, 1])
     """
-    return score_each(data, lambda p: pool(p.weight.abs() * p.stats["input_sq"].sqrt(), p.grid, reduce="mean"))
+    return score_parameters(data, lambda p: pool(p.weight.abs() * p.stats["input_sq"].sqrt(), p.grid, reduce="mean"))
 
 
 @requires(statistics.input_gram)
@@ -44,7 +44,7 @@ def block_output_error(data: Data) -> Scores:
         >>> bp.metric.block_output_error(data)["weight"].value.shape
         torch.Size([2, 2])
     """
-    return score_each(data, _output_error)
+    return score_parameters(data, _output_error)
 
 
 def _output_error(p: Param) -> Tensor:
@@ -74,7 +74,7 @@ def apoz(data: Data) -> Scores:
         >>> bp.metric.apoz(data)["weight"].value.shape
         torch.Size([4, 1])
     """
-    return score_each(data, lambda p: pool((1 - p.stats["apoz"]).expand(p.grid.shape), p.grid, reduce="mean"))
+    return score_parameters(data, lambda p: pool((1 - p.stats["apoz"]).expand(p.grid.shape), p.grid, reduce="mean"))
 
 
 @requires(statistics.mean_activation)
@@ -92,4 +92,4 @@ def mean_activation(data: Data) -> Scores:
         >>> bp.metric.mean_activation(data)["weight"].value.shape
         torch.Size([4, 1])
     """
-    return score_each(data, lambda p: pool(p.stats["mean_activation"].expand(p.grid.shape), p.grid, reduce="mean"))
+    return score_parameters(data, lambda p: pool(p.stats["mean_activation"].expand(p.grid.shape), p.grid, reduce="mean"))

@@ -10,7 +10,7 @@ from blockprune import statistics
 from blockprune.core.grid import pool
 from blockprune.core.pipeline import requires
 from blockprune.core.types import Data, Scores
-from blockprune.metric.scoring import per_element, score_each
+from blockprune.metric.scoring import per_element, score_parameters
 
 
 @requires(statistics.weight_grad)
@@ -28,7 +28,7 @@ def taylor(data: Data) -> Scores:
         >>> bp.metric.taylor(data)["weight"].value.shape
         torch.Size([2, 2])
     """
-    return score_each(data, lambda p: pool(p.weight * p.stats["weight_grad"], p.grid, reduce="mean").abs())
+    return score_parameters(data, lambda p: pool(p.weight * p.stats["weight_grad"], p.grid, reduce="mean").abs())
 
 
 @requires(statistics.weight_grad_sq)
@@ -46,7 +46,7 @@ def taylor_squared(data: Data) -> Scores:
         >>> bp.metric.taylor_squared(data)["weight"].value.shape
         torch.Size([2, 2])
     """
-    return score_each(
+    return score_parameters(
         data, lambda p: pool(p.weight.to(p.stats["weight_grad_sq"]).square() * p.stats["weight_grad_sq"], p.grid, reduce="mean")
     )
 
@@ -66,7 +66,7 @@ def gradient_magnitude(data: Data) -> Scores:
         >>> bp.metric.gradient_magnitude(bp.collect.gradients(model, where=bp.linears((1, 1))))["weight"].value
         tensor([[1., 3.]])
     """
-    return score_each(data, lambda p: pool(p.stats["weight_grad"], p.grid, reduce="mean", elementwise=torch.abs))
+    return score_parameters(data, lambda p: pool(p.stats["weight_grad"], p.grid, reduce="mean", elementwise=torch.abs))
 
 
 @requires(statistics.gate_fisher)
@@ -86,25 +86,26 @@ def fisher(data: Data) -> Scores:
         >>> bool((bp.metric.fisher(data)["weight"].value > 0).all())
         True
     """
-    return score_each(data, lambda p: per_element(p.stats["gate_fisher"] / 2, p.grid))
+    return score_parameters(data, lambda p: per_element(p.stats["gate_fisher"] / 2, p.grid))
 
 
-@requires(statistics.gate_hvp())
+@requires(statistics.gate_hessian_diagonal())
 def obd(data: Data) -> Scores:
     """``1/2 d2L/dg2`` per element (Optimal Brain Damage, LeCun et al. 1989, eq. 5, for a block).
 
-    Needs the statistic ``gate_hvp``, which estimates the diagonal of the Hessian.
+    Needs the statistic ``gate_hessian_diagonal``, which estimates the diagonal of the Hessian.
 
     Raises:
-        ValueError: data without ``gate_hvp``.
+        ValueError: data without ``gate_hessian_diagonal``.
 
     Example:
-        >>> data = bp.collect.with_statistics(nn.Linear(4, 4), where=bp.linears((2, 2)), statistics=[bp.statistics.gate_hvp(probes=8)],
+        >>> curvature = bp.statistics.gate_hessian_diagonal(probes=8)
+        >>> data = bp.collect.with_statistics(nn.Linear(4, 4), where=bp.linears((2, 2)), statistics=[curvature],
         ...                                   batches=[torch.randn(8, 4)], loss=lambda output, batch: output.square().mean())
         >>> bp.metric.obd(data)["weight"].value.shape
         torch.Size([2, 2])
     """
-    return score_each(data, lambda p: per_element(p.stats["gate_hvp"] / 2, p.grid))
+    return score_parameters(data, lambda p: per_element(p.stats["gate_hessian_diagonal"] / 2, p.grid))
 
 
 @requires(statistics.gate_grad)
@@ -123,25 +124,25 @@ def snip(data: Data) -> Scores:
         1.0
     """
     total = sum(float(p.stats["gate_grad"].abs().sum()) for p in data.values()) or 1.0
-    return score_each(data, lambda p: per_element(p.stats["gate_grad"].abs() / total, p.grid))
+    return score_parameters(data, lambda p: per_element(p.stats["gate_grad"].abs() / total, p.grid))
 
 
-@requires(statistics.gate_hg)
+@requires(statistics.gate_hessian_grad)
 def grasp(data: Data) -> Scores:
     """``(H dL/dg) g`` per element: blocks whose removal would reduce the gradient's norm score high (GraSP, Wang et al. 2002.07376, eq. 8).
 
-    Needs the statistic ``gate_hg``. Scores are signed. Rank it with `allocate.per_model`.
+    Needs the statistic ``gate_hessian_grad``. Scores are signed. Rank it with `allocate.per_model`.
 
     Raises:
-        ValueError: data without ``gate_hg``.
+        ValueError: data without ``gate_hessian_grad``.
 
     Example:
-        >>> data = bp.collect.with_statistics(nn.Linear(4, 4), where=bp.linears((2, 2)), statistics=[bp.statistics.gate_hg],
+        >>> data = bp.collect.with_statistics(nn.Linear(4, 4), where=bp.linears((2, 2)), statistics=[bp.statistics.gate_hessian_grad],
         ...                                   batches=[torch.randn(8, 4)], loss=lambda output, batch: output.square().mean())
         >>> bp.metric.grasp(data)["weight"].value.shape
         torch.Size([2, 2])
     """
-    return score_each(data, lambda p: per_element(p.stats["gate_hg"], p.grid))
+    return score_parameters(data, lambda p: per_element(p.stats["gate_hessian_grad"], p.grid))
 
 
 @requires(statistics.gate_flow)
@@ -160,7 +161,7 @@ def synflow(data: Data) -> Scores:
         >>> bool((bp.metric.synflow(data)["weight"].value > 0).all())
         True
     """
-    return score_each(data, lambda p: per_element(p.stats["gate_flow"], p.grid))
+    return score_parameters(data, lambda p: per_element(p.stats["gate_flow"], p.grid))
 
 
 def movement(data: Data) -> Scores:
@@ -186,4 +187,4 @@ def movement(data: Data) -> Scores:
                 "collect it: collect.movement(model, where=..., previous=...) after each backward. If you did, no step gave this "
                 "parameter a gradient, because the loss does not depend on it: leave it out with `excluding`"
             )
-    return score_each(data, lambda p: pool(p.stats["movement"], p.grid, reduce="mean"))
+    return score_parameters(data, lambda p: pool(p.stats["movement"], p.grid, reduce="mean"))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from blockprune.core.grid import block_elements, expand, pool
 from blockprune.core.types import Data, Param, Scores, check_finite
-from blockprune.metric.scoring import score_each
+from blockprune.metric.scoring import score_parameters
 
 
 def l1(data: Data) -> Scores:
@@ -19,7 +19,7 @@ def l1(data: Data) -> Scores:
         >>> bp.metric.l1({"w": bp.Param(w, bp.BlockGrid((1, 3), (1, 2)))})["w"].value
         tensor([[2., 5.]])
     """
-    return score_each(data, lambda p: pool(p.weight, p.grid, reduce="mean", elementwise=torch.abs))
+    return score_parameters(data, lambda p: pool(p.weight, p.grid, reduce="mean", elementwise=torch.abs))
 
 
 def l2(data: Data) -> Scores:
@@ -30,7 +30,7 @@ def l2(data: Data) -> Scores:
         >>> bp.metric.l2({"w": bp.Param(w, bp.BlockGrid((1, 2), (1, 2)))})["w"].value
         tensor([[3.5355]])
     """
-    return score_each(data, lambda p: pool(p.weight, p.grid, reduce="mean", elementwise=torch.square).sqrt())
+    return score_parameters(data, lambda p: pool(p.weight, p.grid, reduce="mean", elementwise=torch.square).sqrt())
 
 
 def lp(data: Data, *, p: float) -> Scores:
@@ -47,8 +47,8 @@ def lp(data: Data, *, p: float) -> Scores:
     if not p > 0:
         raise ValueError(f"p={p} must be above 0; use p=1 for l1, p=2 for l2, p=inf for the largest")
     if p == math.inf:
-        return score_each(data, lambda param: pool(param.weight, param.grid, reduce="amax", elementwise=torch.abs))
-    return score_each(data, partial(_lp, p=p))
+        return score_parameters(data, lambda param: pool(param.weight, param.grid, reduce="amax", elementwise=torch.abs))
+    return score_parameters(data, partial(_lp, p=p))
 
 
 def _lp(param: Param, *, p: float) -> Tensor:
@@ -78,7 +78,7 @@ def random(data: Data, *, generator: torch.Generator | int | None = None) -> Sco
     device = generator.device if generator else None
     for name, p in data.items():
         check_finite(name, p.weight)  # the scores of other metrics would be NaN or inf, too
-    return score_each(data, lambda p: torch.rand(p.grid.size, generator=generator, device=device).to(p.weight.device))
+    return score_parameters(data, lambda p: torch.rand(p.grid.size, generator=generator, device=device).to(p.weight.device))
 
 
 def fpgm(data: Data) -> Scores:
@@ -99,7 +99,7 @@ def fpgm(data: Data) -> Scores:
             raise ValueError(
                 f"{name}: fpgm compares whole rows (filters), but block={p.grid.block} of shape={p.grid.shape} cuts them; use (1,)"
             )
-    return score_each(
+    return score_parameters(
         data,
         lambda p: pool(
             _mean_distance(p.weight[..., None].flatten(1)).view(-1, *[1] * (p.weight.ndim - 1)).expand(p.weight.shape),
@@ -128,7 +128,7 @@ def lamp(data: Data) -> Scores:
         >>> bp.metric.lamp({"w": bp.Param(w, bp.BlockGrid((1, 3), (1, 1)))})["w"].value       # 1/14, 4/13, 9/9
         tensor([[0.0714, 0.3077, 1.0000]])
     """
-    return score_each(data, _lamp)
+    return score_parameters(data, _lamp)
 
 
 def _lamp(p: Param) -> Tensor:
@@ -163,6 +163,6 @@ def batchnorm_scale(data: Data) -> Scores:
             raise ValueError(
                 f"{name}: batchnorm_scale ranks whole filters, but block={p.grid.block} of shape={p.grid.shape} cuts them; use (1,)"
             )
-    return score_each(
+    return score_parameters(
         data, lambda p: pool(p.stats.get("batchnorm_scale", p.weight).expand(p.grid.shape), p.grid, reduce="mean", elementwise=torch.abs)
     )

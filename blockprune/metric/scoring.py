@@ -11,7 +11,7 @@ from blockprune.core.precision import double, float32_if_in_range, is_in_range
 from blockprune.core.types import BlockScore, Data, Param, Scores
 
 
-def score_each(data: Data, score: Callable[[Param], Tensor]) -> Scores:
+def score_parameters(data: Data, score: Callable[[Param], Tensor]) -> Scores:
     """The scores ``score(param)``, for metrics that score each parameter independently of the others.
 
     Where float32 overflows or underflows, the score is computed in float64, and stays in float64 if float32 cannot hold it.

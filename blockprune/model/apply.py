@@ -301,7 +301,7 @@ def _functional_tensors(name: str, ref: ParameterRef, grid: BlockGrid, keep: Ten
 def _checked_masks(refs: Refs, masks: Masks) -> list[tuple[str, BlockMask, list[ParameterRef]]]:
     """Each mask with the parameter's canonical name and the references to all modules that use it."""
     if not isinstance(masks, Mapping):
-        raise TypeError(f"masks is a {type(masks).__name__}, not a mapping from parameter names to BlockMask")
+        raise TypeError(f"masks is a {type(masks).__name__}, not a mapping from parameter names to BlockMask, such as result.masks")
     parameters = select_parameters(refs, masks, what="masks")
     checked = [(name, mask, distinct(users)) for (name, users), mask in zip(parameters.items(), masks.values(), strict=True)]
     for name, mask, users in checked:

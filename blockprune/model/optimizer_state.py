@@ -85,9 +85,9 @@ def reset_state(optimizer: Optimizers, model: nn.Module, before: Masks, after: M
     """
     reshard(model)
     of_model = parameter_refs(model)
-    found = [(select_parameters(of_model, masks, what="masks"), masks) for masks in (before, after)]
-    refs = {name: users[0] for selected, _ in found for name, users in selected.items()}
-    old, new = (dict(zip(selected, masks.values(), strict=True)) for selected, masks in found)
+    chosen = [(select_parameters(of_model, masks, what="masks"), masks) for masks in (before, after)]
+    refs = {name: users[0] for selected, _ in chosen for name, users in selected.items()}
+    old, new = (dict(zip(selected, masks.values(), strict=True)) for selected, masks in chosen)
     optimizers = list_of(optimizer)
     trained = {id(parameter) for held in optimizers for group in held.param_groups for parameter in group["params"]}
     if refs and not any(id(ref.stored) in trained for ref in refs.values()):

@@ -96,7 +96,8 @@ def _several_batches(batches: Any) -> Any:
 class Calibration:
     """The data that a model is run on, and how it is run: batches, forward and loss.
 
-    Every function that runs a model takes a `Calibration`, or its fields as keyword arguments.
+    Collectors (`collect.with_statistics`, `collect.fold`), `sequential` and recipes take it; the first two also take its fields as keyword
+    arguments.
 
     Args:
         batches: an iterable of tensors, tuples or mappings. Each batch is moved to the model's device and dtype. A recipe runs over the
@@ -155,6 +156,7 @@ class RunOptions(TypedDict, total=False):
     per_sample: str
     chunk_size: int
     progress: bool | None
+    reduce: Callable[[Any], Any] | None
 
 
 class CalibrationOptions(RunOptions, total=False):

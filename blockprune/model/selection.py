@@ -32,6 +32,12 @@ class _Rule(partial[Any]):
 def linears(block: BlockShape) -> Where:
     """The weight of every ``nn.Linear``, subclasses included.
 
+    Args:
+        block: its size along the leading axes; -1, or an axis that is left out, is taken whole.
+
+    Raises:
+        TypeError: a block that is not whole numbers.
+
     Example:
         >>> bp.linears((4, 4))("encoder.weight", nn.Linear(8, 8))
         (4, 4)
@@ -41,6 +47,12 @@ def linears(block: BlockShape) -> Where:
 
 def convs(block: BlockShape) -> Where:
     """The weight of every convolution: 1d, 2d, 3d and transposed. The block ``(1,)`` is a filter (an input channel if transposed).
+
+    Args:
+        block: its size along the leading axes; -1, or an axis that is left out, is taken whole.
+
+    Raises:
+        TypeError: a block that is not whole numbers.
 
     Example:
         >>> bp.convs((1,))("stem.weight", nn.Conv2d(3, 8, 3))
@@ -52,6 +64,12 @@ def convs(block: BlockShape) -> Where:
 def batchnorms(block: BlockShape = (1,)) -> Where:
     """The weight (scale) of every batch norm, such as for network slimming with `regularizers.group_lasso`.
 
+    Args:
+        block: its size along the leading axes; -1, or an axis that is left out, is taken whole.
+
+    Raises:
+        TypeError: a block that is not whole numbers.
+
     Example:
         >>> bp.batchnorms()("bn1.weight", nn.BatchNorm2d(8))
         (1,)
@@ -61,6 +79,13 @@ def batchnorms(block: BlockShape = (1,)) -> Where:
 
 def named(pattern: Pattern, block: BlockShape) -> Where:
     """Every parameter whose full name matches a glob such as ``"*.mlp.*.weight"``, or a regular expression from ``re.compile``.
+
+    Args:
+        pattern: a glob that fits the whole name, or a compiled regular expression that fits a part of it.
+        block: as in `linears`.
+
+    Raises:
+        TypeError: a pattern that is neither, or a block that is not whole numbers.
 
     Example:
         >>> bp.named("layers.*.weight", (4, 4))("layers.0.weight", nn.Linear(8, 8))

@@ -206,7 +206,7 @@ def _run_until_used(
 
 
 def _token_rows(x: Tensor) -> Tensor:
-    """A copy, one row a token; the layer may overwrite the tensor later."""
+    """A copy, one row per token; the layer may overwrite the tensor later."""
     return x.detach().clone().reshape(-1, x.shape[-1])
 
 

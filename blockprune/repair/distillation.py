@@ -107,7 +107,7 @@ def distill(
     callback: Callable[[DistillState], None] | None = None,
     resume: DistillState | None = None,
 ) -> dict[str, Tensor]:
-    """Train the kept weights of a pruned model towards a teacher (knowledge distillation, Hinton et al. 1503.02531); pure.
+    """Train the kept weights of a pruned model towards a teacher (knowledge distillation, Hinton et al. 1503.02531).
 
     A masked copy of the model is trained; the model and the teacher stay as they are. Give the result to `apply_masks` together with the
     masks: pruned elements are exactly zero in it.

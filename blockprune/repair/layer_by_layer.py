@@ -52,13 +52,12 @@ def sequential(
     finetune: Finetune | Mapping[str, Finetune] | None = None,
     resume: RepairResult | None = None,
     callback: Callable[[RepairResult], None] | None = None,
-    reduce: Callable[[Any], Any] | None = None,
     **options: Unpack[RunOptions],
 ) -> RepairResult:
-    """Prune and repair layers in order, each calibrated on what the pruned layers before it give (SparseGPT 2301.00774); pure.
+    """Prune and repair layers in order, each calibrated on what the pruned layers before it give (SparseGPT 2301.00774).
 
-    The statistics of one layer are held at a time. To go on after an interruption, give what ``callback`` was last called with as
-    ``resume``: save it with ``callback=partial(bp.save_repair, path="repair.safetensors")``, and go on with
+    The model is not changed. The statistics of one layer are held at a time. To go on after an interruption, give what ``callback`` was
+    last called with as ``resume``: save it with ``callback=partial(bp.save_repair, path="repair.safetensors")``, and go on with
     ``resume=bp.load_repair("repair.safetensors")``; the result has the same bits as that of an uninterrupted call.
 
     Args:
@@ -68,7 +67,7 @@ def sequential(
             name. The statistics that its metric and ``reconstruct`` require are added.
         reconstruct: (data, masks) -> weights, such as `reconstruct.least_squares`.
         batches: calibration data, or a `Calibration`; one pass is made over it, and the layers' inputs of all of it are kept.
-        sparsity: a fraction, or a mapping by parameter name or pattern, such as a function of `budget` returns.
+        sparsity: a fraction, or a mapping by parameter name or pattern, such as a function of `budgets` returns.
         layers: names of the modules, in order; by default the children of the largest ModuleList or Sequential (the decoder and encoder
             layers of Hugging Face models).
         extra_data: statistics that were collected before, such as ``output_grad_gram`` of the dense model; added to each layer's own.
@@ -78,15 +77,15 @@ def sequential(
             the tokens that the dense layer's router sends them.
         finetune: a last step after ``reconstruct``, such as `finetune_layer`, that moves a layer's kept weights towards the dense layer's
             outputs on its dense inputs. A mapping tunes modules in each layer apart, in its order and each towards the dense module's
-            outputs, such as ``{"self_attn": tune, "mlp": tune}`` (Wagner et al. 2510.14444): less memory for gradients, a run more for
-            each. "" is the layer itself, for all weights that are not tuned before; weights in none of the modules stay as
-            ``reconstruct`` left them.
+            outputs, such as ``{"self_attn": tune, "mlp": tune}`` (Wagner et al. 2510.14444): less memory for gradients, and one more
+            forward pass for each module. "" is the layer itself, for all weights that are not tuned before; weights in none of the
+            modules stay as ``reconstruct`` left them.
         resume: the result of an earlier, interrupted call.
         callback: called with the result so far after each new layer; the model is in evaluation mode meanwhile.
-        reduce: adds the statistics of several processes, as in `Calibration`, such as `blockprune.distributed.all_reduce`: each process has
-            batches of its own, or none, and all end with the same masks and weights. They share the work of a metric and of a
-            ``reconstruct`` that have ``share=blockprune.distributed.share``.
-        options: the fields of `Calibration` besides batches, such as ``forward=``, where ``batches`` is not a `Calibration`.
+        options: the fields of `Calibration` besides batches, such as ``forward=``, where ``batches`` is not a `Calibration`. With
+            ``reduce``, such as `blockprune.distributed.all_reduce`, each process has batches of its own, or none, and all end with the
+            same masks and weights. They share the work of a metric and of a ``reconstruct`` that have
+            ``share=blockprune.distributed.share``.
 
     Raises:
         ValueError: a masked model, layers that do not follow each other, a chosen parameter that lies in no layer, no batches, a
@@ -106,7 +105,6 @@ def sequential(
         0.5
     """
     calibration = as_calibration(batches, options) if isinstance(batches, Calibration) else Calibration(batches, **options)
-    calibration = attrs.evolve(calibration, reduce=reduce or calibration.reduce)
     pruning = LayerPruning.of(
         model, pipeline, reconstruct, sparsity, layers=layers, extra_data=extra_data, target=target, finetune=finetune
     )

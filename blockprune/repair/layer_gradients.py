@@ -87,9 +87,9 @@ def collect_layer_by_layer(
         >>> from blockprune.repair.layer_gradients import collect_layer_by_layer
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
         >>> calibration = bp.Calibration([torch.ones(1, 2)], loss=lambda output, batch: output.sum())
-        >>> look = partial(bp.collect.with_statistics, statistics=[bp.statistics.output_grad_sq])
+        >>> collect = partial(bp.collect.with_statistics, statistics=[bp.statistics.output_grad_sq])
         >>> parts = []
-        >>> collect_layer_by_layer(model, look, bp.linears((1, 1)), calibration, layers=["0", "1", "2"], receive=parts.append,
+        >>> collect_layer_by_layer(model, collect, bp.linears((1, 1)), calibration, layers=["0", "1", "2"], receive=parts.append,
         ...                        load=lambda layer: contextlib.nullcontext())
         >>> [list(data) for data in parts], parts[0]["2.weight"].stats["output_grad_sq"].flatten()
         ([['2.weight'], ['0.weight']], tensor([1., 1.]))

@@ -225,7 +225,7 @@ def _collector_options(pipeline: Pipeline, reconstruct: Reconstruct) -> tuple[Wh
     statistics = _with_required(statistics, required_statistics(reconstruct))
     if any(s.name in ("input_cross", "residual_cross") for s in statistics):
         raise ValueError("input_cross and residual_cross compare two models; leave them out of the statistics: target='dense' adds them")
-    if bad := [s.name for s in statistics if s.sees not in ("inputs", "output")]:
+    if bad := [s.name for s in statistics if s.source not in ("inputs", "output")]:
         raise ValueError(
             f"{', '.join(bad)} needs gradients, which a single layer does not have; collect it from the whole model and pass it as "
             "extra_data="

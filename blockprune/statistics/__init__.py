@@ -4,15 +4,23 @@
 value, so you can write your own in a notebook cell.
 """
 
-from blockprune.statistics.gradients import gate_fisher, gate_flow, gate_grad, gate_hg, gate_hvp, weight_grad, weight_grad_sq
+from blockprune.statistics.gradients import (
+    gate_fisher,
+    gate_flow,
+    gate_grad,
+    gate_hessian_diagonal,
+    gate_hessian_grad,
+    weight_grad,
+    weight_grad_sq,
+)
 from blockprune.statistics.inputs import bias, input_cross, input_gram, input_mean, input_sq, residual_cross
 from blockprune.statistics.outputs import activation, apoz, mean_activation, output_grad_gram, output_grad_sq, output_mean, output_sq
-from blockprune.statistics.statistic import Call, Gates, Sees, Statistic, Sums
+from blockprune.statistics.statistic import Call, GateDerivatives, Source, Statistic, Sums
 
 __all__ = [
     "Call",
-    "Gates",
-    "Sees",
+    "GateDerivatives",
+    "Source",
     "Statistic",
     "Sums",
     "activation",
@@ -21,8 +29,8 @@ __all__ = [
     "gate_fisher",
     "gate_flow",
     "gate_grad",
-    "gate_hg",
-    "gate_hvp",
+    "gate_hessian_diagonal",
+    "gate_hessian_grad",
     "input_cross",
     "input_gram",
     "input_mean",

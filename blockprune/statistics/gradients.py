@@ -1,4 +1,4 @@
-"""Statistics of the loss's derivatives with respect to weights, and with respect to one gate a block."""
+"""Statistics of the loss's derivatives with respect to weights, and with respect to one gate per block."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from blockprune.core.precision import at_least_float32, double, float32_if_in_range
 from blockprune.core.types import Param
 from blockprune.model.parameters import ParameterRef
-from blockprune.statistics.statistic import Gates, Statistic, Sums, zeros
+from blockprune.statistics.statistic import GateDerivatives, Statistic, Sums, zeros
 
 
 def _of_weight(name: str, contribution: Callable[[Tensor], Tensor]) -> Statistic:
@@ -32,10 +32,10 @@ weight_grad_sq = _of_weight("weight_grad_sq", torch.square)
 """The squared gradient of the batch's loss with respect to the weight, mean over batches."""
 
 
-def _of_gates(name: str, contribution: Callable[[Gates], Tensor], *, code: str | None = None) -> Statistic:
+def _of_gates(name: str, contribution: Callable[[GateDerivatives], Tensor], *, code: str | None = None) -> Statistic:
     """The mean of ``contribution(gates)`` ``[samples, *size]`` over samples, in float64 because gates are few."""
 
-    def update(sums: Sums, gates: Gates) -> Sums:
+    def update(sums: Sums, gates: GateDerivatives) -> Sums:
         samples = contribution(gates)
         return {"sum": sums["sum"] + samples.sum(0), "n": sums["n"] + len(samples)}
 
@@ -55,14 +55,14 @@ gate_grad = _of_gates("gate_grad", lambda gates: double(gates.per_sample()))
 gate_fisher = _of_gates("gate_fisher", lambda gates: double(gates.per_sample()).square())
 """(dL/dgate)^2, mean over samples: the diagonal of the empirical Fisher matrix of the gates (Theis et al. 1801.05787)."""
 
-gate_hg = _of_gates("gate_hg", lambda gates: double(gates.hg()[None]))
+gate_hessian_grad = _of_gates("gate_hessian_grad", lambda gates: double(gates.hessian_grad()[None]))
 """The Hessian of the gates times their gradient, mean over batches (GraSP, Wang et al. 2002.07376)."""
 
 gate_flow = _of_gates("gate_flow", lambda gates: double(gates.flow()[None]))
 """dR/dgate, where R is the summed output of the network of |weights| on an input of ones (SynFlow, Tanaka et al. 2006.05467, eq. 3)."""
 
 
-def gate_hvp(*, probes: int = 1, seed: int = 0) -> Statistic:
+def gate_hessian_diagonal(*, probes: int = 1, seed: int = 0) -> Statistic:
     """The diagonal of the gates' Hessian H, estimated by Hutchinson's method: the mean of v * (H v) over batches and random signs v.
 
     Source: Bekas et al. 2007.
@@ -72,8 +72,8 @@ def gate_hvp(*, probes: int = 1, seed: int = 0) -> Statistic:
         seed: of the random signs, which are the same in every batch.
 
     Example:
-        >>> bp.statistics.gate_hvp(probes=4)
-        gate_hvp(probes=4, seed=0)
+        >>> bp.statistics.gate_hessian_diagonal(probes=4)
+        gate_hessian_diagonal(probes=4, seed=0)
     """
-    code = f"gate_hvp(probes={probes}, seed={seed})"
-    return _of_gates("gate_hvp", lambda gates: double(gates.curvature(probes, seed)).mean(0, keepdim=True), code=code)
+    code = f"gate_hessian_diagonal(probes={probes}, seed={seed})"
+    return _of_gates("gate_hessian_diagonal", lambda gates: double(gates.curvature(probes, seed)).mean(0, keepdim=True), code=code)

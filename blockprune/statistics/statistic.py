@@ -49,14 +49,14 @@ class Call:
 
 
 @attrs.frozen(eq=False)
-class Gates:
+class GateDerivatives:
     """Derivatives of one batch's loss with respect to the gates of one parameter.
 
     A gate is a factor on the weights of one block. Derivatives are taken where all gates are 1.
 
     Args:
         per_sample: () -> the gradient of each sample's loss, ``[samples, *size]``.
-        hg: () -> the Hessian of the batch's loss times its gradient, ``[*size]``.
+        hessian_grad: () -> the Hessian of the batch's loss times its gradient, ``[*size]``.
         curvature: (probes, seed) -> ``v * (H v)`` of random signs v, ``[probes, *size]``; the signs are the same in every batch.
         flow: () -> the gradient of the summed output of the network of ``|weights|`` on an input of ones, ``[*size]``.
         called: () -> whether the forward called the layer, once a derivative was computed.
@@ -64,20 +64,20 @@ class Gates:
 
     Example:
         >>> steepest = bp.statistics.Statistic(
-        ...     "largest_slope", sees="gates", init=lambda ref, param: {"sum": torch.zeros(param.grid.size), "n": torch.zeros(())},
+        ...     "largest_slope", source="gates", init=lambda ref, param: {"sum": torch.zeros(param.grid.size), "n": torch.zeros(())},
         ...     update=lambda sums, gates: {"sum": sums["sum"] + gates.per_sample().abs().amax(0), "n": sums["n"] + 1},
         ...     compute=lambda sums, ref, param: sums["sum"] / sums["n"])
     """
 
     per_sample: Callable[[], Tensor]
-    hg: Callable[[], Tensor]
+    hessian_grad: Callable[[], Tensor]
     curvature: Callable[[int, int], Tensor]
     flow: Callable[[], Tensor]
     called: Callable[[], bool] = lambda: True
     reached: Callable[[], bool] = lambda: True
 
 
-Sees = Literal["inputs", "output", "output_grad", "weight_grad", "gates"]
+Source = Literal["inputs", "output", "output_grad", "weight_grad", "gates"]
 
 
 @attrs.frozen(repr=False)
@@ -86,10 +86,11 @@ class Statistic:
 
     Args:
         name: its key in ``Param.stats``.
-        sees: which evidence ``update`` is given. "inputs", "output" and "output_grad": a `Call`. "weight_grad": the gradient of the batch's
-            loss with respect to the weight, or None if the batch does not use the weight. "gates": `Gates`.
+        source: where its numbers come from, which decides what ``update`` is given. "inputs", "output" and "output_grad": a `Call`.
+            "weight_grad": the gradient of the batch's loss with respect to the weight, or None if the batch does not use the weight.
+            "gates": `GateDerivatives`.
         init: (ref, param) -> sums of zeros in their full shapes.
-        update: (sums, evidence) -> new sums.
+        update: (sums, what ``source`` gives) -> new sums.
         compute: (sums, ref, param) -> the statistic.
         shared: ``update`` and ``compute`` depend on the sums, inputs and row weights alone. Then layers that are always called with the
             same inputs, such as those of queries, keys and values, share one tensor.
@@ -97,7 +98,7 @@ class Statistic:
 
     Example:
         >>> count = bp.statistics.Statistic(
-        ...     "calls", sees="inputs", init=lambda ref, param: {"n": torch.zeros(())},
+        ...     "calls", source="inputs", init=lambda ref, param: {"n": torch.zeros(())},
         ...     update=lambda sums, call: {"n": sums["n"] + 1}, compute=lambda sums, ref, param: sums["n"])
         >>> data = bp.collect.with_statistics(nn.Linear(2, 2), where=bp.linears((1,)), statistics=[count], batches=[torch.ones(3, 2)])
         >>> data["weight"].stats["calls"]
@@ -105,7 +106,7 @@ class Statistic:
     """
 
     name: str
-    sees: Sees
+    source: Source
     init: Callable[[ParameterRef, Param], Sums]
     update: Callable[[Sums, Any], Sums]
     compute: Callable[[Sums, ParameterRef, Param], Tensor]

@@ -36,8 +36,8 @@ BY_BATCH = [
     statistics.weight_grad,
     statistics.weight_grad_sq,
     statistics.output_grad_sq,
-    statistics.gate_hg,
-    statistics.gate_hvp(probes=2),
+    statistics.gate_hessian_grad,
+    statistics.gate_hessian_diagonal(probes=2),
     statistics.gate_flow,
 ]
 ALL = BY_ROW + BY_SAMPLE + BY_BATCH
@@ -128,7 +128,7 @@ def test_any_splitting_into_batches_is_one_big_batch(seed: int, sizes: list[int]
 @given(seeds, st.lists(st.integers(0, 3), min_size=2, max_size=4).filter(any))
 def test_merged_folds_in_any_order_are_one_fold_even_where_some_saw_no_batch(seed: int, counts: list[int]) -> None:
     model, batches = net(), list(normal((sum(counts), 2, 3), seed))
-    options = {"where": TILES, "statistics": [*BY_ROW, *BY_SAMPLE, statistics.weight_grad, statistics.gate_hg], "loss": loss}
+    options = {"where": TILES, "statistics": [*BY_ROW, *BY_SAMPLE, statistics.weight_grad, statistics.gate_hessian_grad], "loss": loss}
     split = iter(batches)
     folds = [collect.fold(model, batches=[next(split) for _ in range(count)], **options) for count in counts]
     left, right = folds[0], folds[-1]
@@ -734,7 +734,7 @@ LOSSES: dict[str, tuple[Any, list[str]]] = {
             k,
             id=f"{s.name}-{k}",
         )
-        for s in (statistics.weight_grad, statistics.output_grad_sq, *BY_SAMPLE, statistics.gate_hg)
+        for s in (statistics.weight_grad, statistics.output_grad_sq, *BY_SAMPLE, statistics.gate_hessian_grad)
         for k in LOSSES
     ],
 )

@@ -16,8 +16,8 @@ from blockprune import collect, statistics
 GRADIENTS = [
     statistics.gate_grad,
     statistics.gate_fisher,
-    statistics.gate_hg,
-    statistics.gate_hvp(),
+    statistics.gate_hessian_grad,
+    statistics.gate_hessian_diagonal(),
     statistics.gate_flow,
     statistics.weight_grad,
     statistics.weight_grad_sq,

@@ -239,14 +239,14 @@ def second_difference(model: nn.Module, data: Data, name: str, index: Any, x: Te
 
 def test_obd_is_half_the_second_difference_where_gates_do_not_meet() -> None:
     model, x = seeded(lambda: nn.Linear(5, 4)), normal((6, 5), 0)  # each row has outputs, and a term of the loss, of its own
-    data = collected(model, [x[:3], x[3:]], statistics.gate_hvp(), block=(1,))
+    data = collected(model, [x[:3], x[3:]], statistics.gate_hessian_diagonal(), block=(1,))
     expected = everywhere(data, "weight", lambda index: second_difference(model, data, "weight", index, x) / 2)
     close(total(metric.obd(data), "weight"), expected, rtol=1e-5)
 
 
 def test_obd_is_half_the_second_difference_within_the_spread_of_its_probes() -> None:
     model, x, probes = seeded(Tiny), normal((6, 5), 0), 300
-    data = collected(model, [x], statistics.gate_hvp(probes=probes))
+    data = collected(model, [x], statistics.gate_hessian_diagonal(probes=probes))
     expected = torch.cat([everywhere(data, n, lambda i, n=n: second_difference(model, data, n, i, x) / 2).flatten() for n in data])
     got = torch.cat([total(metric.obd(data), name).flatten() for name in data])
     assert (got - expected).abs().max() < 0.25 * expected.abs().max()
@@ -259,7 +259,7 @@ def test_obd_of_a_quadratic_loss_at_its_minimum_is_the_loss_change_of_zeroing() 
     data = collect.with_statistics(
         model,
         where=bp.linears((1,)),
-        statistics=[statistics.gate_hvp()],
+        statistics=[statistics.gate_hessian_diagonal()],
         batches=[(x, y)],
         loss=lambda out, batch: (out - batch[1]).square().sum(-1).mean(),
     )
@@ -268,7 +268,7 @@ def test_obd_of_a_quadratic_loss_at_its_minimum_is_the_loss_change_of_zeroing() 
 
 def test_grasp_is_half_the_derivative_of_the_squared_gradient_norm_in_the_gate() -> None:
     model, x = seeded(Tiny), normal((6, 5), 0)
-    data = collected(model, [x], statistics.gate_hg)
+    data = collected(model, [x], statistics.gate_hessian_grad)
 
     def flow(gates: Gates) -> Tensor:
         gates = {name: g.requires_grad_() for name, g in gates.items()}
@@ -382,9 +382,9 @@ METRICS: dict[str, tuple[Metric, str]] = {
     "taylor_squared": (metric.taylor_squared, "weight_grad_sq"),
     "gradient_magnitude": (metric.gradient_magnitude, "weight_grad"),
     "fisher": (metric.fisher, "gate_fisher"),
-    "obd": (metric.obd, "gate_hvp"),
+    "obd": (metric.obd, "gate_hessian_diagonal"),
     "snip": (metric.snip, "gate_grad"),
-    "grasp": (metric.grasp, "gate_hg"),
+    "grasp": (metric.grasp, "gate_hessian_grad"),
     "synflow": (metric.synflow, "gate_flow"),
     "movement": (metric.movement, "movement"),
 }
@@ -392,7 +392,7 @@ METRICS: dict[str, tuple[Metric, str]] = {
 
 def needed(statistic: str) -> Statistic:
     found = getattr(statistics, statistic)
-    return found() if statistic == "gate_hvp" else found
+    return found() if statistic == "gate_hessian_diagonal" else found
 
 
 @pytest.mark.parametrize("name", METRICS)

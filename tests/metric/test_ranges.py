@@ -34,9 +34,9 @@ OF_DATA: dict[str, Any] = {
 }
 OF_LOSS: dict[str, tuple[Any, Statistic]] = {
     "fisher": (metric.fisher, statistics.gate_fisher),
-    "obd": (metric.obd, statistics.gate_hvp()),
+    "obd": (metric.obd, statistics.gate_hessian_diagonal()),
     "snip": (metric.snip, statistics.gate_grad),
-    "grasp": (metric.grasp, statistics.gate_hg),
+    "grasp": (metric.grasp, statistics.gate_hessian_grad),
     "taylor": (metric.taylor, statistics.weight_grad),
 }
 

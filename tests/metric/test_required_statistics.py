@@ -155,11 +155,11 @@ def test_statistics_are_added_to_those_that_a_collector_names() -> None:
 
 
 def test_a_named_statistic_is_used_instead_of_the_required_one_of_its_name() -> None:
-    probes = statistics.gate_hvp(probes=8, seed=3)
+    probes = statistics.gate_hessian_diagonal(probes=8, seed=3)
     collector = partial(collect.with_statistics, where=RULE, batches=[X], loss=loss, statistics=[probes])
     scores = bp.Pipeline(collector, metric.obd, allocate.per_layer).scores(net())
     assert scores == metric.obd(collected(probes))
-    assert scores != metric.obd(collected(statistics.gate_hvp()))
+    assert scores != metric.obd(collected(statistics.gate_hessian_diagonal()))
 
 
 @pytest.mark.parametrize("function", [metric.obs, reconstruct.least_squares, own_metric], ids=lambda f: f.__name__)

@@ -270,7 +270,7 @@ def test_an_expert_that_the_first_batch_does_not_choose_sees_all_its_tokens() ->
 
     count = statistics.Statistic(
         "rows",
-        sees="inputs",
+        source="inputs",
         init=lambda ref, param: {"n": torch.zeros(())},
         update=lambda sums, call: {"n": sums["n"] + len(call.inputs[0])},
         compute=lambda sums, ref, param: sums["n"],

@@ -472,34 +472,34 @@ def hessian(model: nn.Module, x: Tensor) -> tuple[list[str], Tensor, Tensor]:
     return [name for name, gate in gates.items() for _ in range(gate.numel())], flat.detach(), torch.stack(rows).detach()
 
 
-def test_gate_hvp_converges_to_the_diagonal_of_the_hessian() -> None:
+def test_gate_hessian_diagonal_converges_to_the_diagonal_of_the_hessian() -> None:
     model, batches, probes = seeded(Tiny), list(normal((2, 4, 3), 0)), 400
-    got = seen(model, batches, statistics.gate_hvp(probes=probes, seed=1), block=BLOCK, loss=loss)
+    got = seen(model, batches, statistics.gate_hessian_diagonal(probes=probes, seed=1), block=BLOCK, loss=loss)
     exact = [hessian(model, x)[2] for x in batches]
     mean = torch.stack(exact).mean(0)
-    estimate = torch.cat([got[name]["gate_hvp"].flatten() for name in got])
+    estimate = torch.cat([got[name]["gate_hessian_diagonal"].flatten() for name in got])
     spread = (mean - mean.diag().diag()).square().sum(1).sqrt() / math.sqrt(probes)  # Var v_i (H v)_i = sum over j != i of H_ij^2
     assert ((estimate - mean.diag()).abs() <= 4 * spread).all()
     assert mean.diag().abs().max() > 10 * spread.max()
 
 
-def test_gate_hvp_of_one_probe_is_v_times_hv_with_signs_the_same_in_every_batch() -> None:
+def test_gate_hessian_diagonal_of_one_probe_is_v_times_hv_with_signs_the_same_in_every_batch() -> None:
     model, x = seeded(Tiny), normal((4, 3), 0)
     h = hessian(model, x)[2]
-    got = seen(model, [x, x], statistics.gate_hvp(seed=5), block=BLOCK, loss=loss)
-    estimate = torch.cat([got[name]["gate_hvp"].flatten() for name in got])
+    got = seen(model, [x, x], statistics.gate_hessian_diagonal(seed=5), block=BLOCK, loss=loss)
+    estimate = torch.cat([got[name]["gate_hessian_diagonal"].flatten() for name in got])
     signs = [torch.tensor(v, dtype=torch.float64) for v in itertools.product([1.0, -1.0], repeat=len(h))]
     assert any(torch.allclose(v * (h @ v), estimate, rtol=1e-9) for v in signs)
-    again, other = (seen(model, [x], statistics.gate_hvp(seed=seed), block=BLOCK, loss=loss) for seed in (5, 6))
-    close(again["a.weight"]["gate_hvp"], got["a.weight"]["gate_hvp"])
-    assert not torch.equal(again["a.weight"]["gate_hvp"], other["a.weight"]["gate_hvp"])
+    again, other = (seen(model, [x], statistics.gate_hessian_diagonal(seed=seed), block=BLOCK, loss=loss) for seed in (5, 6))
+    close(again["a.weight"]["gate_hessian_diagonal"], got["a.weight"]["gate_hessian_diagonal"])
+    assert not torch.equal(again["a.weight"]["gate_hessian_diagonal"], other["a.weight"]["gate_hessian_diagonal"])
 
 
 def test_gate_hg_is_the_hessian_times_the_gradient_of_each_batch() -> None:
     model, batches = seeded(Tiny), list(normal((2, 4, 3), 0))
-    got = seen(model, batches, statistics.gate_hg, block=BLOCK, loss=loss)
+    got = seen(model, batches, statistics.gate_hessian_grad, block=BLOCK, loss=loss)
     each = [h @ g for _, g, h in (hessian(model, x) for x in batches)]
-    close(torch.cat([got[name]["gate_hg"].flatten() for name in got]), sum(each) / 2)
+    close(torch.cat([got[name]["gate_hessian_grad"].flatten() for name in got]), sum(each) / 2)
 
 
 def test_gate_flow_is_the_share_of_the_paths_of_absolute_weights() -> None:
@@ -620,8 +620,8 @@ def test_a_statistic_of_ones_own_is_given_the_batch_the_number_of_the_call_and_t
     assert calls == [("own", name, label, index) for label in (1.0, 3.0) for name, index in order]
 
 
-@pytest.mark.parametrize("sees", ["output", "output_grad"])
-def test_the_batch_and_the_number_of_the_call_reach_statistics_of_outputs_and_their_gradients(sees: Any) -> None:
+@pytest.mark.parametrize("source", ["output", "output_grad"])
+def test_the_batch_and_the_number_of_the_call_reach_statistics_of_outputs_and_their_gradients(source: Any) -> None:
     calls: list[tuple[str, int]] = []
 
     def update(sums: statistics.Sums, call: statistics.Call) -> statistics.Sums:
@@ -630,7 +630,7 @@ def test_the_batch_and_the_number_of_the_call_reach_statistics_of_outputs_and_th
         return {"n": sums["n"] + 1}
 
     layer = seeded(lambda: nn.Linear(3, 3))
-    own = Statistic("own", sees, lambda ref, p: {"n": torch.zeros(())}, update, lambda sums, ref, p: sums["n"])
+    own = Statistic("own", source, lambda ref, p: {"n": torch.zeros(())}, update, lambda sums, ref, p: sums["n"])
     x = normal((2, 3), 0)
     seen(nn.Sequential(layer, layer), [x], own, pattern="0.weight", loss=lambda out, batch: out.sum())
     assert sorted(calls) == [("0.weight", 0), ("0.weight", 1)]

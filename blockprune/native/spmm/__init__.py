@@ -129,13 +129,13 @@ def _multiply(
         return None
     out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
     addresses = values.data_ptr(), col.data_ptr(), crow.data_ptr()
-    n, at_bias = x.numel() // cols, None if bias is None else bias.data_ptr()
+    n, bias_address = x.numel() // cols, None if bias is None else bias.data_ptr()
     layer, multiply = (*addresses, rows, cols, *block, _DTYPES[x.dtype]), getattr(_library, function)
     scales = () if scale is None else (scale.data_ptr(),)
     step = _rows_at_once(len(values))
     for first in range(0, n, step):
-        at_x, at_out = (t.data_ptr() + first * width * t.element_size() for t, width in ((x, cols), (out, rows)))
-        if multiply(*layer, at_x, min(step, n - first), at_bias, at_out, *scales, torch.get_num_threads(), _choice):
+        x_address, out_address = (t.data_ptr() + first * width * t.element_size() for t, width in ((x, cols), (out, rows)))
+        if multiply(*layer, x_address, min(step, n - first), bias_address, out_address, *scales, torch.get_num_threads(), _choice):
             return None
     return out
 
@@ -192,12 +192,19 @@ def _gradient(
     addresses = None if values is None else values.data_ptr(), col.data_ptr(), crow.data_ptr()
     step = _rows_at_once(kept)
     for first in range(0, n, step):
-        at_grad = grad.data_ptr() + first * rows * grad.element_size()
-        at_x = None if x is None else x.data_ptr() + first * cols * x.element_size()
+        grad_address = grad.data_ptr() + first * rows * grad.element_size()
+        x_address = None if x is None else x.data_ptr() + first * cols * x.element_size()
         to = out.view(-1)[first * cols :] if x is None else out if first == 0 else torch.empty_like(out)
         layer = *addresses, rows, cols, *block, _DTYPES[grad.dtype]
         if _library.gradient(
-            *layer, at_x, min(step, n - first), at_grad, to.data_ptr(), to.dtype == torch.float32, torch.get_num_threads(), _choice
+            *layer,
+            x_address,
+            min(step, n - first),
+            grad_address,
+            to.data_ptr(),
+            to.dtype == torch.float32,
+            torch.get_num_threads(),
+            _choice,
         ):
             return False
         if x is not None and first:
