@@ -19,7 +19,7 @@ from blockprune import export
 from blockprune.analysis.pictures import quality_against_latency
 from blockprune.core.precision import multiplies_bfloat16
 from blockprune.examples import minilm
-from blockprune.export.dense_baselines import dynamic_int8, rowwise_int8
+from blockprune.export import dynamic_int8, rowwise_int8
 
 PICTURE = Path(__file__).parents[1] / "notebooks" / "front_page.png"
 WHERE = bp.including(bp.linears((16, 16)), "encoder.*")

@@ -23,6 +23,7 @@
 from blockprune.export.autotune import choose
 from blockprune.export.choices import Backend, Backends, Choice, Choices, backends
 from blockprune.export.conversion import block_sparse, dense, load_state_dict, onnx
+from blockprune.export.dense_baselines import dynamic_int8, rowwise_int8
 from blockprune.export.mask_updates import update
 from blockprune.export.model_benchmark import ModelSpeed, SpeedComparison, benchmark
 from blockprune.export.model_size import ModelSize, count_model
@@ -56,10 +57,12 @@ __all__ = [
     "cost_table",
     "count_model",
     "dense",
+    "dynamic_int8",
     "load_state_dict",
     "onnx",
     "pack_weight",
     "recommend_blocks",
+    "rowwise_int8",
     "shrink",
     "update",
 ]

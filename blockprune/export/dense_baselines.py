@@ -90,8 +90,11 @@ def dynamic_int8(model: nn.Module) -> nn.Module:
     This is ``torch.ao.quantization.quantize_dynamic``, which people have without installing anything else. The model changes its outputs a
     little, unlike the other dense forms.
 
+    Args:
+        model: it is not changed; the result has no parameters in its Linears and cannot be trained.
+
     Example:
-        >>> from blockprune.export.dense_baselines import dynamic_int8
+        >>> from blockprune.export import dynamic_int8
         >>> model, x = nn.Sequential(nn.Linear(64, 32)), torch.randn(8, 64)
         >>> (dynamic_int8(model)(x) - model(x)).abs().max().item() < 0.1
         True
@@ -107,10 +110,11 @@ def dynamic_int8(model: nn.Module) -> nn.Module:
 def rowwise_int8(model: M) -> M:
     """A copy whose Linears multiply in int8 as block-sparse layers do, with all blocks: a scale for each output and each row of inputs.
 
-    Linears whose weight is not finite stay as they are.
+    Args:
+        model: it is not changed. Subclasses of ``nn.Linear``, and Linears whose weight is not finite, stay as they are.
 
     Example:
-        >>> from blockprune.export.dense_baselines import rowwise_int8
+        >>> from blockprune.export import rowwise_int8
         >>> model, x = nn.Sequential(nn.Linear(64, 32)), torch.randn(8, 64)
         >>> (rowwise_int8(model)(x) - model(x)).abs().max().item() < 0.1
         True

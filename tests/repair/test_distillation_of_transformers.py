@@ -12,7 +12,7 @@ from torch import nn
 
 import blockprune as bp
 from blockprune import losses
-from blockprune.export.dense_baselines import dynamic_int8
+from blockprune.export import dynamic_int8
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
