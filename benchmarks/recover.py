@@ -7,7 +7,8 @@ python benchmarks/recover.py --model efficientnet --tokens 8_000 --step-tokens 3
 python benchmarks/recover.py --draw RUN.json ... --picture curve.png               # curves of finished runs in one picture
 
 A run writes its state to --folder at each evaluation; the same command goes on from there. "before" is the model pruned at once and
-repaired, from which a run with --stages does not start. Training texts are Wikipedia articles, for
+repaired, from which a run with --stages does not start. Where a stage starts, the curve of such a run falls: it has two figures for the
+same tokens, before and after the pruning. Training texts are Wikipedia articles, for
 MiniLM also the news texts that it is calibrated on; EfficientNet-Lite0 sees random crops of photos without labels. Choices (learning rate,
 loss) are made by the validation texts or photos; those that are reported decide nothing.
 """
@@ -145,6 +146,8 @@ def train(
                 before = unpacked(record["result"]) if number else ({}, {})
                 masks, repaired = pruned_further(problem, options, bp.finalize(judged(*before)), sparsity)
                 weights = {**before[1], **repaired}
+                record["curve"].append((record["count"], record["seconds"], problem.curve(judged(masks, weights))))
+                print_row(*record["curve"][-1])
             record["start"] = packed(masks, weights)
         masks, weights = unpacked(record["start"])
         steps = max(1, int(share * options.tokens) // options.step_tokens)
@@ -198,7 +201,7 @@ def main(options: argparse.Namespace) -> None:
     judged = partial(bp.apply_masks, copy.deepcopy(model))
     if not record["figures"]:
         record["figures"] = {"dense": problem.figures(model), "before": problem.figures(judged(masks, weights))}
-        record["curve"] = [(0, 0.0, problem.curve(judged(masks, weights)))]
+        record["curve"] = [] if options.stages else [(0, 0.0, problem.curve(judged(masks, weights)))]
     print(f"{title}; warmup {options.warmup:.0%}, cosine; seed {options.seed}; {bp.sparsity(masks):.1%} pruned" if masks else title)
     if problem.data:
         print(problem.data)
