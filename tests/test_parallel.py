@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import in_two_processes
 
@@ -29,6 +31,7 @@ from blockprune.core.sharded_tensor import is_sharded, whole
 RANKS = 2
 WHERE = bp.linears((3, 2))  # the shards of the 8 rows end within a block
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(5))
+ROWS = torch.randn(32, 6, generator=torch.Generator().manual_seed(6))
 
 
 def plain(seed: int = 0) -> nn.Sequential:
@@ -286,6 +289,57 @@ def part(wrap: str, when: str, folder: str) -> Any:
     return output(model)
 
 
+def repaired(recipe: Any, wrap: str) -> Any:
+    """What a recipe that runs layer by layer gives for a model without masks, and what the model gives afterwards."""
+    model, shares = WRAPS[wrap](plain()), wrap not in ("none", "TP")
+    rows = ROWS[dist.get_rank() :: RANKS] if shares else ROWS
+    reduce = bp.distributed.all_reduce if shares else None
+    loss = {"loss": lambda y, _: y.square().mean()}
+    result = recipe(WHERE, bp.Calibration([rows[:8], rows[8:]], reduce=reduce, progress=False, **loss))(model, 0.5)
+    repaired = {name.removeprefix("module."): whole(weight) for name, weight in result.weights.items()}
+    return keep(result.masks), repaired, output(model)
+
+
+def sparsegpt(wrap: str, when: str, folder: str) -> Any:
+    return repaired(bp.recipes.sparsegpt, wrap)
+
+
+def obs(wrap: str, when: str, folder: str) -> Any:
+    return repaired(bp.recipes.obs, wrap)
+
+
+def finetune(wrap: str, when: str, folder: str) -> Any:
+    recipe = attrs.evolve(bp.recipes.sparsegpt(WHERE, bp.Calibration([ROWS[:8], ROWS[8:]])), finetune=partial(bp.finetune_layer, epochs=1))
+    result = recipe(WRAPS[wrap](plain()), 0.5)
+    return {name.removeprefix("module."): whole(weight) for name, weight in result.weights.items()}
+
+
+def sensitivity(wrap: str, when: str, folder: str) -> Any:
+    """Of a model with and without masks; it computes what it did."""
+    losses = []
+    for model in WRAPS[wrap](plain()), distributed(wrap, "after" if wrap == "TP" else "before"):
+        before = output(model)
+        prune = bp.Pipeline(partial(bp.collect.weights, where=WHERE), bp.metric.l1, bp.allocate.per_layer)
+        table = bp.sensitivity(model, prune, [0.25, 0.75], lambda model: whole(model(X)).square().mean(), progress=False)
+        losses.append(torch.tensor(list(table.losses.values())))
+        assert torch.equal(output(model), before)
+    return losses
+
+
+def functional(wrap: str, when: str, folder: str) -> Any:
+    model = WRAPS[wrap](plain())
+    return whole(functional_call(model, bp.masked_parameters(model, named(model, random_masks(3))), X).detach()).clone()
+
+
+def sweep(wrap: str, when: str, folder: str) -> Any:
+    model, prune = WRAPS[wrap](plain()), lambda model, sparsity: {}
+    return bp.sweep(model, {"none": prune}, [0.5], lambda model: output(model).square().mean()).rows[0].scores
+
+
+def units(wrap: str, when: str, folder: str) -> Any:
+    return len(bp.find_axes(WRAPS[wrap](plain()), X))
+
+
 DONE = [
     *(forward, score, statistics, gradients, update, other_blocks, weights, unmask, training, straight_through, regrow, regularizers),
     *(save_and_resume, load_own_state, load_whole_state, whole_state, finalized_state),
@@ -299,10 +353,20 @@ IN_PLACE = r"mul_ would change this masked weight \(8, 6\) in place; .* bp\.appl
 AROUND = r"weight \(8, 6\): this parameter is sharded by fully_shard of a module around .* give the whole model to apply_masks"
 NO_GRAPH = r"0\.weight \(8, 6\): (weight_grad|gate_fisher) needs the whole weight .* collect before fully_shard"
 
+PARALLEL = "find_axes runs a copy of the model, but parallelize_module has sharded .* call it before parallelize_module"
+COPIES = {
+    "finetune": r"finetune tunes plain parameters of a layer, but fully_shard has sharded .* call it before fully_shard",
+    "functional": r"0\.weight \(8, 6\): fully_shard puts its own parameter into the module .* use apply_masks",
+    "sweep": r"sweep prunes copies of the model, but fully_shard has sharded .* bp\.distributed\.full_state_dict\(model\)",
+    "units": r"find_axes runs a copy of the model, but fully_shard has sharded",
+}
+
 
 def refusal(wrap: str, when: str, what: str) -> str | None:
     """What the error message says if this cannot work."""
-    if (wrap, when) in (("TP", "before"), ("DDP", "after")):
+    if what in COPIES and wrap != "none":
+        return None if wrap == "DDP" else COPIES[what] if wrap != "TP" else PARALLEL if what == "units" else None
+    if (wrap, when) in (("TP", "before"), ("DDP", "after")) and what not in ("sparsegpt", "obs", "sensitivity"):
         return BEFORE_TP if wrap == "TP" else AFTER_DDP
     sharded = wrap != "DDP"
     return {
@@ -317,6 +381,9 @@ def refusal(wrap: str, when: str, what: str) -> str | None:
 
 
 TABLE = [(wrap, when, do.__name__) for wrap in WRAPS if wrap != "none" for when in ("before", "after") for do in DONE]
+ON_PLAIN = (sparsegpt, obs, finetune, sensitivity, functional, sweep, units)
+TABLE += [(wrap, "after", do.__name__) for wrap in ("FSDP2", "FSDP2 root", "DDP") for do in ON_PLAIN]
+TABLE += [("TP", "after", do.__name__) for do in (sensitivity, functional, sweep, units)]
 
 
 def run_rank(rank: int, folder: str) -> dict[tuple[str, str, str], Any]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune as torch_prune
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import blockprune as bp
@@ -128,6 +129,93 @@ def test_a_buffer_that_the_forward_replaces_is_restored() -> None:
     assert not buffer.any()
 
 
+class Changing(nn.Module):
+    """The forward sets, adds, resizes or deletes a buffer, or changes a parameter in place."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.fc = kind, nn.Linear(8, 4)
+        self.embedding = nn.Embedding(10, 8, max_norm=0.5 if "max_norm" in kind else None)
+        self.register_buffer("mean", None if kind == "set" else torch.ones(3))
+        self.register_buffer("table", torch.ones(2), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "set":
+            self.mean = x.mean(0)
+        elif self.kind == "replace":
+            del self.table
+            self.table = torch.ones(3)  # a plain attribute
+        elif self.kind == "resize":
+            self.mean.resize_(5)
+        elif self.kind == "delete" and hasattr(self, "table"):
+            del self.table
+        return self.fc(x + self.embedding(torch.arange(len(x)) % 10))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["set", "replace", "resize", "delete", "max_norm", "masked max_norm"])
+def test_what_the_forward_changes_is_restored(kind: str) -> None:
+    model = Changing(kind)
+    if kind == "masked max_norm":
+        bp.apply_masks(model, {"embedding.weight": mask(10, 8, (5, 4))})
+    buffers = {name: None if b is None else b.clone() for name, b in model._buffers.items()}
+    embedding = model.embedding.weight.detach().clone()
+    collect.with_statistics(model, where=bp.linears((4, 4)), statistics=[statistics.input_sq], batches=[BATCH])
+    assert model._buffers.keys() == buffers.keys()
+    assert all(b is None if buffers[name] is None else torch.equal(b, buffers[name]) for name, b in model._buffers.items())
+    assert "table" not in model.state_dict()
+    assert torch.equal(model.embedding.weight, embedding)
+
+
+class Cached(nn.Module):
+    """A table of positions that the forward makes once for a length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.length = nn.Linear(8, 4), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > self.length:
+            self.register_buffer("table", torch.ones(len(x), 1), persistent=False)
+            self.length = len(x)
+        return self.fc(x + self.table[: len(x)])  # type: ignore[no-any-return]
+
+
+def test_a_buffer_that_the_forward_adds_stays_for_later_forwards() -> None:
+    model = Cached()
+    collect.with_statistics(model, where=bp.linears((4, 4)), statistics=[statistics.input_sq], batches=[BATCH])
+    assert model(BATCH).shape == (64, 4)
+
+
+def test_a_model_made_under_inference_mode_is_refused_outside_of_it_and_a_copy_is_not() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(8, 4))
+    mask = {"0.weight": bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((4, 8), (4, 4)))}
+    options: Any = {"where": bp.linears((4, 4)), "statistics": [statistics.input_sq], "batches": [BATCH]}
+    for change in (lambda m: bp.apply_masks(m, mask), lambda m: collect.with_statistics(m, **options)):
+        with pytest.raises(ValueError, match=r"0.weight \(4, 8\) was made under torch.inference_mode.*copy.deepcopy\(model\)"):
+            change(model)
+        change(copy.deepcopy(model))
+    with torch.inference_mode():
+        bp.apply_masks(model, mask)
+
+
+def test_empty_batches_are_named() -> None:
+    options: Any = {"where": bp.linears((4, 4)), "statistics": [statistics.input_sq]}
+    with pytest.raises(ValueError, match=r"weight \(8, 8\): the batches are empty, or all rows .*; give batches with samples"):
+        collect.with_statistics(nn.Linear(8, 8), batches=[torch.zeros(0, 8)], **options)
+    with pytest.raises(ValueError, match=r"a batch is an empty tuple; its first element must be the model's inputs"):
+        collect.with_statistics(nn.Linear(8, 8), batches=[()], **options)
+
+
+@pytest.mark.parametrize("make", [nn.LSTM, nn.Linear, lambda n, m: nn.MultiheadAttention(n, 2)])
+def test_a_model_with_tensors_that_a_hook_computes_is_not_finalized(make: Any) -> None:
+    layer = make(8, 8)
+    attr = {"LSTM": "weight_ih_l0", "Linear": "bias", "MultiheadAttention": "in_proj_weight"}[type(layer).__name__]
+    torch_prune.l1_unstructured(layer, attr, 0.5)
+    with pytest.raises(ValueError, match=rf"0.{attr}: a hook of the old weight_norm.* computes this tensor"):
+        bp.finalize(nn.Sequential(layer))
+
+
 @pytest.mark.parametrize(
     "statistic",
     [
@@ -217,9 +305,7 @@ def old_weight_norm() -> nn.Module:
 
 
 def old_pruning() -> nn.Module:
-    from torch.nn.utils import prune  # noqa: PLC0415 (used by one test)
-
-    return prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.5)
+    return torch_prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.5)
 
 
 @pytest.mark.parametrize("build", [old_weight_norm, lambda: nn.utils.spectral_norm(nn.Linear(8, 8)), old_pruning])

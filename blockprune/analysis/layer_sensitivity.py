@@ -14,7 +14,8 @@ from blockprune.analysis.drawing import label_rows, new_axes, set_title, short_n
 from blockprune.core.pipeline import Pipeline
 from blockprune.core.progress import progress_bar
 from blockprune.core.table import Rows, Table
-from blockprune.model.apply import masked_parameters
+from blockprune.model.apply import functional_parameters
+from blockprune.model.sharding import is_fully_sharded, replaced_shards
 
 Evaluate = Callable[[Callable[..., Any]], float | Tensor]  # (model) -> the loss, or another number that is lower for better models
 
@@ -112,16 +113,18 @@ def sensitivity(
         raise ValueError(f"chunk_size={chunk_size} must be 1 or more, and sparsities={list(sparsities)} must hold at least one sparsity")
     scores = pipeline.scores(model)
     masks = [pipeline.allocate(scores, sparsity) for sparsity in sparsities]
-    use_vmap = chunk_size > 1 and len(sparsities) > 1
+    is_sharded = any(map(is_fully_sharded, model.modules()))  # the masked weights are written into the shards
+    use_vmap = chunk_size > 1 and len(sparsities) > 1 and not is_sharded
     losses: dict[str, tuple[float, ...]] = {}
 
     def loss_with(parameters: dict[str, Tensor]) -> Tensor:
-        return torch.as_tensor(evaluate(lambda *args, **kwargs: functional_call(model, parameters, args, kwargs, tie_weights=False)))
+        with replaced_shards(model, parameters) as others:
+            return torch.as_tensor(evaluate(lambda *args, **kwargs: functional_call(model, others, args, kwargs, tie_weights=False)))
 
     with torch.no_grad():
         dense = float(evaluate(model))
         for name in progress_bar(scores, "sensitivity", progress):
-            masked = [masked_parameters(model, {name: masks_at_sparsity[name]}) for masks_at_sparsity in masks]
+            masked = [functional_parameters(model, {name: masks_at_sparsity[name]}) for masks_at_sparsity in masks]
             if use_vmap:
                 try:
                     losses[name] = _vmapped(loss_with, masked, chunk_size)

@@ -17,6 +17,7 @@ from blockprune.core.progress import progress_bar
 from blockprune.core.table import Rows, Table
 from blockprune.core.types import masks_and_weights
 from blockprune.model.apply import apply_masks
+from blockprune.model.sharding import check_not_fully_sharded
 
 Recipe = Callable[[nn.Module, float], Any]  # a recipe, a pipeline, or a function that returns masks or a result with .masks and .weights
 Evaluate = Callable[[nn.Module], float | Tensor | Mapping[str, float | Tensor]]
@@ -168,6 +169,7 @@ def sweep(
         {'error': 0.0}
     """
     _check_cells(recipes, sparsities)
+    check_not_fully_sharded(model, "sweep prunes copies of the model")
     finished = {} if resume is None else {(row.recipe, row.sparsity): row for row in resume.rows}
     table = Sweep((), _as_scores(evaluate(copy.deepcopy(model)))) if resume is None else Sweep((), resume.dense)
     if callback and resume is None:

@@ -129,8 +129,8 @@ def _check_data(fold: Fold) -> None:
         )
         remedy = "change that, leave the weight out with `excluding`, or use a metric of inputs such as metric.wanda"
     else:
-        reason = f"all rows of its {owner} have the token weight 0"
-        remedy = "check the attention_mask of the batches, or give token_weights="
+        reason = f"the batches are empty, or all rows of its {owner} have the token weight 0"
+        remedy = "give batches with samples; check their attention_mask, or give token_weights="
     alike = [other for other in missing if other != name and _reason(fold.counts[other]) == _reason(counts)]
     listed = ", ".join(alike[:4]) + (", ..." if len(alike) > 4 else "")
     raise ValueError(

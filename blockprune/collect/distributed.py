@@ -31,6 +31,7 @@ def all_reduce(fold: Fold, *, group: dist.ProcessGroup | None = None) -> Fold:
 
     Raises:
         RuntimeError: there is no process group.
+        ValueError: on all ranks, if two ranks have sums of other parameters, statistics, shapes or types.
 
     Example:
         >>> import torch.distributed as dist
@@ -40,6 +41,7 @@ def all_reduce(fold: Fold, *, group: dist.ProcessGroup | None = None) -> Fold:
         >>> dist.destroy_process_group()
     """
     check_process_group("all_reduce")
+    _check_same_sums(fold, group)
     names = sorted(fold.counts)  # all ranks must reduce in the same order
     device = fold.data[names[0]].stored.device
     reduced: dict[tuple[int, ...], Sums] = {}
@@ -57,6 +59,25 @@ def all_reduce(fold: Fold, *, group: dist.ProcessGroup | None = None) -> Fold:
         sums={key: sums[key] for key in fold.sums},
         counts={name: Counts(*row) for name, row in zip(names, counts.tolist(), strict=True)},
     )
+
+
+def _check_same_sums(fold: Fold, group: dist.ProcessGroup | None) -> None:
+    """Raise on all ranks if two have other sums: torch would wait for ever, or end the process."""
+    own = {key: {name: (tuple(total.shape), total.dtype) for name, total in sorted(sums.items())} for key, sums in fold.sums.items()}
+    of_ranks: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(of_ranks, own, group=group)
+    for parameter, statistic in sorted(set().union(*of_ranks)):
+        differing = [sums.get((parameter, statistic)) for sums in of_ranks]
+        if any(sums != differing[0] for sums in differing):
+            listed = ", ".join(f"{_listed(sums)} on rank {rank}" for rank, sums in enumerate(differing))
+            raise ValueError(
+                f"{parameter}: the ranks have other sums of {statistic!r}: {listed}; collect with the same model, `where` and statistics "
+                "on each rank"
+            )
+
+
+def _listed(sums: dict[str, tuple[tuple[int, ...], torch.dtype]] | None) -> str:
+    return "none" if sums is None else " and ".join(f"{name} {shape} {dtype}" for name, (shape, dtype) in sums.items())
 
 
 def _sharing(fold: Fold, group: dist.ProcessGroup | None, device: torch.device) -> list[tuple[int, ...]]:

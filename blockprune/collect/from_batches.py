@@ -11,6 +11,7 @@ from blockprune.collect.layer_hooks import add_batches
 from blockprune.core.types import Data, Where
 from blockprune.model.parameters import find_parameters
 from blockprune.model.running import Calibration, CalibrationOptions, as_calibration
+from blockprune.model.sharding import raised_together
 from blockprune.statistics import Statistic
 
 
@@ -23,7 +24,9 @@ def with_statistics(
     lazy: bool = False,
     **options: Unpack[CalibrationOptions],
 ) -> Data:
-    """`weights`, with statistics that are added up over batches. The model runs in evaluation mode and is not changed.
+    """`weights`, with statistics that are added up over batches.
+
+    The model runs in evaluation mode and is not changed.
 
     Args:
         model: any module, masked or not (a masked model runs with its masks).
@@ -39,7 +42,7 @@ def with_statistics(
             one number with a gradient, no statistics, two statistics of the same name, and what `weights` raises.
         TypeError: no calibration, or both ``calibration`` and its fields; batches that are one tensor or mapping.
         NotImplementedError: a statistic that cannot be collected from a chosen parameter.
-        RuntimeError: an operation that vmap cannot run.
+        RuntimeError: an operation that vmap cannot run; with ``reduce``, an error on another rank.
 
     Example:
         >>> data = bp.collect.with_statistics(nn.Linear(4, 2), where=bp.linears((2, 2)),
@@ -48,7 +51,8 @@ def with_statistics(
         tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
     calibration = as_calibration(calibration, options)
-    total = _fold(model, where, statistics, calibration, lazy)
+    with raised_together(model, calibration.reduce):
+        total = _fold(model, where, statistics, calibration, lazy)
     return compute(calibration.reduce(total)) if calibration.reduce else compute_once(total)
 
 

@@ -17,7 +17,7 @@ from blockprune.core.progress import progress_bar
 from blockprune.core.sharded_tensor import whole
 from blockprune.model.experts import Experts, experts_in
 from blockprune.model.inputs import InputHooks, input_axis, input_hooks, value_key, weight_inputs
-from blockprune.model.parameters import ParameterRef, find_parameters
+from blockprune.model.parameters import ParameterRef, check_not_inference, find_parameters
 from blockprune.model.product_check import check_product
 from blockprune.model.running import (
     Calibration,
@@ -45,6 +45,7 @@ def add_batches(model: nn.Module, fold: Fold, calibration: Calibration) -> Fold:
     grids = {name: p.grid for name, p in fold.data.items()}
     running = RunningFold(fold)
     weights = [ref.stored for ref in fold.refs.values()]
+    check_not_inference(fold.refs.values())
     with preserve_state(model, weights), disable_attention_fastpath(), without_broadcasts(model):
         if of_loss and not sources & {"weight_grad", "gates"}:  # gradients of weights would keep the inputs of all layers in memory
             for weight in weights:

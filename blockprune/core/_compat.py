@@ -2,7 +2,8 @@
 
 A new version of these libraries may change any of them without notice. tests/core/test_compat.py has a test for each, which says what
 blockprune loses with it, and a test that no other module uses such a name. Each docstring ends with the first version that has the API;
-"torch 2.0" also stands for earlier ones. `_compat_hf` has those of transformers and accelerate, `_compat_pruning` those of Torch-Pruning.
+"torch 2.0" also stands for earlier ones. `_compat_fsdp` has those of ``fully_shard``, `_compat_hf` those of transformers and accelerate,
+`_compat_pruning` those of Torch-Pruning.
 
 A class can override a private method of torch only in its own body, so these stay where they are:
 
@@ -17,7 +18,7 @@ This module imports nothing of blockprune, so that every other module can import
 import contextlib
 import ctypes
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,13 +52,13 @@ __all__ = [
     "ConvTransposeNd",
     "DispatchMode",
     "NormBase",
+    "all_buffers",
     "compress_two_of_four",
     "conv_padding",
     "data_address",
     "disable_checkpointing",
     "disabled_torch_function",
     "dispatch_mode_is_active",
-    "follow_fsdp_parameters",
     "forward_ad_is_active",
     "functorch_is_active",
     "gomp_parallel",
@@ -67,7 +68,6 @@ __all__ = [
     "is_cast",
     "is_compiled_wrapper",
     "is_copy_on_write",
-    "is_fsdp_managed",
     "is_functorch_tensor",
     "is_legacy_batched",
     "is_tracing",
@@ -226,6 +226,11 @@ def parameter_names(module: nn.Module) -> list[str]:
     return list(module._parameters.keys())  # a scripted module cannot be iterated
 
 
+def all_buffers(module: nn.Module) -> dict[str, tuple[Tensor | None, bool]]:
+    """A module's own buffers, those of None too, which ``named_buffers`` leaves out, and whether a state dict has them (torch 2.0)."""
+    return {name: (buffer, name not in module._non_persistent_buffers_set) for name, buffer in module._buffers.items()}
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything is hooked to a module's call; torch can add and remove hooks, but not list them (torch 2.0)."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
@@ -348,36 +353,3 @@ class _RunDirectly:
     @staticmethod
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
         return function(*args)
-
-
-# Parameters that fully_shard has sharded
-
-
-def is_fsdp_managed(module: nn.Module) -> bool:
-    """Whether ``fully_shard`` was called on a module or on one around it (torch 2.4)."""
-    return bool(getattr(module, "_is_fsdp_managed_module", False))
-
-
-def follow_fsdp_parameters(model: nn.Module, sharded: Sequence[nn.Module]) -> None:
-    """Let the modules on which ``fully_shard`` was called find their parameters where these are in the model (torch 2.6).
-
-    They put a whole parameter into its module before a forward, and the shard afterwards.
-    """
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules() if sharded else ():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            places.setdefault(id(parameter), []).append((module, name))
-    for state in (cast(Any, module)._get_fsdp_state() for module in sharded):
-        for group in getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group]):
-            for parameter in group.fsdp_params:
-                modules, names = zip(*places[id(parameter.sharded_param)], strict=True)
-                info = parameter._module_info
-                info.module, info.shared_modules = modules[0], list(modules[1:])
-                info.param_name, info.shared_param_names = names[0], list(names[1:])
-            hooks = group._module_to_pre_save_state_dict_hook_handle, group._module_to_pre_load_state_dict_hook_handle
-            if any(hooks):  # they let a state dict have the shards
-                for handle in [handle for handles in hooks for handle in handles.values()]:
-                    handle.remove()
-                for handles in hooks:
-                    handles.clear()
-                group._register_state_dict_hooks()

@@ -13,7 +13,9 @@ from blockprune.core.types import BlockMask, Masks, Scores
 
 
 def union(a: Masks, b: Masks) -> Masks:
-    """Masks that keep the blocks that ``a`` or ``b`` keeps. A parameter that only one of them has gets that mask.
+    """Masks that keep the blocks that ``a`` or ``b`` keeps.
+
+    A parameter that only one of them has gets that mask.
 
     Raises:
         ValueError: a parameter has different grids in ``a`` and ``b``.
@@ -29,7 +31,9 @@ def union(a: Masks, b: Masks) -> Masks:
 
 
 def intersect(a: Masks, b: Masks) -> Masks:
-    """Masks that keep the blocks that both ``a`` and ``b`` keep. A parameter that only one of them has gets that mask.
+    """Masks that keep the blocks that both ``a`` and ``b`` keep.
+
+    A parameter that only one of them has gets that mask.
 
     Raises:
         ValueError: a parameter has different grids in ``a`` and ``b``.

@@ -20,7 +20,9 @@ WINDOW, LAYERS = 512, 30
 
 
 def load(layers: int | None = None) -> tuple[nn.Module, Any]:
-    """The model in float32 and evaluation mode, and its tokenizer. The file is quantised, and loading it takes about ten seconds.
+    """The model in float32 and evaluation mode, and its tokenizer.
+
+    The file is quantised, and loading it takes about ten seconds.
 
     Args:
         layers: load only so many of the 30 layers.

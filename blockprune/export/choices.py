@@ -88,7 +88,9 @@ class Choice:
 
 @attrs.frozen(repr=False)
 class Choices(Table):
-    """Which backend runs each masked weight. It prints as a table, and `block_sparse` takes it as its ``backend``.
+    """Which backend runs each masked weight.
+
+    It prints as a table, and `block_sparse` takes it as its ``backend``.
 
     Example:
         >>> from blockprune import export

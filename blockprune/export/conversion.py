@@ -298,7 +298,9 @@ def _plain_layer(module: nn.Module) -> nn.Module | None:
 
 
 def onnx(model: nn.Module, args: tuple[Any, ...], path: str | Path, **options: Any) -> None:
-    """Write a masked or exported model as an ONNX file. ONNX has no block-sparse product, so the weights are dense, and a warning says so.
+    """Write a masked or exported model as an ONNX file.
+
+    ONNX has no block-sparse product, so the weights are dense, and a warning says so.
 
     Args:
         model: is not changed.

@@ -35,6 +35,8 @@ class BlockSparse:
         block: height and width of a stored block. `pack` chooses it; it need not be the pruned block.
         paired: whether the values are in the CPU layout.
         scale: of each row of a matrix of int8, float32 ``[rows]``; None for other types.
+        pruned_block: of the dense weight, one number for each of its axes: the blocks in which its mask was given, which may be stored as
+            several; None if they are not known.
 
     Example:
         >>> from blockprune.export.format import BlockSparse, unpack
@@ -51,6 +53,7 @@ class BlockSparse:
     block: tuple[int, int]
     paired: bool = True
     scale: Tensor | None = None
+    pruned_block: tuple[int, ...] | None = None
 
 
 def pack(weight: Tensor, keep: Tensor, grid: BlockGrid, *, paired: bool = True) -> BlockSparse:
@@ -108,7 +111,7 @@ def to_layout(sparse: BlockSparse, *, paired: bool) -> BlockSparse:
     merged = next(count for count in range(max_merged, 0, -1) if _can_merge(keep, count))
     grid = BlockGrid(sparse.shape, (merged * height, min(width, columns)))
     stored = pack(unpack(attrs.evolve(sparse, scale=None)), keep[::merged], grid, paired=paired)
-    return attrs.evolve(stored, scale=sparse.scale)
+    return attrs.evolve(stored, scale=sparse.scale, pruned_block=sparse.pruned_block)
 
 
 def kept_blocks(sparse: BlockSparse) -> Tensor:

@@ -8,14 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from blockprune.core.grid import expand
 from blockprune.core.patterns import suggest
-from blockprune.core.sharded_tensor import is_sharded
+from blockprune.core.sharded_tensor import is_sharded, sharded_like, whole
 from blockprune.core.types import BlockMask, Masks, Weights
 from blockprune.export.format import BlockSparse, unpack
 from blockprune.export.packing import pack_weight
 from blockprune.export.sparse_layers import BlockSparseLinear
 from blockprune.model.apply import apply_masks, parameter_masks
+from blockprune.model.checkpoint import keep_gradient_options
 from blockprune.model.optimizer_state import initial_state, list_of
+from blockprune.model.parameters import parameter_refs
+from blockprune.model.sharding import reshard
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -28,17 +32,21 @@ def update(model: M, masks: Masks, *, optimizer: Optimizer | Sequence[Optimizer]
     Parameter, without a gradient, whose length changes. So give all optimizers that hold them, call `update` on averages of the model (an
     EMA) with the same masks, and wrap the model in DistributedDataParallel again.
 
+    This holds for weights that stayed masked, too, whose new blocks lose the values that were stored for them. Their masks, whether named
+    or not, keep the options ``straight_through`` and ``decay`` of `apply_masks`.
+
     Args:
-        model: the result of `block_sparse`, trainable or not. Weights that are masked instead get the new masks as by `apply_masks`.
+        model: the result of `block_sparse`, trainable or not.
         masks: by the name of the weight, as `bp.read_masks` gives them. Weights that are not named keep their blocks.
         optimizer: that of the model's parameters, or several; None if there is none.
         weights: dense, by the same names: the values of new blocks.
 
     Raises:
         KeyError: a name that is no block-sparse or masked weight of the model, or weights without a mask.
-        ValueError: a mask or weight of another shape than the layer's; a layer of int8; a layer that `fully_shard` has sharded; two masks
-            for one layer; an optimizer without the kept weights of a layer, or whose state is not one number for each of them (LBFGS).
-        TypeError: a mask that is no `BlockMask`. After any error the model is as it was before the call.
+        ValueError: a mask or weight of another shape than the layer's; a weight with NaN or inf, or on the meta device; a layer of int8; a
+            layer that `fully_shard` has sharded; two masks for one layer; an optimizer without the kept weights of a layer, or whose state
+            is not one number for each of them (LBFGS, Adafactor).
+        TypeError: a mask that is no `BlockMask`. After any error the model and the optimizer are as they were before the call.
 
     Example:
         >>> from blockprune import export
@@ -67,7 +75,7 @@ def update(model: M, masks: Masks, *, optimizer: Optimizer | Sequence[Optimizer]
             raise ValueError(f"{name} and {twin} are names of the same layer, and masks has two different masks for it")
     new = {layer: _with_mask(layer, masks[name], weights.get(name)) for name, layer in layers.items()}
     if others := {name: mask for name, mask in masks.items() if name in masked}:
-        apply_masks(model, masked | others, {name: weight for name, weight in weights.items() if name in others})
+        _update_masked(model, masked, others, weights, optimizers)
     for layer, (weight, source) in new.items():
         for holder in optimizers:
             _move_state(holder, layer, source)
@@ -86,19 +94,71 @@ def _check(name: str, layer: BlockSparseLinear, mask: BlockMask, weight: Tensor 
         raise ValueError(f"{name}: the blocks of a weight of int8 cannot be changed; export the masked model again")
     if is_sharded(layer.values):
         raise ValueError(f"{name}: fully_shard has sharded this layer; update the model before it is sharded, and make the optimizer then")
-    shape = layer.weight_shape
-    for what, given in (("mask", mask.grid.shape), ("weight", None if weight is None else tuple(weight.shape))):
-        if given is not None and given != shape:
-            raise ValueError(f"{name}: the {what} has shape {given}, and the weight {shape}")
+    _check_values(name, layer.weight_shape, layer.values, mask, weight)
     parameters = [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
     if optimizers and layer.trainable and layer.values.requires_grad and not any(parameter is layer.values for parameter in parameters):
         raise ValueError(
             f"optimizer has not the kept weights of {name}; make it from the parameters of this model, which block_sparse has made anew"
         )
+    _check_state(name, layer.values, optimizers)
+
+
+def _check_values(name: str, shape: tuple[int, ...], values: Tensor, mask: BlockMask, weight: Tensor | None) -> None:
+    """Raise for a mask or a weight of another shape than the layer's, and for a weight that is not finite in the type of the values."""
+    for what, given in (("mask", mask.grid.shape), ("weight", None if weight is None else tuple(weight.shape))):
+        if given is not None and given != shape:
+            raise ValueError(f"{name}: the {what} has shape {given}, and the weight {shape}")
+    if weight is not None and weight.is_meta and not values.is_meta:
+        raise ValueError(f"{name} {shape}: weights has a tensor on the meta device, which has no values; give a weight with values")
+    if weight is not None and not weight.is_meta and not whole(weight.detach().to(values.dtype).isfinite().all()):
+        raise ValueError(f"{name} {shape}: weights has NaN or inf for this weight (as {values.dtype}); give finite values")
+
+
+def _check_state(name: str, parameter: Tensor, optimizers: Sequence[Optimizer]) -> None:
+    """Raise for a tensor of the state that has axes, and other ones than the parameter: nothing says which numbers belong to a block."""
     for optimizer in optimizers:
         lists = [key for state in optimizer.state.values() for key, value in state.items() if isinstance(value, (list, tuple))]
         if lists:
             raise ValueError(f"optimizer: the state {lists[0]!r} of {type(optimizer).__name__} is not one number for each kept weight")
+        for key, x in optimizer.state.get(parameter, {}).items():
+            if isinstance(x, Tensor) and x.ndim and x.shape != parameter.shape:
+                raise ValueError(
+                    f"optimizer: the state {key!r} of {type(optimizer).__name__} for {name} has shape {tuple(x.shape)}, which is not "
+                    f"one number for each of {tuple(parameter.shape)} weights; take an optimizer such as SGD or AdamW, or make a new one"
+                )
+
+
+def _update_masked(model: nn.Module, before: Masks, after: Masks, weights: Weights, optimizers: Sequence[Optimizer]) -> None:
+    """Other masks for weights that stayed masked, in place: new blocks get their values, and blocks that come or go a new state."""
+    reshard(model)
+    refs = {name: users[0] for name, users in parameter_refs(model).items() if name in after}
+    for name, ref in refs.items():
+        _check_values(name, ref.shape, ref.stored, after[name], weights.get(name))
+        _check_state(name, ref.stored, optimizers)
+    computed = {name: weights[name] for name, ref in refs.items() if not ref.is_plain and name in weights}  # `apply_masks` refuses them
+    with keep_gradient_options(model):
+        apply_masks(model, {**before, **after}, computed)
+    for name, ref in refs.items():
+        if ref.is_plain:  # else another parametrization computes the weight, and no stored number belongs to one block
+            kept_before, kept = (expand(mask.keep, mask.grid).to(ref.stored.device) for mask in (before[name], after[name]))
+            _set_new_elements(ref.stored, kept & ~kept_before, weights.get(name))
+            for optimizer in optimizers:
+                _reset_state(optimizer, ref.stored, kept ^ kept_before)
+
+
+@torch.no_grad()
+def _set_new_elements(stored: Tensor, is_new: Tensor, weight: Tensor | None) -> None:
+    """Write the values of a weight, or zeros, into the elements of new blocks."""
+    if bool(is_new.any()):
+        old = whole(stored)
+        stored.copy_(sharded_like(torch.where(is_new, old.new_zeros(()) if weight is None else whole(weight).to(old), old), stored))
+
+
+@torch.no_grad()
+def _reset_state(optimizer: Optimizer, parameter: Tensor, elements: Tensor) -> None:
+    for key, x in optimizer.state.get(parameter, {}).items():
+        if isinstance(x, Tensor) and x.ndim:
+            x.masked_fill_(sharded_like(elements.to(x.device), x), initial_state(optimizer, parameter, key))
 
 
 def _with_mask(layer: BlockSparseLinear, mask: BlockMask, weight: Tensor | None) -> tuple[BlockSparse, Tensor]:

@@ -57,7 +57,9 @@ class Units:
 
 @attrs.frozen(eq=False, repr=False)
 class ShrinkResult(Table):
-    """A smaller model, the units that were removed, and the empty units that were not, with the reason. It prints as a table.
+    """A smaller model, the units that were removed, and the empty units that were not, with the reason.
+
+    It prints as a table.
 
     Example:
         >>> from blockprune.export import Units

@@ -6,8 +6,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blockprune.core._compat import conv_padding
-from blockprune.core.grid import BlockGrid, expand
-from blockprune.core.types import BlockMask
 from blockprune.export.conv_ops import compiled_conv2d, conv2d
 from blockprune.export.format import BlockSparse, unpack
 from blockprune.export.sparse_layers import BlockSparseLinear, Int8BlockSparseLinear
@@ -56,27 +54,6 @@ class BlockSparseConv2d(BlockSparseLinear):
     def weight(self) -> Tensor:
         """The dense kernel, zero where pruned. Each read computes it anew."""
         return unpack(self.packed_weight).view(self.weight_shape)
-
-    def block_mask(self) -> BlockMask:
-        """Which elements of the dense kernel are stored, in blocks of whole kernels if the storage has such blocks.
-
-        Raises:
-            ValueError: as `packed_weight`.
-
-        Example:
-            >>> from blockprune import export
-            >>> mask = bp.BlockMask(torch.tensor([True, False]).view(2, 1, 1, 1), bp.BlockGrid((4, 3, 2, 2), (2,)))
-            >>> layer = export.BlockSparseConv2d(export.pack_weight(torch.ones(4, 3, 2, 2), mask), nn.Conv2d(3, 4, 2))
-            >>> layer.block_mask() == mask
-            True
-        """
-        mask, (kh, kw) = super().block_mask(), self.kernel_size
-        height, width = mask.grid.block
-        shape = self.weight_shape
-        if width % (kh * kw) == 0:
-            return BlockMask(mask.keep[..., None, None], BlockGrid(shape, (height, width // (kh * kw))))
-        columns = expand(mask.keep, BlockGrid((len(mask.keep), self.shape[1]), (1, width)))  # [block rows, columns]
-        return BlockMask(columns.view(len(columns), *shape[1:]), BlockGrid(shape, (height, 1, 1, 1)))
 
     def forward(self, input: Tensor) -> Tensor:
         if input.ndim not in (3, 4) or input.shape[-3] != self.in_channels:

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.core._compat import dispatch_mode_is_active, is_tracing, replace_data
-from blockprune.core.grid import BlockGrid
 from blockprune.core.types import BlockMask
 from blockprune.export import triton_launch
-from blockprune.export.format import BlockSparse, ensure_valid, kept_blocks, to_layout, unpack, validate
+from blockprune.export.format import BlockSparse, ensure_valid, to_layout, unpack, validate
 from blockprune.export.ops import BACKENDS, compiled_product, linear
-from blockprune.export.packing import read_state
+from blockprune.export.packing import kept_mask, layout_numbers, read_state
 
 INDICES = ("crow", "col", "layout")
 STATE_KEYS = ("values", *INDICES)  # of a block-sparse weight in a state dict; one of int8 also has a "scale"
@@ -27,9 +26,10 @@ class BlockSparseLinear(nn.Module):
     before the first step.
 
     Its state dict holds ``values``, ``crow`` and ``col`` (see `format.BlockSparse`), ``layout`` (rows, columns, height and width of a
-    stored block, and 1 for the CPU layout or 0 for the GPU layout) and ``bias``. A weight of the same shape with other kept blocks loads
-    into it; indices out of range are refused. After ``to`` and ``load_state_dict`` too, the weight is in the layout of its device. Tensors
-    that are copied one by one into another layer are valid there only if both layers are on GPUs, or neither is.
+    stored block, the shape of a pruned block if that is known, and 1 for the CPU layout or 0 for the GPU layout) and ``bias``. A weight of
+    the same shape with other kept blocks loads into it; indices out of range are refused. After ``to`` and ``load_state_dict`` too, the
+    weight is in the layout of its device. Tensors that are copied one by one into another layer are valid there only if both layers are on
+    GPUs, or neither is.
 
     The indices ``crow``, ``col`` and ``layout`` are plain attributes, not buffers, and the state dict holds copies of them: a moving
     average over buffers or over a state dict must not average them. For the same reason DistributedDataParallel does not send them to
@@ -60,6 +60,7 @@ class BlockSparseLinear(nn.Module):
     crow: Tensor
     col: Tensor
     layout: Tensor
+    pruned_block: tuple[int, ...] | None = None
     scale: Tensor | None = None
     bias: nn.Parameter | None
 
@@ -108,24 +109,26 @@ class BlockSparseLinear(nn.Module):
         Raises:
             ValueError: its indices were changed and are no longer valid.
         """
-        weight = BlockSparse(self.values, self.crow, self.col, self.shape, self.block, self.paired, self.scale)
+        weight = BlockSparse(self.values, self.crow, self.col, self.shape, self.block, self.paired, self.scale, self.pruned_block)
         ensure_valid(weight, self.name)
         return weight
 
     def block_mask(self) -> BlockMask:
-        """Which elements of the dense ``weight`` are stored. Blocks are those of the storage, which may be smaller than the pruned ones.
+        """Which elements of the dense ``weight`` are stored, in the blocks that were pruned.
+
+        If these are not known, as of a weight that `format.pack` has made or a state dict that an earlier blockprune has saved, or if one
+        of them is stored in part, because indices were changed, blocks are those of the storage, which may be smaller.
 
         Raises:
             ValueError: as `packed_weight`.
 
         Example:
             >>> from blockprune import export
-            >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((4, 4), (4, 2)))
-            >>> export.BlockSparseLinear(export.pack_weight(torch.ones(4, 4), mask), None).block_mask() == mask
+            >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((64, 64), (64, 32)))
+            >>> export.BlockSparseLinear(export.pack_weight(torch.ones(64, 64), mask), None).block_mask() == mask
             True
         """
-        keep, (height, width) = kept_blocks(self.packed_weight), self.block
-        return BlockMask(keep, BlockGrid(self.shape, (height, min(width, self.shape[1]))))
+        return kept_mask(self.packed_weight, self.weight_shape)
 
     @property
     def weight(self) -> Tensor:
@@ -185,9 +188,9 @@ class BlockSparseLinear(nn.Module):
             BlockSparseLinear(4, 4, bias=False, 0.0% pruned, native)
         """
         weight = to_layout(weight, paired=not triton_launch.uses_gpu_layout(weight.values.device))
-        self.shape, self.block, self.paired = weight.shape, weight.block, weight.paired
+        self.shape, self.block, self.paired, self.pruned_block = weight.shape, weight.block, weight.paired, weight.pruned_block
         self._set_values(weight.values)
-        layout = torch.tensor([*weight.shape, *weight.block, weight.paired], device=weight.values.device)
+        layout = torch.tensor(layout_numbers(weight), device=weight.values.device)
         tensors = {"values": weight.values, "scale": weight.scale, "crow": weight.crow, "col": weight.col, "layout": layout}
         self._set_constants(*(cast(Tensor, tensors[name]) for name in self.constants))
 
@@ -229,7 +232,7 @@ class BlockSparseLinear(nn.Module):
             except ValueError as error:
                 cast(list[str], args[-1]).append(f"{prefix.removesuffix('.') or 'the layer'}: {error}")
                 return
-            self.block, self.paired = new.block, new.paired
+            self.block, self.paired, self.pruned_block = new.block, new.paired, new.pruned_block
             assign, device = local_metadata.get("assign_to_params_buffers", False), self.values.device
             tensors = [state_dict[prefix + name] for name in self.constants]
             self._set_constants(

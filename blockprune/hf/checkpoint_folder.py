@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from blockprune.core._compat_hf import float32_patterns, model_keys
+from blockprune.model.experts import is_stacked
 from blockprune.model.parameters import ParameterRef, parameter_refs
 from blockprune.repair.transformer_layers import Layer
 
@@ -316,7 +317,14 @@ def _empty_model(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
 def _check_complete(checkpoint: Checkpoint, model: Any, refs: Mapping[str, Sequence[ParameterRef]], keys: Mapping[str, str]) -> None:
     """Raise unless the checkpoint has all parameters of the model, in their shapes."""
     what = f"{checkpoint.folder}: config.json describes a {type(model).__name__}"
-    if missing := [f"{name} {ref.shape}" for name, (ref, *_) in refs.items() if name not in keys]:
+    absent = [ref for name, (ref, *_) in refs.items() if name not in keys]
+    if absent and all(is_stacked(ref.owner) for ref in absent):
+        raise ValueError(
+            f"{what} with {absent[0].name} {absent[0].shape}, which transformers stacks of the tensors of its experts; such a model cannot "
+            "be pruned from folder to folder, so load it and prune it in memory: model = bp.as_linears(from_pretrained(folder)), then "
+            "recipe(model, sparsity)"
+        )
+    if missing := [f"{ref.name} {ref.shape}" for ref in absent]:
         raise ValueError(
             f"{what} with {', '.join(missing[:3])}{', ...' * (len(missing) > 3)}, which no file has; give the right config.json or "
             "model_class=. If transformers makes them of other tensors, convert the folder first: "

@@ -1,5 +1,6 @@
 """Masked and exported models through ``save_pretrained`` and ``from_pretrained``, registered with transformers as a quantization method."""
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from blockprune.model.checkpoint import masks_in_state
 from blockprune.model.hf_checkpoint import FORMAT, QUANT_METHOD, prepare_checkpoints
 from blockprune.model.parameters import parameter_refs
 
-MASK_PARTS = ("original", "0.keep", "0._extra_state")  # of a masked weight in a state dict
+MASK_PART = re.compile(r"(.*\bparametrizations\.[^.]+\.)(\d+)\.(keep|_extra_state)")  # of a masked weight in a state dict
 _DTYPES = {"I64": torch.int64, "I32": torch.int32, "I8": torch.int8}  # of indices and weights of int8, as safetensors names them
 
 
@@ -70,7 +71,7 @@ class BlockpruneQuantizer(HfQuantizer):
         self.files = _files(model, options.get("checkpoint_files"))
         self.tensors = _tensors(self.files)
         replace_modules(model, _stored_weights(model, self.tensors).get)
-        ignore_unexpected_keys(model, r"(^|\.)parametrizations\.[^.]+\.(original|0\.keep|0\._extra_state)$")
+        ignore_unexpected_keys(model, r"(^|\.)parametrizations\.[^.]+\.(original|\d+\.keep|\d+\._extra_state)$")
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> None:
         names = {module: name for name, module in model.named_modules()}
@@ -172,12 +173,12 @@ def _stored_weights(model: Any, tensors: Mapping[str, Any]) -> dict[nn.Module, _
     return stored
 
 
-def _load_masks(model: Any, tensors: Iterable[str], files: Iterable[str]) -> None:
+def _load_masks(model: Any, tensors: Collection[str], files: Iterable[str]) -> None:
     """Put the masks in the files on the model, and the dense weights behind their zeros."""
     refs = {ref.parametrized_name: ref for refs in parameter_refs(model).values() for ref in refs}
-    expected = [prefix + part for prefix in refs for part in MASK_PARTS]
-    prefixes = Counter(key.removesuffix(part) for key in tensors for part in MASK_PARTS if key.endswith(f".{part}"))
-    keys = [prefix + part for prefix, parts in prefixes.items() if parts > 1 for part in MASK_PARTS]  # another parametrization has one part
+    expected = [key for prefix, ref in refs.items() for key in _mask_keys(prefix, len(ref.parametrizations or ()))]
+    masked = {(match[1], int(match[2])) for match in map(MASK_PART.fullmatch, tensors) if match and _is_masked(match, tensors)}
+    keys = [key for prefix, index in sorted(masked) for key in _mask_keys(prefix, index)]
     if missing := [key for key in keys if key not in tensors]:
         raise ValueError(f"{missing[0]}: the folder lacks this tensor of a masked weight; save the model again")
     names = model_keys(model, keys, expected)
@@ -189,6 +190,16 @@ def _load_masks(model: Any, tensors: Iterable[str], files: Iterable[str]) -> Non
                 problem = f"a parameter of shape {ref.shape}" if ref else "no such parameter"
                 raise ValueError(f"{key}: the folder has a masked weight of shape {tuple(tensor.shape)}, and the model has {problem}")
             ref.stored.copy_(tensor)
+
+
+def _mask_keys(prefix: str, index: int) -> list[str]:
+    """The tensors of a mask that follows other parametrizations, if there are any; they compute the weight from tensors of their own."""
+    return [f"{prefix}{index}.keep", f"{prefix}{index}._extra_state", *([] if index else [f"{prefix}original"])]
+
+
+def _is_masked(match: re.Match[str], tensors: Collection[str]) -> bool:
+    """Whether this part belongs to a mask; other parametrizations may have an extra state, too."""
+    return match[3] == "keep" or f"{match[1]}original" in tensors
 
 
 def _read(files: Iterable[str], keys: Collection[str]) -> Iterator[tuple[str, Tensor]]:

@@ -27,7 +27,7 @@ from blockprune.repair.hidden_states import TensorFiles, in_memory
 from blockprune.repair.layer_pruning import LayerPruning, LayerResult
 from blockprune.repair.transformer_layers import Layer, find_layers
 
-VERSION = 1  # of the folder while it is written
+VERSION = 2  # of the folder while it is written
 
 
 def prune_checkpoint(
@@ -44,9 +44,10 @@ def prune_checkpoint(
     """Prune a checkpoint folder into another folder, with the weights of one layer in memory at a time.
 
     The result has the same bits as ``recipe(model, sparsity)`` of the loaded model. Each layer is written when it is done. If the call is
-    interrupted, the same call goes on where it was, and ends in the same bits. The new folder loads with ``from_pretrained``; pruned blocks
-    are zeros in plain weights. Its masks are in ``masks.safetensors`` (`load_masks`). All other files of the source are copied, with
-    subfolders such as ``1_Pooling`` of sentence-transformers, but no weights in other formats: a subfolder that has some, such as
+    interrupted, the same call goes on where it was, and ends in the same bits; the functions of the recipe and what they refer to must
+    be the same. The new folder loads with ``from_pretrained``; pruned blocks are zeros in plain weights. Its masks are in
+    ``masks.safetensors`` (`load_masks`). All other files of the source are copied, with subfolders such as ``1_Pooling`` of
+    sentence-transformers, but no weights in other formats: a subfolder that has some, such as
     ``onnx``, is left out, as its model is not pruned.
 
     If the recipe's calibration has ``reduce=bp.distributed.all_reduce``, all processes call this, each with batches of its own, and see the
@@ -68,8 +69,10 @@ def prune_checkpoint(
         The masks, by parameter name.
 
     Raises:
-        ValueError: a file that is damaged or does not fit config.json, a destination that holds something else or was begun with another
-            recipe, sparsity, source or calibration data, a recipe that needs the whole model, and what `sequential` raises.
+        ValueError: a sparsity outside [0, 1] or NaN, a file that is damaged or does not fit config.json, stacked experts, a destination
+            that holds something else or was begun with another recipe, sparsity, source or calibration data, a recipe that needs the whole
+            model, and what `sequential` raises.
+        TypeError: a sparsity that is no number, calibration batches that can be used once only or whose contents cannot be read.
         BlockingIOError: another process is writing into the destination.
         OSError: a file is missing, the disk is full. What is written stays, and the same call goes on from there.
 
@@ -130,13 +133,19 @@ def _plain(sparsity: Sparsity) -> float | dict[str, float]:
 
     Raises:
         TypeError: neither a number nor a mapping of numbers.
+        ValueError: a number that is not from 0 to 1.
     """
     try:
-        return {name: float(value) for name, value in sparsity.items()} if isinstance(sparsity, Mapping) else float(sparsity)
+        plain = {name: float(value) for name, value in sparsity.items()} if isinstance(sparsity, Mapping) else float(sparsity)
     except (TypeError, ValueError):
         raise TypeError(
             f"sparsity={sparsity!r} must be a number from 0 to 1, or a mapping from names or patterns to such numbers"
         ) from None
+    for name, value in plain.items() if isinstance(plain, dict) else [(None, plain)]:
+        if not 0 <= value <= 1:
+            what = "sparsity" if name is None else f"sparsity[{name!r}]"
+            raise ValueError(f"{what}={value!r} must be from 0 (keep all) to 1 (remove all); 50 % is 0.5")
+    return plain
 
 
 def _layers(skeleton: Skeleton, recipe: OneShot | LayerByLayer) -> list[Layer]:

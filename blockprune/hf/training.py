@@ -1,12 +1,14 @@
 """Pruning while a `transformers.Trainer` trains."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
 
-from blockprune.core.types import masks_and_weights
+from blockprune.core.masks import sparsity
+from blockprune.core.types import Masks, Weights, masks_and_weights
 from blockprune.model.apply import apply_masks, parameter_masks
 
 
@@ -18,6 +20,9 @@ class GradualPruning(TrainerCallback):
 
     Pass it to the constructor of the Trainer: the model then has masks before a checkpoint is loaded, so ``resume_from_checkpoint``
     continues with the masks and the dense weights of the checkpoint. ``trainer.save_model`` writes both.
+
+    With ``load_best_model_at_end=True`` the best checkpoint may be of a step at which the masks pruned less. The callback warns if the
+    model at the end is less sparse than the last update made it.
 
     Args:
         prune: (model, sparsity) -> masks, such as a `Pipeline`, or a result with ``masks`` and ``weights``, such as that of a recipe.
@@ -50,6 +55,7 @@ class GradualPruning(TrainerCallback):
             raise ValueError(f"every={every} and end={end} must be positive numbers of steps")
         self.prune, self.schedule, self.every, self.end = prune, schedule, every, end
         self.straight_through, self.decay = straight_through, decay
+        self.last_sparsity = 0.0  # of the masks of the last update, or of the checkpoint from which training resumed
 
     def on_init_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Put masks on a plain model, so that a checkpoint's masks can be loaded."""
@@ -57,8 +63,11 @@ class GradualPruning(TrainerCallback):
             self._update(options["model"], 0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
-        """Raise if a checkpoint was loaded into a model without masks."""
-        if state.global_step and not parameter_masks(options["model"]):
+        """Pass gradients as the options say, also to a model that had masks before; raise if a checkpoint was loaded into one without."""
+        masks = parameter_masks(options["model"])
+        if masks:
+            self._put_on(options["model"], masks)
+        elif state.global_step:
             raise ValueError(
                 f"training resumes at step {state.global_step}, but the model has no masks, so those of the checkpoint are lost; "
                 "pass this callback to Trainer(callbacks=[...]) instead of trainer.add_callback, and a model instead of model_init"
@@ -76,10 +85,22 @@ class GradualPruning(TrainerCallback):
         is_ended = self.end is not None and step > self.end
         if last_update is not None and not is_ended and self.schedule(step) != self.schedule(last_update):
             self._update(options["model"], step)
+        present = sparsity(parameter_masks(options["model"]))
+        if args.load_best_model_at_end and present < self.last_sparsity:
+            warnings.warn(
+                f"the masks of the model prune {present:.1%} at the end of the training, and the last update pruned "
+                f"{self.last_sparsity:.1%}: load_best_model_at_end=True has loaded {state.best_model_checkpoint}, which is of an earlier "
+                "step; train with load_best_model_at_end=False, or load the best of the checkpoints that have the final sparsity",
+                stacklevel=2,
+            )
 
     def _is_update(self, step: int) -> bool:
         return step == self.end or (step % self.every == 0 and (self.end is None or step < self.end))
 
     def _update(self, model: nn.Module, step: int) -> None:
         masks, weights = masks_and_weights(self.prune(model, self.schedule(step)), "prune")
+        self._put_on(model, masks, weights)
+
+    def _put_on(self, model: nn.Module, masks: Masks, weights: Weights | None = None) -> None:
         apply_masks(model, masks, weights, straight_through=self.straight_through, decay=self.decay)
+        self.last_sparsity = sparsity(parameter_masks(model))

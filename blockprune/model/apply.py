@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from blockprune.core._compat import data_address, storage_id
-from blockprune.core._compat_hf import is_offloaded
 from blockprune.core.grid import BlockGrid
 from blockprune.core.patterns import suggest
 from blockprune.core.sharded_tensor import is_sharded, sharded_like, whole
@@ -21,6 +20,8 @@ from blockprune.model.masked_class import add_mask_methods, has_mask_methods, ma
 from blockprune.model.masking import mask_blocks, zeros_in_pruned_blocks
 from blockprune.model.parameters import (
     ParameterRef,
+    check_loaded,
+    check_not_inference,
     check_own_memory,
     computed_attributes,
     distinct,
@@ -32,7 +33,7 @@ from blockprune.model.parameters import (
     select_parameters,
 )
 from blockprune.model.parametrization import MaskBlocks
-from blockprune.model.sharding import follow_parameters, has_moved_unnoticed, is_fully_sharded, reshard, without_fsdp_class
+from blockprune.model.sharding import check_copyable, check_replaceable, follow_parameters, has_moved_unnoticed, reshard, without_fsdp_class
 
 M = TypeVar("M", bound=nn.Module)
 Refs = Mapping[str, list[ParameterRef]]  # `parameter_refs` of a model
@@ -76,7 +77,8 @@ def apply_masks(
     reshard(model)
     refs = parameter_refs(model)  # they say what is masked at the time at which they are asked
     new_masks = _checked_masks(refs, _copied_masks(refs) if masks is None and weights is not None else cast(Masks, masks))
-    _check_loaded([users[0] for _, _, users in new_masks], "apply_masks")
+    check_loaded([users[0] for _, _, users in new_masks], "apply_masks")
+    check_not_inference(users[0] for _, _, users in new_masks)
     _check_not_wrapped(model, refs, new_masks)
     new_weights = _checked_weights(refs, {} if weights is None else weights)
     reached = _checked_reached(refs, {name: mask for name, mask, _ in new_masks}, straight_through, decay)
@@ -135,16 +137,6 @@ def _checked_reached(refs: Refs, masks: Masks, straight_through: bool | Masks, d
     return reached
 
 
-def _check_loaded(refs: list[ParameterRef], function: str) -> None:
-    """Raise if accelerate holds a parameter elsewhere between forwards: a mask here would read uninitialised memory."""
-    for ref in refs:
-        if ref.stored.is_meta and is_offloaded(ref.owner):
-            raise ValueError(
-                f"{ref.name} {ref.shape}: accelerate has offloaded this parameter, so {function} cannot use its values; load the model "
-                "without offloading, or call accelerate.hooks.remove_hook_from_submodules(model) first"
-            )
-
-
 def _check_not_wrapped(model: nn.Module, refs: Refs, new_masks: list[tuple[str, BlockMask, list[ParameterRef]]]) -> None:
     """Raise if masks would be added or removed where DistributedDataParallel or a module around the model refers to the parameters."""
     before = {ref.name: ref for ref, _ in _masked_refs(refs)}
@@ -201,7 +193,9 @@ def _masks_of_exported_layers(model: nn.Module) -> dict[str, BlockMask]:
 
 
 def finalize(model: M, *, inplace: bool = False) -> M:
-    """A copy of a model without masks, with zeros in the pruned blocks. The copy of an unmasked model is an equal model.
+    """A copy of a model without masks, with zeros in the pruned blocks.
+
+    The copy of an unmasked model is an equal model.
 
     Args:
         model: masked or not; it is not changed, unless ``inplace``.
@@ -219,17 +213,13 @@ def finalize(model: M, *, inplace: bool = False) -> M:
         (<class 'torch.nn.modules.linear.Linear'>, 0, 'ParametrizedLinear')
     """
     refs = parameter_refs(model)
-    _check_loaded([ref for ref, _ in _masked_refs(refs)], "finalize")
+    check_loaded([ref for ref, _ in _masked_refs(refs)], "finalize")
     if computed := [ref.name for ref in computed_attributes(model) if ref.stored.grad_fn is not None]:
         raise ValueError(
-            f"{computed[0]}: a hook of the old weight_norm, spectral_norm or torch.nn.utils.prune computes this weight, and torch cannot "
+            f"{computed[0]}: a hook of the old weight_norm, spectral_norm or torch.nn.utils.prune computes this tensor, and torch cannot "
             "copy it; remove the hook (remove_weight_norm, remove_spectral_norm, prune.remove) or use torch.nn.utils.parametrizations"
         )
-    if any(map(is_fully_sharded, model.modules())) or is_replicated(model):
-        raise ValueError(
-            f"a {type(model).__name__} in DistributedDataParallel or fully_shard cannot be copied; call bp.finalize(wrapped.module) of "
-            "DistributedDataParallel, or bp.distributed.full_state_dict(model), which gathers what the finalized model would have"
-        )
+    check_copyable(model)
     if inplace:
         masks = _masked_refs(refs)
         if sharded := [ref for ref, _ in masks if is_sharded(ref.stored)]:
@@ -268,7 +258,8 @@ def masked_parameters(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
     tensors in the module. With ``torch.compile(fullgraph=True)`` compile the `functional_call` and create the masks outside of it.
 
     Raises:
-        KeyError, ValueError, TypeError: as `apply_masks`; also ValueError if another parametrization computes a weight.
+        KeyError, ValueError, TypeError: as `apply_masks`; also ValueError if another parametrization computes a weight or ``fully_shard``
+            has sharded it.
 
     Example:
         >>> from torch.func import functional_call
@@ -277,6 +268,13 @@ def masked_parameters(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
         >>> functional_call(model, bp.masked_parameters(model, {"weight": mask}), x).abs().sum().item()
         0.0
     """
+    tensors = functional_parameters(model, masks)
+    check_replaceable(model, tensors)
+    return tensors
+
+
+def functional_parameters(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
+    """`masked_parameters`, also of a model that ``fully_shard`` has sharded, for `replaced_shards`."""
     tensors: dict[str, Tensor] = {}
     for name, mask, refs in _checked_masks(parameter_refs(model), masks):
         keep = mask.keep.to(refs[0].stored.device).clone()
@@ -375,7 +373,7 @@ def _set_mask(ref: ParameterRef, mask: BlockMask) -> None:
     order = parameter_order(owner)
     with without_fsdp_class(owner):
         if parametrize.is_parametrized(owner) and not has_mask_methods(owner):
-            owner.__class__ = own_class(owner)  # torch lets a copy of a parametrized module share its class
+            owner.__class__ = own_class(type(owner))  # torch lets a copy of a parametrized module share its class
         parametrize.register_parametrization(owner, ref.attr, _new_parametrization(mask, ref, order), unsafe=True)
         add_mask_methods(owner)
 

@@ -1,16 +1,18 @@
 """Masks from zeros in a model and from the state dict of a masked model."""
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 from torch import Tensor, nn
 
-from blockprune.core.grid import BlockGrid, pool
+from blockprune.core.grid import BlockGrid, expand, pool
 from blockprune.core.sharded_tensor import sharded_like, whole
 from blockprune.core.types import BlockMask, Where, check_prunable
 from blockprune.model.apply import apply_masks, parameter_masks
-from blockprune.model.parameters import STORED_NAME, parameter_refs
+from blockprune.model.parameters import STORED_NAME, distinct, parameter_refs
+from blockprune.model.parametrization import MaskBlocks
 from blockprune.model.selection import select
 
 M = TypeVar("M", bound=nn.Module)
@@ -46,7 +48,8 @@ def load_masked(model: M, state: Mapping[str, Tensor]) -> M:
     """Load the state dict of a masked model into a model of the same class, in place, masks included; return it.
 
     The model may be plain: it gets the masks of the state dict. Weights of the state dict that are not masked are loaded as usual, and a
-    parameter that is masked in the model only keeps its mask.
+    parameter that is masked in the model only keeps its mask. A mask that is on the model already keeps its options, ``straight_through``
+    and ``decay``, which no state dict has.
 
     Args:
         model: masked or not.
@@ -55,7 +58,7 @@ def load_masked(model: M, state: Mapping[str, Tensor]) -> M:
 
     Raises:
         ValueError: the state has a mask of other blocks than the model, lacks a tensor of the model, has another tensor,
-            or one of another shape. The model is as it was before the call.
+            or one of another shape; a model on the meta device, which has no memory for values. The model is as it was before the call.
 
     Example:
         >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
@@ -71,17 +74,55 @@ def load_masked(model: M, state: Mapping[str, Tensor]) -> M:
                 f"{name}: the state has a mask of blocks {masks[name].grid.block}, but the model has blocks {before[name].grid.block}; "
                 "remove the masks of the model first, with bp.apply_masks(model, {})"
             )
-    is_masked_anew = not masks.keys() <= before.keys()  # masks that stay keep their option straight_through
-    if is_masked_anew:
-        apply_masks(model, before | masks)
-    try:
-        fitting = _fitting_state(model, state)
-    except ValueError:
+    is_masked_anew = not masks.keys() <= before.keys()
+    with keep_gradient_options(model):
         if is_masked_anew:
-            apply_masks(model, before)
-        raise
+            apply_masks(model, before | masks)
+        try:
+            fitting = _fitting_state(model, state)
+        except ValueError:
+            if is_masked_anew:
+                apply_masks(model, before)
+            raise
     model.load_state_dict(fitting, strict=False)  # _fitting_state has compared the names; an alias of a tied tensor may be missing
     return model
+
+
+@contextlib.contextmanager
+def keep_gradient_options(model: nn.Module) -> Iterator[None]:
+    """Restore at the end, in place, which gradients the masks let pass (``straight_through`` and ``decay`` of `apply_masks`).
+
+    Parameters that are masked both before and after keep these options. Where a mask gets other blocks, gradients reach those that
+    have an element that they reached before.
+
+    Example:
+        >>> from blockprune.model.checkpoint import keep_gradient_options
+        >>> masks = {"weight": bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))}
+        >>> model = bp.apply_masks(nn.Linear(4, 2), masks, straight_through=True)
+        >>> with keep_gradient_options(model):
+        ...     _ = bp.apply_masks(model, masks)
+        >>> model.parametrizations.weight[0].reached
+        tensor([[True, True]])
+    """
+    before = {
+        name: (mask.grid, None if mask.reached is None else mask.reached.clone(), mask.decay)
+        for name, (mask, *_) in _mask_modules(model).items()
+    }
+    try:
+        yield
+    finally:
+        for name, modules in _mask_modules(model).items():
+            for mask in modules if name in before else []:
+                grid, reached, decay = before[name]
+                if reached is not None and mask.grid != grid:
+                    reached = pool(expand(reached, grid), mask.grid) > 0
+                mask.pass_gradients(reached, decay)
+
+
+def _mask_modules(model: nn.Module) -> dict[str, list[MaskBlocks]]:
+    """The masks on each masked parameter, in all modules that use it."""
+    masks = {name: [ref.mask for ref in distinct(refs) if ref.mask] for name, refs in parameter_refs(model).items()}
+    return {name: modules for name, modules in masks.items() if modules}
 
 
 # the names of a mask in a state dict, likewise
@@ -134,4 +175,9 @@ def _fitting_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
     for name, key in names.items():
         if tuple(state[key].shape) != tuple(expected[name].shape):
             raise ValueError(f"{key}: the state has the shape {tuple(state[key].shape)}, but the model has {tuple(expected[name].shape)}")
+        if expected[name].is_meta and not state[key].is_meta:
+            raise ValueError(
+                f"{key} {tuple(expected[name].shape)}: the model has this tensor on the meta device, so no values can be loaded into it; "
+                "give the model memory first, with model.to_empty(device='cpu')"
+            )
     return {key: sharded_like(tensor, expected[stored_names.get(key, key)]) for key, tensor in state.items()}

@@ -151,7 +151,9 @@ def _of_other_owner(gates: GateBlocks, order: tuple[str, ...]) -> GateBlocks:
 
 
 def remove(model: M, *, fold: bool = True) -> M:
-    """Change a model in place, so that it has no gates; return it. Weights and modules have the types and names that they had before `add`.
+    """Change a model in place, so that it has no gates; return it.
+
+    Weights and modules have the types and names that they had before `add`.
 
     Args:
         model: a model with gates.
@@ -199,7 +201,7 @@ def _remove_gates(ref: ParameterRef) -> None:
 def _own_class(owner: nn.Module) -> None:
     """Give a parametrized module a class of its own, because torch lets a copy of it share the class that is about to change."""
     if parametrize.is_parametrized(owner) and not has_mask_methods(owner):
-        owner.__class__ = own_class(owner)
+        owner.__class__ = own_class(type(owner))
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:

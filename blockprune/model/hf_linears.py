@@ -29,7 +29,9 @@ def is_transposed(module: Any) -> bool:
 
 
 def as_linears(model: M) -> M:
-    """A copy of a model in which every Conv1D and all stacked experts are nn.Linear modules. It has the same outputs.
+    """A copy of a model in which every Conv1D and all stacked experts are nn.Linear modules.
+
+    It has the same outputs.
 
     A Conv1D (in GPT-2 and similar models) becomes a Linear of the same name. Experts that are stacked in one tensor (Mixtral, Qwen 3 MoE,
     DeepSeek V3, GPT-OSS and others in transformers 5) become ``experts.0.gate_proj``, ``experts.0.up_proj``, ``experts.0.down_proj`` and
@@ -75,7 +77,9 @@ def as_linears(model: M) -> M:
 
 
 def from_linears(model: nn.Module, like: M) -> M:
-    """A copy of ``like`` with the weights of a model that `as_linears` made from it, pruned or not. It has the same outputs as the model.
+    """A copy of ``like`` with the weights of a model that `as_linears` made from it, pruned or not.
+
+    It has the same outputs as the model.
 
     Its ``save_pretrained`` writes a checkpoint that Hugging Face and other libraries can load.
 

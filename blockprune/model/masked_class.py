@@ -4,10 +4,10 @@ Torch gives every parametrized module a class of its own, ``ParametrizedLinear``
 `_METHODS`, and its attribute `_REPLACED` holds the methods of the same names that the class had before.
 """
 
-import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
+import attrs
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -40,9 +40,8 @@ def remove_mask_methods(owner: nn.Module) -> None:
         delattr(type(owner), _REPLACED)
 
 
-def own_class(owner: nn.Module) -> type:
-    """A copy of the module's class."""
-    shared = type(owner)
+def own_class(shared: type) -> type:
+    """A copy of a class."""
     return type(shared.__name__, shared.__bases__, {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")})
 
 
@@ -61,14 +60,36 @@ def _super(self: nn.Module) -> Any:
     return super(next(ancestor for ancestor in type(self).__mro__ if _REPLACED in vars(ancestor)), self)
 
 
-def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A copy with a class of its own. With torch's copy, which shares the class, removing the copy's mask would break the original."""
-    replica: Any = object.__new__(own_class(self))
-    memo[id(self)] = replica
-    replica.__dict__ = copy.deepcopy({key: value for key, value in vars(self).items() if key not in RNN_CACHES}, memo)
-    if isinstance(replica, nn.RNNBase):
-        rebuild_rnn_caches(replica)
-    return cast(nn.Module, replica)
+@attrs.frozen
+class _NewObject:
+    """Makes an empty object with a class of its own: if a copy shared the class, removing the copy's mask would break the original."""
+
+    shared: type
+
+    def __call__(self) -> Any:
+        return object.__new__(own_class(self.shared))
+
+    def __reduce__(self) -> Any:
+        raise RuntimeError("a masked module cannot be pickled; save model.state_dict(), or call bp.finalize(model) first")
+
+
+def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
+    """How `copy.deepcopy` copies a masked module.
+
+    It has no ``__deepcopy__``: wrappers that pass attributes on, such as those of torch.compile and PEFT, would pass on this method, too,
+    and `copy.deepcopy` of the wrapper would return a copy of the module inside it.
+    """
+    return _NewObject(type(self)), (), {key: value for key, value in vars(self).items() if key not in RNN_CACHES}
+
+
+def _copy(self: nn.Module) -> nn.Module:
+    raise RuntimeError("a shallow copy of a masked module would share the masks with it; use copy.deepcopy(model)")
+
+
+def _setstate(self: nn.Module, state: Mapping[str, Any]) -> None:
+    vars(self).update(state)
+    if isinstance(self, nn.RNNBase):
+        rebuild_rnn_caches(self)
 
 
 def _setattr(self: nn.Module, name: str, value: Any) -> None:
@@ -112,7 +133,10 @@ def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) 
 
 
 _METHODS: Mapping[str, Any] = {
-    "__deepcopy__": _deepcopy,
+    "__copy__": _copy,
+    "__deepcopy__": None,
+    "__reduce_ex__": _reduce_ex,
+    "__setstate__": _setstate,
     "__setattr__": _setattr,
     "_load_from_state_dict": _load_from_state_dict,
     "register_parameter": _register_parameter,

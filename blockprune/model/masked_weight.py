@@ -76,7 +76,10 @@ class MaskedWeight(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         if value.shape != self.shape:
-            raise ValueError(f"weight.data {tuple(self.shape)} cannot be a tensor of shape {tuple(value.shape)}; give the whole weight")
+            raise ValueError(
+                f"the data of a masked weight {tuple(self.shape)} cannot be a tensor of shape {tuple(value.shape)}; give the whole weight, "
+                "or call bp.finalize(model) first to change its shape"
+            )
         if value.device.type != "meta" and value.data_ptr() == self.data_ptr():
             return  # `weight.data += x` assigns the tensor that it has changed already
         stored = self._writable()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from blockprune.core._compat import has_one_original, originals, own_parametrizations, parameter_names, storage_id
+from blockprune.core._compat_hf import is_offloaded
 from blockprune.core.patterns import suggest
 from blockprune.core.sharded_tensor import is_sharded
 from blockprune.model.parametrization import MaskBlocks
@@ -209,10 +210,33 @@ def is_replicated(model: nn.Module) -> bool:
 
 
 def computed_attributes(model: nn.Module) -> Iterator[ParameterRef]:
-    """Weights that are plain tensors, which a hook computes before each forward: of the old weight_norm, spectral_norm, and prune."""
+    """Plain tensors that a hook computes before each forward: of the old weight_norm and spectral_norm, and of torch.nn.utils.prune."""
     for prefix, module in model.named_modules(remove_duplicate=False):
-        if isinstance(value := vars(module).get("weight"), Tensor) and not isinstance(value, nn.Parameter):
-            yield ParameterRef(f"{prefix}.weight" if prefix else "weight", module, "weight")
+        own = {name for name, _ in module.named_parameters(recurse=False, remove_duplicate=False)}
+        for attr, value in vars(module).items():
+            is_computed = attr == "weight" or f"{attr}_orig" in own or {f"{attr}_g", f"{attr}_v"} <= own
+            if is_computed and isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                yield ParameterRef(f"{prefix}.{attr}" if prefix else attr, module, attr)
+
+
+def check_loaded(refs: Iterable[ParameterRef], function: str) -> None:
+    """Raise a ValueError if accelerate holds a parameter elsewhere between forwards: a mask here would read uninitialised memory."""
+    for ref in refs:
+        if ref.stored.is_meta and is_offloaded(ref.owner):
+            raise ValueError(
+                f"{ref.name} {ref.shape}: accelerate has offloaded this parameter, so {function} cannot use its values; load the model "
+                "without offloading, or call accelerate.hooks.remove_hook_from_submodules(model) first"
+            )
+
+
+def check_not_inference(refs: Iterable[ParameterRef]) -> None:
+    """Raise a ValueError if a parameter was made under `torch.inference_mode`, outside of which it cannot be changed or have gradients."""
+    for ref in refs:
+        if ref.stored.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"{ref.name} {ref.shape} was made under torch.inference_mode, and torch allows no change of it outside; copy the model "
+                "outside of torch.inference_mode: copy.deepcopy(model)"
+            )
 
 
 def find_parameters(model: nn.Module, names: Iterable[str], *, what: str) -> dict[str, list[ParameterRef]]:

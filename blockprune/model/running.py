@@ -13,6 +13,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from blockprune.core._compat import all_buffers
 from blockprune.core.pipeline import as_code
 
 Forward = Callable[[Callable[..., Any], Any], Any]  # (model, batch) -> output
@@ -41,11 +42,16 @@ def default_forward(model: Callable[..., Any], batch: Any) -> Any:
 def inputs_of(batch: Any) -> Any:
     """The part of a batch that the model is called with by default: of a tuple or list the first element, of others the whole.
 
+    Raises:
+        ValueError: an empty tuple or list.
+
     Example:
         >>> from blockprune.model.running import inputs_of
         >>> inputs_of((1, 2)), inputs_of({"x": 1})
         (1, {'x': 1})
     """
+    if _is_sequence(batch) and not batch:
+        raise ValueError(f"a batch is an empty {type(batch).__name__}; its first element must be the model's inputs")
     return batch[0] if _is_sequence(batch) else batch
 
 
@@ -255,15 +261,20 @@ def _to_device(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 @contextlib.contextmanager
-def preserve_state(model: nn.Module, weights: Sequence[Tensor] = ()) -> Iterator[None]:
+def preserve_state(model: nn.Module, weights: Sequence[Tensor] = (), *, trains: bool = False) -> Iterator[None]:
     """Run a model in evaluation mode, with gradients for these weights, and restore its state afterwards.
 
-    The state is the training mode of all modules, ``requires_grad`` of the weights, all buffers, and the random number generators. Compiled
-    models run eagerly, and `torch.inference_mode` is off.
+    The state is the training mode of all modules, ``requires_grad`` of the weights, all buffers, the random number generators, and unless
+    the model trains the embeddings whose forward limits their norms in place. Compiled models run eagerly, `torch.inference_mode` is off.
     """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in weights]
-    buffers = [(module, name, buffer, buffer.clone()) for module in model.modules() for name, buffer in _own_buffers(module)]
+    buffers = [(module, all_buffers(module)) for module in model.modules()]
+    written = [buffer for _, own in buffers for buffer, _ in own.values() if buffer is not None]
+    if not trains:
+        embeddings = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None]
+        written += [p.detach() for module in embeddings for p in module.parameters()]
+    values = [(tensor, tensor.clone()) for tensor in written]
     with (
         torch.inference_mode(False),
         without_compiled_code(),
@@ -279,17 +290,25 @@ def preserve_state(model: nn.Module, weights: Sequence[Tensor] = ()) -> Iterator
                 module.training = training
             for p, flag in flags:
                 p.requires_grad_(flag)
+            for module, before in buffers:
+                _restore_buffers(module, before)
             with torch.no_grad():
-                for module, name, buffer, value in buffers:
-                    if getattr(module, name) is not buffer:  # the forward assigned another tensor
-                        setattr(module, name, buffer)
-                    if not buffer.is_meta and not torch.equal(buffer, value):
-                        buffer.copy_(value)
+                for tensor, value in values:
+                    if tensor.shape != value.shape:
+                        tensor.set_(value)  # type: ignore[call-overload]
+                    elif not tensor.is_meta and not torch.equal(tensor, value):
+                        tensor.copy_(value)
 
 
-def _own_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The buffers of a module itself, also those that other modules share."""
-    yield from module.named_buffers(recurse=False, remove_duplicate=False)
+def _restore_buffers(module: nn.Module, before: Mapping[str, tuple[Tensor | None, bool]]) -> None:
+    """Put back the buffers that a forward has assigned or deleted; those that it has added stay, as it may not add them again."""
+    now = all_buffers(module)
+    for name, (buffer, is_persistent) in before.items():
+        if name not in now:
+            vars(module).pop(name, None)  # the forward may have put a plain tensor in its place
+            module.register_buffer(name, buffer, is_persistent)
+        elif now[name][0] is not buffer:
+            setattr(module, name, buffer)
 
 
 def cuda_devices(model: nn.Module) -> list[int]:

@@ -46,7 +46,9 @@ def linears(block: BlockShape) -> Where:
 
 
 def convs(block: BlockShape) -> Where:
-    """The weight of every convolution: 1d, 2d, 3d and transposed. The block ``(1,)`` is a filter (an input channel if transposed).
+    """The weight of every convolution: 1d, 2d, 3d and transposed.
+
+    The block ``(1,)`` is a filter (an input channel if transposed).
 
     Args:
         block: its size along the leading axes; -1, or an axis that is left out, is taken whole.
@@ -114,7 +116,9 @@ def units(axes: Sequence[UnitPermutation]) -> Where:
 
 
 def norms_and_biases(name: str, owner: nn.Module) -> BlockShape | None:
-    """The parameters of norms, and biases. It is a rule itself, for ``where=`` of `distill`.
+    """The parameters of norms, and biases.
+
+    It is a rule itself, for ``where=`` of `distill`.
 
     Norms are those of torch, and modules whose class has "Norm" in its name, such as an RMSNorm of your own; biases are parameters whose
     name contains "bias".

@@ -3,29 +3,36 @@
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from blockprune.core._compat import follow_fsdp_parameters, is_fsdp_managed
-from blockprune.core.sharded_tensor import is_sharded
+from blockprune.core._compat_fsdp import end_fsdp_forwards, follow_fsdp_parameters, is_fsdp_managed
+from blockprune.core.sharded_tensor import is_sharded, sharded_like
 from blockprune.core.types import Masks
+from blockprune.model.parameters import is_replicated
 
 __all__ = [
     "agree",
+    "check_copyable",
+    "check_not_fully_sharded",
     "check_process_group",
+    "check_replaceable",
     "follow_parameters",
     "gather_from_ranks",
     "group_of",
     "has_moved_unnoticed",
     "in_step",
     "is_fully_sharded",
+    "raised_together",
     "rank_of",
+    "replaced_shards",
     "reshard",
+    "unsharded_around",
     "without_broadcasts",
     "without_fsdp_class",
 ]
@@ -40,10 +47,99 @@ def is_fully_sharded(module: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let the model hold its sharded parameters: after a forward without a backward, the outermost ones are whole copies."""
-    for module in model.modules():
-        if is_fully_sharded(module):
-            module.reshard()  # type: ignore[operator]
+    """Let the model hold its sharded parameters: after a forward without a backward, or one that stopped early, some are whole copies."""
+    sharded: list[Any] = [module for module in model.modules() if is_fully_sharded(module)]
+    end_fsdp_forwards(sharded)
+    for module in sharded:
+        module.reshard()
+
+
+@contextlib.contextmanager
+def unsharded_around(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """A block in which these modules run alone, so what ``fully_shard`` holds around them is whole; afterwards all hold shards."""
+    inside = {inner for module in modules for inner in module.modules()}
+    around: list[Any] = [module for module in model.modules() if is_fully_sharded(module) and module not in inside]
+    try:
+        for module in around:
+            module.unshard()
+        yield
+    finally:
+        reshard(model)
+
+
+@contextlib.contextmanager
+def replaced_shards(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """A block in which parameters that ``fully_shard`` manages in a module have other values; gives the others, for `functional_call`.
+
+    Before a forward ``fully_shard`` puts its own parameters into its modules, whatever `functional_call` has put there. So the values are
+    written into the shards, and afterwards those from before.
+
+    Example:
+        >>> from blockprune.model.sharding import replaced_shards
+        >>> with replaced_shards(nn.Linear(1, 1), {"weight": torch.ones(1, 1)}) as others:
+        ...     others
+        {'weight': tensor([[1.]])}
+    """
+    sharded = _shards(module)
+    if sharded is None:
+        yield dict(parameters)
+        return
+    before = {sharded[name]: sharded[name].detach().clone() for name in parameters if name in sharded}
+    with torch.no_grad():
+        try:
+            for name, value in parameters.items():
+                if name in sharded:
+                    sharded[name].copy_(sharded_like(value.detach(), sharded[name]))
+            yield {name: value for name, value in parameters.items() if name not in sharded}
+        finally:
+            reshard(module)
+            for shard, value in before.items():
+                shard.copy_(value)
+
+
+def _shards(module: nn.Module) -> dict[str, Tensor] | None:
+    """The parameters that ``fully_shard`` puts into a module before its forward, by all their names; None if it was not called on any."""
+    managed = {inner for part in module.modules() if is_fully_sharded(part) for inner in part.modules()}
+    if not managed:
+        return None
+    reshard(module)
+    own = {id(p) for inner in managed for p in inner.parameters(recurse=False)}
+    return {name: p for name, p in module.named_parameters(remove_duplicate=False) if is_sharded(p) and id(p) in own}
+
+
+def check_replaceable(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError if `functional_call` would not replace one of these tensors, as ``fully_shard`` puts its own back."""
+    if replaced := [name for name in _shards(model) or () if name in tensors]:
+        raise ValueError(
+            f"{replaced[0]} {tuple(tensors[replaced[0]].shape)}: fully_shard puts its own parameter into the module before a forward, so "
+            "functional_call would run the model without the mask; use apply_masks, or call masked_parameters before fully_shard"
+        )
+
+
+def check_copyable(model: nn.Module) -> None:
+    """Raise a ValueError if a model is in ``DistributedDataParallel``, or if ``fully_shard`` was called on a part of it."""
+    if any(map(is_fully_sharded, model.modules())) or is_replicated(model):
+        raise ValueError(
+            f"a {type(model).__name__} in DistributedDataParallel or fully_shard cannot be copied; call bp.finalize(wrapped.module) of "
+            "DistributedDataParallel, or bp.distributed.full_state_dict(model), which gathers what the finalized model would have"
+        )
+
+
+def check_not_fully_sharded(model: nn.Module, reason: str, *, nor_dtensors: bool = False) -> None:
+    """Raise a ValueError with a reason if ``fully_shard`` has sharded a part of a model; on all ranks, as all have the same model.
+
+    Args:
+        model: any.
+        reason: what cannot be done with such a model.
+        nor_dtensors: also raise if ``parallelize_module`` has.
+    """
+    is_parallel = nor_dtensors and any(map(is_sharded, model.parameters()))
+    if is_parallel or any(map(is_fully_sharded, model.modules())):
+        function = "fully_shard" if any(map(is_fully_sharded, model.modules())) else "parallelize_module"
+        raise ValueError(
+            f"{reason}, but {function} has sharded this {type(model).__name__}; call it before {function}, or on a plain model that "
+            "loads bp.distributed.full_state_dict(model)"
+        )
 
 
 def has_moved_unnoticed(model: nn.Module, owner: nn.Module) -> bool:
@@ -146,6 +242,32 @@ def gather_from_ranks(value: T, reduce: Callable[..., Any] | None) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+@contextlib.contextmanager
+def raised_together(model: nn.Module, reduce: Callable[..., Any] | None) -> Iterator[None]:
+    """A block whose error on one rank is raised on all that ``reduce`` adds over, which would wait for that rank; all must enter it.
+
+    The block must not wait for other ranks itself. A sharded model does, so there the error is raised on its own rank alone.
+
+    Example:
+        >>> from blockprune.model.sharding import raised_together
+        >>> with raised_together(nn.Linear(1, 1), None):
+        ...     pass
+    """
+    if any(map(is_fully_sharded, model.modules())) or any(map(is_sharded, model.parameters())):
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    of_ranks = gather_from_ranks(None if error is None else f"{type(error).__name__}: {error}", reduce)
+    if error is not None:
+        raise error
+    if failed := [f"rank {rank} raised {message}" for rank, message in enumerate(of_ranks) if message]:
+        raise RuntimeError(failed[0])
 
 
 def agree(masks: Masks, *, group: dist.ProcessGroup | None = None) -> Masks:

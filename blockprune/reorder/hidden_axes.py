@@ -90,9 +90,14 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
         recorded = _varied_run(WorkingCopy.of(model, example, forward))
         checks = _checks(recorded)
         usage = UsageCheck(recorded)
+        tracer = AxisTracer(recorded)
+        consumers = _consumers(tracer, progress)
         unused = usage.unused_modules()
+        unused |= {
+            layer: {recorded.units(layer)} for layer, uses in consumers.items() if not uses and recorded.is_multiplied_by_zero(layer)
+        }
         plan = []
-        for group in _axis_groups(AxisTracer(recorded), progress):
+        for group in _axis_groups(tracer, consumers):
             permutation = _identity_permutation(recorded, group)
             if permutation is None:
                 continue
@@ -164,9 +169,8 @@ class _AxisGroup:
         return all(use.is_separate for use in self.uses.values())
 
 
-def _axis_groups(tracer: AxisTracer, progress: bool | None) -> list[_AxisGroup]:
+def _axis_groups(tracer: AxisTracer, consumers: Consumers) -> list[_AxisGroup]:
     """The axes of the model: first the residual streams, whose units are used several at a time, then those whose units are used singly."""
-    consumers = _consumers(tracer, progress)
     pieces = {layer: max((use.pieces for use in uses.values()), default=1) for layer, uses in consumers.items()}
     sizes = {layer: max((use.size for use in uses.values()), default=1) for layer, uses in consumers.items()}
     units = {layer: tracer.recorded.units(layer) // (pieces[layer] * sizes[layer]) for layer in consumers}

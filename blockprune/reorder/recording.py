@@ -92,6 +92,20 @@ class RecordedRun:
         self.copied.set_values(self.values)
         return self.copied.run(change)
 
+    def is_multiplied_by_zero(self, layer: str) -> bool:
+        """Whether the model multiplies a layer's output by 0, of a layer whose changes have no effect: NaN reaches other layers then."""
+        changes = _InputChanges(self.modules, self.module_inputs)
+        try:
+            with self._replayed_forwards(layer, torch.ones(self.units(layer)).bool(), torch.nan, changes.compare):
+                outputs = self.run()
+        except Exception:  # for example, the model refuses NaN
+            return False
+        changed = changes.by_module()
+        return changed is None or not self._are_outputs(outputs) or any(bool(inputs.any()) for inputs in changed.values())
+
+    def _are_outputs(self, outputs: Sequence[Tensor]) -> bool:
+        return len(outputs) == len(self.outputs) and all(map(torch.equal, outputs, self.outputs))
+
     def replay(self, layer: str, units: Tensor) -> Mapping[str, Tensor] | None:
         """Run the model again with some units of one layer's output changed, and compare the inputs of all modules with the recorded ones.
 
@@ -106,17 +120,17 @@ class RecordedRun:
             the model called other modules or gave them inputs of other shapes.
         """
         changes = _InputChanges(self.modules, self.module_inputs)
-        with self._replayed_forwards(layer, units, changes.compare):
+        with self._replayed_forwards(layer, units, 1.0, changes.compare):
             try:
                 outputs = self.run()
             except Exception:  # for example, the changed model calls an expert that it did not call before
                 return None
-        if len(outputs) != len(self.outputs) or not all(map(torch.equal, outputs, self.outputs)):
+        if not self._are_outputs(outputs):
             return None
         return changes.by_module()
 
     @contextlib.contextmanager
-    def _replayed_forwards(self, layer: str, units: Tensor, observe: Callable[[str, Tensor], None]) -> Iterator[None]:
+    def _replayed_forwards(self, layer: str, units: Tensor, change: float, observe: Callable[[str, Tensor], None]) -> Iterator[None]:
         """Inside, mixing layers return their recorded outputs, one of them changed, and the inputs of all modules are passed on."""
         recorded = {name: iter(calls) for name, calls in self.layer_outputs.items()}
 
@@ -126,7 +140,7 @@ class RecordedRun:
             if name != layer:
                 return y.clone()
             axis = unit_axis(self.modules[name], y)
-            return y + (1 + y.abs().max()) * units.to(y).view([-1 if i == axis else 1 for i in range(y.ndim)])
+            return y + change * (1 + y.abs().max()) * units.to(y).view([-1 if i == axis else 1 for i in range(y.ndim)])
 
         def record(module: nn.Module, args: Any, kwargs: Any, *, name: str) -> None:
             if (x := _first_tensor(args, kwargs)) is not None:

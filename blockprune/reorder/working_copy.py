@@ -17,6 +17,7 @@ from blockprune.core._compat_hf import CACHE_ARGUMENTS
 from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.experts import Experts, experts_in
 from blockprune.model.running import Forward, cuda_devices, disable_attention_fastpath, to_model_device
+from blockprune.model.sharding import check_not_fully_sharded
 from blockprune.reorder.permutation import permute
 from blockprune.reorder.varied_values import vary_model
 
@@ -67,6 +68,7 @@ class WorkingCopy:
         Raises:
             ValueError: the model cannot be copied, cannot run the example, or returns no floating-point tensors.
         """
+        check_not_fully_sharded(source, "find_axes runs a copy of the model", nor_dtensors=True)
         try:
             own = cls(source, _evaluation_copy(source), example, forward, None)
         except RuntimeError as error:  # for example, a module stores a tensor that it computed with a gradient

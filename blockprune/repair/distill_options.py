@@ -1,5 +1,6 @@
 """What the options of `distill` must be."""
 
+import inspect
 import math
 import numbers
 from collections import Counter
@@ -75,11 +76,17 @@ def optimizers_of(made: Any, parameters: Mapping[str, Tensor]) -> list[Optimizer
 
     Raises:
         TypeError: neither an optimizer nor a list of some.
-        ValueError: several optimizers that have a parameter twice, or not at all.
+        ValueError: several optimizers that have a parameter twice, or not at all; one whose step needs a closure (LBFGS).
     """
     optimizers = [made] if isinstance(made, Optimizer) else list(made) if isinstance(made, (list, tuple)) else []
     if not optimizers or not all(isinstance(optimizer, Optimizer) for optimizer in optimizers):
         raise TypeError(f"optimizer returned {made!r}; it must return a torch.optim.Optimizer, or a list of some")
+    for optimizer in optimizers:
+        if _needs_closure(optimizer):
+            raise ValueError(
+                f"optimizer returned {type(optimizer).__name__}, whose step needs a closure that computes the loss several times, and each "
+                "step computes it once, on the next batches; return an optimizer such as torch.optim.AdamW or torch.optim.SGD"
+            )
     held = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
     for name, p in parameters.items():
         if len(optimizers) > 1 and held[id(p)] != 1:
@@ -87,6 +94,12 @@ def optimizers_of(made: Any, parameters: Mapping[str, Tensor]) -> list[Optimizer
                 f"{name} {tuple(p.shape)} is in {held[id(p)]} of the optimizers that optimizer= returned; put it into exactly one"
             )
     return optimizers
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    """Whether ``step()`` without arguments would fail."""
+    parameters = inspect.signature(optimizer.step).parameters.values()
+    return any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters)
 
 
 def checkpointing_method(model: Any) -> Callable[[Mapping[str, Any]], None] | None:

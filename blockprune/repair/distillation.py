@@ -17,7 +17,7 @@ from blockprune.core._compat import tree_leaves
 from blockprune.core.patterns import Pattern
 from blockprune.core.progress import progress_bar, show_values
 from blockprune.core.types import Masks, Weights, Where
-from blockprune.model.apply import parameter_masks
+from blockprune.model.apply import read_masks
 from blockprune.model.running import Calibration, Forward, cuda_devices, default_forward, inputs_of, preserve_state, to_model_device
 from blockprune.repair.batch_stream import BatchStream, keep_generators
 from blockprune.repair.distill_options import (
@@ -180,7 +180,7 @@ def distill(
         student = make_student(model, masks, weights, where=where, lora_rank=lora_rank)
         if checkpointing and (enable := checkpointing_method(student.module)):
             enable({"use_reentrant": False})
-        with preserve_state(student.module), preserve_state(teacher) if teacher is not None else contextlib.nullcontext():
+        with preserve_state(student.module, trains=True), preserve_state(teacher) if teacher is not None else contextlib.nullcontext():
             loss_of = partial(_loss_of, student.module, teacher, forward=forward, loss=loss, autocast=autocast)
             training = _Training(student, optimizer, batches, loss_of)
             if resume is None:
@@ -322,7 +322,7 @@ class _Training:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def _masks(self) -> dict[str, Tensor]:
-        return {name: mask.keep.clone() for name, mask in parameter_masks(self.student.module).items()}
+        return {name: mask.keep for name, mask in read_masks(self.student.module).items()}
 
 
 def _copies(weights: Weights) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.model.running import Calibration, Loss
-from blockprune.model.sharding import gather_from_ranks
+from blockprune.model.sharding import gather_from_ranks, raised_together
 from blockprune.repair.dense_reference import LayerBatch
 from blockprune.repair.skipped_layers import capture_batches
 from blockprune.repair.transformer_layers import CapturedBatch, Layer, LoadWeights
@@ -170,7 +170,8 @@ class HiddenStates:
                 weights.append(token_weights)
                 yield batch.hidden
 
-        pruned = store("pruned", hidden())
+        with raised_together(model, calibration.reduce):
+            pruned = store("pruned", hidden())
         if not any(gather_from_ranks(len(captured), calibration.reduce)):
             raise ValueError("batches is empty: calibration needs at least one")
         dense = store("dense", map(pruned.__getitem__, range(len(pruned)))) if keep_dense else None

@@ -6,6 +6,7 @@ from typing import Any, Literal, Unpack
 import attrs
 from torch import nn
 
+from blockprune.core.grid import BlockGrid
 from blockprune.core.masks import sparsity as sparsity_of
 from blockprune.core.pipeline import Pipeline, required_statistics
 from blockprune.core.types import Data, Masks, Reconstruct, Sparsity, Weights
@@ -17,7 +18,9 @@ from blockprune.repair.transformer_layers import Layer
 
 @attrs.frozen(eq=False, repr=False)
 class RepairResult:
-    """Masks and repaired weights; give both to `apply_masks`. ``layers`` names the layers that are done.
+    """Masks and repaired weights; give both to `apply_masks`.
+
+    ``layers`` names the layers that are done.
 
     Example:
         >>> mask = bp.BlockMask(torch.tensor([True, False]), bp.BlockGrid((4,), (2,)))
@@ -108,7 +111,7 @@ def sequential(
     pruning = LayerPruning.of(
         model, pipeline, reconstruct, sparsity, layers=layers, extra_data=extra_data, target=target, finetune=finetune
     )
-    result = _checked_resume(resume or RepairResult({}, {}), pruning.order, reconstruct)
+    result = _checked_resume(resume or RepairResult({}, {}), pruning, reconstruct)
     finished, given = result.layers, LayerResult(result.masks, result.weights)
 
     def receive(layer: Layer, new: LayerResult) -> None:
@@ -121,9 +124,9 @@ def sequential(
     return result
 
 
-def _checked_resume(done: RepairResult, order: Sequence[Layer], reconstruct: Reconstruct) -> RepairResult:
+def _checked_resume(done: RepairResult, pruning: LayerPruning, reconstruct: Reconstruct) -> RepairResult:
     """The earlier result, if it has masks and weights for all chosen parameters of its layers, which are the first ones."""
-    finished = order[: len(done.layers)]
+    finished = pruning.order[: len(done.layers)]
     if done.layers != tuple(layer.name for layer in finished):
         names = ", ".join(map(repr, done.layers))
         raise ValueError(f"resume is of layers {names}, which are not the first ones here; give the same layers")
@@ -136,8 +139,12 @@ def _checked_resume(done: RepairResult, order: Sequence[Layer], reconstruct: Rec
                 raise ValueError(
                     f"resume says that layer {layer.name!r} is done, but it has no {missing} for {name} {shape}; give the whole result"
                 )
-            if done.masks[name].grid.shape != shape:
-                raise ValueError(f"{name} {shape}: resume has a mask for shape {done.masks[name].grid.shape}; it is of another model")
+            grid = done.masks[name].grid
+            if grid.shape != shape:
+                raise ValueError(f"{name} {shape}: resume has a mask for shape {grid.shape}; it is of another model")
+            owner = layer.module.get_submodule(layer.local_names[name].rpartition(".")[0])
+            if grid != (chosen := BlockGrid(shape, pruning.where(name, owner) or ())):
+                raise ValueError(f"{name} {shape}: resume has a mask of {grid}, and `where` chooses {chosen}; give the first call's where")
         for name, local_name in layer.local_names.items():
             shape = tuple(layer.module.get_parameter(local_name).shape)
             if name in done.weights and tuple(done.weights[name].shape) != shape:

@@ -20,7 +20,16 @@ from blockprune.model.masking import mask_blocks
 from blockprune.model.parameters import find_parameters
 from blockprune.model.running import Calibration, preserve_state
 from blockprune.model.selection import including_names, select
-from blockprune.model.sharding import agree, gather_from_ranks, group_of
+from blockprune.model.sharding import (
+    agree,
+    check_not_fully_sharded,
+    gather_from_ranks,
+    group_of,
+    in_step,
+    raised_together,
+    reshard,
+    unsharded_around,
+)
 from blockprune.repair.dense_reference import DenseReferencePass, LayerTrace, PrunedPass, trace_layer
 from blockprune.repair.hidden_states import HiddenStates, Store, in_memory, layer_calibration
 from blockprune.repair.layer_finetuning import Finetune, check_parts, dense_outputs, finetune_parts
@@ -109,6 +118,8 @@ class LayerPruning:
             raise TypeError(f"finetune has the type {type(finetune).__name__}; give a function such as bp.finetune_layer, or a mapping")
         parts = finetune if isinstance(finetune, Mapping) else {"": finetune} if finetune else {}
         check_parts(parts, order)
+        if parts:
+            check_not_fully_sharded(model, "finetune tunes plain parameters of a layer")
         return cls(order, pipeline, reconstruct, where, statistics, shares, extra_data or {}, target, parts)
 
     def run(
@@ -141,23 +152,27 @@ class LayerPruning:
             )
         last_layer = {name: number for number, layer in enumerate(self.order) for name in layer.local_names}
         earlier = LayerResult()  # of tensors that a later layer has, too
-        with preserve_state(model), torch.no_grad():
+        reshard(model)
+        steps = attrs.evolve(calibration, batches=in_step(model, calibration.batches))
+        with preserve_state(model), torch.no_grad(), contextlib.ExitStack() as stack:
             keep_dense = self.target == "dense" or bool(self.finetune)
-            states = HiddenStates.of(model, self.order, calibration, keep_dense=keep_dense, load=load, store=store)
+            states = HiddenStates.of(model, self.order, steps, keep_dense=keep_dense, load=load, store=store)
+            stack.enter_context(unsharded_around(model, [layer.module for layer in self.order]))
             for number, layer in enumerate(progress_bar(self.order, "sequential", calibration.progress)):
                 with load(layer) if load else contextlib.nullcontext():
                     finished = done(layer)
                     result = earlier.joined(finished.masks, finished.weights) if finished else self._prune(layer, states, earlier)
                     finetune = {} if finished else self.finetune
-                    targets = dense_outputs(finetune, states.batches(layer, {}, dense=True))
-                    targets[""] = states.advance_dense(layer)
-                    parameters = result.parameters(layer)
-                    if finetune and layer.parameters:
-                        parameters |= finetune_parts(finetune, states.batches(layer, parameters), result.masks, targets)
-                        result = result.joined({}, {name: parameters[layer.local_names[name]] for name in layer.parameters})
-                    states.advance_pruned(layer, parameters)
-                    if not finished:
-                        receive(layer, result)
+                    with raised_together(layer.module, calibration.reduce):
+                        targets = dense_outputs(finetune, states.batches(layer, {}, dense=True))
+                        targets[""] = states.advance_dense(layer)
+                        parameters = result.parameters(layer)
+                        if finetune and layer.parameters:
+                            parameters |= finetune_parts(finetune, states.batches(layer, parameters), result.masks, targets)
+                            result = result.joined({}, {name: parameters[layer.local_names[name]] for name in layer.parameters})
+                        states.advance_pruned(layer, parameters)
+                        if not finished:
+                            receive(layer, result)
                     earlier = result.only({name for name, last in last_layer.items() if last > number})
 
     def _prune(self, layer: Layer, states: HiddenStates, result: LayerResult) -> LayerResult:
@@ -190,7 +205,9 @@ class LayerPruning:
             if input_axis(ref) == input_axis(refs[name][0])  # not a head tied to an embedding
         ]
         first = next(iter(states.batches(layer, {})), None)
-        traces = gather_from_ranks(None if first is None else trace_layer(first, hooks), states.reduce)
+        with raised_together(layer.module, states.reduce):
+            own = None if first is None else trace_layer(first, hooks)
+        traces = gather_from_ranks(own, states.reduce)
         trace = next(trace for trace in traces if trace is not None)  # the same one on all ranks
         return [(names, [hook for hook in hooks if hook[0] in names], trace) for names in trace.groups]
 

@@ -123,7 +123,8 @@ def _relative_error(student: Tensor, teacher: Tensor, batch: Any) -> Tensor:
 def cross_entropy(student: Any, teacher: Any, batch: Any, *, shift: bool | None = None) -> Tensor:
     """Cross-entropy of the labels; the teacher is not used.
 
-    Labels are the ``labels`` of a mapping, the second element of a tuple, or, without either, the input tokens.
+    Labels are the ``labels`` of a mapping, the second element of a tuple, or, without either, the input tokens. A label counts if neither
+    it nor the position that predicts it is padding.
 
     Args:
         student: logits ``[..., classes]``, or an output that has ``logits``.
@@ -155,9 +156,11 @@ def cross_entropy(student: Any, teacher: Any, batch: Any, *, shift: bool | None 
         )
     labels = labels.to(logits.device)
     _check_shift("cross_entropy", labels, batch, shift)
-    if _are_next_tokens(labels, batch) if shift is None else shift:
-        weights = _attention(labels, batch)
-        labels = labels if weights is None else labels.masked_fill(weights.to(labels.device) == 0, IGNORED)
+    is_shifted = _are_next_tokens(labels, batch) if shift is None else shift
+    if (attention := _attention(labels, batch, must_fit=is_shifted)) is not None:
+        is_padding = attention.to(labels.device) == 0
+        labels = labels.masked_fill(is_padding | F.pad(is_padding[:, :-1], (1, 0)) if is_shifted else is_padding, IGNORED)
+    if is_shifted:
         logits, labels = logits[:, :-1], labels[:, 1:]
     loss = F.cross_entropy(at_least_float32(logits).flatten(0, -2), labels.flatten(), reduction="none", ignore_index=IGNORED)
     counted = labels.flatten() != IGNORED
@@ -250,7 +253,7 @@ def _embeddings(output: Any, batch: Any, who: str) -> Tensor:
         )
     if hidden.ndim != 3:
         raise _no_embeddings(who, hidden)
-    weights = _attention(hidden[..., 0], batch)
+    weights = _attention(hidden[..., 0], _decoder_batch(output, batch))
     if weights is None:
         return at_least_float32(hidden).mean(1)
     weights = weights.to(hidden.device)[..., None]
@@ -335,8 +338,11 @@ def _are_tokens(labels: Tensor, batch: Any) -> bool:
     return bool(((labels == tokens.to(labels.device)) | (labels == IGNORED)).all())
 
 
-def _attention(x: Tensor, batch: Any) -> Tensor | None:
-    """The attention mask of a batch for numbers by position, ``[batch, positions, ...]``; None if there is none for them."""
+def _attention(x: Tensor, batch: Any, *, must_fit: bool = True) -> Tensor | None:
+    """The attention mask of a batch for numbers by position, ``[batch, positions, ...]``; None if there is none for them.
+
+    Of other positions than the numbers it is an error, or, as that of speech whose labels are not its frames, none for them.
+    """
     inputs = inputs_of(batch)
     if not isinstance(inputs, Mapping) or x.ndim < 2:  # numbers by sample have no padding
         return None
@@ -344,6 +350,8 @@ def _attention(x: Tensor, batch: Any) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return None
     if mask.shape != x.shape[:2]:
+        if not must_fit:
+            return None
         raise ValueError(
             f"the attention mask {tuple(mask.shape)} has other positions than the output {tuple(x.shape[:2])}, so its padding cannot be "
             "left out; compare outputs of these positions, or give a batch without the mask"
@@ -367,7 +375,7 @@ def _counted(values: Tensor, batch: Any, shift: bool | None) -> Tensor | None:
     attention = _attention(values, batch)
     counted = None if attention is None else attention != 0
     labels = _own_labels(batch)
-    if labels is not None and labels.ndim >= 2 and labels.shape == values.shape:
+    if labels is not None and labels.shape == values.shape:
         has_label = labels != IGNORED
         if _are_next_tokens(labels, batch) if shift is None else shift:  # a position counts if the next one has a label
             has_label = F.pad(has_label[:, 1:], (0, 1), value=False)

@@ -15,6 +15,7 @@ from blockprune.core._compat_hf import CACHE_ARGUMENTS
 from blockprune.core.patterns import suggest
 from blockprune.model.parameters import parameter_refs, stored_aliases, under_all_names
 from blockprune.model.running import Forward
+from blockprune.model.sharding import replaced_shards, reshard
 
 
 @attrs.frozen(eq=False)
@@ -83,9 +84,8 @@ class Layer:
         keyword, args, kwargs = captured.arguments[self.name]
         hidden = hidden.clone()  # a layer may write into its input
         arguments = ((), {keyword: hidden, **kwargs}) if keyword else ((hidden, *args), kwargs)
-        return _first_tensor(
-            self.name, functional_call(self.module, under_all_names(parameters, self.aliases), *arguments, tie_weights=False)
-        )
+        with replaced_shards(self.module, under_all_names(parameters, self.aliases)) as others:
+            return _first_tensor(self.name, functional_call(self.module, others, *arguments, tie_weights=False))
 
 
 # Loads the weights of a layer, or with None those outside of all layers, into a model that lacks them, and takes them out again.
@@ -187,6 +187,7 @@ def capture_layer_inputs(model: nn.Module, order: Sequence[Layer], forward: Forw
     finally:
         for handle in handles:
             handle.remove()
+        reshard(model)
     called = list(recorder.arguments)
     if wrong := [layer.name for i, layer in enumerate(order) if [layer.name] != called[i : i + 1]]:
         raise ValueError(f"the forward never calls layer {wrong[0]!r} in the order given; name layers that follow each other: layers=[...]")
@@ -234,9 +235,14 @@ class _ArgumentRecorder:
             raise ValueError(
                 f"layer {layer!r} is given a nested tensor; switch that off (enable_nested_tensor=False) or leave out the padding"
             )
-        follows = self.output is not None and hidden.shape == self.output.shape and torch.equal(hidden, self.output)
+        follows = self.output is not None and hidden.shape == self.output.shape and _are_same(hidden, self.output)
         if self.arguments and not follows:
             raise ValueError(f"layer {layer!r} is not given the output of the one before; name layers that follow each other: layers=[...]")
+
+
+def _are_same(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are equal; NaN is equal to NaN, so that the statistics say which batch has it."""
+    return torch.equal(x, y) or bool(((x == y) | (x.isnan() & y.isnan())).all())
 
 
 def _without_cache(name: str, value: Any) -> Any:

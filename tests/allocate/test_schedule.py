@@ -79,7 +79,7 @@ def test_a_full_ramp_reaches_everything() -> None:
 
 @ramps
 def test_a_ramp_that_ends_before_it_begins_is_an_error(ramp: Callable[..., float]) -> None:
-    with pytest.raises(ValueError, match="begin=5 must not be after end=4"):
+    with pytest.raises(ValueError, match="begin=5 is after end=4; give an end from 5 on"):
         ramp(0, final=0.5, begin=5, end=4)
 
 

@@ -1,5 +1,6 @@
 """Two processes: every rank ends with the statistics of all batches, and so with the same masks."""
 
+import contextlib
 import re
 import weakref
 from collections.abc import Callable
@@ -99,6 +100,11 @@ def sharded_and_fewer_batches(rank: int) -> Any:
     return bp.collect.with_statistics(sharded(), batches=batches()[: 2 + rank], **{**options(), "statistics": [bp.statistics.input_sq]})
 
 
+def sharded_and_fewer_batches_for_layers(rank: int) -> Any:
+    calibration = bp.Calibration(batches()[: 2 + rank], reduce=bp.distributed.all_reduce, progress=False)
+    return bp.recipes.sparsegpt(bp.linears((2, 2)), calibration)(sharded(), 0.5)
+
+
 def replicated_and_a_rank_without_batches(rank: int) -> Any:
     replica = DistributedDataParallel(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)))  # its buffers are broadcast before a forward
     own = [] if rank else batches()[:2]
@@ -158,18 +164,74 @@ def test_the_state_of_a_compiled_model_has_the_names_of_the_plain_one() -> None:
     assert all(torch.equal(state[name], value) for name, value in finalized_state().items())
 
 
+def collected(rank: int, **others: Any) -> Any:
+    """Statistics that both ranks add up, where rank 1 has other options."""
+    given = {"batches": batches(), "reduce": bp.distributed.all_reduce, **options(), **(others if rank else {})}
+    return bp.collect.with_statistics(given.pop("model", None) or model(), **given)
+
+
+def sums_of_other_parameters(rank: int) -> Any:
+    return collected(rank, where=bp.including(bp.linears((2, 2)), "0.*"))
+
+
+def sums_of_other_statistics(rank: int) -> Any:
+    return collected(rank, statistics=[bp.statistics.input_gram])
+
+
+def sums_of_other_shapes(rank: int) -> Any:
+    built, seen = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4)), [bp.statistics.input_sq]
+    given = {**options(), "batches": batches(), "statistics": seen, "reduce": bp.distributed.all_reduce}
+    return bp.collect.with_statistics(built if rank else model(), **given)
+
+
+def sums_of_other_types(rank: int) -> Any:
+    return collected(rank, model=model().double())
+
+
+def nan_on_a_rank(rank: int) -> Any:
+    return collected(rank, batches=[batches()[0] * torch.nan])
+
+
+def a_batch_of_another_width_on_a_rank(rank: int) -> Any:
+    return collected(rank, batches=[batches()[0][:, :3]])
+
+
+def a_loss_that_raises_on_a_rank(rank: int) -> Any:
+    def loss(output: Tensor, batch: Tensor) -> Tensor:
+        raise KeyError("labels")
+
+    return collected(rank, statistics=[bp.statistics.input_sq, bp.statistics.output_grad_sq], loss=loss)
+
+
+def other_sums_after_an_error(rank: int) -> Any:
+    """The ranks are in step again after errors."""
+    for function in (nan_on_a_rank, sums_of_other_types, a_loss_that_raises_on_a_rank):
+        with contextlib.suppress(Exception):
+            function(rank)
+    return {name: param.stats for name, param in collected(rank).items()}
+
+
 RETURNS: dict[Callable[[int], Any], Any] = {
     the_same: True,
     at_most_one_weight_is_whole: (True, 1),
     sharded_and_compiled: finalized_state(),
     replicated_and_a_rank_without_batches: (True, torch.stack(batches()[:2]).square().mean((0, 1))[None]),
 }
+OTHERS = "collect with the same model, `where` and statistics on each rank"
 RAISES: dict[Callable[[int], Any], str] = {
+    sums_of_other_parameters: rf"^2\.weight: the ranks have other sums of '\w+': .* on rank 0, none on rank 1; {OTHERS}",
+    sums_of_other_statistics: rf"^0\.weight: the ranks have other sums of '\w+': .*; {OTHERS}",
+    sums_of_other_shapes: rf"^2\.weight: the ranks have other sums of 'input_sq': .*\(1, 8\) .* on rank 0, .*\(1, 10\) .*; {OTHERS}",
+    sums_of_other_types: rf"^0\.weight: the ranks have other sums of '\w+': n \(\) torch.float32 .*0, n \(\) torch.float64 .*; {OTHERS}",
+    nan_on_a_rank: r"^(rank 1 raised ValueError: )?0\.weight \(8, 6\): NaN or inf reached '\w+' in batch 0",
+    a_batch_of_another_width_on_a_rank: r"^(rank 1 raised RuntimeError: )?mat1 and mat2 shapes cannot be multiplied",
+    a_loss_that_raises_on_a_rank: r"^(rank 1 raised KeyError: )?'labels'$",
     other_blocks_kept: r"a\.weight \(4, 4\): the ranks keep other blocks, 2 of 4 differ; collect with reduce=",
     other_grids: r"a\.weight: the ranks have other masks: .*\(2, 2\)\) on rank 0, .*\(4, 1\)\) on rank 1; prune with the same",
     other_parameters: r"c\.weight: the ranks have other masks: no mask on rank 0, .* on rank 1",
     sharded_and_a_rank_without_batches: r"batch 0: 1 of 2 ranks have one, .* give every rank as many batches",
     sharded_and_fewer_batches: r"batch 2: 1 of 2 ranks have one, .* give every rank as many batches",
+    sharded_and_fewer_batches_for_layers: r"batch 2: 1 of 2 ranks have one, .* give every rank as many batches",
 }
 
 
@@ -178,7 +240,7 @@ def run_all(rank: int, folder: str) -> dict[str, Any]:
     for function in (*RETURNS, *RAISES):
         try:
             results[function.__name__] = function(rank)
-        except ValueError as error:
+        except Exception as error:
             results[function.__name__] = str(error)
     return results
 

@@ -25,12 +25,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import blockprune as bp
-from blockprune.core import _compat, _compat_hf, _compat_pruning
+from blockprune.core import _compat, _compat_fsdp, _compat_hf, _compat_pruning
 from blockprune.native.library import address
 
 ROOT = Path(bp.__file__).parent
 COMPAT = Path(_compat.__file__)
-ALL_COMPAT = (_compat, _compat_hf, _compat_pruning)
+ALL_COMPAT = (_compat, _compat_fsdp, _compat_hf, _compat_pruning)
 
 
 @contextlib.contextmanager
@@ -320,6 +320,19 @@ def test_hooks_of_state_dicts_are_listed() -> None:
         assert _compat.state_dict_hooks(layer) == [hook]
 
 
+def test_all_buffers_are_listed() -> None:
+    with private("torch.nn.Module._buffers and _non_persistent_buffers_set", "to restore the buffers that a forward changes"):
+        model = nn.BatchNorm1d(2)
+        model.register_buffer("absent", None)
+        model.register_buffer("table", torch.ones(1), persistent=False)
+        listed = _compat.all_buffers(model)
+        assert {name: persistent for name, (_, persistent) in listed.items()} == {
+            "running_mean": True, "running_var": True, "num_batches_tracked": True, "absent": True, "table": False,
+        }  # fmt: skip
+        assert listed["absent"][0] is None
+        assert listed["table"][0] is model.table
+
+
 def test_all_names_of_parameters_are_listed() -> None:
     with private("torch.nn.Module._parameters", "to put the parameters of an unmasked module back in their order"):
         assert _compat.parameter_names(nn.Linear(2, 2, bias=False)) == ["weight", "bias"]
@@ -381,20 +394,38 @@ def test_fully_shard_finds_parameters_that_have_moved() -> None:
     try:
         model: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         with private("torch.nn.Module._is_fsdp_managed_module", "to refuse masks on a part of a model that is sharded as a whole"):
-            assert not _compat.is_fsdp_managed(model[0])
+            assert not _compat_fsdp.is_fsdp_managed(model[0])
             fully_shard(model)
-            assert _compat.is_fsdp_managed(model[0])
+            assert _compat_fsdp.is_fsdp_managed(model[0])
         x = torch.ones(1, 2)
         expected = model(x).detach()
         model.reshard()
         parametrize.register_parametrization(model[0], "weight", nn.Identity(), unsafe=True)
         with private("torch.distributed.fsdp.FSDPModule._get_fsdp_state", "to add masks to a model that fully_shard has sharded"):
-            _compat.follow_fsdp_parameters(model, [model])
+            _compat_fsdp.follow_fsdp_parameters(model, [model])
             assert torch.equal(model(x), expected)
             assert type(model[0].parametrizations.weight.original) is nn.Parameter  # whole after a forward, until the state dict is read
             state = model.state_dict()
             assert all(isinstance(tensor, torch.distributed.tensor.DTensor) for tensor in state.values())
             assert list(state) == ["0.bias", "0.parametrizations.weight.original", "1.weight", "1.bias"]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_forward_of_fully_shard_that_an_error_has_ended_is_over() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model: Any = fully_shard(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+        expected = model(torch.ones(1, 2)).detach()
+        with private("torch.distributed.fsdp.FSDPModule._get_fsdp_state", "to run the layers of a model that fully_shard has sharded"):
+            with pytest.raises(RuntimeError):
+                model(torch.ones(1, 3))
+            model.reshard()
+            assert not isinstance(model[0].weight, torch.distributed.tensor.DTensor)  # torch leaves it whole
+            _compat_fsdp.end_fsdp_forwards([model])
+            model.reshard()
+            assert isinstance(model[0].weight, torch.distributed.tensor.DTensor)
+            assert torch.equal(model(torch.ones(1, 2)), expected)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -3,12 +3,15 @@
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import attrs
 import pytest
 import torch
 from hypothesis import given
+from safetensors.torch import load_file, save_file
 from strategies import Matrix, kept_matrices
 from test_export import BOTH_BACKENDS, close, masked, random_masks
 from test_export import exported as export_model
@@ -19,6 +22,7 @@ import blockprune as bp
 from blockprune import export
 from blockprune.export import format as storage
 from blockprune.export import triton_launch
+from blockprune.export.packing import kept_mask
 
 X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -269,6 +273,7 @@ def test_the_mask_of_a_layer_is_that_of_the_model(matrix: Matrix) -> None:
     mask = sparse.block_mask()
     assert mask.grid.shape == grid.shape == tuple(sparse.weight.shape)
     assert torch.equal(kept(mask), bp.expand(keep, grid))
+    assert mask == bp.BlockMask(keep, grid)
 
 
 @pytest.mark.parametrize("block", [(4, 4), (4,), (-1, 2), (3, 1, 1), (1, 1, 2, 3), (2, 2, -1, 1), (8, 16, 1), (5, 3)])
@@ -281,3 +286,105 @@ def test_the_mask_of_a_convolution_is_that_of_the_model(block: tuple[int, ...], 
     mask = sparse.block_mask()
     assert mask.grid.shape == tuple(sparse.weight.shape)
     assert torch.equal(kept(mask), kept(masks["weight"]))
+    assert mask == masks["weight"]
+
+
+BLOCKS = pytest.mark.parametrize("block", [(32, 32), (64, 64), (3, 3), (-1, 1), (1,), (5, 6), (96, 2)])
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 384), nn.Unflatten(1, (96, 2, 2)), nn.Conv2d(96, 96, 2))
+
+
+def in_blocks(block: tuple[int, ...]) -> tuple[nn.Module, dict[str, bp.BlockMask]]:
+    model = network()
+    masks = bp.recipes.magnitude(bp.first_of(bp.including(bp.linears(block), "0.*"), bp.convs(block)))(model, 0.5).masks
+    return export.block_sparse(bp.apply_masks(model, masks), backend="torch", trainable=True), masks
+
+
+@BLOCKS
+@pytest.mark.parametrize("gpu_layout", [False, True])
+def test_pruned_blocks_survive_every_copy(
+    block: tuple[int, ...], gpu_layout: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sparse, masks = in_blocks(block)
+    monkeypatch.setattr(triton_launch, "uses_gpu_layout", lambda device: gpu_layout)  # from here on, layers re-store their weight
+    save_file(sparse.state_dict(), tmp_path / "model.safetensors")
+    state = load_file(tmp_path / "model.safetensors")
+    torch.save(sparse, tmp_path / "model.pt")
+    again = in_blocks((1, 1))[0]
+    again.load_state_dict(state)
+    copies = {
+        "deepcopy": copy.deepcopy(sparse),
+        "to": copy.deepcopy(sparse).to(torch.float64),
+        "pickle": torch.load(tmp_path / "model.pt", weights_only=False),
+        "new model": export.load_state_dict(network(), state),
+        "meta": export.load_state_dict(network().to("meta"), state),
+        "layer": again,
+    }
+    for kind, model in copies.items():
+        assert bp.read_masks(model) == masks, kind
+        assert torch.equal(model[0].weight.float(), sparse[0].weight), kind
+        assert bp.read_masks(export.load_state_dict(network(), model.state_dict())) == masks, kind
+
+
+def test_a_weight_with_three_axes_is_read_back() -> None:
+    mask = bp.BlockMask(torch.tensor([[[True], [False], [True]], [[False], [True], [True]]]), bp.BlockGrid((8, 6, 3), (4, 2)))
+    layer = export.BlockSparseLinear(export.pack_weight(torch.randn(8, 6, 3), mask), None)
+    again = copy.deepcopy(layer)
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again.weight, layer.weight)
+
+
+@BLOCKS
+def test_masks_learn_in_the_blocks_that_were_pruned(block: tuple[int, ...]) -> None:
+    """The loop of the guide, and the way back to the masked model."""
+    sparse, masks = in_blocks(block)
+    where = bp.first_of(bp.including(bp.linears(block), "0.*"), bp.convs(block))
+    data = bp.collect.weights(export.dense(sparse), where=where)
+    after = bp.regrow(bp.read_masks(sparse), drop=bp.metric.l1(data), grow=bp.metric.random(data, generator=0), fraction=0.3)
+    export.update(sparse, after, optimizer=None)
+    assert bp.read_masks(sparse) == after != masks
+    back = bp.apply_masks(export.dense(sparse), bp.read_masks(sparse))
+    assert bp.read_masks(back) == after
+    back.load_state_dict(bp.apply_masks(network(), masks).state_dict())
+    whole = {name: bp.BlockGrid(mask.grid.shape, ()) for name, mask in masks.items()}
+    other = {name: bp.BlockMask(torch.ones(grid.size).bool(), grid) for name, grid in whole.items()}
+    export.update(sparse, other, optimizer=None)
+    assert bp.read_masks(sparse) == other, "masks of other blocks"
+
+
+def test_a_state_of_an_earlier_blockprune_has_the_stored_blocks() -> None:
+    sparse, masks = in_blocks((32, 32))
+    state = {key: torch.cat((x[:4], x[-1:])) if key.endswith("layout") else x for key, x in sparse.state_dict().items()}
+    loaded = export.load_state_dict(network(), state)
+    sparse.load_state_dict(state)
+    for model in (loaded, sparse):
+        assert bp.read_masks(model)["0.weight"].grid.block == (16, 32)
+        assert all(torch.equal(kept(mask), kept(masks[name])) for name, mask in bp.read_masks(model).items())
+        assert model.state_dict()["0.layout"].tolist() == [384, 64, 16, 32, 1]
+
+
+def test_a_pruned_block_that_is_stored_in_part_is_none() -> None:
+    """Indices that were changed say what is stored."""
+    mask = bp.BlockMask(torch.ones(2, 1).bool(), bp.BlockGrid((64, 64), (32, 64)))
+    whole = export.pack_weight(torch.ones(64, 64), mask)
+    assert (whole.block, kept_mask(whole, (64, 64))) == ((16, 64), mask)
+    part = attrs.evolve(whole, values=whole.values[16 * 64 :], crow=torch.tensor([0, 0, 1, 2, 3]), col=whole.col[1:])
+    stored = bp.BlockMask(torch.tensor([[False], [True], [True], [True]]), bp.BlockGrid((64, 64), (16, 64)))
+    assert kept_mask(part, (64, 64)) == stored
+    layer = export.BlockSparseLinear(part, None)
+    assert layer.block_mask() == stored
+    assert torch.equal(layer.weight != 0, kept(stored))
+
+
+@pytest.mark.parametrize("block", [(0, 4), (-1, 4), (4, 65), (385, 4)])
+def test_a_state_whose_pruned_blocks_do_not_fit_is_refused(block: tuple[int, int]) -> None:
+    sparse, masks = in_blocks((32, 32))
+    state = sparse.state_dict()
+    state["0.layout"] = torch.tensor([384, 64, 16, 32, *block, 1])
+    with pytest.raises(ValueError, match=r"0: layout is .* do not fit 384 x 64"):
+        export.load_state_dict(network(), state)
+    with pytest.raises(RuntimeError, match=r"0: layout is .* do not fit 384 x 64"):
+        sparse.load_state_dict(state)
+    assert bp.read_masks(sparse) == masks

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -287,11 +288,101 @@ def test_an_update_reaches_weights_that_stayed_masked() -> None:
     with pytest.warns(UserWarning, match="0 of 1 masked layers"):
         still_masked = export.block_sparse(model, backend=export.Choices((export.Choice("0.weight", 0.5, "dense", ""),)), trainable=True)
     assert bp.read_masks(still_masked) == bp.read_masks(model)
-    new = other_masks(model)
+    new, weight = other_masks(model), still_masked[0].weight.detach().clone()
+    was_kept, is_kept = (bp.expand(masks["0.weight"].keep, masks["0.weight"].grid) for masks in (bp.read_masks(model), new))
     export.update(still_masked, new, weights={"0.weight": torch.ones(8, 8)}, optimizer=None)
-    assert torch.equal(still_masked[0].weight, bp.expand(new["0.weight"].keep, new["0.weight"].grid).float())
+    assert torch.equal(still_masked[0].weight, weight.where(was_kept, 1).where(is_kept, 0))
     loaded = export.load_state_dict(nn.Sequential(nn.Linear(8, 8)), still_masked.state_dict())
     assert bp.read_masks(loaded) == new
+
+
+def partly_masked() -> tuple[nn.Module, nn.Module]:
+    """A masked model, and its trainable form with one weight that stays masked, because an Embedding has no block-sparse form."""
+    model = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8))
+    grid = bp.BlockGrid((8, 8), (4, 4))
+    masks = {f"{i}.weight": bp.BlockMask(torch.tensor([[True, False], [False, True]]), grid) for i in range(2)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model, trainable(bp.apply_masks(model, masks))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_an_update_does_the_same_to_masked_and_to_block_sparse_weights(given: bool) -> None:
+    """The law: new blocks have the values given, or zeros, blocks that stay have their values and state, and all others a new state."""
+    _, sparse = partly_masked()
+    optimizer, tokens = torch.optim.AdamW(sparse.parameters(), lr=1e-2), torch.arange(8)
+    for _ in range(2):
+        sparse(tokens).square().mean().backward()
+        optimizer.step()
+    embedding, linear = sparse[0].parametrizations.weight.original, sparse[1].values
+    with torch.no_grad():
+        embedding.add_(1)  # also what is stored for pruned blocks
+    optimizer.state[embedding]["exp_avg"].add_(1)
+
+    def moment(i: int) -> Tensor:
+        if i == 0:
+            return optimizer.state[embedding]["exp_avg"].clone()
+        layer = copy.deepcopy(sparse[1])
+        layer.values.data = optimizer.state[linear]["exp_avg"].clone()
+        return layer.weight.detach().clone()
+
+    old = bp.expand(*attrs.astuple(bp.read_masks(sparse)["0.weight"], recurse=False))
+    values, moments = [sparse[i].weight.detach().clone() for i in range(2)], [moment(i) for i in range(2)]
+    new = {name: bp.BlockMask(torch.tensor([[True, True], [False, False]]), mask.grid) for name, mask in bp.read_masks(sparse).items()}
+    kept = bp.expand(*attrs.astuple(new["0.weight"], recurse=False))
+    export.update(sparse, new, optimizer=optimizer, weights={name: torch.full((8, 8), 7.0) for name in new} if given else None)
+    for i in range(2):
+        assert torch.equal(sparse[i].weight, values[i].where(old, 7.0 if given else 0.0).where(kept, 0))
+        assert torch.equal(moment(i)[kept], moments[i].where(old, 0)[kept])
+    assert not moment(0)[old & ~kept].any()
+    assert moment(0)[~old & ~kept].all()  # blocks that stay pruned
+    assert bp.read_masks(sparse) == new
+    sparse(tokens).square().mean().backward()
+    optimizer.step()
+
+
+def test_an_update_keeps_which_gradients_the_masks_let_pass() -> None:
+    model = nn.Sequential(nn.Embedding(8, 8), nn.Embedding(8, 8))
+    grid = bp.BlockGrid((8, 8), (4, 4))
+    masks = {f"{i}.weight": bp.BlockMask(torch.eye(2).bool(), grid) for i in range(2)}
+    bp.apply_masks(model, masks, straight_through=True, decay=0.1)
+    export.update(model, {"1.weight": bp.BlockMask(~masks["1.weight"].keep, grid)}, optimizer=None)
+    for i in range(2):
+        mask = model[i].parametrizations.weight[0]
+        assert mask.reached.all()
+        assert mask.decay == 0.1
+
+
+class MeanOfTwo(torch.optim.Optimizer):
+    """A step by the mean of the last two gradients, which are one tensor of the state."""
+
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            last = self.state[p].setdefault("last", torch.zeros(2, *p.shape))
+            last.copy_(torch.stack((p.grad, last[0])))
+
+
+def test_an_update_refuses_what_it_cannot_carry_over_and_changes_nothing() -> None:
+    _, sparse = partly_masked()
+    optimizer = MeanOfTwo(sparse.parameters(), {})
+    sparse(torch.arange(8)).sum().backward()
+    optimizer.step()
+    state, before = copy.deepcopy(sparse.state_dict()), copy.deepcopy(optimizer.state_dict())
+    new = {name: bp.BlockMask(~mask.keep, mask.grid) for name, mask in bp.read_masks(sparse).items()}
+    for name, shape in (("0.weight", r"\(2, 8, 8\)"), ("1.weight", r"\(2, 32\)")):
+        with pytest.raises(ValueError, match=rf"the state 'last' of MeanOfTwo for {name} has shape {shape}"):
+            export.update(sparse, {name: new[name]}, optimizer=optimizer)
+    for bad in (float("nan"), float("inf")):
+        for name in new:
+            weights = {other: torch.full((8, 8), bad if other == name else 1.0) for other in new}
+            with pytest.raises(ValueError, match=rf"{name} \(8, 8\): weights has NaN or inf"):
+                export.update(sparse, new, weights=weights, optimizer=None)
+    for name in new:
+        weights = {other: torch.ones(8, 8, device="meta" if other == name else "cpu") for other in new}
+        with pytest.raises(ValueError, match=rf"{name} \(8, 8\): weights has a tensor on the meta device"):
+            export.update(sparse, new, weights=weights, optimizer=None)
+    assert all(torch.equal(x, state[name]) for name, x in sparse.state_dict().items())
+    torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
 
 
 @MAY_STAY_DENSE
@@ -367,6 +458,20 @@ def test_it_is_distilled_as_the_masked_model_is() -> None:
     bp.apply_masks(sparse, None, weights)
     bp.apply_masks(model, None, bp.distill(model, None, None, batches, **options))
     torch.testing.assert_close(sparse(batches[0]), model(batches[0]))
+
+
+def test_distillation_resumes_with_the_same_blocks_alone() -> None:
+    dense, batches, states = mlp(), [torch.randn(16, 24) for _ in range(3)], []
+    grids = {"0.weight": bp.BlockGrid((32, 24), (4, 4)), "2.weight": bp.BlockGrid((10, 32), (10, 4))}
+    masks = {name: bp.BlockMask(torch.arange(grid.blocks).view(grid.size) % 2 == 0, grid) for name, grid in grids.items()}
+    others = {name: bp.BlockMask(~mask.keep, mask.grid) for name, mask in masks.items()}
+    sparse, other = (trainable(bp.apply_masks(copy.deepcopy(dense), k)) for k in (masks, others))
+    options = {"teacher": dense, "loss": bp.losses.kl, "steps": 5, "every": 2, "progress": False}
+    weights = bp.distill(sparse, None, None, batches, **options, callback=states.append)
+    again = bp.distill(sparse, None, None, batches, **options, resume=states[0])
+    assert all(torch.equal(x, weights[name]) for name, x in again.items())
+    with pytest.raises(ValueError, match=r"resume: its state has other masks, such as that of '0\.weight'"):
+        bp.distill(other, None, None, batches, **options, resume=states[0])
 
 
 def test_bad_input_is_refused_and_changes_nothing() -> None:

@@ -97,6 +97,16 @@ def test_an_exported_model_comes_back(family: str, dtype: str | None, shards: st
     assert torch.equal(output(type(model).from_pretrained(tmp_path / "again")), output(model))
 
 
+@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("block", [(32, 32), (-1, 1), (3, 3)])
+def test_an_exported_model_comes_back_with_its_pruned_blocks(block: tuple[int, int], dtype: str | None, tmp_path: Path) -> None:
+    model = masked(llama, bp.including(bp.linears(block), "*layer*.[01].*"))
+    sparse = export.block_sparse(model, backend="torch", dtype=dtype, max_error=float("inf"))
+    sparse.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert bp.read_masks(loaded) == bp.read_masks(sparse) == bp.read_masks(model)
+
+
 @pytest.mark.parametrize("family", MAKE)
 def test_a_masked_model_comes_back_with_its_masks(family: str, tmp_path: Path) -> None:
     model = masked(MAKE[family])
@@ -110,6 +120,33 @@ def test_a_masked_model_comes_back_with_its_masks(family: str, tmp_path: Path) -
     loaded.load_state_dict(model.state_dict())
     export.block_sparse(loaded, backend="torch").save_pretrained(tmp_path / "exported")
     torch.testing.assert_close(output(type(model).from_pretrained(tmp_path / "exported")), output(model))
+
+
+def test_a_mask_behind_weight_norm_comes_back(tmp_path: Path) -> None:
+    """The convolution of wav2vec2, HuBERT and WavLM, whose weight torch computes from two tensors."""
+    sizes = {"conv_dim": (16,), "conv_stride": (5,), "conv_kernel": (10,), "num_feat_extract_layers": 1, "num_conv_pos_embeddings": 16}
+    config = transformers.Wav2Vec2Config(vocab_size=32, num_conv_pos_embedding_groups=4, **sizes, **SIZES)
+    torch.manual_seed(0)
+    model, x, name = transformers.Wav2Vec2Model(config).eval(), torch.randn(1, 800), "encoder.pos_conv_embed.conv.weight"
+    shape = model.get_submodule(name.removesuffix(".weight")).weight.shape
+    keep = torch.ones(shape[0] // 4, 1, 1).bool()
+    keep[::2] = False
+    bp.apply_masks(
+        model,
+        {
+            name: bp.BlockMask(keep, bp.BlockGrid(shape, (4,))),
+            **bp.recipes.magnitude(bp.named("*.k_proj.weight", (16, 16)))(model, 0.5).masks,
+        },
+    )
+    model.save_pretrained(tmp_path)
+    again = transformers.Wav2Vec2Model.from_pretrained(tmp_path).eval()
+    assert bp.read_masks(again) == bp.read_masks(model)
+    with torch.no_grad():
+        assert torch.equal(again(x)[0], model(x)[0])
+    key = name.replace("weight", "parametrizations.weight.1._extra_state")
+    edit(tmp_path, **{key: None})
+    with pytest.raises(ValueError, match=rf"{key}: the folder lacks this tensor of a masked weight"):
+        transformers.Wav2Vec2Model.from_pretrained(tmp_path)
 
 
 def test_masks_on_tied_embeddings_come_back(tmp_path: Path) -> None:

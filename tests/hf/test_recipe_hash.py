@@ -1,12 +1,21 @@
 """The hash of a recipe tells recipes and data apart, and is the same in another process."""
 
+import dataclasses
+import enum
+import functools
+import os
 import subprocess
 import sys
+import threading
+import types
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 import blockprune as bp
@@ -19,6 +28,27 @@ PROGRAM = """
 import torch, blockprune as bp
 from blockprune.hf.recipe_hash import recipe_hash
 print(recipe_hash(bp.recipes.sparsegpt(bp.linears((4, 4)), bp.Calibration([torch.ones(2, 4)]))))
+"""
+OWN_CODE = """
+import dataclasses, enum, functools, re, torch, blockprune as bp
+from torch import nn
+from blockprune.hf.recipe_hash import recipe_hash
+POWER, NAMES, MODEL, PATTERN = 2.0, {"a", "b", "c", "d"}, nn.Linear(2, 2), re.compile("a")
+torch.nn.init.ones_(MODEL.weight), torch.nn.init.ones_(MODEL.bias)
+MODEL.register_forward_hook(lambda *args: None)
+class Kind(enum.Enum):
+    A = 1
+@dataclasses.dataclass
+class Batch:
+    ids: torch.Tensor
+class Metric:
+    kind = Kind.A
+    def __init__(self): self.own = self
+    def __call__(self, data): return scores(data) if PATTERN.match("a") else None
+@functools.cache
+def constant(): return POWER
+def scores(data): return {n: constant() * MODEL(s.value) for n, s in bp.metric.l1(data).items() if n not in NAMES}
+print(recipe_hash([Metric(), bp.Calibration([Batch(torch.ones(2))]), constant, Kind.A, Batch]))
 """
 
 
@@ -75,7 +105,145 @@ def test_batches_that_can_be_used_once_are_refused() -> None:
         recipe_hash(bp.recipes.OneShot(partial(bp.collect.with_statistics, calibration=bp.Calibration(x for x in [torch.ones(2)]))))  # type: ignore[arg-type]
 
 
+def module(**names: Any) -> Any:
+    """A module of the user's own code."""
+    made = types.ModuleType("own_code")
+    exec("def helper(x):\n    return x * FACTOR\ndef score(x):\n    return [helper(y) for y in x]", made.__dict__)
+    exec("def by_module(x):\n    return lib.helper(x)\ndef twice(x):\n    return twice(score(x)) if FACTOR else 0", made.__dict__)
+    made.__dict__.update(names)
+    return made
+
+
+@pytest.mark.parametrize("function", ["helper", "score", "twice"])
+@pytest.mark.parametrize(
+    "value", [2, 2.5, "2", torch.ones(2), np.ones(2), [1, {"a": 2}], torch.relu, lambda x: x, nn.ReLU(), torch, Path("a"), bp.metric.l1]
+)
+def test_functions_differ_by_the_global_values_that_they_and_their_helpers_read(function: str, value: Any) -> None:
+    of_value, again, other = (recipe_hash(getattr(module(FACTOR=x), function)) for x in (value, value, 3))
+    assert of_value == again
+    assert of_value != other
+    assert recipe_hash(getattr(module(FACTOR=value, OTHER=4), function)) == of_value  # which it does not read
+
+
+def test_functions_differ_by_what_they_read_of_modules_of_the_users_own() -> None:
+    hashes = [recipe_hash(module(lib=module(FACTOR=factor)).by_module) for factor in (1, 2, 2)]
+    assert hashes[0] != hashes[1] == hashes[2]
+
+
+class Plain:
+    def __init__(self, value: Any) -> None:
+        self.value, self.own = value, self
+
+    def __call__(self, x: Any) -> Any:
+        return x
+
+
+class Slots:
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+@dataclasses.dataclass
+class Fields:
+    value: Any
+
+
+def holding(value: Any) -> list[Any]:
+    linear: Any = nn.Linear(2, 2)
+    nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)
+    linear.value = value
+    endless: list[Any] = [value]
+    endless.append(endless)
+    return [
+        Plain(value),
+        Slots(value),
+        Fields(value),
+        types.SimpleNamespace(value=value),
+        linear,
+        endless,
+        {value},
+        np.array([value, None]),
+    ]
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_objects_differ_by_what_they_hold(number: int) -> None:
+    for hashed in (recipe_hash, lambda value: data_hash([value])):
+        same, again, other = (hashed(holding(value)[number]) for value in ("a", "a", "b"))  # type: ignore[operator]
+        assert same == again
+        assert same != other
+    assert recipe_hash(holding("a")[number]) not in {recipe_hash(x) for i, x in enumerate(holding("a")) if i != number}
+
+
+def test_classes_differ_by_their_code() -> None:
+    def made(add: int, parents: tuple[type, ...] = (), **attributes: Any) -> Any:
+        return type("Own", parents, {"__call__": (lambda self, x: x + 1) if add else (lambda self, x: x - 1), **attributes})
+
+    variants = [made(0), made(1), made(1, a=2), made(1, parents=(Plain,)), made(1, b=staticmethod(torch.relu)), made(1, c=property(id))]
+    assert len({recipe_hash(kind) for kind in variants}) == len(variants)
+    assert recipe_hash(made(1)) == recipe_hash(made(1))
+
+
+def test_members_methods_and_cached_functions_differ() -> None:
+    kind = enum.IntEnum("kind", ["a", "b"])
+    values: list[Any] = [kind.a, kind.b, 1, torch.ones(2).add, torch.zeros(2).add, Plain(1).__call__, Plain(2).__call__]
+    values += [functools.cache(module(FACTOR=factor).helper) for factor in (1, 2)]
+    values += [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    assert len({recipe_hash(value) for value in values}) == len(values)
+
+
+def test_a_recipe_may_hold_what_cannot_be_read() -> None:
+    assert recipe_hash([threading.Lock(), torch.ones(2, device="meta")]) == recipe_hash([threading.Lock(), torch.ones(2, device="meta")])
+
+
+@pytest.mark.parametrize("batch", [threading.Lock(), Plain(threading.Lock()), {"x": [(x for x in [1])]}])
+def test_batches_that_cannot_be_read_are_refused(batch: Any) -> None:
+    message = r"calibration\.batches holds a (lock|generator), whose contents .* give batches of tensors, arrays, numbers"
+    for hashed in (data_hash, lambda batches: recipe_hash(bp.Calibration(batches))):
+        with pytest.raises(TypeError, match=message):
+            hashed([batch])
+
+
+@pytest.mark.slow
+def test_own_code_has_the_same_hash_in_every_process(tmp_path: Path) -> None:
+    def run(program: str) -> str:
+        (tmp_path / "program.py").write_text(program)
+        return subprocess.run([sys.executable, tmp_path / "program.py"], check=True, capture_output=True, text=True).stdout.strip()
+
+    hashes = [run(OWN_CODE), run(OWN_CODE), run(OWN_CODE.replace("= 2.0,", "= 3.0,"))]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
 @pytest.mark.slow
 def test_another_process_has_the_same_hash() -> None:
     output = subprocess.run([sys.executable, "-c", PROGRAM], check=True, capture_output=True, text=True).stdout.strip()
     assert output == recipe_hash(bp.recipes.sparsegpt(WHERE, bp.Calibration([torch.ones(2, 4)])))
+
+
+def test_what_a_run_or_another_job_changes_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+
+    def metric(data: bp.Data) -> Any:
+        return generator.random(), os.environ.get("JOB")
+
+    before = recipe_hash(metric)
+    generator.random()
+    monkeypatch.setenv("JOB", "7")
+    assert recipe_hash(metric) == before
+
+
+def test_deeply_nested_objects_have_a_hash_or_are_refused() -> None:
+    linked: Any = None
+    for _ in range(1000):
+        linked = types.SimpleNamespace(next=linked)
+    assert recipe_hash(lambda: linked)
+    with pytest.raises(TypeError, match=r"holds a SimpleNamespace, whose contents cannot be read .*nested too deeply"):
+        data_hash([linked])
+
+
+def test_arrays_differ_by_their_fields_and_objects_without_axes_have_a_hash() -> None:
+    first, second = (np.ones(2, dtype=[(name, "f4"), ("z", "i4")]) for name in "ab")
+    assert data_hash([first]) != data_hash([second])
+    assert data_hash([np.array(None)]) != data_hash([np.array([None])])

@@ -384,6 +384,33 @@ def test_a_sparsity_that_is_no_number_is_refused_and_one_of_numpy_is_taken(tmp_p
     assert bp.sparsity(prune_checkpoint(source, tmp_path / "pruned", RECIPES["magnitude"](), torch.tensor(0.5).numpy())) == 0.5
 
 
+@pytest.mark.parametrize("recipe", ["magnitude", "sparsegpt", "obs with a budget"])
+@pytest.mark.parametrize("value", [float("nan"), -0.1, 1.5, float("inf")])
+def test_a_sparsity_that_is_no_fraction_is_refused_before_a_folder_is_made(value: float, recipe: str, tmp_path: Path) -> None:
+    source = saved(tmp_path)
+    go = partial(prune_checkpoint, source, tmp_path / "pruned", RECIPES[recipe]())
+    usual = r"must be from 0 \(keep all\) to 1 \(remove all\); 50 % is 0\.5"
+    for sparsity, what in ((value, "sparsity"), ({"*mlp*": 0.5, "*": value}, r"sparsity\['\*'\]")):
+        with pytest.raises(ValueError, match=rf"^{what}={value} {usual}"):
+            go(sparsity)
+    assert not (tmp_path / "pruned").exists()
+
+
+def mixtral() -> Any:
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(num_local_experts=4, num_key_value_heads=2, **SIZES))
+
+
+def test_stacked_experts_are_refused_with_what_to_do_which_works(tmp_path: Path) -> None:
+    source, recipe = saved(tmp_path, mixtral), recipes.magnitude(WHERE)
+    message = r"layers\.0\.mlp\.experts\.gate_up_proj \(4, 96, 32\), which transformers stacks .* prune it in memory: .*bp\.as_linears"
+    for folder in (source, tmp_path / "again"):
+        with pytest.raises(ValueError, match=message):
+            prune_checkpoint(folder, tmp_path / "pruned", recipe, 0.5)
+        loaded(source).save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "pruned").exists()
+    assert bp.sparsity(recipe(bp.as_linears(loaded(source)), 0.5).masks) == 0.5
+
+
 def contents_below(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 

@@ -1,5 +1,6 @@
 """A Trainer that prunes: masks follow the schedule, and training resumes as if it had not stopped."""
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,58 @@ def test_straight_through_gradients_change_pruned_blocks(tmp_path: Path) -> None
         before = stored.detach().clone()
         work.train()
         assert bool((stored != before)[pruned].any()) is reaches
+
+
+@pytest.mark.parametrize("is_from_pretrained", [True, False])
+def test_straight_through_goes_on_after_a_resume(is_from_pretrained: bool, tmp_path: Path) -> None:
+    """The law: the same bits as without a stop, also if the model comes with the masks of the checkpoint."""
+
+    def run(model: Any, folder: str, checkpoint: str | None = None) -> dict[str, torch.Tensor]:
+        constant = partial(bp.schedule.constant, value=0.5)
+        callback = GradualPruning(MAGNITUDE, constant, every=5, straight_through=True, decay=0.1)
+        trainer(model, tmp_path / folder, callback).train(resume_from_checkpoint=checkpoint)
+        return dict(model.state_dict())
+
+    whole, checkpoint = run(tiny_bert(), "a"), str(tmp_path / "a" / "checkpoint-3")
+    model = transformers.BertForSequenceClassification.from_pretrained(checkpoint) if is_from_pretrained else tiny_bert()
+    resumed = run(model, "b", checkpoint)
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize("is_best_early", [True, False])
+def test_a_best_model_that_is_less_sparse_is_a_warning(is_best_early: bool, tmp_path: Path) -> None:
+    model, seen = tiny_bert(), iter(range(100))
+
+    def score(_: Any) -> dict[str, float]:
+        step = next(seen)
+        return {"score": -step if is_best_early else step}
+
+    options = {"max_steps": 8, "save_steps": 2, "eval_steps": 2, "eval_strategy": "steps", "metric_for_best_model": "score"}
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        load_best_model_at_end=True,
+        greater_is_better=True,
+        **options,
+    )
+    rows = [{"input_ids": torch.arange(i, i + 6), "labels": torch.tensor(i % 2)} for i in range(8)]
+    callback = GradualPruning(MAGNITUDE, CUBIC)
+    data = {"train_dataset": rows, "eval_dataset": rows, "compute_metrics": score}
+    work = transformers.Trainer(model=model, args=arguments, callbacks=[callback], **data)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        work.train()
+    messages = [str(warning.message) for warning in caught if "load_best_model_at_end=True has loaded" in str(warning.message)]
+    assert len(messages) == is_best_early
+    if is_best_early:
+        assert "checkpoint-2, which is of an earlier step" in messages[0]
+        assert "the last update pruned 75.0%" in messages[0]
+        assert bp.sparsity(bp.read_masks(model)) == pytest.approx(CUBIC(1), abs=0.03)
+    else:
+        assert bp.sparsity(bp.read_masks(model)) == 0.75
 
 
 class RigL(transformers.TrainerCallback):  # type: ignore[misc]

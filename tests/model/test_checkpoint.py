@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 
 import blockprune as bp
 from blockprune import export
+from blockprune.model.checkpoint import keep_gradient_options
 
 
 class Tied(nn.Module):
@@ -272,3 +273,55 @@ def test_a_trainer_resumes_a_masked_model(tmp_path: Path) -> None:
     assert same(plain.state_dict(), bp.finalize(loaded).state_dict())
     again = type(model).from_pretrained(tmp_path / "a" / "checkpoint-2")
     assert same(again.state_dict(), plain.state_dict())
+
+
+def options_of(model: nn.Module) -> dict[str, tuple[Any, float]]:
+    modules = {name: module for name, module in model.named_modules() if hasattr(module, "pass_gradients")}
+    return {name: (None if m.reached is None else m.reached.tolist(), m.decay) for name, m in modules.items()}
+
+
+@pytest.mark.parametrize("kind", ["same masks", "more masks", "error"])
+def test_loading_keeps_which_gradients_the_masks_let_pass(kind: str) -> None:
+    """``straight_through`` and ``decay`` are options of the training loop, which no state has."""
+    grid = bp.BlockGrid((6, 6), (3, 3))
+    masks = {name: bp.BlockMask(torch.rand(grid.size) < 0.5, grid) for name in ("body.weight", "head.weight")}
+    wider = {"body.weight": bp.BlockMask(masks["body.weight"].keep | torch.eye(2).bool(), grid)}
+
+    def network() -> nn.Module:
+        return nn.ModuleDict({"body": nn.Linear(6, 6), "head": nn.Linear(6, 6)})
+
+    model, own = network(), {"body.weight": masks["body.weight"]}
+    state = dict(bp.apply_masks(network(), own if kind == "same masks" else masks).state_dict())
+    for straight_through in (True, wider):
+        bp.apply_masks(model, own, straight_through=straight_through, decay=0.1)
+        before, values = options_of(model), copy.deepcopy(model.state_dict())
+        if kind == "error":
+            with pytest.raises(ValueError, match=r"head\.bias: the state has the shape \(9,\)"):
+                bp.load_masked(model, {**state, "head.bias": torch.zeros(9)})
+            assert same(model.state_dict(), values)
+        else:
+            bp.load_masked(model, state)
+            assert same(model.state_dict(), state)
+        after = options_of(model)
+        assert {name: after[name] for name in before} == before
+        assert all(option == (None, 0.0) for name, option in after.items() if name not in before)
+
+
+def test_the_options_of_a_mask_with_other_blocks_reach_the_same_elements() -> None:
+    mask = bp.BlockMask(torch.zeros(2, 2).bool(), bp.BlockGrid((4, 4), (2, 2)))
+    reached = bp.BlockMask(torch.tensor([[True, False], [False, False]]), mask.grid)
+    model = bp.apply_masks(nn.Linear(4, 4), {"weight": mask}, straight_through={"weight": reached}, decay=0.5)
+    with keep_gradient_options(model):
+        bp.apply_masks(model, {"weight": bp.BlockMask(torch.zeros(4, 1).bool(), bp.BlockGrid((4, 4), (1, 4)))})
+    assert options_of(model) == {"parametrizations.weight.0": ([[True], [True], [False], [False]], 0.5)}
+
+
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_a_model_without_memory_is_refused(is_masked: bool) -> None:
+    state = masked_linear().state_dict()
+    model = (masked_linear() if is_masked else nn.Linear(4, 4)).to("meta")
+    before = bp.read_masks(model)
+    with pytest.raises(ValueError, match=r"\(4,\): the model has this tensor on the meta device.*model\.to_empty\(device='cpu'\)"):
+        bp.load_masked(model, state)
+    assert bp.read_masks(model) == before
+    assert same(bp.load_masked(model.to_empty(device="cpu"), state).state_dict(), dict(state))

@@ -134,7 +134,7 @@ def test_the_users_own_weights_are_checked_too(weights: Tensor) -> None:
 
 
 def test_weights_of_zero_alone_are_told_from_a_layer_that_is_never_called() -> None:
-    with pytest.raises(ValueError, match=r"0.weight .*: all rows of its Linear have the token weight 0"):
+    with pytest.raises(ValueError, match=r"0.weight .*: the batches are empty, or all rows of its Linear have the token weight 0"):
         collect.with_statistics(
             nn.Sequential(nn.Linear(4, 4)),
             where=bp.linears((4, 4)),

@@ -514,11 +514,47 @@ def test_a_large_output_does_not_hide_a_change_of_another(last: Callable[[Tensor
 
 
 def test_an_infinite_output_does_not_equal_a_finite_one() -> None:
-    model = Offset(lambda y, hidden: y.masked_fill(hidden[:, :1] > 50, -torch.inf))
+    model = Offset(lambda y, hidden: torch.cat([y, y.masked_fill(hidden[:, :1] > 50, -torch.inf)], -1))
     with torch.no_grad():
         model.own.zero_()
-        model.up.bias[0] = 100  # all outputs are infinite only if this unit is the first
+        model.up.bias[0] = 100  # half of the outputs are infinite only if this unit is the first
     assert bp.find_axes(model, torch.randn(5, 4)) == []
+
+
+def test_an_unused_layer_whose_values_are_checked_keeps_no_axis_out() -> None:
+    class Checked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own, self.aux, self.out = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.aux(x).isfinite().all()
+            return self.out(self.own(x))  # type: ignore[no-any-return]
+
+    (axis,) = bp.find_axes(Checked(), torch.randn(8, 6))
+    assert axis.rows == ("own.weight", "own.bias")
+
+
+@pytest.mark.parametrize("scale", [0.0, 0, True])
+def test_a_branch_that_the_example_multiplies_by_zero_keeps_its_axis_out(scale: float) -> None:
+    """The scale of an adapter or of guidance: no output of the example shows that ``side`` has the axis, too."""
+
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own, self.side, self.out = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, scale: float) -> Tensor:
+            return self.out(self.own(x) + scale * self.side(x))  # type: ignore[no-any-return]
+
+    model, x = Adapted(), torch.randn(8, 6)
+    run = lambda model, batch: model(*batch)  # noqa: E731
+    if scale:
+        (axis,) = bp.find_axes(model, (x, scale), forward=run)
+        assert set(axis.rows) == {"own.weight", "own.bias", "side.weight", "side.bias"}
+    else:
+        with pytest.warns(UserWarning, match="the example does not use side, which may share the axis of 8 units"):
+            assert bp.find_axes(model, (x, scale), forward=run) == []
 
 
 def test_complex_outputs() -> None:

@@ -351,6 +351,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"optimizer": lambda parameters: []}, TypeError, "or a list of some"),
     ({"optimizer": lambda parameters: [SGD(parameters), SGD(parameters[:1])]}, ValueError, "is in 2 of the optimizers"),
     ({"optimizer": lambda parameters: [SGD(parameters[:1]), SGD(parameters[2:])]}, ValueError, "is in 0 of the optimizers"),
+    ({"optimizer": torch.optim.LBFGS}, ValueError, "returned LBFGS, whose step needs a closure.*AdamW"),
+    ({"optimizer": lambda parameters: [SGD(parameters[:1]), torch.optim.LBFGS(parameters[1:])]}, ValueError, "returned LBFGS, whose"),
     ({"warmup": -1}, ValueError, "warmup=-1"),
     ({"warmup": 9, "steps": 8}, ValueError, "warmup=9 must be at most .* 8"),
     ({"final_lr": -0.1}, ValueError, "final_lr=-0.1"),

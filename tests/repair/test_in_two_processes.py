@@ -78,11 +78,11 @@ def a_group_that_is_bound(rank: int) -> Any:
 def by_its_argument(rank: int) -> Any:
     """As an argument of sequential, and resumed after the first layer."""
     pipeline = bp.Pipeline(partial(bp.collect.with_statistics, where=WHERE), bp.metric.obs, bp.allocate.per_layer)
-    own = attrs.evolve(calibration(BATCHES_OF_RANK["halves"][rank]))
+    own = calibration(BATCHES_OF_RANK["halves"][rank])
     results: list[bp.RepairResult] = []
-    share: Any = {"reduce": bp.distributed.all_reduce, "callback": results.append}
-    whole = bp.sequential(model(), pipeline, bp.reconstruct.least_squares, own, 0.5, **share)
-    resumed = bp.sequential(model(), pipeline, bp.reconstruct.least_squares, own, 0.5, resume=results[0], **share)
+    share: Any = {"reduce": bp.distributed.all_reduce, "callback": results.append, "token_weights": own.token_weights, "progress": False}
+    whole = bp.sequential(model(), pipeline, bp.reconstruct.least_squares, own.batches, 0.5, **share)
+    resumed = bp.sequential(model(), pipeline, bp.reconstruct.least_squares, own.batches, 0.5, resume=results[0], **share)
     return whole.masks == resumed.masks, all(torch.equal(resumed.weights[name], weight) for name, weight in whole.weights.items())
 
 
@@ -111,7 +111,49 @@ def clustered_without_an_example(rank: int) -> Any:
     return bp.recipes.cluster_units(model(), WHERE, calibration(reduce=bp.distributed.all_reduce))
 
 
+def nan_on_a_rank(rank: int) -> Any:
+    own = calibration(BATCHES_OF_RANK["halves"][rank], reduce=bp.distributed.all_reduce)
+    return bp.recipes.sparsegpt(WHERE, attrs.evolve(own, batches=[x * torch.nan for x in own.batches]) if rank else own)(model(), 0.5)
+
+
+def a_forward_that_raises_on_a_rank(rank: int) -> Any:
+    def forward(model: Any, batch: Tensor) -> Any:
+        raise KeyError("input_ids")
+
+    own = calibration(BATCHES_OF_RANK["halves"][rank], reduce=bp.distributed.all_reduce, **({"forward": forward} if rank else {}))
+    return bp.recipes.sparsegpt(WHERE, own)(model(), 0.5)
+
+
+def a_layer_that_raises_on_a_rank(rank: int) -> Any:
+    """When it runs for the third time, so after its inputs have been noted."""
+    runs = []
+
+    def fail(module: nn.Module, args: Any) -> None:
+        runs.append(module)
+        if rank and len(runs) > 3:
+            raise MemoryError("out of memory")
+
+    built = model()
+    built.layers[1].register_forward_pre_hook(fail)
+    own = calibration(BATCHES_OF_RANK["halves"][rank], reduce=bp.distributed.all_reduce)
+    return bp.recipes.sparsegpt(WHERE, own)(built, 0.5)
+
+
+def a_callback_that_raises_on_a_rank(rank: int) -> Any:
+    def callback(result: bp.RepairResult) -> None:
+        if rank:
+            raise OSError("the disk is full")
+
+    pipeline = bp.Pipeline(partial(bp.collect.with_statistics, where=WHERE), bp.metric.obs, bp.allocate.per_layer)
+    own = calibration(BATCHES_OF_RANK["halves"][rank], reduce=bp.distributed.all_reduce)
+    return bp.sequential(model(), pipeline, bp.reconstruct.least_squares, own, 0.5, callback=callback)
+
+
 RAISES: dict[Callable[[int], Any], str] = {
+    nan_on_a_rank: r"^(rank 1 raised ValueError: )?layers\.0\.(up|gate)\.weight \(24, 16\): NaN or inf reached 'input_gram' in batch 0",
+    a_forward_that_raises_on_a_rank: r"^(rank 1 raised KeyError: )?'input_ids'$",
+    a_layer_that_raises_on_a_rank: r"^(rank 1 raised MemoryError: )?out of memory$",
+    a_callback_that_raises_on_a_rank: r"^(rank 1 raised OSError: )?the disk is full$",
     without_batches: "batches is empty: statistics need at least one batch",
     without_batches_for_layers: "batches is empty: calibration needs at least one",
     a_collector_that_does_not_reduce: r"layers\.0\.gate\.weight \(24, 16\): the ranks keep other blocks",
@@ -129,7 +171,7 @@ def run_rank(rank: int, folder: str) -> dict[Any, Any]:
     for function in RAISES:
         try:
             results[function.__name__] = function(rank)
-        except ValueError as error:
+        except Exception as error:
             results[function.__name__] = str(error)
     return results
 

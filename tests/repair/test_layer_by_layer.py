@@ -374,6 +374,10 @@ def test_a_result_that_lacks_a_mask_of_a_finished_layer_or_has_one_of_another_sh
     without = {name: mask for name, mask in whole.masks.items() if name != "2.weight"}
     with pytest.raises(ValueError, match=r"layer '2' is done, but it has no mask for 2.weight \(6, 12\); give the whole result"):
         go(resume=attrs.evolve(whole, masks=without))
+    with pytest.raises(
+        ValueError, match=r"0.weight \(12, 8\): resume has a mask of .*block=\(2, 2\).*chooses .*block=\(4, 4\).*; give the first"
+    ):
+        bp.sequential(mlp(), pipeline((4, 4)), reconstruct.least_squares, inputs(), 0.5, resume=whole)
     other = {**whole.masks, "2.weight": whole.masks["0.weight"]}
     with pytest.raises(ValueError, match=r"2.weight \(6, 12\): resume has a mask for shape \(12, 8\)"):
         go(resume=attrs.evolve(whole, masks=other))

@@ -183,6 +183,57 @@ def test_a_decoder_has_its_own_padding() -> None:
     torch.testing.assert_close(losses.cross_entropy(output, None, batch), F.cross_entropy(student[kept], labels[kept]))
 
 
+def test_embeddings_of_a_decoder_are_the_means_over_its_own_positions() -> None:
+    """The law: the same as of plain embeddings, where the encoder has more positions and other padding."""
+    states = logits(0, (2, 5, 7))
+    student, teacher = (SimpleNamespace(last_hidden_state=x, encoder_last_hidden_state=torch.zeros(2, 6, 7)) for x in states)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    batch = {"attention_mask": torch.tensor([[1, 1, 0, 0, 0, 0], [1] * 6]), "decoder_attention_mask": mask}
+    embeddings = [torch.stack([x[0].mean(0), x[1, :3].mean(0)]) for x in states]
+    torch.testing.assert_close(losses.cosine(student, teacher, batch), losses.cosine(*embeddings))
+    del batch["decoder_attention_mask"]
+    torch.testing.assert_close(losses.cosine(student, teacher, batch), losses.cosine(*(x.mean(1) for x in states)))
+
+
+def test_the_attention_mask_of_other_positions_is_none_of_labels_that_are_no_next_tokens() -> None:
+    """Speech, and labels of a part of the positions."""
+    student, labels = torch.randn(2, 3, 7), torch.tensor([[1, 2, 3], [4, -100, -100]])
+    batch = {"input_features": torch.ones(2, 9, 4), "attention_mask": torch.ones(2, 9), "labels": labels}
+    expected = F.cross_entropy(student.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(losses.cross_entropy(student, None, batch), expected)
+    torch.testing.assert_close(losses.cross_entropy(student, None, batch, shift=False), expected)
+
+
+@given(seed=seeds, shift=st.sampled_from([True, False]))
+def test_the_side_of_the_padding_changes_nothing(seed: int, shift: bool) -> None:
+    """The law: logits at padding have no influence, and padding on the left gives what no padding gives."""
+    student, teacher = (x.detach() for x in logits(seed, (2, 6, 7)))
+    tokens = torch.randint(7, (2, 6), generator=torch.Generator().manual_seed(seed))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    batch = {"input_ids": tokens, "labels": tokens, "attention_mask": mask}
+    for loss in (losses.cross_entropy, losses.kl):
+        whole = loss(student, teacher, batch, shift=shift)
+        changed = torch.where(mask[..., None] == 1, student, 9 * teacher)
+        torch.testing.assert_close(loss(changed, teacher, batch, shift=shift), whole)
+        total, count = 0, 0
+        for sample, start in ((slice(1), 2), (slice(1, 2), 0)):
+            own, length = tokens[sample, start:], 6 - start - int(shift)
+            part = loss(student[sample, start:], teacher[sample, start:], {"input_ids": own, "labels": own}, shift=shift)
+            total, count = total + length * part, count + length
+        torch.testing.assert_close(whole, total / count)
+
+
+def test_samples_without_a_label_do_not_count() -> None:
+    student, teacher = logits(0, (3, 7))
+    labels = torch.tensor([2, -100, 5])
+    for batch in ((torch.zeros(3, 4), labels), {"pixel_values": torch.zeros(3, 4), "labels": labels}):
+        torch.testing.assert_close(losses.kl(student, teacher, batch), losses.kl(student[::2], teacher[::2]))
+        torch.testing.assert_close(losses.kl(student, teacher, batch, top_k=2), losses.kl(student[::2], teacher[::2], top_k=2))
+        torch.testing.assert_close(losses.cross_entropy(student, None, batch), F.cross_entropy(student[::2], labels[::2]))
+    with pytest.raises(ValueError, match="no position"):
+        losses.kl(student, teacher, (torch.zeros(3, 4), torch.full((3,), -100)))
+
+
 def test_a_weighted_sum() -> None:
     student, teacher = logits(0)
     loss = losses.weighted({losses.kl: 2.0, losses.hidden_states: 0.5})
