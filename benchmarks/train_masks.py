@@ -287,7 +287,8 @@ def draw(results: Mapping[tuple[str, float], list[Result]], title: str, path: Pa
             accuracies = [100 * run.accuracy for run in runs]
             error = statistics.stdev(accuracies) if len(runs) > 1 else 0.0
             x, y = statistics.mean(run.computation for run in runs), statistics.mean(accuracies)
-            axes.errorbar([x], [y], [error], fmt="o^sDvPX*<>h"[number % 11], color=f"C{number % 10}", capsize=3, label=name)
+            color = "black" if name == "dense" else f"C{(number - 1) % 10}"
+            axes.errorbar([x], [y], [error], fmt="o^sDvPX*<>h"[number % 11], color=color, capsize=3, label=name)
         axes.set(title=f"{title}, {sparsity:.0%} of the blocks pruned", xlabel="computation in pruned layers / dense training")
     figure.axes[0].set_ylabel("accuracy (%)")
     figure.axes[-1].legend(fontsize=7, loc="lower right")

@@ -98,6 +98,10 @@ def test_what_distillation_gives_back_is_what_was_recorded() -> None:
     tokens, before, after = re.findall(r"after ([\d,]+) tokens .*perplexity Wikipedia ([\d.]+) -> ([\d.]+)", answer)[0]
     after = f"{float(after):.0f} after {round(int(tokens.replace(',', '')), -4):,} tokens of distillation"
     assert f"it is not usable yet ({float(before):.0f}; {after})" in text
+    answer = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "recover_smollm_25.json").read_text())["answer"]
+    tokens, before, after, dense = re.findall(r"after ([\d,]+) tokens .*perplexity Wikipedia ([\d.]+) -> ([\d.]+) \(([\d.]+)\)", answer)[0]
+    assert f"has perplexity {float(before):.1f} after repair (dense {float(dense):.1f}; " in text
+    assert f" and {float(after):.1f} after {round(int(tokens.replace(',', '')), -4):,} tokens of distillation, and" in text
     assert "is a tie before and after ({} and {}, dense {})".format(*correlations) in text
 
 
