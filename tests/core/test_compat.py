@@ -379,6 +379,7 @@ def test_all_tensors_of_a_parametrized_weight_are_listed() -> None:
         assert [tuple(x.shape) for x in _compat.originals(two.parametrizations.weight)] == [(3, 1), (3, 2)]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch 2.11, when it imports its compiler
 def test_parametrizations_of_a_module_itself_are_found() -> None:
     with private("torch.nn.Module._modules", "to find the masks of a model"):
         layer = parametrizations.weight_norm(nn.Linear(2, 2))
