@@ -20,12 +20,12 @@ import attrs
 import torch
 from torch import Tensor
 
-from blockprune.allocate.budgets import check_fraction, layer_limits, uniform
+from blockprune.allocate.budgets import layer_limits, uniform
 from blockprune.allocate.ranking import prune_lowest, select_pruned, to_common_device
 from blockprune.allocate.shared_masks import Coupled, SharedMask, masks_of, shared_masks
 from blockprune.core.grid import BlockGrid, tiles, untile
 from blockprune.core.patterns import matching_keys, resolve_by_name
-from blockprune.core.types import Budget, Masks, Scores, Sparsity
+from blockprune.core.types import Budget, Masks, Scores, Sparsity, check_fraction
 
 MaxSparsity = float | Mapping[str, float] | None
 MinKeep = int | Mapping[str, int]

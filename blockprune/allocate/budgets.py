@@ -16,7 +16,7 @@ from torch import Tensor
 from blockprune.allocate.ranking import prune_lowest, to_common_device
 from blockprune.core.grid import block_elements
 from blockprune.core.patterns import resolve_by_name
-from blockprune.core.types import Scores
+from blockprune.core.types import Scores, check_fraction
 
 V = TypeVar("V", int, float)
 
@@ -324,21 +324,3 @@ def _by_name(scores: Scores, value: V | Mapping[str, V] | None, what: str, defau
     if isinstance(value, Mapping):
         return resolve_by_name(value, scores, what=what, default=default)
     return dict.fromkeys(scores, default if value is None else value)
-
-
-def check_fraction(what: str, value: float) -> None:
-    """Raise unless a value is a number from 0 to 1.
-
-    Raises:
-        TypeError, ValueError: anything else.
-
-    Example:
-        >>> from blockprune.allocate.budgets import check_fraction
-        >>> check_fraction("sparsity", 0.5)
-    """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"{what}={value!r} must be a number from 0 (keep all) to 1 (remove all), or a mapping of parameter names to numbers"
-        )
-    if not 0 <= value <= 1:
-        raise ValueError(f"{what}={value!r} must be from 0 (keep all) to 1 (remove all); 50 % is 0.5")

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 import attrs
 from torch import Tensor
 
-from blockprune.allocate.budgets import check_fraction
 from blockprune.allocate.ranking import prune_lowest
 from blockprune.core.grid import block_elements
 from blockprune.core.patterns import resolve_by_name, suggest
 from blockprune.core.precision import at_least_float32
-from blockprune.core.types import BlockMask, BlockScore, Masks, Scores, Sparsity
+from blockprune.core.types import BlockMask, BlockScore, Masks, Scores, Sparsity, check_fraction
 
 
 def regrow(masks: Masks, *, drop: Scores, grow: Scores, fraction: Sparsity, sparsity: Sparsity | None = None) -> Masks:

@@ -1,5 +1,6 @@
 """The values that flow between stages, and the signatures of the stages."""
 
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -190,3 +191,21 @@ def masks_and_weights(result: Any, what: str) -> tuple[Masks, Weights]:
     except AttributeError:
         kind = type(result).__name__
         raise TypeError(f"{what} returned a {kind}; it must return masks, or a result with .masks and .weights") from None
+
+
+def check_fraction(what: str, value: float) -> None:
+    """Raise unless a value is a number from 0 to 1.
+
+    Raises:
+        TypeError, ValueError: anything else.
+
+    Example:
+        >>> from blockprune.core.types import check_fraction
+        >>> check_fraction("sparsity", 0.5)
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"{what}={value!r} must be a number from 0 (keep all) to 1 (remove all), or a mapping of parameter names to numbers"
+        )
+    if not 0 <= value <= 1:
+        raise ValueError(f"{what}={value!r} must be from 0 (keep all) to 1 (remove all); 50 % is 0.5")

@@ -1,6 +1,6 @@
 """Other masks for a model that trains block-sparse: blocks kept by both masks keep their values and the optimizer's state."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 import attrs
@@ -17,7 +17,7 @@ from blockprune.export.packing import pack_weight
 from blockprune.export.sparse_layers import BlockSparseLinear
 from blockprune.model.apply import apply_masks, parameter_masks
 from blockprune.model.checkpoint import keep_gradient_options
-from blockprune.model.optimizer_state import initial_state, list_of
+from blockprune.model.optimizer_state import check_state, initial_state, list_of, reset_elements
 from blockprune.model.parameters import parameter_refs
 from blockprune.model.sharding import reshard
 
@@ -69,8 +69,10 @@ def update(model: M, masks: Masks, *, optimizer: Optimizer | Sequence[Optimizer]
     if unmasked := [name for name in weights if name not in masks]:
         raise KeyError(f"weights has {unmasked[0]!r}, and masks has not; give the mask of every weight that is given")
     layers = {name: sparse[name] for name in masks if name in sparse}
+    trained = _trained(optimizers) if masks else set()
     for name, layer in layers.items():
-        _check(name, layer, masks[name], weights.get(name), optimizers)
+        _check(name, layer, masks[name], weights.get(name))
+        _check_optimizers(name, layer, optimizers, trained)
         if twin := next((other for other in layers if layers[other] is layer and masks[other] != masks[name]), None):
             raise ValueError(f"{name} and {twin} are names of the same layer, and masks has two different masks for it")
     new = {layer: _with_mask(layer, masks[name], weights.get(name)) for name, layer in layers.items()}
@@ -89,18 +91,30 @@ def _named_layers(model: nn.Module) -> dict[str, BlockSparseLinear]:
     return {f"{name}.weight" if name else "weight": layer for name, layer in layers.items()}
 
 
-def _check(name: str, layer: BlockSparseLinear, mask: BlockMask, weight: Tensor | None, optimizers: Sequence[Optimizer]) -> None:
+def _check(name: str, layer: BlockSparseLinear, mask: BlockMask, weight: Tensor | None) -> None:
     if layer.scale is not None:
         raise ValueError(f"{name}: the blocks of a weight of int8 cannot be changed; export the masked model again")
     if is_sharded(layer.values):
         raise ValueError(f"{name}: fully_shard has sharded this layer; update the model before it is sharded, and make the optimizer then")
     _check_values(name, layer.weight_shape, layer.values, mask, weight)
-    parameters = [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
-    if optimizers and layer.trainable and layer.values.requires_grad and not any(parameter is layer.values for parameter in parameters):
+
+
+def _trained(optimizers: Sequence[Optimizer]) -> set[int]:
+    """The ids of the parameters of optimizers; raises for a state such as that of LBFGS, a list for all parameters together."""
+    for optimizer in optimizers:
+        lists = [key for state in optimizer.state.values() for key, value in state.items() if isinstance(value, (list, tuple))]
+        if lists:
+            raise ValueError(f"optimizer: the state {lists[0]!r} of {type(optimizer).__name__} is not one number for each kept weight")
+    return {id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _check_optimizers(name: str, layer: BlockSparseLinear, optimizers: Sequence[Optimizer], trained: Collection[int]) -> None:
+    if optimizers and layer.trainable and layer.values.requires_grad and id(layer.values) not in trained:
         raise ValueError(
             f"optimizer has not the kept weights of {name}; make it from the parameters of this model, which block_sparse has made anew"
         )
-    _check_state(name, layer.values, optimizers)
+    for optimizer in optimizers:
+        check_state(optimizer, name, layer.values, layer.values.shape)
 
 
 def _check_values(name: str, shape: tuple[int, ...], values: Tensor, mask: BlockMask, weight: Tensor | None) -> None:
@@ -114,27 +128,14 @@ def _check_values(name: str, shape: tuple[int, ...], values: Tensor, mask: Block
         raise ValueError(f"{name} {shape}: weights has NaN or inf for this weight (as {values.dtype}); give finite values")
 
 
-def _check_state(name: str, parameter: Tensor, optimizers: Sequence[Optimizer]) -> None:
-    """Raise for a tensor of the state that has axes, and other ones than the parameter: nothing says which numbers belong to a block."""
-    for optimizer in optimizers:
-        lists = [key for state in optimizer.state.values() for key, value in state.items() if isinstance(value, (list, tuple))]
-        if lists:
-            raise ValueError(f"optimizer: the state {lists[0]!r} of {type(optimizer).__name__} is not one number for each kept weight")
-        for key, x in optimizer.state.get(parameter, {}).items():
-            if isinstance(x, Tensor) and x.ndim and x.shape != parameter.shape:
-                raise ValueError(
-                    f"optimizer: the state {key!r} of {type(optimizer).__name__} for {name} has shape {tuple(x.shape)}, which is not "
-                    f"one number for each of {tuple(parameter.shape)} weights; take an optimizer such as SGD or AdamW, or make a new one"
-                )
-
-
 def _update_masked(model: nn.Module, before: Masks, after: Masks, weights: Weights, optimizers: Sequence[Optimizer]) -> None:
     """Other masks for weights that stayed masked, in place: new blocks get their values, and blocks that come or go a new state."""
     reshard(model)
     refs = {name: users[0] for name, users in parameter_refs(model).items() if name in after}
     for name, ref in refs.items():
         _check_values(name, ref.shape, ref.stored, after[name], weights.get(name))
-        _check_state(name, ref.stored, optimizers)
+        for optimizer in optimizers:
+            check_state(optimizer, name, ref.stored, ref.stored.shape)
     computed = {name: weights[name] for name, ref in refs.items() if not ref.is_plain and name in weights}  # `apply_masks` refuses them
     with keep_gradient_options(model):
         apply_masks(model, {**before, **after}, computed)
@@ -143,7 +144,7 @@ def _update_masked(model: nn.Module, before: Masks, after: Masks, weights: Weigh
             kept_before, kept = (expand(mask.keep, mask.grid).to(ref.stored.device) for mask in (before[name], after[name]))
             _set_new_elements(ref.stored, kept & ~kept_before, weights.get(name))
             for optimizer in optimizers:
-                _reset_state(optimizer, ref.stored, kept ^ kept_before)
+                reset_elements(optimizer, ref.stored, kept ^ kept_before)
 
 
 @torch.no_grad()
@@ -152,13 +153,6 @@ def _set_new_elements(stored: Tensor, is_new: Tensor, weight: Tensor | None) -> 
     if bool(is_new.any()):
         old = whole(stored)
         stored.copy_(sharded_like(torch.where(is_new, old.new_zeros(()) if weight is None else whole(weight).to(old), old), stored))
-
-
-@torch.no_grad()
-def _reset_state(optimizer: Optimizer, parameter: Tensor, elements: Tensor) -> None:
-    for key, x in optimizer.state.get(parameter, {}).items():
-        if isinstance(x, Tensor) and x.ndim:
-            x.masked_fill_(sharded_like(elements.to(x.device), x), initial_state(optimizer, parameter, key))
 
 
 def _with_mask(layer: BlockSparseLinear, mask: BlockMask, weight: Tensor | None) -> tuple[BlockSparse, Tensor]:

@@ -14,7 +14,7 @@ from blockprune.collect.from_weights import weights as collect_weights
 from blockprune.core.grid import BlockGrid
 from blockprune.core.mask_file import load_masks, save_masks
 from blockprune.core.pipeline import Pipeline, as_code
-from blockprune.core.types import Masks, Param, Sparsity, check_finite, check_prunable
+from blockprune.core.types import Masks, Param, Sparsity, check_finite, check_fraction, check_prunable
 from blockprune.hf.checkpoint_folder import Checkpoint, Skeleton
 from blockprune.hf.pruned_folder import MASKS, PrunedFolder, opened_by_first
 from blockprune.hf.recipe_hash import data_hash, recipe_hash
@@ -141,10 +141,8 @@ def _plain(sparsity: Sparsity) -> float | dict[str, float]:
         raise TypeError(
             f"sparsity={sparsity!r} must be a number from 0 to 1, or a mapping from names or patterns to such numbers"
         ) from None
-    for name, value in plain.items() if isinstance(plain, dict) else [(None, plain)]:
-        if not 0 <= value <= 1:
-            what = "sparsity" if name is None else f"sparsity[{name!r}]"
-            raise ValueError(f"{what}={value!r} must be from 0 (keep all) to 1 (remove all); 50 % is 0.5")
+    for key, value in plain.items() if isinstance(plain, dict) else [("", plain)]:
+        check_fraction(f"sparsity[{key!r}]" if key else "sparsity", value)
     return plain
 
 

@@ -66,7 +66,7 @@ class GradualPruning(TrainerCallback):
         """Pass gradients as the options say, also to a model that had masks before; raise if a checkpoint was loaded into one without."""
         masks = parameter_masks(options["model"])
         if masks:
-            self._put_on(options["model"], masks)
+            self._apply_masks(options["model"], masks)
         elif state.global_step:
             raise ValueError(
                 f"training resumes at step {state.global_step}, but the model has no masks, so those of the checkpoint are lost; "
@@ -99,8 +99,8 @@ class GradualPruning(TrainerCallback):
 
     def _update(self, model: nn.Module, step: int) -> None:
         masks, weights = masks_and_weights(self.prune(model, self.schedule(step)), "prune")
-        self._put_on(model, masks, weights)
+        self._apply_masks(model, masks, weights)
 
-    def _put_on(self, model: nn.Module, masks: Masks, weights: Weights | None = None) -> None:
+    def _apply_masks(self, model: nn.Module, masks: Masks, weights: Weights | None = None) -> None:
         apply_masks(model, masks, weights, straight_through=self.straight_through, decay=self.decay)
         self.last_sparsity = sparsity(parameter_masks(model))

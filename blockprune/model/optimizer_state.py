@@ -1,5 +1,6 @@
 """What changes with the masks of a model in training: the values of new blocks, and what the optimizer remembers of blocks."""
 
+import itertools
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -11,7 +12,7 @@ from blockprune.core.grid import expand
 from blockprune.core.sharded_tensor import sharded_like
 from blockprune.core.types import BlockMask, Masks
 from blockprune.model.masking import mask_blocks
-from blockprune.model.parameters import ParameterRef, find_parameters, parameter_refs, select_parameters
+from blockprune.model.parameters import find_parameters, parameter_refs, select_parameters
 from blockprune.model.sharding import reshard
 
 Optimizers = TypeVar("Optimizers", bound=Optimizer | Sequence[Optimizer])
@@ -97,15 +98,10 @@ def reset_state(optimizer: Optimizers, model: nn.Module, before: Masks, after: M
             "this model"
         )
     changed = {name: _changed_elements(name, old.get(name), new.get(name)) for name in refs}
-    states = [
-        (state, changed[name], initial_state(held, ref.stored, key))
-        for held in optimizers
-        for name, ref in refs.items()
-        for key, state in _states(held, name, ref).items()
-    ]
-    with torch.no_grad():
-        for state, elements, initial in states:
-            state.masked_fill_(sharded_like(elements.to(state.device), state), initial)
+    for held, (name, ref) in itertools.product(optimizers, refs.items()):
+        check_state(held, name, ref.stored, ref.shape)
+    for held, (name, ref) in itertools.product(optimizers, refs.items()):
+        reset_elements(held, ref.stored, changed[name])
     return optimizer
 
 
@@ -141,14 +137,22 @@ def _changed_elements(name: str, old: BlockMask | None, new: BlockMask | None) -
     return expand(~mask.keep, mask.grid)
 
 
-def _states(optimizer: Optimizer, name: str, ref: ParameterRef) -> dict[str, Tensor]:
-    """The tensors that an optimizer holds for a parameter, in its shape; step counters have no axes."""
-    held = optimizer.state.get(ref.stored, {})
-    states = {key: state for key, state in held.items() if isinstance(state, Tensor) and state.ndim}
-    for key, state in states.items():
-        if tuple(state.shape) != ref.shape:
+def check_state(optimizer: Optimizer, name: str, parameter: Tensor, shape: Sequence[int]) -> None:
+    """Raise a ValueError for a tensor of a parameter's state that has axes and another shape: nothing says which numbers belong to a block.
+
+    Step counters have no axes.
+    """
+    for key, state in optimizer.state.get(parameter, {}).items():
+        if isinstance(state, Tensor) and state.ndim and tuple(state.shape) != tuple(shape):
             raise ValueError(
-                f"{name} {ref.shape}: {type(optimizer).__name__} holds {key!r} of shape {tuple(state.shape)}, which has no blocks; "
-                "use an optimizer such as SGD, Adam or AdamW, or make a new one"
+                f"{name} {tuple(shape)}: {type(optimizer).__name__} holds {key!r} of shape {tuple(state.shape)}, which is not one number "
+                "for each weight; use an optimizer such as SGD, Adam or AdamW, or make a new one"
             )
-    return states
+
+
+@torch.no_grad()
+def reset_elements(optimizer: Optimizer, parameter: Tensor, elements: Tensor) -> None:
+    """Change the state of some elements of a parameter, in place, to what it is before the first step (`initial_state`)."""
+    for key, state in optimizer.state.get(parameter, {}).items():
+        if isinstance(state, Tensor) and state.ndim:
+            state.masked_fill_(sharded_like(elements.to(state.device), state), initial_state(optimizer, parameter, key))

@@ -133,9 +133,9 @@ def check_not_fully_sharded(model: nn.Module, reason: str, *, nor_dtensors: bool
         reason: what cannot be done with such a model.
         nor_dtensors: also raise if ``parallelize_module`` has.
     """
-    is_parallel = nor_dtensors and any(map(is_sharded, model.parameters()))
-    if is_parallel or any(map(is_fully_sharded, model.modules())):
-        function = "fully_shard" if any(map(is_fully_sharded, model.modules())) else "parallelize_module"
+    by_fsdp = any(map(is_fully_sharded, model.modules()))
+    if by_fsdp or (nor_dtensors and any(map(is_sharded, model.parameters()))):
+        function = "fully_shard" if by_fsdp else "parallelize_module"
         raise ValueError(
             f"{reason}, but {function} has sharded this {type(model).__name__}; call it before {function}, or on a plain model that "
             "loads bp.distributed.full_state_dict(model)"
