@@ -264,8 +264,9 @@ def _to_device(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
 def preserve_state(model: nn.Module, weights: Sequence[Tensor] = (), *, trains: bool = False) -> Iterator[None]:
     """Run a model in evaluation mode, with gradients for these weights, and restore its state afterwards.
 
-    The state is the training mode of all modules, ``requires_grad`` of the weights, all buffers, the random number generators, and unless
-    the model trains the embeddings whose forward limits their norms in place. Compiled models run eagerly, `torch.inference_mode` is off.
+    The state is the training mode of all modules, ``requires_grad`` of the weights, all buffers and the random number generators. Unless
+    the model trains, it is also the weights of embeddings with ``max_norm``, which their forward changes in place. Compiled models run
+    eagerly, and `torch.inference_mode` is off.
     """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in weights]

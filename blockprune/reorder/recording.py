@@ -93,7 +93,7 @@ class RecordedRun:
         return self.copied.run(change)
 
     def is_multiplied_by_zero(self, layer: str) -> bool:
-        """Whether the model multiplies a layer's output by 0, of a layer whose changes have no effect: NaN reaches other layers then."""
+        """Whether a layer has no effect because the model multiplies its output by 0: NaN in the output then reaches other layers."""
         changes = _InputChanges(self.modules, self.module_inputs)
         try:
             with self._replayed_forwards(layer, torch.ones(self.units(layer)).bool(), torch.nan, changes.compare):

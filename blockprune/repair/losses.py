@@ -341,7 +341,8 @@ def _are_tokens(labels: Tensor, batch: Any) -> bool:
 def _attention(x: Tensor, batch: Any, *, must_fit: bool = True) -> Tensor | None:
     """The attention mask of a batch for numbers by position, ``[batch, positions, ...]``; None if there is none for them.
 
-    Of other positions than the numbers it is an error, or, as that of speech whose labels are not its frames, none for them.
+    A mask of other positions than the numbers is an error if it must fit. Otherwise it is ignored, as for labels of words and a mask of
+    speech frames.
     """
     inputs = inputs_of(batch)
     if not isinstance(inputs, Mapping) or x.ndim < 2:  # numbers by sample have no padding
