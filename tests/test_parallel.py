@@ -336,6 +336,23 @@ def sweep(wrap: str, when: str, folder: str) -> Any:
     return bp.sweep(model, {"none": prune}, [0.5], lambda model: output(model).square().mean()).rows[0].scores
 
 
+def distill(wrap: str, when: str, folder: str) -> Any:
+    model = WRAPS[wrap](plain())
+    loss = lambda output, target, batch: whole(output - target).square().mean()  # noqa: E731
+    weights = bp.distill(model, named(model, random_masks(3)), None, [X], teacher=plain(1), loss=loss, steps=3)
+    return {name.removeprefix("module."): whole(weight) for name, weight in weights.items()}
+
+
+def permute(wrap: str, when: str, folder: str) -> Any:
+    model = WRAPS[wrap](plain())
+    names = named(model, dict.fromkeys(("0.weight", "0.bias", "2.weight")))
+    return output(bp.permute(model, [bp.UnitPermutation(torch.arange(8).flip(0), rows=list(names)[:2], columns=list(names)[2:])]))
+
+
+def convert(wrap: str, when: str, folder: str) -> Any:
+    return output(bp.as_linears(WRAPS[wrap](plain())))
+
+
 def units(wrap: str, when: str, folder: str) -> Any:
     return len(bp.find_axes(WRAPS[wrap](plain()), X))
 
@@ -353,8 +370,14 @@ IN_PLACE = r"mul_ would change this masked weight \(8, 6\) in place; .* bp\.appl
 AROUND = r"weight \(8, 6\): this parameter is sharded by fully_shard of a module around .* give the whole model to apply_masks"
 NO_GRAPH = r"0\.weight \(8, 6\): (weight_grad|gate_fisher) needs the whole weight .* collect before fully_shard"
 
-PARALLEL = "find_axes runs a copy of the model, but parallelize_module has sharded .* call it before parallelize_module"
+PARALLEL = {
+    "permute": "permute reorders whole parameters, but parallelize_module has sharded .* call it before parallelize_module",
+    "units": "find_axes runs a copy of the model, but parallelize_module has sharded .* call it before parallelize_module",
+}
 COPIES = {
+    "convert": r"as_linears changes a copy of the model, but fully_shard has sharded",
+    "distill": r"distill trains a copy of the model \(a loop of your own.*\), but fully_shard has sharded",
+    "permute": r"permute reorders whole parameters, but fully_shard has sharded",
     "finetune": r"finetune tunes plain parameters of a layer, but fully_shard has sharded .* call it before fully_shard",
     "functional": r"0\.weight \(8, 6\): fully_shard puts its own parameter into the module .* use apply_masks",
     "sweep": r"sweep prunes copies of the model, but fully_shard has sharded .* bp\.distributed\.full_state_dict\(model\)",
@@ -364,8 +387,10 @@ COPIES = {
 
 def refusal(wrap: str, when: str, what: str) -> str | None:
     """What the error message says if this cannot work."""
+    if (wrap, what) == ("DDP", "distill"):
+        return AFTER_DDP
     if what in COPIES and wrap != "none":
-        return None if wrap == "DDP" else COPIES[what] if wrap != "TP" else PARALLEL if what == "units" else None
+        return None if wrap == "DDP" else COPIES[what] if wrap != "TP" else PARALLEL.get(what)
     if (wrap, when) in (("TP", "before"), ("DDP", "after")) and what not in ("sparsegpt", "obs", "sensitivity"):
         return BEFORE_TP if wrap == "TP" else AFTER_DDP
     sharded = wrap != "DDP"
@@ -381,9 +406,9 @@ def refusal(wrap: str, when: str, what: str) -> str | None:
 
 
 TABLE = [(wrap, when, do.__name__) for wrap in WRAPS if wrap != "none" for when in ("before", "after") for do in DONE]
-ON_PLAIN = (sparsegpt, obs, finetune, sensitivity, functional, sweep, units)
+ON_PLAIN = (sparsegpt, obs, finetune, sensitivity, functional, sweep, units, distill, permute, convert)
 TABLE += [(wrap, "after", do.__name__) for wrap in ("FSDP2", "FSDP2 root", "DDP") for do in ON_PLAIN]
-TABLE += [("TP", "after", do.__name__) for do in (sensitivity, functional, sweep, units)]
+TABLE += [("TP", "after", do.__name__) for do in (sensitivity, functional, sweep, units, distill, permute, convert)]
 
 
 def run_rank(rank: int, folder: str) -> dict[tuple[str, str, str], Any]:

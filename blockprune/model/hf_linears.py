@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from blockprune.core._compat_hf import conv1d_outputs, experts_are_transposed, use_eager_experts
 from blockprune.model.experts import is_stacked, stack_state_dict, unstack_experts
+from blockprune.model.sharding import check_not_fully_sharded
 
 __all__ = ["as_linears", "from_linears", "is_transposed"]
 
@@ -43,7 +44,7 @@ def as_linears(model: M) -> M:
 
     Raises:
         ValueError: a module to convert is masked or otherwise parametrized, has its own ``forward``, or shares its weight with a module
-            that is not converted.
+            that is not converted; a model that ``fully_shard`` has sharded.
 
     Example:
         >>> class Conv1D(nn.Module):  # like transformers.pytorch_utils.Conv1D
@@ -57,6 +58,7 @@ def as_linears(model: M) -> M:
         >>> converted[0], torch.allclose(converted(x), model(x), atol=1e-6)
         (Linear(in_features=4, out_features=6, bias=True), True)
     """
+    check_not_fully_sharded(model, "as_linears changes a copy of the model")
     model = copy.deepcopy(model)
     modules = dict(model.named_modules())
     to_convert: dict[str, Any] = {name: module for name, module in modules.items() if is_transposed(module) or is_stacked(module)}

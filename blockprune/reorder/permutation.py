@@ -13,6 +13,7 @@ from blockprune.core.patterns import suggest
 from blockprune.core.types import BlockScore, Scores
 from blockprune.core.unit_permutation import UnitPermutation, checked_names
 from blockprune.model.parameters import check_own_memory, parameter_refs
+from blockprune.model.sharding import check_not_fully_sharded
 
 __all__ = ["permute", "sort_units"]
 
@@ -34,8 +35,9 @@ def permute(model: M, plan: Sequence[UnitPermutation], *, inplace: bool = False)
 
     Raises:
         KeyError: a name that the model does not have.
-        ValueError: a masked model, a number of units that does not divide an axis, an axis that two permutations reorder, a tensor that is
-            tied to one that is not listed, a parameter that a parametrization computes; in place also one that shares its memory.
+        ValueError: a masked or sharded model, a number of units that does not divide an axis, an axis that two permutations reorder, a
+            tensor that is tied to one that is not listed, a parameter that a parametrization computes; in place also one that shares its
+            memory.
         TypeError: a plan that is not a sequence of `UnitPermutation`.
 
     Example:
@@ -46,6 +48,7 @@ def permute(model: M, plan: Sequence[UnitPermutation], *, inplace: bool = False)
         (True, True)
     """
     orders = _orders_by_axis(model, plan)
+    check_not_fully_sharded(model, "permute reorders whole parameters", nor_dtensors=True)
     permuted = model if inplace else copy.deepcopy(model)
     tensors, written = _named_tensors(permuted), list[_Written]()
     if inplace:

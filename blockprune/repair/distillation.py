@@ -149,7 +149,7 @@ def distill(
     Raises:
         KeyError, ValueError, TypeError: as `apply_masks`, for masks and weights.
         ValueError: batches that run out, a loss or gradient that is NaN or inf, a loss that has no gradient, options that do not fit each
-            other or the model.
+            other or the model, a model that ``fully_shard`` has sharded.
         TypeError: ``batches`` that is one tensor or mapping, a teacher that is no module, a loss that is no function or returns no tensor.
 
     Example:

@@ -15,6 +15,7 @@ from blockprune.model.apply import apply_masks, parameter_masks
 from blockprune.model.gates import GateBlocks
 from blockprune.model.parameters import ParameterRef, distinct, parameter_refs
 from blockprune.model.selection import norms_and_biases, select
+from blockprune.model.sharding import check_not_fully_sharded
 
 
 @attrs.frozen(eq=False)
@@ -73,6 +74,9 @@ def make_student(
         ValueError: ``where`` chooses no parameter, or one that another parametrization computes; a rank below 1, or nothing that it is for.
         KeyError, ValueError, TypeError: as `apply_masks`, for masks and weights.
     """
+    check_not_fully_sharded(
+        model, "distill trains a copy of the model (a loop of your own, with a loss of bp.losses, trains a sharded model)"
+    )
     masks = parameter_masks(model) if masks is None else masks
     module = apply_masks(copy.deepcopy(model), masks, weights)
     dtypes = {name: refs[0].stored.dtype for name, refs in parameter_refs(module).items()}
