@@ -59,8 +59,8 @@ class Prepared:
         return bp.apply_masks(plain_model(self.linears), self.masks)
 
     @cached_property
-    def result(self) -> bp.RepairResult:
-        return bp.RepairResult(self.masks, {name: p.detach() for name, p in self.plain.named_parameters()})
+    def result(self) -> bp.PruningResult:
+        return bp.PruningResult(self.masks, {name: p.detach() for name, p in self.plain.named_parameters()})
 
     def exported(self) -> nn.Module:
         return bp.export.block_sparse(self.masked, backend="torch")

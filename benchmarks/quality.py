@@ -79,7 +79,7 @@ PATTERNS = {
     "1x1": Pattern((1, 1)),
     "2:4": Pattern((1, 1), m=4),
 }
-Pruned = tuple[nn.Module, bp.RepairResult]  # the model that the masks and weights are for
+Pruned = tuple[nn.Module, bp.PruningResult]  # the model that the masks and weights are for
 
 
 def smollm_task(windows: int, held_out: int, gradients: int, device: str) -> Task:
@@ -249,7 +249,7 @@ def llmcompressor(method: str, task: Task, pattern: Pattern, sparsity: float) ->
         pruned = load_file(out)
     weights = {name: pruned[name] for name in collect.weights(task.model, where=pattern.where(task), lazy=True)}
     masks = {name: bp.BlockMask(w != 0, bp.BlockGrid(w.shape, (1, 1))) for name, w in weights.items()}
-    return task.model, bp.RepairResult(masks, weights)
+    return task.model, bp.PruningResult(masks, weights)
 
 
 METHODS: dict[str, Callable[[Task, Pattern, float], Pruned]] = {

@@ -36,11 +36,12 @@ from blockprune.core.pipeline import Pipeline, requires
 from blockprune.core.types import BlockMask, BlockScore, Data, Masks, Param, Scores, Sparsity, Weights, Where
 from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model import gates, regularizers
-from blockprune.model.apply import apply_masks, finalize, masked_parameters, read_masks
+from blockprune.model.apply import apply_masks, finalize, masked_parameters
+from blockprune.model.calibration import Calibration
 from blockprune.model.checkpoint import load_masked, masks_from_zeros
 from blockprune.model.hf_linears import as_linears, from_linears
+from blockprune.model.mask_reading import read_masks
 from blockprune.model.optimizer_state import reset_state, zero_new_blocks
-from blockprune.model.running import Calibration
 from blockprune.model.selection import (
     batchnorms,
     convs,
@@ -59,7 +60,7 @@ from blockprune.reorder.permutation import permute, sort_units
 from blockprune.repair import closed_form as reconstruct
 from blockprune.repair import losses
 from blockprune.repair.distillation import DistillState, distill
-from blockprune.repair.layer_by_layer import RepairResult, sequential
+from blockprune.repair.layer_by_layer import PruningResult, sequential
 from blockprune.repair.layer_finetuning import finetune_layer
 from blockprune.repair.optimizers import muon
 from blockprune.repair.repair_file import load_repair, save_repair
@@ -78,7 +79,7 @@ __all__ = [
     "Param",
     "Pareto",
     "Pipeline",
-    "RepairResult",
+    "PruningResult",
     "Scores",
     "Sensitivity",
     "Sparsity",

@@ -22,13 +22,13 @@ from blockprune.core.grid import BlockShape
 from blockprune.core.pipeline import Pipeline, fields_as_code
 from blockprune.core.types import Allocate, BlockScore, Budget, Collect, Data, Metric, Param, Reconstruct, Sparsity, Where
 from blockprune.core.unit_permutation import UnitPermutation
-from blockprune.model.running import Calibration
+from blockprune.model.calibration import Calibration
 from blockprune.model.selection import including_names, select, units, with_block
 from blockprune.reorder.clustering import cluster
 from blockprune.reorder.hidden_axes import find_axes
 from blockprune.reorder.permutation import permute
 from blockprune.repair import closed_form
-from blockprune.repair.layer_by_layer import RepairResult, sequential
+from blockprune.repair.layer_by_layer import PruningResult, sequential
 from blockprune.repair.layer_finetuning import Finetune
 from blockprune.repair.layer_pruning import check_not_offloaded
 
@@ -51,8 +51,8 @@ class OneShot:
 
     pipeline: Pipeline
 
-    def __call__(self, model: nn.Module, sparsity: Sparsity) -> RepairResult:
-        return RepairResult(self.pipeline(model, sparsity), {})
+    def __call__(self, model: nn.Module, sparsity: Sparsity) -> PruningResult:
+        return PruningResult(self.pipeline(model, sparsity), {})
 
     __repr__ = fields_as_code
 
@@ -117,7 +117,7 @@ class LayerByLayer:
     target: Literal["pruned", "dense"] = "dense"
     finetune: Finetune | Mapping[str, Finetune] | None = None
 
-    def __call__(self, model: nn.Module, sparsity: Any) -> RepairResult:
+    def __call__(self, model: nn.Module, sparsity: Any) -> PruningResult:
         check_not_offloaded(model)  # before the budget, which takes time
         shares, extra_data = (sparsity, None) if self.budget is None else self.budget(model, sparsity)
         options: Any = {"layers": self.layers, "target": self.target, "finetune": self.finetune}

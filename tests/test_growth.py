@@ -70,7 +70,7 @@ def repairing(count: int, target: str) -> Callable[[], object]:
 
 def saving(count: int, path: Path) -> Callable[[], object]:
     model, masks, _ = pruned(count)
-    result = bp.RepairResult(masks, dict(model.named_parameters()), tuple(map(str, range(count))))
+    result = bp.PruningResult(masks, dict(model.named_parameters()), tuple(map(str, range(count))))
 
     def run() -> None:
         bp.save_masks(masks, path)

@@ -35,7 +35,7 @@ def calibration(**options: Any) -> bp.Calibration:
     return bp.Calibration(batches(), **{"loss": loss, "progress": False, **options})
 
 
-def same(a: bp.RepairResult, masks: bp.Masks, weights: bp.Weights) -> bool:
+def same(a: bp.PruningResult, masks: bp.Masks, weights: bp.Weights) -> bool:
     return a.masks == masks and a.weights.keys() == weights.keys() and all(torch.equal(a.weights[k], weights[k]) for k in weights)
 
 

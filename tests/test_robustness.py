@@ -366,7 +366,7 @@ def test_public_values_print_in_a_few_lines_and_without_their_numbers() -> None:
         *(bp.excluding(where, "0.*"), bp.with_block(where, (1, 1)), calibration, prune),
         *(data["0.weight"], scores["0.weight"], masks["0.weight"]),
         *(bp.collect.with_statistics(model, **options)["0.weight"], bp.collect.fold(model, **options)),
-        bp.RepairResult(masks, {name: param.weight for name, param in data.items()}, ("0", "2")),
+        bp.PruningResult(masks, {name: param.weight for name, param in data.items()}, ("0", "2")),
         bp.UnitPermutation(torch.arange(64).flip(0), rows=("0.weight",)),
         *(bp.recipes.magnitude(where), bp.recipes.wanda(where, calibration), bp.recipes.obs(where, calibration)),
     ]
@@ -375,8 +375,8 @@ def test_public_values_print_in_a_few_lines_and_without_their_numbers() -> None:
         assert len(text) < 1000, text
         assert not [word for word in ("functools", "<function _", " at 0x", "tensor(", "...") if word in text], text
     assert repr(where) == "linears(block=(2, 2))"
-    assert repr(values[-5]) == "RepairResult(2 masks, 50.0% pruned; 2 weights; 2 layers: '0' to '2')"
-    assert repr(bp.RepairResult({}, {})) == "RepairResult(0 masks, 0.0% pruned; 0 weights; 0 layers)"
+    assert repr(values[-5]) == "PruningResult(2 masks, 50.0% pruned; 2 weights; 2 layers: '0' to '2')"
+    assert repr(bp.PruningResult({}, {})) == "PruningResult(0 masks, 0.0% pruned; 0 weights; 0 layers)"
 
 
 # Progress bars show in notebooks, on a terminal, and wherever they are asked for.

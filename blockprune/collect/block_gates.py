@@ -13,9 +13,9 @@ from torch.func import functional_call, grad, vmap
 from blockprune.core._compat import disable_checkpointing, tree_map
 from blockprune.core.grid import BlockGrid, expand
 from blockprune.core.precision import double
+from blockprune.model.calibration import Calibration, scalar_loss
 from blockprune.model.inputs import InputHooks
 from blockprune.model.parameters import ParameterRef, stored_aliases, under_all_names
-from blockprune.model.running import Calibration, scalar_loss
 from blockprune.statistics import GateDerivatives
 
 T = TypeVar("T")

@@ -9,8 +9,8 @@ from blockprune.collect.accumulate import Fold, compute, compute_once, empty_fol
 from blockprune.collect.from_weights import weights
 from blockprune.collect.layer_hooks import add_batches
 from blockprune.core.types import Data, Where
+from blockprune.model.calibration import Calibration, CalibrationOptions, as_calibration
 from blockprune.model.parameters import find_parameters
-from blockprune.model.running import Calibration, CalibrationOptions, as_calibration
 from blockprune.model.sharding import raised_together
 from blockprune.statistics import Statistic
 

@@ -15,18 +15,12 @@ from blockprune.collect.block_gates import gate_derivatives
 from blockprune.core._compat import ConvNd, disable_checkpointing, is_view, tree_leaves
 from blockprune.core.progress import progress_bar
 from blockprune.core.sharded_tensor import whole
+from blockprune.model.calibration import Calibration, default_forward, scalar_loss
 from blockprune.model.experts import Experts, experts_in
 from blockprune.model.inputs import InputHooks, input_axis, input_hooks, value_key, weight_inputs
 from blockprune.model.parameters import ParameterRef, check_not_inference, find_parameters
 from blockprune.model.product_check import check_product
-from blockprune.model.running import (
-    Calibration,
-    default_forward,
-    disable_attention_fastpath,
-    preserve_state,
-    scalar_loss,
-    to_model_device,
-)
+from blockprune.model.running import disable_attention_fastpath, preserve_state, to_model_device
 from blockprune.model.sharding import in_step, without_broadcasts
 from blockprune.model.token_streams import TokenStreams, token_streams
 from blockprune.statistics import Call, Source

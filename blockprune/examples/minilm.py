@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blockprune.examples.packages import folder_of, load_module, quiet
-from blockprune.model.running import Calibration
+from blockprune.model.calibration import Calibration
 
 __all__ = ["background", "calibration", "documents", "embed", "judgements", "likeness", "load", "other_halves", "pearson", "tokens"]
 

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from blockprune.core._compat import FAST_PATH_MODULES, has_hooks
 from blockprune.core.types import BlockMask
-from blockprune.model.apply import parameter_masks
+from blockprune.model.mask_reading import parameter_masks
 from blockprune.model.parameters import ParameterRef, is_exported, parameter_refs
 
 LAYER_TYPES = (nn.Linear, nn.Conv2d)

@@ -12,20 +12,21 @@ from torch import Tensor, nn
 
 from blockprune.core.patterns import suggest
 from blockprune.export import semi_structured
-from blockprune.export.autotune import MAX_ERROR, choose, fixed_backend
+from blockprune.export.backend_choice import MAX_ERROR, choose, fixed_backend
 from blockprune.export.candidates import Candidate, find_candidates
-from blockprune.export.choices import Choice, Choices, warn_if_all_dense
+from blockprune.export.choice_table import Choice, Choices, warn_if_all_dense
 from blockprune.export.module_replacement import replace_modules
 from blockprune.export.packing import pack_int8, pack_weight, read_state
 from blockprune.export.quantization import wants_int8
 from blockprune.export.sparse_convs import BlockSparseConv2d, sparse_layer_like
 from blockprune.export.sparse_layers import STATE_KEYS, BlockSparseLinear, Int8BlockSparseLinear
 from blockprune.export.timed_layers import DEFAULT_ROWS
-from blockprune.model.apply import apply_masks, finalize, parameter_masks
+from blockprune.model.apply import apply_masks, finalize
+from blockprune.model.calibration import Forward, default_forward
 from blockprune.model.checkpoint import masks_in_state
 from blockprune.model.hf_checkpoint import prepare_checkpoints
+from blockprune.model.mask_reading import parameter_masks
 from blockprune.model.parameters import parameter_refs
-from blockprune.model.running import Forward, default_forward
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -120,7 +121,7 @@ def convert(model: M, choices: Choices, *, trainable: bool = False) -> tuple[M, 
         ValueError, KeyError: as `block_sparse`.
 
     Example:
-        >>> from blockprune.export.autotune import fixed_backend
+        >>> from blockprune.export.backend_choice import fixed_backend
         >>> from blockprune.export.conversion import convert
         >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
         >>> model = bp.apply_masks(nn.Linear(4, 2), {"weight": mask})

@@ -15,8 +15,9 @@ from blockprune.core.types import BlockMask, Masks, Weights
 from blockprune.export.format import BlockSparse, unpack
 from blockprune.export.packing import pack_weight
 from blockprune.export.sparse_layers import BlockSparseLinear
-from blockprune.model.apply import apply_masks, parameter_masks
+from blockprune.model.apply import apply_masks
 from blockprune.model.checkpoint import keep_gradient_options
+from blockprune.model.mask_reading import parameter_masks
 from blockprune.model.optimizer_state import check_state, initial_state, list_of, reset_elements
 from blockprune.model.parameters import parameter_refs
 from blockprune.model.sharding import reshard

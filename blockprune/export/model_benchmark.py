@@ -14,16 +14,17 @@ from blockprune.core._compat import tree_leaves, tree_map_only
 from blockprune.core.precision import multiplies_bfloat16
 from blockprune.core.table import Rows, Table
 from blockprune.core.types import BlockMask
-from blockprune.export.autotune import fixed_backend
-from blockprune.export.choices import backends
+from blockprune.export.backend_choice import fixed_backend
+from blockprune.export.choice_table import backends
 from blockprune.export.conversion import convert, dense
 from blockprune.export.dense_baselines import PackedLinear, dynamic_int8, has_dynamic_int8, int8_bytes, is_int8, onednn_packed, rowwise_int8
 from blockprune.export.ops import int8_backend
 from blockprune.export.semi_structured import SemiStructuredLinear
 from blockprune.export.sparse_layers import BlockSparseLinear, Int8BlockSparseLinear
 from blockprune.export.timing import cuda_graphed, median_seconds, synchronized
-from blockprune.model.apply import apply_masks, parameter_masks
-from blockprune.model.running import Forward, default_forward
+from blockprune.model.apply import apply_masks
+from blockprune.model.calibration import Forward, default_forward
+from blockprune.model.mask_reading import parameter_masks
 
 INT8_FORMS = ("dense int8", "dense int8, row by row")  # torch's, and that of block-sparse layers
 SPARSITIES = (0.5, 0.75, 0.9, 0.95)  # tried, with the same blocks, where a model is not faster than dense

@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from blockprune.core.masks import summary
 from blockprune.core.table import Rows, Table
 from blockprune.export.conversion import dense
-from blockprune.model.apply import read_masks
+from blockprune.model.calibration import Forward, default_forward
+from blockprune.model.mask_reading import read_masks
 from blockprune.model.parameters import parameter_refs
-from blockprune.model.running import Forward, default_forward, preserve_state
+from blockprune.model.running import preserve_state
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)

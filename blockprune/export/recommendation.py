@@ -13,7 +13,7 @@ from blockprune.core.progress import progress_bar
 from blockprune.core.table import Rows, Table
 from blockprune.core.types import Masks, Scores
 from blockprune.export.timed_layers import TimedLayer, layers_of_model, layers_without_model
-from blockprune.model.running import Forward, default_forward
+from blockprune.model.calibration import Forward, default_forward
 
 BLOCKS: tuple[BlockShape, ...] = ((16, 1), (8, 1), (4, 4), (16, 16), (32, 32), (64, 64))
 SPARSITIES = (0.5, 0.75, 0.9, 0.95)

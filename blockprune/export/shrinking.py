@@ -24,15 +24,10 @@ from blockprune.export.coupled_channels import (
     update_head_counts,
 )
 from blockprune.export.uniform_widths import UniformWidths, uniform_widths
-from blockprune.model.apply import finalize, read_masks
-from blockprune.model.running import (
-    Forward,
-    default_forward,
-    disable_attention_fastpath,
-    float64_copy,
-    preserve_state,
-    to_model_device,
-)
+from blockprune.model.apply import finalize
+from blockprune.model.calibration import Forward, default_forward
+from blockprune.model.mask_reading import read_masks
+from blockprune.model.running import disable_attention_fastpath, float64_copy, preserve_state, to_model_device
 
 TOLERANCE = 1e-5  # relative to the largest output; outputs are compared in float64, so rounding does not matter
 

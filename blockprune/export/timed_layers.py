@@ -15,15 +15,16 @@ from torch.nn.utils import parametrize
 from blockprune.core.grid import BlockGrid
 from blockprune.core.types import BlockMask, Masks, Scores
 from blockprune.export.candidates import DTYPES, LAYER_TYPES
-from blockprune.export.choices import backends
+from blockprune.export.choice_table import backends
 from blockprune.export.dense_baselines import dense_int8_kernels, dense_layer_calls
 from blockprune.export.ops import int8_backend
 from blockprune.export.packing import pack_int8, pack_weight
 from blockprune.export.quantization import wants_int8
 from blockprune.export.sparse_convs import sparse_layer_like
 from blockprune.export.timing import cold_copies, time_interleaved
+from blockprune.model.calibration import Forward
 from blockprune.model.parameters import ParameterRef, find_parameters, is_exported
-from blockprune.model.running import Forward, preserve_state
+from blockprune.model.running import preserve_state
 
 DEFAULT_ROWS = 128  # input rows of a layer in one call, where no inputs are given
 

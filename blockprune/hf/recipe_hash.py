@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from blockprune.model.running import Calibration
+from blockprune.model.calibration import Calibration
 
 __all__ = ["data_hash", "recipe_hash"]
 

@@ -9,7 +9,8 @@ from transformers import TrainerCallback
 
 from blockprune.core.masks import sparsity
 from blockprune.core.types import Masks, Weights, masks_and_weights
-from blockprune.model.apply import apply_masks, parameter_masks
+from blockprune.model.apply import apply_masks
+from blockprune.model.mask_reading import parameter_masks
 
 
 class GradualPruning(TrainerCallback):

@@ -16,6 +16,7 @@ from blockprune.core.patterns import suggest
 from blockprune.core.sharded_tensor import is_sharded, sharded_like, whole
 from blockprune.core.types import BlockMask, Masks, Weights
 from blockprune.model.hf_checkpoint import prepare_checkpoints
+from blockprune.model.mask_reading import Refs, masked_refs, masks_of_refs
 from blockprune.model.masked_class import add_mask_methods, has_mask_methods, mask_index, own_class, refs_of_module, remove_mask_methods
 from blockprune.model.masking import mask_blocks, zeros_in_pruned_blocks
 from blockprune.model.parameters import (
@@ -25,7 +26,6 @@ from blockprune.model.parameters import (
     check_own_memory,
     computed_attributes,
     distinct,
-    is_exported,
     is_replicated,
     parameter_order,
     parameter_refs,
@@ -36,7 +36,6 @@ from blockprune.model.parametrization import MaskBlocks
 from blockprune.model.sharding import check_copyable, check_replaceable, follow_parameters, has_moved_unnoticed, reshard, without_fsdp_class
 
 M = TypeVar("M", bound=nn.Module)
-Refs = Mapping[str, list[ParameterRef]]  # `parameter_refs` of a model
 
 
 def apply_masks(
@@ -76,13 +75,13 @@ def apply_masks(
     """
     reshard(model)
     refs = parameter_refs(model)  # they say what is masked at the time at which they are asked
-    new_masks = _checked_masks(refs, _copied_masks(refs) if masks is None and weights is not None else cast(Masks, masks))
+    new_masks = _checked_masks(refs, masks_of_refs(refs) if masks is None and weights is not None else cast(Masks, masks))
     check_loaded([users[0] for _, _, users in new_masks], "apply_masks")
     check_not_inference(users[0] for _, _, users in new_masks)
     _check_not_wrapped(model, refs, new_masks)
     new_weights = _checked_weights(refs, {} if weights is None else weights)
     reached = _checked_reached(refs, {name: mask for name, mask, _ in new_masks}, straight_through, decay)
-    old_masks = [(ref, BlockMask(mask.keep.clone(), mask.grid), _copy(mask.reached), mask.decay) for ref, mask in _masked_refs(refs)]
+    old_masks = [(ref, BlockMask(mask.keep.clone(), mask.grid), _copy(mask.reached), mask.decay) for ref, mask in masked_refs(refs)]
     # in the order in which they were put on, so that an error restores that order
     old_masks.sort(key=lambda item: list(item[0].owner.parametrizations).index(item[0].attr))  # type: ignore[arg-type]
     with torch.no_grad():
@@ -96,7 +95,7 @@ def apply_masks(
                 for ref in users:
                     cast(MaskBlocks, ref.mask).pass_gradients(reached.get(name), decay)
         except BaseException:
-            for ref, _ in _masked_refs(refs):
+            for ref, _ in masked_refs(refs):
                 _remove_mask(ref)
             for ref, mask, old_reached, old_decay in old_masks:
                 _set_mask(ref, mask)
@@ -139,7 +138,7 @@ def _checked_reached(refs: Refs, masks: Masks, straight_through: bool | Masks, d
 
 def _check_not_wrapped(model: nn.Module, refs: Refs, new_masks: list[tuple[str, BlockMask, list[ParameterRef]]]) -> None:
     """Raise if masks would be added or removed where DistributedDataParallel or a module around the model refers to the parameters."""
-    before = {ref.name: ref for ref, _ in _masked_refs(refs)}
+    before = {ref.name: ref for ref, _ in masked_refs(refs)}
     after = {ref.name: ref for _, _, users in new_masks for ref in users}
     changed = sorted(before.keys() ^ after.keys())
     replicated = bool(changed) and is_replicated(model)
@@ -166,32 +165,6 @@ def _replace_masks(masked: list[ParameterRef], new_masks: list[tuple[str, BlockM
             _set_mask(ref, mask)
 
 
-def read_masks(model: nn.Module) -> dict[str, BlockMask]:
-    """Copies of the masks on a model, by parameter name; those of exported layers, too (`export.block_sparse`).
-
-    Example:
-        >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
-        >>> bp.read_masks(bp.apply_masks(nn.Linear(4, 2), {"weight": mask})) == {"weight": mask}
-        True
-    """
-    return parameter_masks(model) | _masks_of_exported_layers(model)
-
-
-def parameter_masks(model: nn.Module) -> dict[str, BlockMask]:
-    """Copies of the masks on the parameters of a model; exported layers have none."""
-    return _copied_masks(parameter_refs(model))
-
-
-def _copied_masks(refs: Refs) -> dict[str, BlockMask]:
-    return {name: BlockMask(mask.keep.clone(), mask.grid) for name, users in refs.items() if (mask := users[0].mask)}
-
-
-def _masks_of_exported_layers(model: nn.Module) -> dict[str, BlockMask]:
-    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if is_exported(module)}
-    masks = {f"{name}.weight" if name else "weight": layer.block_mask() for name, layer in layers.items()}
-    return {name: mask for name, mask in masks.items() if isinstance(mask, BlockMask)}
-
-
 def finalize(model: M, *, inplace: bool = False) -> M:
     """A copy of a model without masks, with zeros in the pruned blocks.
 
@@ -213,7 +186,7 @@ def finalize(model: M, *, inplace: bool = False) -> M:
         (<class 'torch.nn.modules.linear.Linear'>, 0, 'ParametrizedLinear')
     """
     refs = parameter_refs(model)
-    check_loaded([ref for ref, _ in _masked_refs(refs)], "finalize")
+    check_loaded([ref for ref, _ in masked_refs(refs)], "finalize")
     if computed := [ref.name for ref in computed_attributes(model) if ref.stored.grad_fn is not None]:
         raise ValueError(
             f"{computed[0]}: a hook of the old weight_norm, spectral_norm or torch.nn.utils.prune computes this tensor, and torch cannot "
@@ -221,7 +194,7 @@ def finalize(model: M, *, inplace: bool = False) -> M:
         )
     check_copyable(model)
     if inplace:
-        masks = _masked_refs(refs)
+        masks = masked_refs(refs)
         if sharded := [ref for ref, _ in masks if is_sharded(ref.stored)]:
             raise ValueError(f"{sharded[0].name} {sharded[0].shape}: this weight is a DTensor; make a copy: finalize(model)")
         if other := [ref for ref, _ in masks if not ref.is_plain]:
@@ -236,7 +209,7 @@ def finalize(model: M, *, inplace: bool = False) -> M:
             return apply_masks(model, {})
     plain = copy.deepcopy(model)
     with torch.no_grad():
-        for ref, mask in _masked_refs(parameter_refs(plain)):
+        for ref, mask in masked_refs(parameter_refs(plain)):
             if ref.is_plain:
                 ref.stored.copy_(ref.masked)
                 _remove_mask(ref)
@@ -353,10 +326,6 @@ def _checked_weight(name: str, ref: ParameterRef, weight: Any) -> Tensor:
     if new.device.type != "meta" and not whole(new.isfinite().all()):
         raise ValueError(f"{what} has a new weight with NaN or inf (as {stored.dtype}); give finite values")
     return new
-
-
-def _masked_refs(refs: Refs) -> list[tuple[ParameterRef, MaskBlocks]]:
-    return [(ref, mask) for users in refs.values() for ref in distinct(users) if (mask := ref.mask)]
 
 
 def _set_mask(ref: ParameterRef, mask: BlockMask) -> None:

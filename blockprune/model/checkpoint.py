@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from blockprune.core.grid import BlockGrid, expand, pool
 from blockprune.core.sharded_tensor import sharded_like, whole
 from blockprune.core.types import BlockMask, Where, check_prunable
-from blockprune.model.apply import apply_masks, parameter_masks
+from blockprune.model.apply import apply_masks
+from blockprune.model.mask_reading import parameter_masks
 from blockprune.model.parameters import STORED_NAME, distinct, parameter_refs
 from blockprune.model.parametrization import MaskBlocks
 from blockprune.model.selection import select

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from blockprune.core._compat import DispatchMode, storage_id, tree_leaves
 from blockprune.core.patterns import matches, matching_keys
+from blockprune.model.calibration import Calibration, default_token_weights, inputs_of
 from blockprune.model.inputs import InputHooks
-from blockprune.model.running import Calibration, default_token_weights, inputs_of
 
 # entries of a batch that Hugging Face models add up to one stream
 _SAME_TOKENS = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids", "segment_ids", "bbox")

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from blockprune.core._compat import is_compiled_wrapper
 from blockprune.core.progress import progress_bar
 from blockprune.core.unit_permutation import UnitPermutation
-from blockprune.model.apply import read_masks
-from blockprune.model.running import Forward, default_forward, without_compiled_code
+from blockprune.model.calibration import Forward, default_forward
+from blockprune.model.mask_reading import read_masks
+from blockprune.model.running import without_compiled_code
 from blockprune.reorder.recording import RecordedRun
 from blockprune.reorder.tracing import AxisTracer, AxisUse, UsageCheck
 from blockprune.reorder.varied_values import vary_floats, vary_inputs

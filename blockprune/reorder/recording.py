@@ -36,7 +36,7 @@ class RecordedRun:
             a replay cannot show whether they have a hidden axis.
 
     Example:
-        >>> from blockprune.model.running import default_forward
+        >>> from blockprune.model.calibration import default_forward
         >>> from blockprune.reorder.recording import RecordedRun
         >>> from blockprune.reorder.working_copy import WorkingCopy
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))

@@ -67,7 +67,7 @@ class AxisTracer:
     """Traces the units of a layer to the modules that use them, by replays of a recorded run with some of the units changed.
 
     Example:
-        >>> from blockprune.model.running import default_forward
+        >>> from blockprune.model.calibration import default_forward
         >>> from blockprune.reorder.recording import RecordedRun
         >>> from blockprune.reorder.working_copy import WorkingCopy
         >>> from blockprune.reorder.tracing import AxisTracer
@@ -161,7 +161,7 @@ class UsageCheck:
     It remembers the parameters that it has checked.
 
     Example:
-        >>> from blockprune.model.running import default_forward
+        >>> from blockprune.model.calibration import default_forward
         >>> from blockprune.reorder.recording import RecordedRun
         >>> from blockprune.reorder.working_copy import WorkingCopy
         >>> from blockprune.reorder.tracing import UsageCheck

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from blockprune.core._compat import ConvNd, DispatchMode, is_cast, tree_leaves, tree_map_only
 from blockprune.core._compat_hf import CACHE_ARGUMENTS
 from blockprune.core.unit_permutation import UnitPermutation
+from blockprune.model.calibration import Forward
 from blockprune.model.experts import Experts, experts_in
-from blockprune.model.running import Forward, cuda_devices, disable_attention_fastpath, to_model_device
+from blockprune.model.running import cuda_devices, disable_attention_fastpath, to_model_device
 from blockprune.model.sharding import check_not_fully_sharded
 from blockprune.reorder.permutation import permute
 from blockprune.reorder.varied_values import vary_model
@@ -46,7 +47,7 @@ class WorkingCopy:
             changes what the model computes, because it looks at the type or overflows.
 
     Example:
-        >>> from blockprune.model.running import default_forward
+        >>> from blockprune.model.calibration import default_forward
         >>> from blockprune.reorder.working_copy import WorkingCopy
         >>> copied = WorkingCopy.of(nn.Linear(2, 1), torch.ones(1, 2), default_forward)
         >>> copied.model.weight.dtype, copied.run()[0].dtype

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from blockprune.model.apply import parameter_masks
+from blockprune.model.mask_reading import parameter_masks
 from blockprune.repair.losses import DistillLoss
 
 

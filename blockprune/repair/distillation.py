@@ -17,8 +17,9 @@ from blockprune.core._compat import tree_leaves
 from blockprune.core.patterns import Pattern
 from blockprune.core.progress import progress_bar, show_values
 from blockprune.core.types import Masks, Weights, Where
-from blockprune.model.apply import read_masks
-from blockprune.model.running import Calibration, Forward, cuda_devices, default_forward, inputs_of, preserve_state, to_model_device
+from blockprune.model.calibration import Calibration, Forward, default_forward, inputs_of
+from blockprune.model.mask_reading import read_masks
+from blockprune.model.running import cuda_devices, preserve_state, to_model_device
 from blockprune.repair.batch_stream import BatchStream, keep_generators
 from blockprune.repair.distill_options import (
     check_counts,

@@ -8,7 +8,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from blockprune.model.running import Calibration, Loss
+from blockprune.model.calibration import Calibration, Loss
 from blockprune.model.sharding import gather_from_ranks, raised_together
 from blockprune.repair.dense_reference import LayerBatch
 from blockprune.repair.skipped_layers import capture_batches

@@ -10,22 +10,22 @@ from blockprune.core.grid import BlockGrid
 from blockprune.core.masks import sparsity as sparsity_of
 from blockprune.core.pipeline import Pipeline, required_statistics
 from blockprune.core.types import Data, Masks, Reconstruct, Sparsity, Weights
-from blockprune.model.running import Calibration, RunOptions, as_calibration
+from blockprune.model.calibration import Calibration, RunOptions, as_calibration
 from blockprune.repair.layer_finetuning import Finetune
 from blockprune.repair.layer_pruning import LayerPruning, LayerResult
 from blockprune.repair.transformer_layers import Layer
 
 
 @attrs.frozen(eq=False, repr=False)
-class RepairResult:
+class PruningResult:
     """Masks and repaired weights; give both to `apply_masks`.
 
     ``layers`` names the layers that are done.
 
     Example:
         >>> mask = bp.BlockMask(torch.tensor([True, False]), bp.BlockGrid((4,), (2,)))
-        >>> bp.RepairResult(masks={"fc.bias": mask}, weights={}, layers=("fc",))
-        RepairResult(1 mask, 50.0% pruned; 0 weights; 1 layer: 'fc')
+        >>> bp.PruningResult(masks={"fc.bias": mask}, weights={}, layers=("fc",))
+        PruningResult(1 mask, 50.0% pruned; 0 weights; 1 layer: 'fc')
     """
 
     masks: Masks
@@ -39,7 +39,7 @@ class RepairResult:
         )
         ends = dict.fromkeys((*self.layers[:1], *self.layers[-1:]))
         named = f": {' to '.join(map(repr, ends))}" if ends else ""
-        return f"RepairResult({masks}, {sparsity_of(self.masks):.1%} pruned; {weights}; {layers}{named})"
+        return f"PruningResult({masks}, {sparsity_of(self.masks):.1%} pruned; {weights}; {layers}{named})"
 
 
 def sequential(
@@ -53,10 +53,10 @@ def sequential(
     extra_data: Data | None = None,
     target: Literal["pruned", "dense"] = "dense",
     finetune: Finetune | Mapping[str, Finetune] | None = None,
-    resume: RepairResult | None = None,
-    callback: Callable[[RepairResult], None] | None = None,
+    resume: PruningResult | None = None,
+    callback: Callable[[PruningResult], None] | None = None,
     **options: Unpack[RunOptions],
-) -> RepairResult:
+) -> PruningResult:
     """Prune and repair layers in order, each calibrated on what the pruned layers before it give (SparseGPT 2301.00774).
 
     The model is not changed. The statistics of one layer are held at a time. To go on after an interruption, give what ``callback`` was
@@ -111,12 +111,12 @@ def sequential(
     pruning = LayerPruning.of(
         model, pipeline, reconstruct, sparsity, layers=layers, extra_data=extra_data, target=target, finetune=finetune
     )
-    result = _checked_resume(resume or RepairResult({}, {}), pruning, reconstruct)
+    result = _checked_resume(resume or PruningResult({}, {}), pruning, reconstruct)
     finished, given = result.layers, LayerResult(result.masks, result.weights)
 
     def receive(layer: Layer, new: LayerResult) -> None:
         nonlocal result
-        result = RepairResult({**result.masks, **new.masks}, {**result.weights, **new.weights}, (*result.layers, layer.name))
+        result = PruningResult({**result.masks, **new.masks}, {**result.weights, **new.weights}, (*result.layers, layer.name))
         if callback:
             callback(result)
 
@@ -124,7 +124,7 @@ def sequential(
     return result
 
 
-def _checked_resume(done: RepairResult, pruning: LayerPruning, reconstruct: Reconstruct) -> RepairResult:
+def _checked_resume(done: PruningResult, pruning: LayerPruning, reconstruct: Reconstruct) -> PruningResult:
     """The earlier result, if it has masks and weights for all chosen parameters of its layers, which are the first ones."""
     finished = pruning.order[: len(done.layers)]
     if done.layers != tuple(layer.name for layer in finished):

@@ -272,7 +272,7 @@ def finetune_parts(
         >>> recipe = bp.recipes.obs(bp.linears((2, 2)), bp.Calibration([torch.randn(32, 4) for _ in range(4)]))
         >>> apart = attrs.evolve(recipe, budget=None, finetune={"0": bp.finetune_layer, "2": bp.finetune_layer})
         >>> apart(nn.Sequential(layer), 0.5)
-        RepairResult(2 masks, 50.0% pruned; 2 weights; 1 layer: '0')
+        PruningResult(2 masks, 50.0% pruned; 2 weights; 1 layer: '0')
     """
     layer, parameters = batches.layer, dict(batches.parameters)
     tuned: dict[str, Tensor] = {}

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from blockprune.core._compat import disable_checkpointing
 from blockprune.core.types import Data, Where
-from blockprune.model.running import Calibration, preserve_state, scalar_loss, to_model_device
+from blockprune.model.calibration import Calibration, scalar_loss
+from blockprune.model.running import preserve_state, to_model_device
 from blockprune.model.selection import including_names, select
 from blockprune.repair.dense_reference import LayerBatch
 from blockprune.repair.hidden_states import HiddenStates, LayerBatches, Store, Tensors, in_memory, layer_calibration

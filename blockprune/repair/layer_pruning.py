@@ -14,11 +14,12 @@ from blockprune.core.patterns import resolve_by_name
 from blockprune.core.pipeline import Pipeline, required_statistics
 from blockprune.core.progress import progress_bar
 from blockprune.core.types import Data, Masks, Reconstruct, Sparsity, Weights, Where
-from blockprune.model.apply import read_masks
+from blockprune.model.calibration import Calibration
 from blockprune.model.inputs import InputHooks, input_axis, input_hooks
+from blockprune.model.mask_reading import read_masks
 from blockprune.model.masking import mask_blocks
 from blockprune.model.parameters import find_parameters
-from blockprune.model.running import Calibration, preserve_state
+from blockprune.model.running import preserve_state
 from blockprune.model.selection import including_names, select
 from blockprune.model.sharding import (
     agree,

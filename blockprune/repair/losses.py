@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blockprune.core.precision import SMALLEST, at_least_float32
-from blockprune.model.running import inputs_of
+from blockprune.model.calibration import inputs_of
 from blockprune.repair import divergence
 
 __all__ = ["cosine", "cross_entropy", "hidden_states", "kl", "weighted"]

@@ -12,12 +12,12 @@ from torch import Tensor
 from blockprune.core.mask_file import grids_as_json, pack_bits, read_grids, unpack_bits
 from blockprune.core.tensor_file import read_tensors, write_tensors
 from blockprune.core.types import BlockMask
-from blockprune.repair.layer_by_layer import RepairResult
+from blockprune.repair.layer_by_layer import PruningResult
 
 VERSION = "1"
 
 
-def save_repair(result: RepairResult, path: str | os.PathLike[str]) -> None:
+def save_repair(result: PruningResult, path: str | os.PathLike[str]) -> None:
     """Write masks, repaired weights and the names of the finished layers to a safetensors file, with a checksum.
 
     Give it to `sequential` as ``callback=partial(bp.save_repair, path=...)``, and the loaded result as ``resume=``. An existing file is
@@ -28,7 +28,7 @@ def save_repair(result: RepairResult, path: str | os.PathLike[str]) -> None:
 
     Example:
         >>> import tempfile
-        >>> result = bp.RepairResult(masks={}, weights={"fc.weight": torch.ones(2)}, layers=("fc",))
+        >>> result = bp.PruningResult(masks={}, weights={"fc.weight": torch.ones(2)}, layers=("fc",))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     bp.save_repair(result, f"{folder}/repair.safetensors")
         ...     bp.load_repair(f"{folder}/repair.safetensors").weights
@@ -46,7 +46,7 @@ def save_repair(result: RepairResult, path: str | os.PathLike[str]) -> None:
     write_tensors(tensors, path, {**metadata, "sha256": _checksum(metadata, tensors)})
 
 
-def load_repair(path: str | os.PathLike[str]) -> RepairResult:
+def load_repair(path: str | os.PathLike[str]) -> PruningResult:
     """Read what `save_repair` wrote; all tensors are on the CPU.
 
     Nothing in the file is executed, and the memory that is allocated is proportional to the size of the file.
@@ -58,7 +58,7 @@ def load_repair(path: str | os.PathLike[str]) -> RepairResult:
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     bp.save_repair(bp.RepairResult(masks={}, weights={}, layers=("0", "1")), f"{folder}/repair.safetensors")
+        ...     bp.save_repair(bp.PruningResult(masks={}, weights={}, layers=("0", "1")), f"{folder}/repair.safetensors")
         ...     bp.load_repair(f"{folder}/repair.safetensors").layers
         ('0', '1')
     """
@@ -71,7 +71,7 @@ def load_repair(path: str | os.PathLike[str]) -> RepairResult:
     if unmatched := sorted({*tensors} ^ {*(f"masks.{name}" for name in grids), *(f"weights.{name}" for name in names)}):
         raise ValueError(f"{path} is corrupt: the header and the tensors differ, such as in {unmatched[0]!r}")
     masks = {name: BlockMask(unpack_bits(path, name, tensors[f"masks.{name}"], grid), grid) for name, grid in grids.items()}
-    return RepairResult(masks, {name: tensors[f"weights.{name}"] for name in names}, layers)
+    return PruningResult(masks, {name: tensors[f"weights.{name}"] for name in names}, layers)
 
 
 def _read_names(path: Any, metadata: Mapping[str, str], key: str) -> tuple[str, ...]:

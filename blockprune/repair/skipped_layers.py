@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.core._compat import tree_leaves
-from blockprune.model.running import Calibration, to_model_device
+from blockprune.model.calibration import Calibration
+from blockprune.model.running import to_model_device
 from blockprune.model.token_streams import hidden_token_weights
 from blockprune.repair.transformer_layers import CapturedBatch, Layer, LoadWeights, capture_layer_inputs
 

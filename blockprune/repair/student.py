@@ -11,8 +11,9 @@ from torch.nn.utils import parametrize
 from blockprune.core._compat import NormBase
 from blockprune.core.patterns import Pattern, matches, suggest
 from blockprune.core.types import Masks, Weights, Where
-from blockprune.model.apply import apply_masks, parameter_masks
+from blockprune.model.apply import apply_masks
 from blockprune.model.gates import GateBlocks
+from blockprune.model.mask_reading import parameter_masks
 from blockprune.model.parameters import ParameterRef, distinct, parameter_refs
 from blockprune.model.selection import norms_and_biases, select
 from blockprune.model.sharding import check_not_fully_sharded

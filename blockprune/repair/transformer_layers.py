@@ -13,8 +13,8 @@ from torch.func import functional_call
 
 from blockprune.core._compat_hf import CACHE_ARGUMENTS
 from blockprune.core.patterns import suggest
+from blockprune.model.calibration import Forward
 from blockprune.model.parameters import parameter_refs, stored_aliases, under_all_names
-from blockprune.model.running import Forward
 from blockprune.model.sharding import replaced_shards, reshard
 
 

@@ -23,7 +23,7 @@ from torch.nn.utils import parametrizations
 import blockprune as bp
 from blockprune import export
 from blockprune.export import conv_ops, ops, triton_launch
-from blockprune.export.autotune import fixed_backend
+from blockprune.export.backend_choice import fixed_backend
 from blockprune.export.format import pack
 from blockprune.export.packing import pack_int8, pack_weight
 from blockprune.native import spmm

@@ -26,7 +26,7 @@ import blockprune as bp
 from blockprune import export
 from blockprune.core.grid import BlockGrid
 from blockprune.export import autotune, semi_structured, triton_launch
-from blockprune.export.autotune import fixed_backend
+from blockprune.export.backend_choice import fixed_backend
 from blockprune.export.format import BlockSparse, pack, to_layout
 from blockprune.export.torch_products import torch_product
 

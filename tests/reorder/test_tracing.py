@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from blockprune.model.running import default_forward
+from blockprune.model.calibration import default_forward
 from blockprune.reorder.recording import RecordedRun
 from blockprune.reorder.tracing import AxisTracer, AxisUse, UsageCheck
 from blockprune.reorder.working_copy import WorkingCopy

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import blockprune as bp
-from blockprune.model.running import default_forward
+from blockprune.model.calibration import default_forward
 from blockprune.reorder import working_copy
 from blockprune.reorder.working_copy import WorkingCopy
 

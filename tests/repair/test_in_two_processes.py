@@ -79,7 +79,7 @@ def by_its_argument(rank: int) -> Any:
     """As an argument of sequential, and resumed after the first layer."""
     pipeline = bp.Pipeline(partial(bp.collect.with_statistics, where=WHERE), bp.metric.obs, bp.allocate.per_layer)
     own = calibration(BATCHES_OF_RANK["halves"][rank])
-    results: list[bp.RepairResult] = []
+    results: list[bp.PruningResult] = []
     share: Any = {"reduce": bp.distributed.all_reduce, "callback": results.append, "token_weights": own.token_weights, "progress": False}
     whole = bp.sequential(model(), pipeline, bp.reconstruct.least_squares, own.batches, 0.5, **share)
     resumed = bp.sequential(model(), pipeline, bp.reconstruct.least_squares, own.batches, 0.5, resume=results[0], **share)
@@ -140,7 +140,7 @@ def a_layer_that_raises_on_a_rank(rank: int) -> Any:
 
 
 def a_callback_that_raises_on_a_rank(rank: int) -> Any:
-    def callback(result: bp.RepairResult) -> None:
+    def callback(result: bp.PruningResult) -> None:
         if rank:
             raise OSError("the disk is full")
 

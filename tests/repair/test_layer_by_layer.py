@@ -56,7 +56,7 @@ def close(a: Tensor, b: Tensor, atol: float = 1e-9) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
-def same(a: bp.RepairResult, b: bp.RepairResult) -> bool:
+def same(a: bp.PruningResult, b: bp.PruningResult) -> bool:
     weights = a.weights.keys() == b.weights.keys() and all(torch.equal(a.weights[k], b.weights[k]) for k in a.weights)
     return weights and a.masks == b.masks and a.layers == b.layers
 
@@ -291,12 +291,12 @@ def test_the_model_is_as_it_was_whatever_happens(stop: type[BaseException] | Non
     model = restless()
     before = state_of(model)
 
-    def each(_: bp.RepairResult) -> None:
+    def each(_: bp.PruningResult) -> None:
         torch.rand(3)
         if stop:
             raise stop
 
-    def go() -> bp.RepairResult:
+    def go() -> bp.PruningResult:
         tune = partial(bp.finetune_layer, epochs=2, held_out=0.34)
         return bp.sequential(model, pipeline(), reconstruct.least_squares, inputs(), 0.5, target=target, finetune=tune, callback=each)
 
@@ -338,16 +338,16 @@ def test_stopped_after_any_layer_and_gone_on_with_it_is_the_same_to_the_bit(targ
     go = partial(bp.sequential, mlp(), pipeline(seen=ABSORBING), reconstruct.least_squares, inputs(), 0.5, target=target, finetune=tune)
     whole = go()
     for stop in range(5):
-        seen: list[bp.RepairResult] = []
+        seen: list[bp.PruningResult] = []
 
-        def each(so_far: bp.RepairResult, seen: list[bp.RepairResult] = seen, stop: int = stop) -> None:
+        def each(so_far: bp.PruningResult, seen: list[bp.PruningResult] = seen, stop: int = stop) -> None:
             seen.append(so_far)
             if len(seen) == stop + 1:
                 raise Stopped
 
         with pytest.raises(Stopped):
             go(callback=each)
-        later: list[bp.RepairResult] = []
+        later: list[bp.PruningResult] = []
         assert same(go(resume=seen[-1], callback=later.append), whole)
         prefixes = [one.layers for one in [*seen, *later]]
         assert prefixes == [whole.layers[:i] for i in range(1, 6)]
@@ -363,7 +363,7 @@ def test_all_done_is_done() -> None:
 
 
 def test_what_was_done_of_other_layers_is_refused() -> None:
-    done = bp.RepairResult({}, {}, ("0", "2"))
+    done = bp.PruningResult({}, {}, ("0", "2"))
     with pytest.raises(ValueError, match=r"resume is of layers '0', '2'.*give the same layers"):
         bp.sequential(mlp(), pipeline(), reconstruct.least_squares, inputs(), 0.5, resume=done)
 
@@ -399,7 +399,7 @@ def test_a_result_without_a_weight_of_a_finished_layer_or_with_a_wrong_one_is_re
 
 def test_a_repair_that_returns_no_weights_can_be_resumed() -> None:
     go = partial(bp.sequential, mlp(), pipeline(), lambda data, masks: {}, inputs(), 0.5)
-    callbacks: list[bp.RepairResult] = []
+    callbacks: list[bp.PruningResult] = []
     whole = go(callback=callbacks.append)
     assert same(go(resume=callbacks[1]), whole)
     assert not whole.weights

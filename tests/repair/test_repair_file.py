@@ -30,7 +30,7 @@ from blockprune.repair.repair_file import _checksum
 NAMES = ("w", "encoder.0.weight", "größe", "a b\n")
 
 
-def same(a: bp.RepairResult, b: bp.RepairResult) -> bool:
+def same(a: bp.PruningResult, b: bp.PruningResult) -> bool:
     pairs = [(a.weights[name], b.weights[name]) for name in a.weights if name in b.weights]
     bits = all(x.dtype == y.dtype and x.shape == y.shape and torch.equal(_bits(x), _bits(y)) for x, y in pairs)
     return bits and list(a.weights) == list(b.weights) and a.masks == b.masks and list(a.masks) == list(b.masks) and a.layers == b.layers
@@ -40,22 +40,22 @@ def _bits(x: Tensor) -> Tensor:
     return x.contiguous().flatten().view(torch.uint8)
 
 
-def result(value: float = 1.0, size: int = 4) -> bp.RepairResult:
+def result(value: float = 1.0, size: int = 4) -> bp.PruningResult:
     mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((size, size), (size, size // 2)))
-    return bp.RepairResult({"0.weight": mask}, {"0.weight": torch.full((size, size), value)}, ("0", "1"))
+    return bp.PruningResult({"0.weight": mask}, {"0.weight": torch.full((size, size), value)}, ("0", "1"))
 
 
 @st.composite
-def results(draw: st.DrawFn) -> bp.RepairResult:
+def results(draw: st.DrawFn) -> bp.PruningResult:
     weights = {
         name: normal(tuple(draw(st.lists(st.integers(0, 4), max_size=3))), draw(seeds)).to(draw(dtypes))
         for name in draw(st.lists(st.sampled_from(NAMES), unique=True))
     }
-    return bp.RepairResult(draw(masks(names=NAMES)), weights, tuple(draw(st.lists(st.sampled_from(NAMES), unique=True))))
+    return bp.PruningResult(draw(masks(names=NAMES)), weights, tuple(draw(st.lists(st.sampled_from(NAMES), unique=True))))
 
 
 @given(results())
-def test_what_is_saved_is_what_is_loaded_in_its_order(saved: bp.RepairResult) -> None:
+def test_what_is_saved_is_what_is_loaded_in_its_order(saved: bp.PruningResult) -> None:
     with tempfile.TemporaryDirectory() as folder:
         bp.save_repair(saved, path := Path(folder) / "r.safetensors")
         assert os.listdir(folder) == ["r.safetensors"]
@@ -69,7 +69,7 @@ def test_weights_that_share_memory_are_saved_as_they_read(tmp_path: Path) -> Non
     matrix = torch.arange(24.0).view(4, 6)
     weights = {"a": matrix[:2], "b": matrix[1:], "c": matrix.mT, "d": matrix, "e": matrix, "f": matrix[0].expand(3, 6)}
     weights |= {"parameter": nn.Parameter(matrix), "signed zero and NaN": torch.tensor([-0.0, float("nan")])}
-    bp.save_repair(saved := bp.RepairResult({}, weights), tmp_path / "r")
+    bp.save_repair(saved := bp.PruningResult({}, weights), tmp_path / "r")
     assert same(bp.load_repair(tmp_path / "r"), saved)
 
 
@@ -95,7 +95,7 @@ def test_going_on_from_a_file_gives_the_same_bits(target: Any, tmp_path: Path) -
     whole, path = run(), tmp_path / "r"
     for layers in range(1, 5):
 
-        def save(so_far: bp.RepairResult, layers: int = layers) -> None:
+        def save(so_far: bp.PruningResult, layers: int = layers) -> None:
             bp.save_repair(so_far, path)
             if len(so_far.layers) == layers:
                 raise Stopped
@@ -123,7 +123,7 @@ def half(tensors, path, metadata):
 for module, name, replacement in [(tensor_file, "save_file", half), (os, "fsync", die), (os, "replace", die)]:
     if (child := os.fork()) == 0:
         setattr(module, name, replacement)
-        bp.save_repair(bp.RepairResult({}, {"w": torch.zeros(9)}, ()), sys.argv[1])
+        bp.save_repair(bp.PruningResult({}, {"w": torch.zeros(9)}, ()), sys.argv[1])
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 """
@@ -201,7 +201,7 @@ def test_a_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
 def test_a_tensor_that_cannot_be_saved_leaves_the_old_file(tmp_path: Path) -> None:
     bp.save_repair(result(1.0), path := tmp_path / "r")
     with pytest.raises((NotImplementedError, ValueError)):
-        bp.save_repair(bp.RepairResult({}, {"w": torch.empty(3, device="meta")}), path)
+        bp.save_repair(bp.PruningResult({}, {"w": torch.empty(3, device="meta")}), path)
     assert os.listdir(tmp_path) == ["r"]
     assert same(bp.load_repair(path), result(1.0))
 
@@ -224,7 +224,7 @@ def test_a_file_in_which_any_byte_changed_or_that_was_cut_is_an_error_or_says_th
 
 
 @given(results(), st.data())
-def test_a_damaged_file_never_gives_other_values(saved: bp.RepairResult, data: st.DataObject) -> None:
+def test_a_damaged_file_never_gives_other_values(saved: bp.PruningResult, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         bp.save_repair(saved, path := Path(folder) / "r.safetensors")
         content = bytearray(path.read_bytes())
@@ -234,7 +234,7 @@ def test_a_damaged_file_never_gives_other_values(saved: bp.RepairResult, data: s
         assert _is_error_or(saved, path)
 
 
-def _is_error_or(saved: bp.RepairResult, path: Path) -> bool:
+def _is_error_or(saved: bp.PruningResult, path: Path) -> bool:
     try:
         return same(bp.load_repair(path), saved)
     except ValueError as error:
@@ -287,5 +287,5 @@ def test_masks_and_results_are_not_mistaken_for_each_other(tmp_path: Path) -> No
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
 def test_every_type_of_tensor_comes_back(dtype: torch.dtype, tmp_path: Path) -> None:
     weights = {"w": (normal((3, 5), 0) * 8).to(dtype), "scalar": torch.ones((), dtype=dtype)}
-    bp.save_repair(saved := bp.RepairResult({}, weights, tuple(json.loads('["0"]'))), tmp_path / "r")
+    bp.save_repair(saved := bp.PruningResult({}, weights, tuple(json.loads('["0"]'))), tmp_path / "r")
     assert same(bp.load_repair(tmp_path / "r"), saved)

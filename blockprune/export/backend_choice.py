@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from blockprune.core.progress import progress_bar
 from blockprune.export import semi_structured, triton_launch
 from blockprune.export.candidates import Candidate, find_candidates
-from blockprune.export.choices import Choice, Choices, backends, warn_if_all_dense
+from blockprune.export.choice_table import Choice, Choices, backends, warn_if_all_dense
 from blockprune.export.dense_baselines import dense_int8_kernels, dense_layer_calls
 from blockprune.export.ops import BACKENDS, int8_backend
 from blockprune.export.packing import pack_int8, pack_weight
@@ -23,7 +23,8 @@ from blockprune.export.sparse_convs import sparse_layer_like
 from blockprune.export.timed_layers import DEFAULT_ROWS
 from blockprune.export.timing import cold_copies, time_interleaved
 from blockprune.model.apply import finalize
-from blockprune.model.running import Forward, default_forward, preserve_state
+from blockprune.model.calibration import Forward, default_forward
+from blockprune.model.running import preserve_state
 
 MAX_ERROR = 0.03  # relative, of a layer's outputs in int8; dense SmolLM2 then has 0.8 % more perplexity, and 3.4 % without a limit
 INT8_BACKENDS = ("native", "torch", "dense")
@@ -142,7 +143,7 @@ def fixed_backend(
         RuntimeError: a backend that this machine does not have.
 
     Example:
-        >>> from blockprune.export.autotune import fixed_backend
+        >>> from blockprune.export.backend_choice import fixed_backend
         >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
         >>> fixed_backend(bp.apply_masks(nn.Linear(4, 2), {"weight": mask}), "torch")
         parameter  pruned  backend       because

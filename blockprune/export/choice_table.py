@@ -115,7 +115,7 @@ def warn_if_all_dense(choices: Choices) -> None:
     Example:
         >>> import warnings
         >>> from blockprune.export import Choice, Choices
-        >>> from blockprune.export.choices import warn_if_all_dense
+        >>> from blockprune.export.choice_table import warn_if_all_dense
         >>> with warnings.catch_warnings(record=True, action="always") as caught:
         ...     warn_if_all_dense(Choices((Choice("fc.weight", 0.5, "dense", "inputs do not reach it"),)))
         >>> print(caught[0].message)

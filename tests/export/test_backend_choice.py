@@ -14,7 +14,7 @@ from torch import nn
 
 import blockprune as bp
 from blockprune import export
-from blockprune.export import autotune, model_benchmark, timed_layers, timing
+from blockprune.export import backend_choice, model_benchmark, timed_layers, timing
 from blockprune.export.timing import cold_copies, median_seconds, time_interleaved
 from blockprune.native import spmm
 
@@ -379,7 +379,7 @@ def test_the_fastest_of_all_types_is_chosen(monkeypatch: pytest.MonkeyPatch) -> 
         ({"torch dynamic int8": 0.5}, "native", "int8", export.Int8BlockSparseLinear),
     ):
         monkeypatch.setattr(
-            autotune, "time_interleaved", lambda *_, ms={**usual, **int8, **faster}, **__: {k: v / 1e3 for k, v in ms.items()}
+            backend_choice, "time_interleaved", lambda *_, ms={**usual, **int8, **faster}, **__: {k: v / 1e3 for k, v in ms.items()}
         )
         (choice,) = export.choose(model, dtype="int8", inputs=x, progress=False).rows
         assert (choice.backend, choice.dtype) == (backend, dtype)
@@ -406,7 +406,7 @@ def test_what_int8_does_not_fit_stays_in_its_type_and_says_why() -> None:
     x[0, 0, 0, 0] = 1e6  # the rest of this row of inputs becomes zero
     for choices in (
         export.choose(model, dtype="int8", max_error=1e-3, inputs=x, progress=False),
-        autotune.fixed_backend(model, "torch", dtype="int8", max_error=1e-3, inputs=x),
+        backend_choice.fixed_backend(model, "torch", dtype="int8", max_error=1e-3, inputs=x),
     ):
         conv, *others, last = choices.rows
         assert "a convolution has no int8 form" in conv.reason
@@ -443,13 +443,13 @@ def test_the_error_is_that_of_the_outputs_and_the_largest_of_all_calls() -> None
     model, x = half_pruned(Twice()), torch.randn(8, 32)
     with torch.no_grad():
         model.layer.parametrizations.weight.original[:, 0] = 0
-    (choice,) = autotune.fixed_backend(model, "torch", dtype="int8", max_error=9, inputs=x).rows
+    (choice,) = backend_choice.fixed_backend(model, "torch", dtype="int8", max_error=9, inputs=x).rows
     hard = x + 1e3 * torch.eye(32)[0]
     sparse = export.block_sparse(model, backend="torch", dtype="int8", max_error=9)
     exact, rounded = ((layer(hard) - layer.bias).detach() for layer in (model.layer, sparse.layer))
     assert choice.error == pytest.approx(float((rounded - exact).norm() / exact.norm()), rel=1e-3)
     assert choice.error > 0.1
-    (without,) = autotune.fixed_backend(model, "torch", dtype="int8").rows
+    (without,) = backend_choice.fixed_backend(model, "torch", dtype="int8").rows
     assert without.error is not None
     assert without.error < 0.02
 
@@ -463,10 +463,10 @@ def test_bad_options_of_int8_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         export.block_sparse(model, dtype="int8", max_error=0)
     two_of_four = export.Backends((export.Backend("2:4", True, ""), export.Backend("torch", True, "")))
     with monkeypatch.context() as patch:
-        patch.setattr(autotune, "backends", lambda: two_of_four)
+        patch.setattr(backend_choice, "backends", lambda: two_of_four)
         with pytest.raises(ValueError, match=r"backend='2:4' has no product with int8 weights; .* 'auto', 'native', 'torch', 'dense'"):
-            autotune.fixed_backend(model, "2:4", dtype="int8")
-    choices = autotune.fixed_backend(model, "torch")
+            backend_choice.fixed_backend(model, "2:4", dtype="int8")
+    choices = backend_choice.fixed_backend(model, "torch")
     with pytest.raises(ValueError, match=r"dtype='int8' and backend are given, and the choices have types already"):
         export.block_sparse(model, backend=choices, dtype="int8")
     conv = half_pruned(nn.Sequential(nn.Conv2d(8, 8, 1)), (4, 4))
@@ -539,16 +539,16 @@ def test_the_error_of_int8_is_that_of_the_inputs_or_says_that_they_are_random() 
     model = masked(nn.Sequential(nn.Linear(24, 24)))
     (choice,) = export.choose(model, dtype="int8", rows=8, rounds=1, progress=False).rows
     assert choice.reason.endswith("; error on random inputs: give inputs= for that on real ones")
-    (choice,) = autotune.fixed_backend(model, "torch", dtype="int8").rows
+    (choice,) = backend_choice.fixed_backend(model, "torch", dtype="int8").rows
     assert (choice.dtype, "on random inputs" in choice.reason) == ("int8", True)
     for inputs in (torch.full((4, 24), torch.nan), torch.randn(0, 24)):
-        (choice,) = autotune.fixed_backend(model, "torch", dtype="int8", inputs=inputs).rows
+        (choice,) = backend_choice.fixed_backend(model, "torch", dtype="int8", inputs=inputs).rows
         assert (choice.dtype, choice.reason) == ("", "its weight or all its inputs are not finite, so its error in int8 is not known")
 
 
 def test_a_layer_that_inputs_do_not_reach_stays_in_its_type() -> None:
     model = masked(nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24)))
-    reached, other = autotune.fixed_backend(
+    reached, other = backend_choice.fixed_backend(
         model, "torch", dtype="int8", inputs=torch.randn(4, 24), forward=lambda model, x: model[0](x)
     ).rows
     assert (reached.dtype, reached.reason) == ("int8", "as requested")
