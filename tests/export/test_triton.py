@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import blockprune as bp
 from blockprune import export
 from blockprune.core.grid import BlockGrid
-from blockprune.export import autotune, semi_structured, triton_launch
+from blockprune.export import backend_choice, semi_structured, triton_launch
 from blockprune.export.backend_choice import fixed_backend
 from blockprune.export.format import BlockSparse, pack, to_layout
 from blockprune.export.torch_products import torch_product
@@ -423,7 +423,7 @@ def test_a_two_of_four_layer_is_an_ordinary_layer() -> None:
 
 def test_where_a_graph_leaves_nothing_sparse_layers_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     masked = bp.apply_masks(nn.Linear(8, 8), {"weight": bp.BlockMask(torch.eye(2).bool(), BlockGrid((8, 8), (4, 4)))})
-    monkeypatch.setattr(autotune, "BACKENDS", ())
+    monkeypatch.setattr(backend_choice, "BACKENDS", ())
     with pytest.warns(UserWarning, match=r"0 of 1 masked layers became block-sparse \(weight: there is no sparse kernel"):
         (choice,) = export.choose(masked, rows=2, graph=True, rounds=1, progress=False).rows
     assert (choice.backend, choice.reason) == ("dense", "there is no sparse kernel for torch.float32 on cpu in a CUDA graph")
