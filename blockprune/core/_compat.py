@@ -195,6 +195,11 @@ def is_cast(operation: Any) -> bool:
     return bool(operation is torch.ops.aten._to_copy.default)
 
 
+def autocast_is_active() -> bool:
+    """Whether autocast is on for any type of device; asking for a type takes several times as long (torch 2.4)."""
+    return bool(_C._is_any_autocast_enabled())
+
+
 def dispatch_mode_is_active() -> bool:
     """Whether a TorchDispatchMode sees all operations, as tracers and counters of operations do (torch 2.0)."""
     return bool(_C._len_torch_dispatch_stack() > 0)

@@ -257,7 +257,7 @@ def _index_state(sparse: BlockSparse) -> tuple[Any, ...]:
     """What changes when an index is written, or compared with another shape or other values."""
     crow, col, values, scale = sparse.crow, sparse.col, sparse.values, sparse.scale
     scales = None if scale is None else (version_counter(scale), scale.dtype, scale.shape)
-    return version_counter(crow), version_counter(col), values.dtype, len(values), sparse.shape, sparse.block, scales
+    return version_counter(crow), version_counter(col), values.dtype, values.shape, sparse.shape, sparse.block, scales
 
 
 def _validate_indices(sparse: BlockSparse) -> None:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from blockprune.core._compat import dispatch_mode_is_active, is_tracing, replace_data
+from blockprune.core._compat import autocast_is_active, dispatch_mode_is_active, is_tracing, replace_data
 from blockprune.core.types import BlockMask
 from blockprune.export import triton_launch
 from blockprune.export.format import BlockSparse, ensure_valid, to_layout, unpack, validate
@@ -150,17 +150,19 @@ class BlockSparseLinear(nn.Module):
     def operands(self, input: Tensor) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
         """The input, the bias and the arguments of an operator for the weight; under autocast in its type."""
         dtype = None
-        if not input.is_meta and torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
+        if autocast_is_active() and not input.is_meta and torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(input.device.type)
         input, values, bias = self._in_type(input, dtype)
         # tools such as accelerate move parameters and buffers one by one, and leave other tensors on their device
-        crow, col = self.crow.to(values.device), self.col.to(values.device)
-        scale = None if self.scale is None else self.scale.to(values.device)
+        device = values.device
+        crow, col = self.crow.to(device), self.col.to(device)
+        scale = None if self.scale is None else self.scale.to(device)
         return input, bias, (values, crow, col, self.shape, self.block, self.paired, self.backend, scale)
 
     def _in_type(self, input: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Input, values and bias as they are multiplied; with a type, that of autocast."""
-        values, bias = self.values, cast(Tensor | None, self.bias)
+        values = self.values
+        bias: Tensor | None = self.bias
         _check_type(input, values.dtype, dtype)
         if dtype is not None:
             input, values, bias = input.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
@@ -318,9 +320,11 @@ class Int8BlockSparseLinear(BlockSparseLinear):
         return unpack(self.packed_weight).to(self.like.dtype)
 
     def _in_type(self, input: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        _check_type(input, self.like.dtype, dtype)
-        input, bias = input if dtype is None else input.to(dtype), cast(Tensor | None, self.bias)
-        return input, self.values.to(self.like.device), bias if bias is None or bias.dtype == input.dtype else bias.float()
+        like = self.like
+        bias: Tensor | None = self.bias
+        _check_type(input, like.dtype, dtype)
+        input = input if dtype is None else input.to(dtype)
+        return input, self.values.to(like.device), bias if bias is None or bias.dtype == input.dtype else bias.float()
 
 
 def _check_type(input: Tensor, of_weight: torch.dtype, of_autocast: torch.dtype | None) -> None:

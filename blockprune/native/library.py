@@ -23,6 +23,7 @@ from blockprune.core._compat import (
 
 # as isa.h numbers them; "plain" is what every processor has: SSE2, NEON
 INSTRUCTIONS = ("plain", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx")
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 BEST = -1  # where no position in INSTRUCTIONS is asked for
 
 
@@ -65,7 +66,7 @@ def runs_eagerly() -> bool:
 
 def is_numbers(x: Tensor) -> bool:
     """Whether a tensor is nothing but contiguous numbers in memory, and needs no gradient."""
-    if type(x) not in (Tensor, torch.nn.Parameter) or not x.is_contiguous() or (x.requires_grad and torch.is_grad_enabled()):
+    if type(x) not in _PLAIN_TYPES or not x.is_contiguous() or (x.requires_grad and torch.is_grad_enabled()):
         return False
     return not (is_functorch_tensor(x) or x.is_neg() or is_zero_tensor(x))
 

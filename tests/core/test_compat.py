@@ -195,6 +195,15 @@ def test_active_tracing_is_noticed() -> None:
         assert not _compat.is_tracing()
 
 
+def test_active_autocast_is_noticed() -> None:
+    with private("torch._C._is_any_autocast_enabled", "to multiply in the type of autocast"):
+        assert not _compat.autocast_is_active()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert _compat.autocast_is_active()
+        with torch.autocast("cpu", enabled=False):
+            assert not _compat.autocast_is_active()
+
+
 def test_active_dispatch_modes_are_noticed() -> None:
     with private("torch._C._len_torch_dispatch_stack", "to let modes such as FlopCounterMode see all operations"):
         assert not _compat.dispatch_mode_is_active()

@@ -71,7 +71,7 @@ def linear(
     Sums are float32 whatever the type. Inputs that meet no kept weight of a row do not reach it, be they NaN: the dense product with zeros
     makes NaN of them.
     """
-    return _multiply("spmm", x, (values, crow, col), x.dtype, bias, shape=shape, block=block)
+    return _multiply(x, (values, crow, col), x.dtype, bias, shape=shape, block=block)
 
 
 def linear_int8(
@@ -101,12 +101,11 @@ def linear_int8(
     if bias is not None:
         if bias.dtype not in (x.dtype, torch.float32):
             return None
-        bias = bias.float()
-    return _multiply("spmm_int8", x, (values, crow, col), torch.int8, bias, scale=scale, shape=shape, block=block)
+        bias = bias if bias.dtype == torch.float32 else bias.float()
+    return _multiply(x, (values, crow, col), torch.int8, bias, scale=scale, shape=shape, block=block)
 
 
 def _multiply(
-    function: str,
     x: Tensor,
     weight: tuple[Tensor, Tensor, Tensor],
     dtype: torch.dtype,
@@ -116,7 +115,7 @@ def _multiply(
     shape: tuple[int, int],
     block: tuple[int, int],
 ) -> Tensor | None:
-    """What a function of the library computes, or None."""
+    """The product of float or, with a scale, of int8 numbers, or None."""
     if _library is None or x.dtype not in _DTYPES or not (runs_eagerly() and _readable(x := x.contiguous(), x.dtype)):
         return None
     values, crow, col = weight
@@ -128,14 +127,15 @@ def _multiply(
     if bias is not None and (not _readable(bias, torch.float32 if dtype == torch.int8 else dtype) or bias.shape != (rows,)):
         return None
     out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
-    addresses = values.data_ptr(), col.data_ptr(), crow.data_ptr()
-    n, bias_address = x.numel() // cols, None if bias is None else bias.data_ptr()
-    layer, multiply = (*addresses, rows, cols, *block, _DTYPES[x.dtype]), getattr(_library, function)
-    scales = () if scale is None else (scale.data_ptr(),)
-    step = _rows_at_once(len(values))
+    layer = values.data_ptr(), col.data_ptr(), crow.data_ptr(), rows, cols, *block, _DTYPES[x.dtype]
+    bias_address = None if bias is None else bias.data_ptr()
+    last = torch.get_num_threads(), _choice
+    options, multiply = (last, _library.spmm) if scale is None else ((scale.data_ptr(), *last), _library.spmm_int8)
+    x_address, out_address, size = x.data_ptr(), out.data_ptr(), x.element_size()
+    n, step = x.numel() // cols, _rows_at_once(values.numel())
     for first in range(0, n, step):
-        x_address, out_address = (t.data_ptr() + first * width * t.element_size() for t, width in ((x, cols), (out, rows)))
-        if multiply(*layer, x_address, min(step, n - first), bias_address, out_address, *scales, torch.get_num_threads(), _choice):
+        x_rows, out_rows = x_address + first * cols * size, out_address + first * rows * size
+        if multiply(*layer, x_rows, min(step, n - first), bias_address, out_rows, *options):
             return None
     return out
 
