@@ -91,10 +91,10 @@ def pruned_further(
     return dict(result.masks), dict(result.weights)
 
 
-def stage(text: str) -> tuple[float, float]:
-    """The sparsity and the share of the tokens that ``0.2:0.12`` names."""
-    sparsity, share = map(float, text.split(":"))
-    return sparsity, share
+def stage(text: str) -> tuple[float, float, float | None]:
+    """The sparsity, the share of the tokens and the learning rate that ``0.2:0.12:3e-4`` names; ``0.2:0.12`` names no learning rate."""
+    sparsity, share, *lr = map(float, text.split(":"))
+    return sparsity, share, lr[0] if lr else None
 
 
 def save(value: Any, path: Path) -> None:
@@ -106,7 +106,7 @@ def save(value: Any, path: Path) -> None:
 def title_of(options: argparse.Namespace, unit: str, is_pruned: bool) -> str:
     """What a run prunes and how it trains."""
     start = f"{options.pattern} at {options.sparsity:.0%}, {options.method}" if is_pruned else "dense"
-    stages = "".join(f", {share:.0%} of them at {sparsity:.0%}" for sparsity, share in options.stages)
+    stages = "".join(f", {share:.0%} of them at {sparsity:.0%}" + (f" with {lr:g}" if lr else "") for sparsity, share, lr in options.stages)
     training = f"{options.loss}, {options.optimizer} {options.lr:g}, {options.tokens:,} {unit}{stages}, {options.step_tokens:,} a step"
     return f"{options.model}, {start}; {training}"
 
@@ -138,9 +138,9 @@ def train(
         save(record, path)
         clock = time.monotonic()
 
-    stages = [*options.stages, (options.sparsity, 1 - sum(share for _, share in options.stages))]
+    stages = [*options.stages, (options.sparsity, 1 - sum(share for _, share, _ in options.stages), None)]
     for number in range(record["stage"], len(stages)):
-        sparsity, share = stages[number]
+        sparsity, share, lr = stages[number]
         if record["start"] is None:
             if options.stages:
                 before = unpacked(record["result"]) if number else ({}, {})
@@ -158,7 +158,7 @@ def train(
             problem.batches,
             teacher=teacher,
             loss=LOSSES[options.loss],
-            optimizer=partial(OPTIMIZERS[options.optimizer], lr=options.lr),
+            optimizer=partial(OPTIMIZERS[options.optimizer], lr=lr or options.lr),
             steps=steps,
             warmup=math.ceil(options.warmup * steps),
             accumulate=options.accumulate,
@@ -198,7 +198,10 @@ def main(options: argparse.Namespace) -> None:
     if any(chosen[key] != value for key, value in record.get("options", {}).items()):  # a file may be older than an option
         raise SystemExit(f"{path} is of a run with other options; give another --folder")
     record["options"] = chosen
-    judged = partial(bp.apply_masks, copy.deepcopy(model))
+
+    def judged(masks: bp.Masks, weights: bp.Weights) -> nn.Module:
+        return bp.apply_masks(copy.deepcopy(model), masks, weights)  # a new copy: an earlier one has other weights where these give none
+
     if not record["figures"]:
         record["figures"] = {"dense": problem.figures(model), "before": problem.figures(judged(masks, weights))}
         record["curve"] = [] if options.stages else [(0, 0.0, problem.curve(judged(masks, weights)))]
@@ -299,8 +302,8 @@ if __name__ == "__main__":
         type=stage,
         nargs="+",
         default=[],
-        metavar="SPARSITY:SHARE",
-        help="prune to these sparsities first, each trained on a share",
+        metavar="SPARSITY:SHARE[:LR]",
+        help="prune to these sparsities first, each trained on a share, by default with --lr",
     )
     parser.add_argument("--step-tokens", type=int, default=2048, help="tokens of an optimizer step")
     parser.add_argument("--accumulate", type=int, default=1, help="batches of an optimizer step")

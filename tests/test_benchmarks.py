@@ -149,6 +149,16 @@ def test_recovery_in_stages_ends_as_it_would_without_an_interruption(tmp_path: P
     assert abs(pruned - 0.5) < 0.02
 
 
+def test_the_first_stage_begins_with_the_dense_model(tmp_path: Path) -> None:
+    options = ["--model", "tiny", "--pattern", "32x32", "--method", "OBS + budget", "--tokens", "64", "--step-tokens", "32", "--every", "32"]
+    at_once = run("recover.py", *options, "--sparsity", "0.2", "--folder", str(tmp_path))
+    in_stages = run("recover.py", *options, "--stages", "0.2:0.5:1e-4", "--folder", str(tmp_path))
+    assert "50% of them at 20% with 0.0001" in in_stages
+    first_rows = [re.findall(r"^ +0 +0  ([\d.]+)$", output, re.MULTILINE) for output in (at_once, in_stages)]
+    assert first_rows[0] == first_rows[1]
+    assert len(first_rows[0]) == 1
+
+
 @pytest.mark.parametrize("stages", [["0.4:0.1", "0.2:0.1"], ["0.5:0.1"], ["0.2:0"], ["0.2:0.5", "0.4:0.5"]])
 def test_stages_that_do_not_rise_or_leave_no_tokens_are_refused(stages: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
