@@ -55,12 +55,12 @@ def compared(
     with torch.no_grad():
         embeddings = torch.cat([minilm.embed(dense, batch) for batch in batches])
     inputs = minilm.tokens(tokenizer, minilm.background()[:timed], longest=128)
-    quality = {"dense": 1.0, "dense int8": minilm.likeness(dynamic_int8(dense), batches, embeddings)}
-    quality["dense int8, row by row"] = minilm.likeness(rowwise_int8(dense), batches, embeddings)
+    quality = {"dense": 1.0, "dense int8": minilm.mean_cosine(dynamic_int8(dense), batches, embeddings)}
+    quality["dense int8, row by row"] = minilm.mean_cosine(rowwise_int8(dense), batches, embeddings)
     dtypes = ["float32", "int8"]
     if multiplies_bfloat16():  # without instructions for it, bfloat16 is slower than float32
         dtypes.append("bfloat16")
-        quality["dense bfloat16"] = minilm.likeness(copy.deepcopy(dense).bfloat16(), batches, embeddings)
+        quality["dense bfloat16"] = minilm.mean_cosine(copy.deepcopy(dense).bfloat16(), batches, embeddings)
     models = {}
     for title, model in masked.items():
         for dtype in dtypes:
@@ -68,7 +68,7 @@ def compared(
             cast = copy.deepcopy(model).to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
             asked: Any = {"dtype": "int8"} if dtype == "int8" else {}
             models[name] = export.block_sparse(cast, inputs=inputs, forward=minilm.embed, **asked)
-            quality[name] = minilm.likeness(models[name], batches, embeddings)
+            quality[name] = minilm.mean_cosine(models[name], batches, embeddings)
             linears, dense_linears = (sum(isinstance(m, nn.Linear) for m in model.modules()) for model in (dense, models[name]))
             print(f"{name}: {dense_linears} of {linears} Linears stay dense", flush=True)
     options: dict[str, Any] = {"inputs": inputs, "forward": minilm.embed, "dtypes": dtypes, "rounds": rounds}

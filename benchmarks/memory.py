@@ -144,7 +144,7 @@ def random_model(sizes: Sizes) -> tuple[nn.Module, Sequence[Tensor]]:
 def smollm_model(batches: int) -> tuple[nn.Module, Sequence[Tensor]]:
     """SmolLM2 and windows of Wikipedia."""
     model, tokenizer = smollm.load()
-    return model, smollm.spread(tokenizer, smollm.articles()[:-30], batches).split(1)
+    return model, smollm.evenly_spaced_windows(tokenizer, smollm.articles()[:-30], batches).split(1)
 
 
 if __name__ == "__main__":

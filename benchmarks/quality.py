@@ -86,7 +86,7 @@ def smollm_task(windows: int, held_out: int, gradients: int, device: str) -> Tas
     """SmolLM2, Wikipedia: calibrate on the first articles, perplexity of the last 30."""
     model, tokenizer = smollm.load()
     texts = smollm.articles()
-    calibration = smollm.spread(tokenizer, texts[:-30], windows).to(device)
+    calibration = smollm.evenly_spaced_windows(tokenizer, texts[:-30], windows).to(device)
     held = smollm.windows(tokenizer, texts[-30:], held_out).to(device)
 
     def figures(model: nn.Module) -> list[float]:
@@ -154,7 +154,7 @@ def minilm_task(texts: int, device: str) -> Task:
             progress=False,
         ),
         gradients=bp.Calibration(pairs, forward=minilm.embed, loss=loss, per_sample="loop", progress=False),
-        figures=lambda model: [minilm.pearson(model, judged), minilm.likeness(model, judged, dense)],
+        figures=lambda model: [minilm.pearson(model, judged), minilm.mean_cosine(model, judged, dense)],
         down="encoder.layer.*[0-9].output.dense.weight",
         example=minilm.tokens(tokenizer, documents[:2], longest=16),
     )

@@ -119,11 +119,11 @@ def minilm_problem(options: argparse.Namespace) -> Problem:
     with torch.no_grad():
         dense = {name: torch.cat([minilm.embed(model, batch) for batch in parts]) for name, parts in batches.items()}
 
-    def likeness(model: nn.Module, name: str) -> float:
-        return minilm.likeness(model, batches[name], dense[name])
+    def cosine(model: nn.Module, name: str) -> float:
+        return minilm.mean_cosine(model, batches[name], dense[name])
 
     def figures(model: nn.Module) -> dict[str, float]:
-        cosines = {f"cosine {name}": likeness(model, name) for name in ("Lee50", "Wikipedia")}
+        cosines = {f"cosine {name}": cosine(model, name) for name in ("Lee50", "Wikipedia")}
         return {**cosines, "correlation Lee50": minilm.pearson(model, batches["Lee50"])}
 
     return Problem(
@@ -132,7 +132,7 @@ def minilm_problem(options: argparse.Namespace) -> Problem:
         validation=batches["validation"],
         forward=hidden_too,
         losses=("cosine + hidden states", "cosine + last hidden states", "cosine"),
-        curve=partial(likeness, name="validation"),
+        curve=partial(cosine, name="validation"),
         curve_name="cosine with the dense embeddings",
         figures=figures,
         deploy=partial(deploy_minilm, task.model, tokenizer),

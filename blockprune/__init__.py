@@ -11,9 +11,9 @@
 | `metric`     | stage 2: data -> scores                                                                       |
 | `allocate`   | stage 3: scores, sparsity -> masks; budgets across layers; schedules                          |
 | `repair`     | stage 4: data, masks -> weights; whole models layer by layer, or by distillation              |
-| `reorder`    | hidden units in an order in which weak ones share blocks                                      |
+| `reorder`    | the order of hidden units, so that unimportant ones share blocks                              |
 | `analysis`   | sensitivity, cost against error, sweeps of recipes, pictures                                  |
-| `export`     | models that run only the kept blocks, and honest measurements of them                         |
+| `export`     | models that store and run only the kept blocks; benchmarks against the fastest dense models   |
 | `hf`         | Hugging Face: `from_pretrained`, `Trainer`, peft; only `import blockprune.hf` imports it      |
 | `native`     | the optional compiled loops                                                                   |
 | `examples`   | real models and texts to try things out on                                                    |

@@ -91,7 +91,7 @@ class LayerBudget:
 
 @attrs.frozen(repr=False)
 class LayerByLayer:
-    """Prune and repair layer after layer (`sequential`), each layer on what the pruned layers before it give.
+    """Prune and repair layer after layer (`sequential`), each layer on the outputs of the pruned layers before it.
 
     Args:
         pipeline: the three stages of each layer.
@@ -225,7 +225,7 @@ def obs(where: Where, calibration: Calibration, *, damping: float = 0.4, max_lay
         where: which parameters, in what blocks.
         calibration: batches, forward and loss.
         damping: the share of the Hessian's diagonal that is added to it, in the layers' scores and their repair.
-        max_layer_sparsity: no layer loses more than this, or than 0.1 more than the whole model if that is more.
+        max_layer_sparsity: no layer loses more than this fraction. If ``sparsity + 0.1`` is larger, that is the limit instead.
         passes: of the budget, as in `LayerBudget`.
 
     Example:

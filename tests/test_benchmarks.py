@@ -150,7 +150,20 @@ def test_recovery_in_stages_ends_as_it_would_without_an_interruption(tmp_path: P
 
 
 def test_the_first_stage_begins_with_the_dense_model(tmp_path: Path) -> None:
-    options = ["--model", "tiny", "--pattern", "32x32", "--method", "OBS + budget", "--tokens", "64", "--step-tokens", "32", "--every", "32"]
+    options = [
+        "--model",
+        "tiny",
+        "--pattern",
+        "32x32",
+        "--method",
+        "OBS + budget",
+        "--tokens",
+        "64",
+        "--step-tokens",
+        "32",
+        "--every",
+        "32",
+    ]
     at_once = run("recover.py", *options, "--sparsity", "0.2", "--folder", str(tmp_path))
     in_stages = run("recover.py", *options, "--stages", "0.2:0.5:1e-4", "--folder", str(tmp_path))
     assert "50% of them at 20% with 0.0001" in in_stages

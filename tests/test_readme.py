@@ -32,7 +32,8 @@ def layered() -> nn.Module:
 def test_the_readmes_code_runs_as_printed() -> None:
     x = torch.randn(4, 32)
     names: dict[str, Any] = {"x": x, "batches": [x], "loader": [x] * 3}
-    names["loss"], names["evaluate"] = lambda output, batch: output.square().mean(), lambda model: model(x).square().mean()
+    names["loss"], names["mean_loss"] = lambda output, batch: output.square().mean(), lambda model: model(x).square().mean()
+    names["accuracy"] = lambda model: names["mean_loss"](model).item()
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     for block in blocks:
         names |= {"model": layered() if "model.layers" in block else small(), "dense": small(), "skeleton": small(), "batch": x}

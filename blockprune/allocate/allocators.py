@@ -25,7 +25,7 @@ from blockprune.allocate.ranking import prune_lowest, select_pruned, to_common_d
 from blockprune.allocate.shared_masks import Coupled, SharedMask, masks_of, shared_masks
 from blockprune.core.grid import BlockGrid, tiles, untile
 from blockprune.core.patterns import matching_keys, resolve_by_name
-from blockprune.core.types import Budget, Masks, Scores, Sparsity, check_fraction
+from blockprune.core.types import Budget, Masks, Scores, Sparsity, check_fraction, check_scores
 
 MaxSparsity = float | Mapping[str, float] | None
 MinKeep = int | Mapping[str, int]
@@ -55,7 +55,7 @@ def per_layer(
 
     Raises:
         ValueError: a sparsity outside [0, 1] or NaN, NaN scores, parameters that cannot share a mask.
-        TypeError: a sparsity that is neither a number nor a mapping.
+        TypeError: a sparsity that is neither a number nor a mapping; something else than scores, such as a metric.
         KeyError: a name or pattern that matches no parameter, a mapping of sparsities without a key for some parameter.
 
     Example:
@@ -140,7 +140,7 @@ def per_bank(
 
 
 def per_columns(scores: Scores, sparsity: Sparsity, *, columns: int = 128) -> Masks:
-    """Prune the blocks with the lowest scores of each range of input columns, over all rows: the comparison of `metric.sparsegpt`.
+    """Prune the blocks with the lowest scores of each range of input columns, over all rows, as SparseGPT does.
 
     Args:
         scores: one number per block, of parameters with two axes or more.
@@ -158,6 +158,7 @@ def per_columns(scores: Scores, sparsity: Sparsity, *, columns: int = 128) -> Ma
     """
     if not hasattr(columns, "__index__") or columns < 1:
         raise ValueError(f"columns={columns!r} must be a whole number from 1 on")
+    check_scores(scores)
     for name, score in scores.items():
         if len(score.grid.shape) < 2:
             raise ValueError(f"{name} {score.grid.shape} has no input columns; leave it out, or use per_layer")
@@ -250,6 +251,7 @@ def per_model(
         >>> masks["low"].keep.tolist(), masks["high"].keep.tolist()
         ([False, False, False, True], [False, True, True, True])
     """
+    check_scores(scores)
     all_shared = shared_masks(to_common_device(scores), coupled)
     sparsities = _sparsity_by_parameter(scores, sparsity, uniform)
     hard = _Limits(*layer_limits(scores, max_sparsity, 0 if min_keep is None else min_keep))

@@ -16,7 +16,7 @@ from torch import Tensor
 from blockprune.allocate.ranking import prune_lowest, to_common_device
 from blockprune.core.grid import block_elements
 from blockprune.core.patterns import resolve_by_name
-from blockprune.core.types import Scores, check_fraction
+from blockprune.core.types import Scores, check_fraction, check_scores
 
 V = TypeVar("V", int, float)
 
@@ -86,7 +86,7 @@ def owl(
     check_fraction("sparsity", sparsity)
     if not m > 0 or not 0 <= lam <= 1:
         raise ValueError(f"owl needs m={m!r} above 0 (such as 5 times the mean score) and lam={lam!r} from 0 to 1 (such as 0.08)")
-    _check_no_nan(scores)
+    _check_rankable(scores)
     members: dict[str, list[str]] = {}
     for name in scores:
         members.setdefault(layer_of(name) if layer_of else name, []).append(name)
@@ -186,6 +186,7 @@ def lagrangian(
         ([True, True, True, True], [False, False, False, True])
     """
     check_fraction("sparsity", sparsity)
+    check_scores(scores)
     caps, min_blocks = layer_limits(scores, max_sparsity, min_keep)
     if not scores:
         return {}
@@ -267,7 +268,7 @@ def block_costs(scores: Scores, *, cost: Mapping[str, float] | None = None, rela
         >>> block_costs({"w": score}, cost={"w": 10})
         (tensor([0.1000, 0.4000], dtype=torch.float64), tensor([2, 1]), tensor([20., 10.], dtype=torch.float64))
     """
-    _check_no_nan(scores)
+    _check_rankable(scores)
     element_cost = dict.fromkeys(scores, 1.0) if cost is None else resolve_by_name(cost, scores, what="cost")
     errors_per_cost: list[Tensor] = []
     elements: list[Tensor] = []
@@ -290,7 +291,8 @@ def block_costs(scores: Scores, *, cost: Mapping[str, float] | None = None, rela
     return torch.cat(errors_per_cost), torch.cat(elements), torch.cat(costs)
 
 
-def _check_no_nan(scores: Scores) -> None:
+def _check_rankable(scores: Scores) -> None:
+    check_scores(scores)
     for name, score in scores.items():
         if nans := int(score.value.isnan().sum()):
             raise ValueError(f"{name}: {nans} of the scores {tuple(score.value.shape)} are NaN and cannot be ranked; check the metric")

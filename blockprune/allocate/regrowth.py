@@ -10,7 +10,7 @@ from blockprune.allocate.ranking import prune_lowest
 from blockprune.core.grid import block_elements
 from blockprune.core.patterns import resolve_by_name, suggest
 from blockprune.core.precision import at_least_float32
-from blockprune.core.types import BlockMask, BlockScore, Masks, Scores, Sparsity, check_fraction
+from blockprune.core.types import BlockMask, BlockScore, Masks, Scores, Sparsity, check_fraction, check_masks, check_scores
 
 
 def regrow(masks: Masks, *, drop: Scores, grow: Scores, fraction: Sparsity, sparsity: Sparsity | None = None) -> Masks:
@@ -41,13 +41,13 @@ def regrow(masks: Masks, *, drop: Scores, grow: Scores, fraction: Sparsity, spar
         fraction: the share of the kept elements to exchange, 0 to 1; or a mapping by parameter name or pattern. Less is exchanged where
             fewer elements are pruned.
         sparsity: the sparsity of the new masks, as in `allocate.per_layer`; None keeps the number of kept elements of each parameter. With
-            a rising sparsity this is GraNet (Liu et al. 2106.10404). Blocks of different sizes (ragged ones) can be exchanged for no
-            equal number of elements, so that the number changes by less than half a block; a fixed sparsity prevents that such changes
-            add up over many calls.
+            a rising sparsity this is GraNet (Liu et al. 2106.10404). If blocks differ in size (ragged ones), an exchange can change the
+            number of kept elements by up to half a block. Passing a fixed sparsity keeps these changes from adding up over many calls.
 
     Raises:
-        ValueError: a fraction or sparsity outside [0, 1], NaN scores, or scores of other blocks than those of the mask.
-        TypeError: a fraction that is neither a number nor a mapping; scores that are not floating point; values of another type.
+        ValueError: a fraction or sparsity outside [0, 1], NaN scores, or scores with different blocks than the mask.
+        TypeError: a fraction that is neither a number nor a mapping; scores that are not floating point; something else than masks
+            and scores, such as the result of a recipe or a metric.
         KeyError: a parameter that has a mask, but no scores; or scores, but no mask.
 
     Example:
@@ -57,6 +57,7 @@ def regrow(masks: Masks, *, drop: Scores, grow: Scores, fraction: Sparsity, spar
         >>> bp.regrow(masks, drop=drop, grow=grow, fraction=0.5)["w"].keep
         tensor([ True, False, False,  True])
     """
+    check_masks(masks)
     _check_scores(masks, drop, "drop")
     _check_scores(masks, grow, "grow")
     fractions = _by_parameter(masks, fraction, "fraction")
@@ -105,16 +106,13 @@ def _by_parameter(masks: Masks, values: Sparsity, what: str) -> dict[str, float]
 
 def _check_scores(masks: Masks, scores: Scores, what: str) -> None:
     """Raise unless there is one rankable score for each block of each mask, and no other."""
-    for name, mask in masks.items():
-        if not isinstance(mask, BlockMask):
-            raise TypeError(f"masks[{name!r}] is a {type(mask).__name__}, not a BlockMask")
+    check_scores(scores, what)
+    for name in masks:
         if name not in scores:
             raise KeyError(f"{what} has no scores of {name!r}, which has a mask{suggest(name, scores)}; collect them with the same `where`")
     for name, score in scores.items():
         if name not in masks:
             raise KeyError(f"{what} has scores of {name!r}, which has no mask{suggest(name, masks)}; collect them with the same `where`")
-        if not isinstance(score, BlockScore):
-            raise TypeError(f"{what}[{name!r}] is a {type(score).__name__}, not a BlockScore; wrap it: BlockScore(value, grid)")
         if score.grid != masks[name].grid:
             raise ValueError(f"{name}: {what} has scores of {score.grid}, but the mask has {masks[name].grid}; use one `where` for both")
         if not score.value.is_floating_point():

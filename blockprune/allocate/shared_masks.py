@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blockprune.core.grid import block_elements
 from blockprune.core.patterns import matches, suggest
-from blockprune.core.types import BlockMask, BlockScore, Masks, Scores
+from blockprune.core.types import BlockMask, BlockScore, Masks, Scores, check_scores
 from blockprune.core.unit_permutation import UnitPermutation
 
 # sets of parameter names or patterns, of which the parameters share one mask; or hidden axes, whose units are pruned in all their tensors
@@ -47,6 +47,7 @@ def shared_masks(scores: Scores, coupled: Coupled) -> list[SharedMask]:
             be removed, two axes that share an axis of a parameter, blocks that join units.
         KeyError: a name or pattern that matches no parameter, axes of which no parameter has scores.
     """
+    check_scores(scores)
     for name, score in scores.items():
         if not score.value.is_floating_point():
             raise TypeError(f"{name}: scores {tuple(score.value.shape)} are {score.value.dtype}; they must be floating point")

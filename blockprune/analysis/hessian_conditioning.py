@@ -36,10 +36,11 @@ def conditioning(data: Data, *, damping: float = 0.01) -> Conditioning:
 
     Args:
         data: with the statistic ``input_gram``.
-        damping: as you give it to them; the table shows what was needed.
+        damping: the damping that you give to `metric.obs` or `reconstruct.least_squares`; the table shows the damping that made each
+            Hessian invertible.
 
     Raises:
-        ValueError: data without ``input_gram``; a Hessian that no damping saves.
+        ValueError: data without ``input_gram``; a Hessian that stays singular with 1000 times the damping.
 
     Example:
         >>> data = bp.collect.with_statistics(nn.Linear(3, 2), where=bp.linears((1, 1)), statistics=[bp.statistics.input_gram],

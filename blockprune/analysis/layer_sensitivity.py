@@ -24,6 +24,11 @@ Evaluate = Callable[[Callable[..., Any]], float | Tensor]  # (model) -> the loss
 class Sensitivity(Table):
     """A table of losses, one row per parameter and one column per sparsity; prints in a terminal, renders in a notebook.
 
+    Args:
+        sparsities: of the parameter that is pruned, the others stay dense.
+        dense: the loss of the dense model.
+        losses: by parameter, the loss at each of the sparsities.
+
     Example:
         >>> bp.Sensitivity((0.5,), 1.0, {"fc.weight": (1.25,)})
         parameter    50%
@@ -33,7 +38,7 @@ class Sensitivity(Table):
 
     sparsities: tuple[float, ...]
     dense: float
-    losses: Mapping[str, tuple[float, ...]]  # by parameter, one a sparsity
+    losses: Mapping[str, tuple[float, ...]]
 
     def table(self) -> Rows:
         """Rows of cells; the first row is the header."""
@@ -42,11 +47,11 @@ class Sensitivity(Table):
         return [head, dense, *((name, *(f"{loss:.3f}" for loss in losses)) for name, losses in self.losses.items())]
 
     def plot(self, ax: Any = None, *, most: int = 40) -> Any:
-        """Draw how far each loss is above the dense one, a row a parameter, a column a sparsity (extra ``plot``).
+        """Draw the increase of the loss as a heat map, one row per parameter and one column per sparsity (needs the extra ``plot``).
 
         Args:
             ax: the matplotlib axes to draw on; by default those of a new figure.
-            most: draw at most so many parameters, those whose loss rises most, in the order of the model.
+            most: the largest number of parameters to draw; those with the largest increases are chosen, and drawn in the model's order.
 
         Returns:
             The axes.
@@ -108,7 +113,10 @@ def sensitivity(
         [0.0, 0.0]
     """
     if not isinstance(pipeline, Pipeline):
-        raise TypeError(f"pipeline is a {type(pipeline).__name__}, not a bp.Pipeline; of a recipe, give recipe.pipeline")
+        raise TypeError(
+            f"pipeline is a {type(pipeline).__name__}, not a bp.Pipeline; for a recipe that prunes in one shot (magnitude, structured, "
+            "wanda), give recipe.pipeline; for others, build a bp.Pipeline whose collect has a calibration"
+        )
     if chunk_size < 1 or not sparsities:
         raise ValueError(f"chunk_size={chunk_size} must be 1 or more, and sparsities={list(sparsities)} must hold at least one sparsity")
     scores = pipeline.scores(model)
@@ -132,7 +140,11 @@ def sensitivity(
                 except (RuntimeError, ValueError, TypeError) as error:  # a model's own code may do anything with batched tensors
                     use_vmap = False
                     reason = str(error).strip().splitlines()[0]
-                    warnings.warn(f"sensitivity runs its sparsities one at a time: vmap cannot run this model ({reason})", stacklevel=2)
+                    warnings.warn(
+                        f"sensitivity runs its sparsities one at a time: vmap cannot run the model or evaluate ({reason}); if evaluate "
+                        "calls .item() or float(), return the loss as a tensor instead",
+                        stacklevel=2,
+                    )
             losses[name] = tuple(loss_with(parameters).item() for parameters in masked)
     return Sensitivity(tuple(sparsities), dense, losses)
 

@@ -16,7 +16,15 @@ from blockprune.core.types import Scores
 
 @attrs.frozen(repr=False)
 class Pareto(Table):
-    """A curve from dense to empty, one point a sparsity; prints in a terminal, renders in a notebook.
+    """The predicted error and the kept cost at each sparsity, from the dense to the empty model.
+
+    It prints in a terminal and renders in a notebook.
+
+    Args:
+        sparsities: the fraction of the elements that is pruned, ascending.
+        costs: the cost of the kept blocks at each sparsity.
+        errors: the predicted error at each sparsity, the sum over the pruned blocks.
+        unit: of the costs.
 
     Example:
         >>> from blockprune.analysis.pareto_curve import Pareto
@@ -30,10 +38,10 @@ class Pareto(Table):
         (0.5, 1.0)
     """
 
-    sparsities: tuple[float, ...]  # of elements, ascending
-    costs: tuple[float, ...]  # of the kept blocks
-    errors: tuple[float, ...]  # the sum over the pruned blocks
-    unit: str = "weights"  # of the costs
+    sparsities: tuple[float, ...]
+    costs: tuple[float, ...]
+    errors: tuple[float, ...]
+    unit: str = "weights"
 
     def sparsity_for(self, *, error: float | None = None, cost: float | None = None) -> float:
         """The largest sparsity whose predicted error is at most ``error``, or the smallest whose kept cost is at most ``cost``.
@@ -49,7 +57,7 @@ class Pareto(Table):
             0.5
         """
         if (error is None) == (cost is None):
-            raise ValueError(f"sparsity_for(error={error}, cost={cost}) needs one of the two")
+            raise ValueError(f"sparsity_for(error={error}, cost={cost}) needs exactly one of error= and cost=")
         what, limit, values = ("cost", cost, self.costs) if error is None else ("error", error, self.errors)
         fitting = [s for s, value in zip(self.sparsities, values, strict=True) if value <= limit]  # type: ignore[operator]
         if not fitting:
@@ -64,7 +72,7 @@ class Pareto(Table):
         return [("sparsity", f"kept {self.unit}", "predicted error"), *body]
 
     def plot(self, ax: Any = None) -> Any:
-        """Draw the predicted error against the sparsity, with the kept cost above (extra ``plot``).
+        """Draw the predicted error against the sparsity, with the kept cost above (needs the extra ``plot``).
 
         Args:
             ax: the matplotlib axes to draw on; by default those of a new figure.

@@ -21,7 +21,7 @@ from blockprune.analysis.drawing import (
     short_names,
 )
 from blockprune.core.masks import sparsity
-from blockprune.core.types import BlockMask, Masks
+from blockprune.core.types import BlockMask, Masks, check_masks
 
 __all__ = ["mask", "masks", "quality_against_latency"]
 
@@ -73,6 +73,7 @@ def masks(masks: Masks, *, columns: int = 4, axes: Sequence[Any] | None = None) 
 
     Raises:
         ValueError: no masks, fewer than one column, or another number of axes than of masks.
+        TypeError: something else than masks, such as the result of a recipe.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
@@ -80,6 +81,7 @@ def masks(masks: Masks, *, columns: int = 4, axes: Sequence[Any] | None = None) 
         >>> [ax.get_title().split() for ax in figure.axes]
         [['0.weight', '50.0%', 'pruned'], ['2.weight', '50.0%', 'pruned']]
     """
+    check_masks(masks)
     if not masks or columns < 1:
         raise ValueError(f"masks holds {len(masks)} masks, and columns={columns}; there must be one or more of both")
     if axes is None:
@@ -104,7 +106,7 @@ def quality_against_latency(
     title: str = "Quality against latency",
     ax: Any = None,
 ) -> Any:
-    """Draw models by what they cost and what they are worth: dense ones as labelled points, pruned ones as lines of labelled points.
+    """Draw models by latency and quality: dense ones as labelled points, pruned ones as lines of labelled points.
 
     A dotted line marks the fastest dense model: what lies left of it is faster than every dense one.
 

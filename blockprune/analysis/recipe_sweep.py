@@ -1,10 +1,11 @@
-"""Every recipe at every sparsity: what is pruned, how long it takes, and what the model is worth afterwards."""
+"""Evaluate every recipe at every sparsity: reached sparsity, time, and scores of the pruned model."""
 
 import copy
 import json
 import math
+import numbers
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,13 @@ Evaluate = Callable[[nn.Module], float | Tensor | Mapping[str, float | Tensor]]
 class SweepRow:
     """One recipe at one sparsity.
 
+    Args:
+        recipe: its name.
+        sparsity: that the recipe was called with.
+        reached: the fraction of the elements of masked parameters that is pruned.
+        seconds: that the recipe took, without the evaluation.
+        scores: of the pruned model, by name.
+
     Example:
         >>> row = bp.SweepRow("l1", 0.5, 0.4994, 0.01, {"accuracy": 0.97})
         >>> bp.SweepRow(**attrs.asdict(row)) == row        # plain values: a row can be written as JSON
@@ -34,15 +42,19 @@ class SweepRow:
     """
 
     recipe: str
-    sparsity: float  # that the recipe was called with
-    reached: float  # the share of the elements of masked parameters that is pruned
-    seconds: float  # that the recipe took, without the evaluation
-    scores: Mapping[str, float]  # of the pruned model, by name
+    sparsity: float
+    reached: float
+    seconds: float
+    scores: Mapping[str, float]
 
 
 @attrs.frozen(repr=False)
 class Sweep(Table):
     """A table with one row for each recipe and sparsity; prints in a terminal, renders in a notebook, and draws itself.
+
+    Args:
+        rows: recipe after recipe, each at all sparsities, in the order of the call.
+        dense: the scores of the model as it is, by name.
 
     Example:
         >>> bp.Sweep((bp.SweepRow("l1", 0.5, 0.4994, 0.01, {"accuracy": 0.97}),), {"accuracy": 0.98})
@@ -51,8 +63,8 @@ class Sweep(Table):
         l1            50%    49.9%     0.01      0.97
     """
 
-    rows: tuple[SweepRow, ...]  # recipe after recipe, each at all sparsities, in the order of the call
-    dense: Mapping[str, float]  # the scores of the model as it is
+    rows: tuple[SweepRow, ...]
+    dense: Mapping[str, float]
 
     def table(self) -> Rows:
         """Rows of cells; the first row is the header."""
@@ -92,7 +104,7 @@ class Sweep(Table):
         return cls(tuple(SweepRow(**row) for row in values["rows"]), values["dense"])
 
     def plot(self, ax: Any = None, *, score: str | None = None) -> Any:
-        """Draw a score against the sparsity that was reached, one line a recipe, the dense model dashed (extra ``plot``).
+        """Draw a score against the reached sparsity, one line per recipe and a dashed line for the dense model (needs the extra ``plot``).
 
         Args:
             ax: the matplotlib axes to draw on; by default those of a new figure.
@@ -148,15 +160,15 @@ def sweep(
     Args:
         model: any module, masked or not; copies of it are pruned and evaluated in the mode, training or evaluation, that it is in.
         recipes: by name: recipes, pipelines, or functions (model, sparsity) -> masks, or a result with ``.masks`` and ``.weights``.
-        sparsities: what each recipe is called with.
+        sparsities: numbers from 0 to 1, with which each recipe is called.
         evaluate: (model) -> a number, or several by name. It may change the model that it is called with, for example train it.
         resume: the table of an earlier call. Its rows are taken over where recipe and sparsity are the same; others are left out.
         callback: called with the table so far, first with the dense model's scores and then after each new row.
         progress: show a progress bar; by default in a terminal and in a notebook.
 
     Raises:
-        ValueError: no recipes or sparsities, a sparsity outside [0, 1] or twice, an evaluation that returns other scores than before.
-        TypeError: a recipe returns neither masks nor a result, an evaluation no number.
+        ValueError: no recipes or sparsities, a sparsity outside [0, 1] or twice, an evaluation that returns different scores than before.
+        TypeError: a sparsity that is no number; a recipe returns neither masks nor a result, an evaluation no number.
 
     Example:
         >>> model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(32, 8)
@@ -214,6 +226,11 @@ def _as_scores(value: float | Tensor | Mapping[str, float | Tensor]) -> dict[str
 def _check_cells(recipes: Mapping[str, Recipe], sparsities: Sequence[float]) -> None:
     if not isinstance(recipes, Mapping) or not recipes or not all(map(callable, recipes.values())):
         raise ValueError('recipes must be a mapping from names to recipes, such as {"magnitude": bp.recipes.magnitude(where)}')
+    if not isinstance(sparsities, Iterable) or not all(isinstance(s, (numbers.Real, Tensor)) for s in sparsities):
+        raise TypeError(
+            f"sparsities={sparsities!r} must be a list of numbers from 0 to 1, such as [0.25, 0.5]; for sparsities by parameter, give a "
+            "recipe that makes them of one number: lambda model, s: recipe(model, {'*.attn.*': s / 2, '*': s})"
+        )
     bad = [s for s in sparsities if not 0 <= s <= 1]
     if bad or not len(sparsities) or len(set(sparsities)) != len(sparsities):
         raise ValueError(f"sparsities={list(sparsities)} must hold one or more different fractions from 0 to 1, such as [0.25, 0.5]")

@@ -194,7 +194,7 @@ class RunningFold:
         self.counts[name] = Counts(*map(operator.add, self.counts[name], (batches, calls, gradients)))
 
     def add(self, name: str, source: Source, evidence: Any, batch_number: int) -> None:
-        """Add the evidence that one batch gives of one parameter, for the statistics that use this kind of evidence.
+        """Update the statistics of one parameter that read this source (such as inputs or weight gradients) with one batch.
 
         Raises:
             ValueError: NaN or inf in the new sums.
@@ -235,7 +235,7 @@ class RunningFold:
 
     @staticmethod
     def _is_reached(evidence: Any, changed: bool) -> bool:
-        """Whether a gradient reaches a parameter. Gradients of gates are 0 where none does, so that 0 is looked into."""
+        """Whether a gradient reaches a parameter. If none reaches a gate, its derivative is 0, so a derivative of 0 is checked further."""
         if isinstance(evidence, GateDerivatives):
             return evidence.called() and (changed or evidence.reached())
         return evidence is not None

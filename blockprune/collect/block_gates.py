@@ -34,7 +34,7 @@ def gate_derivatives(  # noqa: PLR0917 (it has one caller)
 ) -> dict[str, GateDerivatives]:
     """The derivatives of one batch, by parameter name. Each is computed when it is first called.
 
-    They take memory for samples * blocks numbers, not for samples * weights.
+    Memory grows with samples x blocks, not with samples x weights.
 
     Args:
         model: any module.

@@ -31,7 +31,7 @@ def all_reduce(fold: Fold, *, group: dist.ProcessGroup | None = None) -> Fold:
 
     Raises:
         RuntimeError: there is no process group.
-        ValueError: on all ranks, if two ranks have sums of other parameters, statistics, shapes or types.
+        ValueError: on all ranks, if two ranks have sums of different parameters, statistics, shapes or types.
 
     Example:
         >>> import torch.distributed as dist
@@ -62,7 +62,7 @@ def all_reduce(fold: Fold, *, group: dist.ProcessGroup | None = None) -> Fold:
 
 
 def _check_same_sums(fold: Fold, group: dist.ProcessGroup | None) -> None:
-    """Raise on all ranks if two have other sums: torch would wait for ever, or end the process."""
+    """Raise on all ranks if two have different sums: torch would wait for ever, or end the process."""
     own = {key: {name: (tuple(total.shape), total.dtype) for name, total in sorted(sums.items())} for key, sums in fold.sums.items()}
     of_ranks: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(of_ranks, own, group=group)
@@ -71,8 +71,8 @@ def _check_same_sums(fold: Fold, group: dist.ProcessGroup | None) -> None:
         if any(sums != differing[0] for sums in differing):
             listed = ", ".join(f"{_listed(sums)} on rank {rank}" for rank, sums in enumerate(differing))
             raise ValueError(
-                f"{parameter}: the ranks have other sums of {statistic!r}: {listed}; collect with the same model, `where` and statistics "
-                "on each rank"
+                f"{parameter}: the ranks have different sums of {statistic!r}: {listed}; collect with the same model, `where` and "
+                "statistics on each rank"
             )
 
 
@@ -90,13 +90,13 @@ def _sharing(fold: Fold, group: dist.ProcessGroup | None, device: torch.device) 
 
 
 def share(count: int, solve: Callable[[slice], Sequence[Tensor]], *, group: dist.ProcessGroup | None = None) -> tuple[Tensor, ...]:
-    """Solve every n-th of many systems on each of n ranks, and give all ranks all solutions.
+    """Divide independent systems among the ranks, and return all solutions on every rank.
 
     Pass it as ``share`` to `metric.obs` and `reconstruct.least_squares`, whose data must be the same on all ranks.
 
     Args:
-        count: of the systems.
-        solve: (slice) -> tensors whose first axis are the systems of this slice, which may have none.
+        count: the number of systems.
+        solve: (slice) -> tensors with one entry along the first axis for each system in the slice; the slice may be empty.
         group: the ranks; by default all.
 
     Raises:

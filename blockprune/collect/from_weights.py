@@ -139,7 +139,7 @@ def gradients(model: nn.Module, *, where: Where) -> Data:
                 "`backward`, call apply_masks(model, masks, straight_through=True)"
             )
         if not ref.is_plain or ref.stored.grad is None:
-            reason = "has no gradient; call `backward` first" if ref.is_plain else "is computed by another parametrization"
+            reason = "has no gradient; call `backward` first" if ref.is_plain else "is computed by another parametrization; remove that"
             raise ValueError(f"{name} {ref.shape}: this weight {reason}, or leave it out with `excluding`")
         collected[name] = attrs.evolve(param, stats={"weight_grad": at_least_float32(whole(ref.stored.grad.detach().clone()))})
     return collected

@@ -1,4 +1,4 @@
-"""One pass over batches: hooks on the layers, and gradients of the loss, give each statistic its evidence."""
+"""One pass over batches: hooks on the layers and gradients of the loss provide the inputs of each statistic."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

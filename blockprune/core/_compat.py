@@ -53,8 +53,10 @@ __all__ = [
     "DispatchMode",
     "NormBase",
     "all_buffers",
+    "autocast_is_active",
     "compress_two_of_four",
     "conv_padding",
+    "convert_tensors",
     "data_address",
     "disable_checkpointing",
     "disabled_torch_function",
@@ -82,6 +84,7 @@ __all__ = [
     "parameter_names",
     "rebuild_rnn_caches",
     "replace_data",
+    "restart_workers",
     "search_two_of_four",
     "shared_memory_bytes",
     "state_dict_hooks",
@@ -224,6 +227,17 @@ def conv_padding(conv: ConvNd) -> list[int]:
 def state_dict_hooks(module: nn.Module) -> list[Any]:
     """The hooks that ``register_state_dict_post_hook`` has added to a module (torch 2.5)."""
     return list(module._state_dict_hooks.values())
+
+
+def convert_tensors(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
+    """Convert all parameters and buffers of a module in place; ``module.to`` has one dtype for all (torch 2.0)."""
+    module._apply(convert)
+
+
+def restart_workers(batches: Any) -> None:
+    """End the worker processes that a DataLoader keeps (``persistent_workers``), so that its next pass is like its first (torch 2.0)."""
+    if isinstance(batches, torch.utils.data.DataLoader) and batches.persistent_workers:
+        batches._iterator = None
 
 
 def parameter_names(module: nn.Module) -> list[str]:

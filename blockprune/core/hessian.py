@@ -19,7 +19,7 @@ class LayerQuadratic:
     H is the mean of the inputs' outer products plus the damping. Each group of output rows (of a grouped convolution, of the query, key
     and value of an attention) has an H of its own. ``best`` is the weight itself, unless the data has statistics of another target output.
     The damping multiplies the diagonal of H by a constant above 1, so it depends neither on the scale of the other inputs nor on the
-    unit of any input. It draws V to the present weight.
+    unit of any input. It pulls V towards the present weight.
     """
 
     weight: Tensor  # [groups, rows, k]

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from blockprune.core.grid import BlockGrid
 from blockprune.core.tensor_file import read_tensors, write_tensors
-from blockprune.core.types import BlockMask, Masks
+from blockprune.core.types import BlockMask, Masks, check_masks
 
 VERSION = "1"
+RESERVED = "__metadata__"  # the key of the header in safetensors files
 
 
 def save_masks(masks: Masks, path: str | os.PathLike[str]) -> None:
@@ -21,6 +22,8 @@ def save_masks(masks: Masks, path: str | os.PathLike[str]) -> None:
 
     Raises:
         OSError: the disk is full, or the folder is missing or cannot be written to. An existing file is as it was.
+        TypeError: something else than masks, such as the result of a recipe.
+        ValueError: a mask on the meta device, or the name ``__metadata__``.
 
     Example:
         >>> import tempfile
@@ -29,6 +32,12 @@ def save_masks(masks: Masks, path: str | os.PathLike[str]) -> None:
         ...     bp.load_masks(f"{folder}/masks.safetensors")["w"].keep
         tensor([ True, False])
     """
+    check_masks(masks)
+    for name, mask in masks.items():
+        if name == RESERVED:
+            raise ValueError(f"masks has the name {RESERVED!r}, which safetensors files use for their own data; give it another name")
+        if mask.keep.is_meta:
+            raise ValueError(f"masks[{name!r}] is on the meta device and has no values to write; make the masks on a CPU or a GPU")
     bits = {name: pack_bits(mask.keep) for name, mask in masks.items()}
     write_tensors(bits, path, {"format": "blockprune.masks", "version": VERSION, "grids": grids_as_json(masks)})
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from blockprune.core.grid import BlockGrid, block_elements
 from blockprune.core.table import Rows, Table
-from blockprune.core.types import BlockMask, Masks, Scores
+from blockprune.core.types import BlockMask, Masks, Scores, check_masks, check_scores
 
 
 def union(a: Masks, b: Masks) -> Masks:
@@ -19,6 +19,7 @@ def union(a: Masks, b: Masks) -> Masks:
 
     Raises:
         ValueError: a parameter has different grids in ``a`` and ``b``.
+        TypeError: something else than masks, such as the result of a recipe.
 
     Example:
         >>> grid = bp.BlockGrid((3,), (1,))
@@ -37,6 +38,7 @@ def intersect(a: Masks, b: Masks) -> Masks:
 
     Raises:
         ValueError: a parameter has different grids in ``a`` and ``b``.
+        TypeError: something else than masks, such as the result of a recipe.
 
     Example:
         >>> grid = bp.BlockGrid((3,), (1,))
@@ -55,6 +57,7 @@ def difference(a: Masks, b: Masks) -> Masks:
 
     Raises:
         ValueError: a parameter has different grids in ``a`` and ``b``.
+        TypeError: something else than masks, such as the result of a recipe.
 
     Example:
         >>> grid = bp.BlockGrid((3,), (1,))
@@ -63,6 +66,8 @@ def difference(a: Masks, b: Masks) -> Masks:
         >>> bp.difference(a, b)["w"].keep
         tensor([False,  True, False])
     """
+    check_masks(a, "a")
+    check_masks(b, "b")
     kept_by_b = {name: b[name] if name in b else _all_kept(mask) for name, mask in a.items()}
     return _combine(a, kept_by_b, lambda keep_a, keep_b: keep_a & ~keep_b)
 
@@ -74,6 +79,7 @@ def agreement(a: Masks, b: Masks) -> float:
 
     Raises:
         ValueError: a parameter has different grids in ``a`` and ``b``.
+        TypeError: something else than masks, such as the result of a recipe.
 
     Example:
         >>> grid = bp.BlockGrid((4,), (1,))
@@ -82,6 +88,8 @@ def agreement(a: Masks, b: Masks) -> float:
         >>> bp.agreement(a, b)
         0.75
     """
+    check_masks(a, "a")
+    check_masks(b, "b")
     all_kept = {name: _all_kept(mask) for name, mask in {**a, **b}.items()}
     return 1 - sparsity(_combine({**all_kept, **a}, {**all_kept, **b}, torch.eq))
 
@@ -92,6 +100,7 @@ def restrict(scores: Scores, masks: Masks) -> Scores:
     Raises:
         ValueError: a parameter has different grids in ``scores`` and ``masks``.
         KeyError: a parameter with a mask has no scores.
+        TypeError: something else than scores and masks, such as the result of a recipe.
 
     Example:
         >>> grid = bp.BlockGrid((3,), (1,))
@@ -99,6 +108,8 @@ def restrict(scores: Scores, masks: Masks) -> Scores:
         >>> bp.restrict(scores, {"w": bp.BlockMask(torch.tensor([False, True, True]), grid)})["w"].value
         tensor([-inf, 1., 2.])
     """
+    check_scores(scores)
+    check_masks(masks)
     restricted = {name: score.value.clone() for name, score in scores.items()}
     for name, mask in masks.items():
         if name not in scores:
@@ -111,10 +122,14 @@ def restrict(scores: Scores, masks: Masks) -> Scores:
 def sparsity(masks: Masks) -> float:
     """The fraction of the masked parameters' elements that is pruned; 0 if there are no masks.
 
+    Raises:
+        TypeError: something else than masks, such as the result of a recipe.
+
     Example:
         >>> bp.sparsity({"w": bp.BlockMask(torch.tensor([True, False, False, False]), bp.BlockGrid((4,), (1,)))})
         0.75
     """
+    check_masks(masks)
     total = sum(mask.grid.elements for mask in masks.values())
     return 1 - sum(map(_elements_kept, masks.values())) / total if total else 0.0
 
@@ -167,6 +182,9 @@ class Summary(Table):
 def summary(masks: Masks) -> Summary:
     """A table of each parameter's shape, block, numbers of blocks and elements, sparsity and mask size, and of their totals.
 
+    Raises:
+        TypeError: something else than masks, such as the result of a recipe.
+
     Example:
         >>> bp.summary({"w": bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((4, 8), (4, 4)))})
         parameter  shape  block  blocks  blocks kept  elements  elements kept  sparsity  mask bytes
@@ -175,6 +193,7 @@ def summary(masks: Masks) -> Summary:
         -------------------------------------------------------------------------------------------
         total                         2            1        32             16     50.0%           1
     """
+    check_masks(masks)
     rows = tuple(_summary_row(name, mask) for name, mask in masks.items())
     totals = [sum(getattr(row, field) for row in rows) for field in ("blocks", "kept", "elements", "elements_kept", "bytes")]
     return Summary(rows, SummaryRow("total", "", "", *totals))
@@ -190,6 +209,8 @@ def _summary_row(name: str, mask: BlockMask) -> SummaryRow:
 
 def _combine(a: Masks, b: Masks, operation: Callable[[Tensor, Tensor], Tensor]) -> dict[str, BlockMask]:
     """The operation on the masks of each parameter; a parameter that only one of them has gets a copy of its mask."""
+    check_masks(a, "a")
+    check_masks(b, "b")
     combined = {}
     for name in dict.fromkeys((*a, *b)):
         if name in a and name in b:

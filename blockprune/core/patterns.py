@@ -64,10 +64,13 @@ def _is_pattern(key: Pattern) -> bool:
     return not isinstance(key, str) or any(character in key for character in "*?[")
 
 
-def suggest(name: str, names: Iterable[str]) -> str:
-    """The end of an error message about a mistyped name: the names that resemble it, or else the first names that exist."""
+def suggest(name: str, names: Iterable[str], *, listed: str = "the names are") -> str:
+    """The end of an error message about a mistyped name: the names that resemble it, or else the first names that exist.
+
+    ``listed`` are the words before the first names.
+    """
     names = list(names)
     similar = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or [n for n in names if name in n][:3]
     if similar:
         return f"; similar names: {', '.join(map(repr, similar))}"
-    return f"; the names are {', '.join(map(repr, names[:6]))}{', ...' if len(names) > 6 else ''}" if names else "; there are no names"
+    return f"; {listed} {', '.join(map(repr, names[:6]))}{', ...' if len(names) > 6 else ''}" if names else "; there are no names"

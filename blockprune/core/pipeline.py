@@ -13,7 +13,20 @@ from torch import Tensor, nn
 from blockprune.core._compat import storage_id
 from blockprune.core.precision import no_autocast
 from blockprune.core.sharded_tensor import is_sharded
-from blockprune.core.types import Allocate, BlockMask, BlockScore, Collect, Data, Masks, Metric, Param, Scores, Sparsity, check_finite
+from blockprune.core.types import (
+    Allocate,
+    BlockMask,
+    BlockScore,
+    Collect,
+    Data,
+    Masks,
+    Metric,
+    Param,
+    Scores,
+    Sparsity,
+    check_finite,
+    check_masks,
+)
 
 V = TypeVar("V")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -138,6 +151,8 @@ def requires(*statistics: Any) -> Callable[[F], F]:
         @wraps(function)
         def checked(data: Data, *args: Any, **options: Any) -> Any:
             names = options.get("masks", args[0] if args else {}) if is_repair else data
+            if is_repair:
+                check_masks(names)
             for name in names:
                 if name in data:
                     _check_statistics(function, name, data[name], statistics)
@@ -156,10 +171,11 @@ def _check_statistics(function: Any, name: str, param: Param, statistics: Sequen
         if statistic.name not in param.stats:
             stage = "reconstruct." if "masks" in signature(function).parameters else "metric."
             caller = f"{stage if _in_blockprune(function) else ''}{function.__name__}"
-            code = f"{'statistics.' if _in_blockprune(statistic.update) else ''}{statistic!r}"
+            code = f"{'bp.statistics.' if _in_blockprune(statistic.update) else ''}{statistic!r}"
             raise ValueError(
                 f"{name} {param.grid.shape}: {caller} needs the statistic {statistic.name!r}; the data has {sorted(param.stats) or 'none'};"
-                f" collect it: collect.with_statistics(model, where=..., statistics=[{code}], batches=...)"
+                " in a Pipeline, use collect=partial(bp.collect.with_statistics, where=..., calibration=bp.Calibration(batches)); outside "
+                f"of one, collect it: bp.collect.with_statistics(model, where=..., statistics=[{code}], batches=...)"
             )
 
 
@@ -182,24 +198,29 @@ def required_statistics(function: Any) -> tuple[Any, ...]:
     return marked
 
 
-def as_code(value: Any) -> str:
-    """A function or value as it would be written in source code: with its name and bound options, without a memory address."""
+def as_code(value: Any, *, prefix: str = "") -> str:
+    """A function or value as it would be written in source code: with its name and bound options, without a memory address.
+
+    With a prefix, such as "bp.", the names of functions in this library begin with it.
+    """
+    write = partial(as_code, prefix=prefix)
     if isinstance(value, partial):
-        bound = [as_code(arg) for arg in value.args] + [f"{key}={as_code(arg)}" for key, arg in value.keywords.items()]
-        return f"{as_code(value.func)}({', '.join(bound)})"
+        bound = [write(arg) for arg in value.args] + [f"{key}={write(arg)}" for key, arg in value.keywords.items()]
+        return f"{write(value.func)}({', '.join(bound)})"
     if isinstance(value, Tensor):
         return f"Tensor({tuple(value.shape)}, {value.dtype})"
     if isinstance(value, (str, int, float, torch.dtype, torch.device, type(None), re.Pattern)):
         return repr(value)
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{as_code(k)}: {as_code(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{write(k)}: {write(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
-        inner = ", ".join(map(as_code, value))
+        inner = ", ".join(map(write, value))
         if len(inner) > 200 and attrs.has(type(value[0])):  # such as the hidden axes of a model
             inner = f"{len(value)} {type(value[0]).__name__}"
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
     name = getattr(value, "__name__", None)
-    return name.lstrip("_") if isinstance(name, str) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    code = name.lstrip("_") if isinstance(name, str) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    return prefix + code if isinstance(name, str) and _in_blockprune(value) else code
 
 
 def fields_as_code(value: Any) -> str:

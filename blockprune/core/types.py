@@ -193,6 +193,47 @@ def masks_and_weights(result: Any, what: str) -> tuple[Masks, Weights]:
         raise TypeError(f"{what} returned a {kind}; it must return masks, or a result with .masks and .weights") from None
 
 
+def check_masks(masks: Any, what: str = "masks", *, remedy: str = "give result.masks, or bp.read_masks(model)") -> None:
+    """Raise unless these are masks by parameter name.
+
+    Args:
+        masks: whatever a user gave.
+        what: the name of the argument.
+        remedy: the end of the error message for something that is no mapping, such as the result of a recipe.
+
+    Raises:
+        TypeError: no mapping, or a value that is no `BlockMask`.
+
+    Example:
+        >>> from blockprune.core.types import check_masks
+        >>> check_masks({"w": bp.BlockMask(torch.tensor([True, False]), bp.BlockGrid((4,), (2,)))})
+    """
+    _check_values(what, masks, BlockMask, remedy, "BlockMask(keep, grid)")
+
+
+def check_scores(scores: Any, what: str = "scores") -> None:
+    """Raise unless these are scores by parameter name.
+
+    Raises:
+        TypeError: no mapping, such as a metric, or a value that is no `BlockScore`.
+
+    Example:
+        >>> from blockprune.core.types import check_scores
+        >>> check_scores({"w": bp.BlockScore(torch.tensor([1.0, 2.0]), bp.BlockGrid((4,), (2,)))})
+    """
+    _check_values(
+        what, scores, BlockScore, f"give the scores that a metric returns, such as {what}=bp.metric.l1(data)", "BlockScore(value, grid)"
+    )
+
+
+def _check_values(what: str, values: Any, kind: type, remedy: str, constructor: str) -> None:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{what} is a {type(values).__name__}, not a mapping from parameter names to {kind.__name__}; {remedy}")
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{what}[{name!r}] is a {type(value).__name__}, not a {kind.__name__}; build one: {constructor}")
+
+
 def check_fraction(what: str, value: float) -> None:
     """Raise unless a value is a number from 0 to 1.
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from blockprune.examples.packages import folder_of, load_module, quiet
 from blockprune.model.calibration import Calibration
 
-__all__ = ["background", "calibration", "documents", "embed", "judgements", "likeness", "load", "other_halves", "pearson", "tokens"]
+__all__ = ["background", "calibration", "documents", "embed", "judgements", "load", "mean_cosine", "other_halves", "pearson", "tokens"]
 
 LONGEST = 256  # tokens, as the model was published
 
@@ -116,13 +116,13 @@ def pearson(model: Callable[..., Any], batches: list[dict[str, Tensor]]) -> floa
     return float(torch.stack([(embeddings @ embeddings.mT).cpu()[pairs], judgements()[pairs]]).corrcoef()[0, 1])
 
 
-def likeness(model: Callable[..., Any], batches: list[dict[str, Tensor]], embeddings: Tensor) -> float:
+def mean_cosine(model: Callable[..., Any], batches: list[dict[str, Tensor]], embeddings: Tensor) -> float:
     """The mean cosine of a model's embeddings with those of another model, ``[texts, 384]``.
 
     Example:
         >>> model, tokenizer = bp.examples.minilm.load(layers=1)
         >>> batch = bp.examples.minilm.tokens(tokenizer, ["a short text", "another one"])
-        >>> round(bp.examples.minilm.likeness(model, [batch], bp.examples.minilm.embed(model, batch).detach()), 4)
+        >>> round(bp.examples.minilm.mean_cosine(model, [batch], bp.examples.minilm.embed(model, batch).detach()), 4)
         1.0
     """
     with torch.no_grad():

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from blockprune.examples.packages import folder_of, load_module, quiet
 
-__all__ = ["articles", "load", "losses", "perplexity", "save", "spread", "windows"]
+__all__ = ["articles", "evenly_spaced_windows", "load", "losses", "perplexity", "save", "windows"]
 
 ARTICLES = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 WINDOW, LAYERS = 512, 30
@@ -111,12 +111,12 @@ def windows(tokenizer: Any, texts: list[str], count: int) -> Tensor:
     raise ValueError(f"{count} windows of {WINDOW} tokens are asked for, but the texts have only {len(ids) // WINDOW}; ask for fewer")
 
 
-def spread(tokenizer: Any, texts: list[str], count: int) -> Tensor:
+def evenly_spaced_windows(tokenizer: Any, texts: list[str], count: int) -> Tensor:
     """``count`` windows of 512 tokens, evenly spread over all articles, so that a calibration covers many subjects: ``[count, 512]``.
 
     Example:
         >>> def tokenizer(text, verbose): return {"input_ids": list(text.encode())}     # in place of the model's own
-        >>> bp.examples.smollm.spread(tokenizer, bp.examples.smollm.articles()[:5], 4).shape
+        >>> bp.examples.smollm.evenly_spaced_windows(tokenizer, bp.examples.smollm.articles()[:5], 4).shape
         torch.Size([4, 512])
     """
     ids = torch.tensor([token for text in texts for token in tokenizer(text, verbose=False)["input_ids"]])

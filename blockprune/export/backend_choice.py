@@ -52,8 +52,9 @@ def choose(
     """Time every masked layer dense and block-sparse, on inputs of the size that it gets, and choose the faster one.
 
     Layers that are alike (shape, blocks, sparsity to 2 %, inputs) are timed once, on more copies than the caches hold, as in a model. A
-    layer is block-sparse if that is faster than F.linear, which it would run otherwise; the reason also compares with oneDNN's product of
-    packed weights. If every layer stays dense, a warning says so.
+    layer becomes block-sparse if that is faster than what torch would run otherwise (F.linear, or the convolution as it is). Another dense
+    form (weights packed by oneDNN, channels last) may be faster still: the reason compares with the fastest one, too. If every layer stays
+    dense, a warning says so.
 
     With ``dtype="int8"`` a Linear on a CPU may also run in int8, block-sparse or with all blocks ("dense int8"), if that is the fastest and
     its outputs are precise enough. Weights have a scale for each output, and inputs one for each row, found while the model runs.
@@ -146,7 +147,7 @@ def fixed_backend(
         >>> from blockprune.export.backend_choice import fixed_backend
         >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
         >>> fixed_backend(bp.apply_masks(nn.Linear(4, 2), {"weight": mask}), "torch")
-        parameter  pruned  backend       because
+        parameter  pruned  backend        reason
         weight      50.0%    torch  as requested
     """
     by_name = {row.name: row for row in backends().rows}
@@ -369,7 +370,8 @@ def _fastest_choice(candidate: Candidate, milliseconds: Mapping[str, float], x: 
     best_dense = min((name for name in milliseconds if name not in sparse), key=milliseconds.__getitem__)
     compared = dict.fromkeys((fastest, best_sparse, plain, best_dense))
     times = ", ".join(f"{name} {milliseconds[name]:.3g} ms" for name in compared)
-    against = plain if plain == "masked" else best_dense  # a layer that trains with its zeros cannot run without a mask
-    reason = f"{milliseconds[against] / milliseconds[best_sparse]:.2f}x on {tuple(x.shape)}: {times}"
+    rivals = dict.fromkeys((plain, plain if plain == "masked" else best_dense))  # a layer that trains with its zeros needs its mask
+    speedups = " and ".join(f"{milliseconds[name] / milliseconds[best_sparse]:.2f}x as fast as {name}" for name in rivals)
+    reason = f"{best_sparse} is {speedups} on {tuple(x.shape)}: {times}"
     backend, dtype = layers[fastest]
     return choice(backend, f"{obstacle}; {reason}" if obstacle else reason, dtype=dtype)

@@ -37,14 +37,14 @@ class Backends(Table):
     Example:
         >>> from blockprune import export
         >>> export.Backends((export.Backend("torch", True, "always there"),))
-        backend  available       because
+        backend  available        reason
         torch          yes  always there
     """
 
     rows: tuple[Backend, ...]
 
     def table(self) -> Rows:
-        return [("backend", "available", "because"), *(row.cells for row in self.rows)]
+        return [("backend", "available", "reason"), *(row.cells for row in self.rows)]
 
 
 def backends() -> Backends:
@@ -65,7 +65,16 @@ def backends() -> Backends:
 
 @attrs.frozen
 class Choice:
-    """Which backend runs one masked weight: "native", "triton", "2:4", "torch" or "dense"; and whether in int8.
+    """Which backend runs one masked weight, and whether in int8.
+
+    Args:
+        name: of the parameter.
+        sparsity: the fraction of its elements that is pruned.
+        backend: "native", "triton", "2:4", "torch" or "dense".
+        reason: why this backend was chosen.
+        milliseconds: of each kernel that was measured, by name.
+        dtype: "int8", or empty for the type of the weight.
+        error: of the outputs in int8, relative, if int8 was asked for: ``|y_int8 - y| / |y|``.
 
     Example:
         >>> from blockprune import export
@@ -73,13 +82,13 @@ class Choice:
         ('fc.weight', '50.0%', 'torch', 'as requested')
     """
 
-    name: str  # of the parameter
+    name: str
     sparsity: float
     backend: str
     reason: str
-    milliseconds: Mapping[str, float] = attrs.field(factory=dict)  # of each kernel that was measured
-    dtype: str = ""  # "int8", or empty for the type of the weight
-    error: float | None = None  # of the outputs in int8, relative, if int8 was asked for: see `quantization.output_error`
+    milliseconds: Mapping[str, float] = attrs.field(factory=dict)
+    dtype: str = ""
+    error: float | None = None
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -95,14 +104,14 @@ class Choices(Table):
     Example:
         >>> from blockprune import export
         >>> export.Choices((export.Choice("fc.weight", 0.5, "torch", "as requested"),))
-        parameter  pruned  backend       because
+        parameter  pruned  backend        reason
         fc.weight   50.0%    torch  as requested
     """
 
     rows: tuple[Choice, ...]
 
     def table(self) -> Rows:
-        lines = [("parameter", "pruned", "backend", "because"), *(row.cells for row in self.rows)]
+        lines = [("parameter", "pruned", "backend", "reason"), *(row.cells for row in self.rows)]
         if all(row.error is None for row in self.rows):
             return lines
         errors = ["int8 error", *("" if row.error is None else f"{row.error:.2%}" for row in self.rows)]
@@ -119,11 +128,12 @@ def warn_if_all_dense(choices: Choices) -> None:
         >>> with warnings.catch_warnings(record=True, action="always") as caught:
         ...     warn_if_all_dense(Choices((Choice("fc.weight", 0.5, "dense", "inputs do not reach it"),)))
         >>> print(caught[0].message)
-        0 of 1 masked layers became block-sparse (fc.weight: inputs do not reach it); choose(model) lists the reason of each
+        0 of 1 masked layers became block-sparse (fc.weight: inputs do not reach it); print(choose(model)) lists the reason for each layer
     """
     if all(choice.backend == "dense" and not choice.dtype for choice in choices.rows):
         reasons = "; ".join(f"{choice.name}: {choice.reason}" for choice in choices.rows[:3])
         reasons = reasons or "all masks are on biases and norms, which keep their zeros"
         warnings.warn(
-            f"0 of {len(choices.rows)} masked layers became block-sparse ({reasons}); choose(model) lists the reason of each", stacklevel=3
+            f"0 of {len(choices.rows)} masked layers became block-sparse ({reasons}); print(choose(model)) lists the reason for each layer",
+            stacklevel=3,
         )

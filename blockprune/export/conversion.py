@@ -23,7 +23,7 @@ from blockprune.export.sparse_layers import STATE_KEYS, BlockSparseLinear, Int8B
 from blockprune.export.timed_layers import DEFAULT_ROWS
 from blockprune.model.apply import apply_masks, finalize
 from blockprune.model.calibration import Forward, default_forward
-from blockprune.model.checkpoint import masks_in_state
+from blockprune.model.checkpoint import masks_in_state, without_wrapper
 from blockprune.model.hf_checkpoint import prepare_checkpoints
 from blockprune.model.mask_reading import parameter_masks
 from blockprune.model.parameters import parameter_refs
@@ -207,7 +207,9 @@ def load_state_dict(model: M, state: Mapping[str, Tensor], *, strict: bool = Tru
     new: dict[nn.Module, nn.Module] = {}
     for name in _block_sparse_layers(state):
         if name not in modules:
-            raise KeyError(f"the state dict has a block-sparse layer {name!r} that the model does not have{suggest(name, modules)}")
+            problem = f"the state dict has a block-sparse layer {name!r} that the model does not have"
+            remedy = without_wrapper(state)
+            raise KeyError(f"{problem}; {remedy}" if remedy else f"{problem}{suggest(name, modules)}")
         prefix = f"{name}." if name else ""
         tensors = {key: state[prefix + key] for key in (*STATE_KEYS, "scale") if prefix + key in state}
         new[modules[name]] = _loaded_layer(name, modules[name], tensors, trainable)
@@ -272,6 +274,9 @@ def _loaded_layer(name: str, template: nn.Module, tensors: Mapping[str, Tensor],
 def dense(model: M) -> M:
     """A copy with plain layers, zero where blocks were pruned, of a masked or an exported model.
 
+    Its weights are parameters that require gradients, unless the bias of the layer does not, or the kept weights of a trainable layer do
+    not. A frozen export holds buffers, so it does not know more of what was frozen before.
+
     Example:
         >>> from blockprune import export
         >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
@@ -293,8 +298,9 @@ def _plain_layer(module: nn.Module) -> nn.Module | None:
         plain: Any = nn.Conv2d(module.in_channels, module.out_features, bias=False, device="meta", **options)
     else:
         plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-    trains = isinstance(module, BlockSparseLinear) and module.trainable and module.values.requires_grad
-    plain.weight, plain.bias = nn.Parameter(weight.detach(), requires_grad=trains), bias
+    is_trainable = isinstance(module, BlockSparseLinear) and module.trainable
+    requires_grad = module.values.requires_grad if is_trainable else bias is None or bias.requires_grad
+    plain.weight, plain.bias = nn.Parameter(weight.detach(), requires_grad=requires_grad), bias
     return cast(nn.Module, plain)
 
 

@@ -31,7 +31,8 @@ InputReasons = Mapping[str, list[str | None]]  # by layer: why each of its input
 OUTPUT = "it is an output of the model"
 INPUT = "no layer computes it: it is an input of the model"
 UNKNOWN = "Torch-Pruning does not see the layer: the example does not reach it, or it is part of a larger one"
-HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "dim_head", "d_head")  # attributes in which modules keep the size of a head,
+# attributes in which modules and configurations keep the size of a head,
+HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "dim_head", "d_head", "d_kv", "key_value_proj_dim")
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")  # the number of heads,
 HEAD_WIDTHS = ("attn_dim", "all_head_size", "inner_dim")  # the width of all heads,
 KEY_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")  # and the number of key and value heads

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blockprune.core._compat import has_packed_linear, pack_linear_weight, packed_linear, packs_bfloat16
+from blockprune.core._compat import has_hooks, has_packed_linear, pack_linear_weight, packed_linear, packs_bfloat16
 from blockprune.export.module_replacement import replace_modules
 from blockprune.export.ops import int8_backend
 from blockprune.export.packing import pack_int8
 from blockprune.export.sparse_layers import Int8BlockSparseLinear
+from blockprune.model.apply import finalize
+from blockprune.model.hf_checkpoint import prepare_checkpoints
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -91,7 +93,10 @@ def dynamic_int8(model: nn.Module) -> nn.Module:
     little, unlike the other dense forms.
 
     Args:
-        model: it is not changed; the result has no parameters in its Linears and cannot be trained.
+        model: masked or not; it is not changed. The result has no parameters in its Linears and cannot be trained.
+
+    Raises:
+        ValueError: a weight on the meta device, which has no values.
 
     Example:
         >>> from blockprune.export import dynamic_int8
@@ -99,19 +104,25 @@ def dynamic_int8(model: nn.Module) -> nn.Module:
         >>> (dynamic_int8(model)(x) - model(x)).abs().max().item() < 0.1
         True
     """
+    plain = finalize(model)
+    _check_has_values(plain)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces that torchao, a package of its own, will take this over
-        quantized: nn.Module = torch.ao.quantization.quantize_dynamic(
-            copy.deepcopy(model).to(torch.float32), {nn.Linear}, dtype=torch.qint8, inplace=True
+        quantized: Any = torch.ao.quantization.quantize_dynamic(
+            nn.Sequential(plain.to(torch.float32)), {nn.Linear}, dtype=torch.qint8, inplace=True
         )
-    return quantized
+    return cast(nn.Module, quantized[0])
 
 
 def rowwise_int8(model: M) -> M:
     """A copy whose Linears multiply in int8 as block-sparse layers do, with all blocks: a scale for each output and each row of inputs.
 
     Args:
-        model: it is not changed. Subclasses of ``nn.Linear``, and Linears whose weight is not finite, stay as they are.
+        model: masked or not; it is not changed. Subclasses of ``nn.Linear``, and Linears whose weight is not finite, stay as they are. So
+            do those with hooks or with a forward of their own, which a new layer would not have; a warning names them.
+
+    Raises:
+        ValueError: a weight on the meta device, which has no values.
 
     Example:
         >>> from blockprune.export import rowwise_int8
@@ -119,13 +130,39 @@ def rowwise_int8(model: M) -> M:
         >>> (rowwise_int8(model)(x) - model(x)).abs().max().item() < 0.1
         True
     """
+    plain = finalize(model)
+    _check_has_values(plain)
+    names = {module: name for name, module in plain.named_modules()}
+    unsupported: dict[str, str] = {}
 
     def replacement(module: nn.Module) -> nn.Module | None:
-        if type(module) is not nn.Linear or not bool(module.weight.isfinite().all()):
+        if type(module) is not nn.Linear:
             return None
-        return Int8BlockSparseLinear(pack_int8(module.weight), module.bias, "native", module.weight.dtype)
+        if has_hooks(module) or "forward" in vars(module):
+            unsupported[names[module] or "the layer"] = "it has hooks" if has_hooks(module) else "its forward was replaced"
+            return None
+        if not bool(module.weight.isfinite().all()):
+            return None
+        layer = Int8BlockSparseLinear(pack_int8(module.weight), module.bias, "native", module.weight.dtype)
+        layer.name = names[module]
+        return layer
 
-    return replace_modules(copy.deepcopy(model), replacement)
+    result = replace_modules(plain, replacement)
+    if unsupported:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in [*unsupported.items()][:3])
+        warnings.warn(f"Linears that a layer of int8 cannot replace stay as they are ({reasons}); {len(unsupported)} in all", stacklevel=2)
+    prepare_checkpoints(result)
+    return result
+
+
+def _check_has_values(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and module.weight.is_meta:
+            weight = f"{name}.weight" if name else "weight"
+            raise ValueError(
+                f"{weight} {tuple(module.weight.shape)} is on the meta device and has no values to round to int8; load the model's values "
+                "first, with model.to_empty(device='cpu') and model.load_state_dict(state)"
+            )
 
 
 def int8_bytes(model: nn.Module) -> int:

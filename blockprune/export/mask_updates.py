@@ -1,7 +1,7 @@
 """Other masks for a model that trains block-sparse: blocks kept by both masks keep their values and the optimizer's state."""
 
-from collections.abc import Collection, Sequence
-from typing import TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeVar
 
 import attrs
 import torch
@@ -11,14 +11,14 @@ from torch.optim import Optimizer
 from blockprune.core.grid import expand
 from blockprune.core.patterns import suggest
 from blockprune.core.sharded_tensor import is_sharded, sharded_like, whole
-from blockprune.core.types import BlockMask, Masks, Weights
+from blockprune.core.types import BlockMask, Masks, Weights, check_masks
 from blockprune.export.format import BlockSparse, unpack
 from blockprune.export.packing import pack_weight
 from blockprune.export.sparse_layers import BlockSparseLinear
 from blockprune.model.apply import apply_masks
 from blockprune.model.checkpoint import keep_gradient_options
 from blockprune.model.mask_reading import parameter_masks
-from blockprune.model.optimizer_state import check_state, initial_state, list_of, reset_elements
+from blockprune.model.optimizer_state import check_by_parameter, check_state, initial_state, list_of, reset_elements
 from blockprune.model.parameters import parameter_refs
 from blockprune.model.sharding import reshard
 
@@ -47,7 +47,8 @@ def update(model: M, masks: Masks, *, optimizer: Optimizer | Sequence[Optimizer]
         ValueError: a mask or weight of another shape than the layer's; a weight with NaN or inf, or on the meta device; a layer of int8; a
             layer that `fully_shard` has sharded; two masks for one layer; an optimizer without the kept weights of a layer, or whose state
             is not one number for each of them (LBFGS, Adafactor).
-        TypeError: a mask that is no `BlockMask`. After any error the model and the optimizer are as they were before the call.
+        TypeError: a mask that is no `BlockMask`, a weight that is no tensor.
+            After any error the model and the optimizer are as they were before the call.
 
     Example:
         >>> from blockprune import export
@@ -60,15 +61,15 @@ def update(model: M, masks: Masks, *, optimizer: Optimizer | Sequence[Optimizer]
         >>> model.weight[:, 2:].count_nonzero().item()
         0
     """
+    check_masks(masks)
     optimizers = list_of(optimizer)
     sparse, masked, weights = _named_layers(model), parameter_masks(model), {} if weights is None else weights
-    for name, mask in masks.items():
+    _check_tensors(weights)
+    for name in masks:
         if name not in sparse and name not in masked:
             raise KeyError(f"masks has {name!r}, which is no block-sparse weight of the model{suggest(name, [*sparse, *masked])}")
-        if not isinstance(mask, BlockMask):
-            raise TypeError(f"masks[{name!r}] is a {type(mask).__name__} and must be a BlockMask(keep, grid)")
     if unmasked := [name for name in weights if name not in masks]:
-        raise KeyError(f"weights has {unmasked[0]!r}, and masks has not; give the mask of every weight that is given")
+        raise KeyError(f"weights names {unmasked[0]!r}, but masks does not; give a mask for every weight")
     layers = {name: sparse[name] for name in masks if name in sparse}
     trained = _trained(optimizers) if masks else set()
     for name, layer in layers.items():
@@ -76,14 +77,23 @@ def update(model: M, masks: Masks, *, optimizer: Optimizer | Sequence[Optimizer]
         _check_optimizers(name, layer, optimizers, trained)
         if twin := next((other for other in layers if layers[other] is layer and masks[other] != masks[name]), None):
             raise ValueError(f"{name} and {twin} are names of the same layer, and masks has two different masks for it")
-    new = {layer: _with_mask(layer, masks[name], weights.get(name)) for name, layer in layers.items()}
-    if others := {name: mask for name, mask in masks.items() if name in masked}:
-        _update_masked(model, masked, others, weights, optimizers)
-    for layer, (weight, source) in new.items():
-        for holder in optimizers:
-            _move_state(holder, layer, source)
-        layer.store(weight)
+    with torch.inference_mode(False):  # the optimizer's next step could not change tensors that were made in inference mode
+        new = {layer: _with_mask(layer, masks[name], weights.get(name)) for name, layer in layers.items()}
+        if others := {name: mask for name, mask in masks.items() if name in masked}:
+            _update_masked(model, masked, others, weights, optimizers)
+        for layer, (weight, source) in new.items():
+            for holder in optimizers:
+                _move_state(holder, layer, source)
+            layer.store(weight)
     return model
+
+
+def _check_tensors(weights: Any) -> None:
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights is a {type(weights).__name__}, not a mapping from parameter names to tensors")
+    for name, weight in weights.items():
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weights[{name!r}] is a {type(weight).__name__}; give the dense weight as a tensor")
 
 
 def _named_layers(model: nn.Module) -> dict[str, BlockSparseLinear]:
@@ -102,17 +112,14 @@ def _check(name: str, layer: BlockSparseLinear, mask: BlockMask, weight: Tensor 
 
 def _trained(optimizers: Sequence[Optimizer]) -> set[int]:
     """The ids of the parameters of optimizers; raises for a state such as that of LBFGS, a list for all parameters together."""
-    for optimizer in optimizers:
-        lists = [key for state in optimizer.state.values() for key, value in state.items() if isinstance(value, (list, tuple))]
-        if lists:
-            raise ValueError(f"optimizer: the state {lists[0]!r} of {type(optimizer).__name__} is not one number for each kept weight")
+    check_by_parameter(optimizers)
     return {id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _check_optimizers(name: str, layer: BlockSparseLinear, optimizers: Sequence[Optimizer], trained: Collection[int]) -> None:
     if optimizers and layer.trainable and layer.values.requires_grad and id(layer.values) not in trained:
         raise ValueError(
-            f"optimizer has not the kept weights of {name}; make it from the parameters of this model, which block_sparse has made anew"
+            f"optimizer does not hold the kept weights of {name}; make it from the parameters of this model, which block_sparse made anew"
         )
     for optimizer in optimizers:
         check_state(optimizer, name, layer.values, layer.values.shape)

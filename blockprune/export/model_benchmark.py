@@ -25,6 +25,7 @@ from blockprune.export.timing import cuda_graphed, median_seconds, synchronized
 from blockprune.model.apply import apply_masks
 from blockprune.model.calibration import Forward, default_forward
 from blockprune.model.mask_reading import parameter_masks
+from blockprune.model.parameters import is_exported
 
 INT8_FORMS = ("dense int8", "dense int8, row by row")  # torch's, and that of block-sparse layers
 SPARSITIES = (0.5, 0.75, 0.9, 0.95)  # tried, with the same blocks, where a model is not faster than dense
@@ -36,6 +37,15 @@ Timer = Callable[[Mapping[str, nn.Module]], dict[str, float]]  # models -> milli
 class ModelSpeed:
     """The speed of one model.
 
+    Args:
+        name: of the model.
+        dtype: the type of its weights, such as "float32" or "int8".
+        milliseconds: of a call.
+        inputs_per_second: the first axis of the inputs counts.
+        mebibytes: of parameters and buffers.
+        speedup_same_dtype: against the fastest dense model of the same type.
+        speedup: against the fastest dense model of any type.
+
     Example:
         >>> from blockprune import export
         >>> export.ModelSpeed("mine", "float32", 2.0, 500.0, 1.5, 2.0, 1.0).cells
@@ -44,11 +54,11 @@ class ModelSpeed:
 
     name: str
     dtype: str
-    milliseconds: float  # of a call
+    milliseconds: float
     inputs_per_second: float
-    mebibytes: float  # of parameters and buffers
-    speedup_same_dtype: float  # against the fastest dense model of the same type
-    speedup: float  # against the fastest dense model of any type
+    mebibytes: float
+    speedup_same_dtype: float
+    speedup: float
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -97,7 +107,7 @@ def benchmark(
         model: dense or masked; it is not changed. The others are compared with dense forms of it, with zeros in pruned blocks.
         others: such as exported models.
         inputs: one batch for ``forward``; its floating-point tensors are converted to the type of each model.
-        names: of the others; by default the names of their classes.
+        names: of the others; by default "exported" for a model with exported layers, and the name of the class for another.
         forward: (model, batch) -> output, as in `Calibration`.
         dtypes: of the dense forms, of "float32", "bfloat16" and "int8" (of all Linears, which changes the outputs a little, on a CPU); by
             default the type of the model, bfloat16 where the machine has instructions for it, and int8 on a CPU.
@@ -114,7 +124,7 @@ def benchmark(
         >>> model = bp.apply_masks(nn.Sequential(nn.Linear(256, 256)), {"0.weight": mask})
         >>> speed = export.benchmark(model, export.block_sparse(model, backend="torch"), inputs=torch.randn(8, 256), rounds=1)
         >>> [row.name for row in speed.rows][0], speed.rows[-1].name
-        ('dense', 'Sequential')
+        ('dense', 'exported')
     """
     if names and len(names) != len(others):
         raise ValueError(f"names has {len(names)} entries for {len(others)} models; give one name for each, or none")
@@ -190,11 +200,15 @@ def _label(model: nn.Module) -> str:
 
 
 def _named(models: Sequence[nn.Module], names: Sequence[str], taken: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The models by name, or by class if there are no names; a name that is already taken gets a number."""
+    """The models by name; a name that is already taken gets a number."""
     named: dict[str, nn.Module] = {}
-    for model, name in zip(models, names or [type(model).__name__ for model in models], strict=True):
+    for model, name in zip(models, names or map(_default_name, models), strict=True):
         named[name if name not in {**taken, **named} else f"{name} {len(named) + 1}"] = model
     return named
+
+
+def _default_name(model: nn.Module) -> str:
+    return "exported" if any(map(is_exported, model.modules())) else type(model).__name__
 
 
 def _milliseconds(models: Mapping[str, nn.Module], *, inputs: Any, forward: Forward, graph: bool, rounds: int) -> dict[str, float]:
@@ -221,7 +235,7 @@ def _dense_sentence(name: str, compared: nn.Module, plain: nn.Module, model: nn.
     shapes, dense_shapes = ({key: p.shape for key, p in m.named_parameters()} for m in (compared, plain))
     if not masks or shapes != dense_shapes:
         return ""
-    return f"0 of {len(masks)} masked layers of {name} are block-sparse; choose(model) lists the reason of each."
+    return f"0 of {len(masks)} masked layers of {name} are block-sparse; print(choose(model)) lists the reason for each layer."
 
 
 def _sparsity_sentence(model: nn.Module, compared: nn.Module, dense_ms: float, timer: Timer) -> str:

@@ -24,6 +24,12 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 class ModelSize(Table):
     """Parameters and multiply-adds of a model, dense and kept; it prints in a terminal and renders in a notebook.
 
+    Args:
+        parameters: of the dense model.
+        parameters_kept: those that no mask prunes.
+        multiply_adds: of one call of the dense model; None without inputs.
+        multiply_adds_kept: those of the kept weights.
+
     Example:
         >>> from blockprune import export
         >>> export.ModelSize(parameters=1000, parameters_kept=600)
@@ -33,7 +39,7 @@ class ModelSize(Table):
 
     parameters: int
     parameters_kept: int
-    multiply_adds: int | None = None  # of one call; None without inputs
+    multiply_adds: int | None = None
     multiply_adds_kept: int | None = None
 
     @property

@@ -103,6 +103,12 @@ class BlockRecommendation(Table):
 class BlockCost:
     """The time that one kept block of a parameter adds to a call, and the time of a call without any block.
 
+    Args:
+        name: of the parameter.
+        block: its shape.
+        milliseconds: of one kept block.
+        fixed_milliseconds: of a call without any block.
+
     Example:
         >>> from blockprune import export
         >>> export.BlockCost("fc.weight", (16, 16), 0.001, 0.02).per_element
@@ -111,8 +117,8 @@ class BlockCost:
 
     name: str
     block: tuple[int, ...]
-    milliseconds: float  # of one kept block
-    fixed_milliseconds: float  # without any block
+    milliseconds: float
+    fixed_milliseconds: float
 
     @property
     def per_element(self) -> float:
@@ -222,7 +228,9 @@ def cost_table(
     rounds: int = 9,
     progress: bool | None = None,
 ) -> BlockCosts:
-    """What one kept block costs on this machine, from the times of each layer at 50 and 90 % sparsity: a price for budgets in milliseconds.
+    """What one kept block costs on this machine, from the times of each layer at 50 and 90 % sparsity.
+
+    Give it as the ``cost`` of a budget in milliseconds.
 
     Layers of the same shape, blocks and inputs are timed once.
 

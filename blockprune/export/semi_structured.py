@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from blockprune.core._compat import compress_two_of_four, search_two_of_four, two_of_four_product
 from blockprune.core.grid import BlockGrid
 from blockprune.core.types import BlockMask
+from blockprune.export.exported_weight import ExportedWeight
 
 _DTYPES = (torch.bfloat16,)  # in float16, cuSPARSELt's search for an algorithm ended in an illegal instruction (H200, torch 2.11)
 REQUIREMENT = "2:4 in bfloat16 on a GPU, with sides that are multiples of 16"
@@ -92,8 +93,9 @@ class SemiStructuredLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, zero where pruned. Each read computes it by a product."""
-        return _dense(self.values, self.algorithm, self.out_features, self.in_features)
+        """The dense weight, zero where pruned. Each read computes it by a product, so a change of it in place raises."""
+        dense = _dense(self.values, self.algorithm, self.out_features, self.in_features)
+        return ExportedWeight.read(dense, "", "change the weight of export.dense(model), and export that again")
 
     def block_mask(self) -> BlockMask:
         """Which elements of the dense ``weight`` are not zero, in blocks of one element."""

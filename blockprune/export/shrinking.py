@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -38,16 +39,23 @@ GroupKey = frozenset[tuple[LayerSide, frozenset[int]]]  # a group, by the channe
 class Units:
     """Units of one side of a layer, by their indices in the model that was given to `shrink`.
 
+    Args:
+        layer: its name.
+        side: "outputs" (rows of a Linear, filters) or "inputs" (columns, channels).
+        indices: of the units.
+        total: units of this side of the layer.
+        reason: why they were not removed; empty if they were.
+
     Example:
         >>> bp.export.Units("fc", "outputs", (0, 3), total=8, reason="it is an output of the model")
         Units(layer='fc', side='outputs', indices=(0, 3), total=8, reason='it is an output of the model')
     """
 
     layer: str
-    side: str  # "outputs" (rows of a Linear, filters) or "inputs" (columns, channels)
+    side: str
     indices: tuple[int, ...]
-    total: int  # units of this side of the layer
-    reason: str = ""  # why they were not removed
+    total: int
+    reason: str = ""
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -55,6 +63,14 @@ class ShrinkResult(Table):
     """A smaller model, the units that were removed, and the empty units that were not, with the reason.
 
     It prints as a table.
+
+    Args:
+        model: the smaller model.
+        removed: the units that were removed, by layer and side.
+        kept: the empty units that were not, each with its reason.
+        widths: of a Hugging Face model: its sizes, and what it costs that all layers have the same; None for other models.
+        not_uniform: why a Hugging Face model has widths that its configuration does not express, although ``uniform`` was asked for, so
+            that ``from_pretrained`` cannot load it; empty otherwise.
 
     Example:
         >>> from blockprune.export import Units
@@ -68,7 +84,8 @@ class ShrinkResult(Table):
     model: nn.Module
     removed: tuple[Units, ...]
     kept: tuple[Units, ...]
-    widths: UniformWidths | None = None  # of a Hugging Face model, and what it costs that all layers have the same
+    widths: UniformWidths | None = None
+    not_uniform: str = ""
 
     def table(self) -> Rows:
         all_units = [*((units, "removed") for units in self.removed), *((units, f"kept: {units.reason}") for units in self.kept)]
@@ -78,6 +95,8 @@ class ShrinkResult(Table):
             sizes = ", ".join(f"{name} {change}" for name, change in self.widths.sizes.items()) or "no change"
             cost = f"{uniform / free - 1:+.1%} parameters for uniform widths ({sizes})"
             cells.append(("config", "all", str(uniform - free), str(free), cost))
+        if self.not_uniform:
+            cells.append(("config", "all", "", "", f"does not fit the model: {self.not_uniform}"))
         return [("layer", "side", "units", "of", "what"), *cells]
 
 
@@ -97,8 +116,9 @@ def shrink(model: nn.Module, example: Any, *, forward: Forward = default_forward
         example: a batch of several items that the model can run, and that uses all of its layers; the smaller model runs any batch.
         forward: (model, example) -> output, as in `Calibration`.
         uniform: give all layers of a Hugging Face model the widths that its configuration can express, and write them there, so that
-            ``save_pretrained`` and ``from_pretrained`` work; the result says what this costs. If False, each layer has its own widths, and
-            the configuration stays as it was. Other models always have widths of their own.
+            ``save_pretrained`` and ``from_pretrained`` work; the result says what this costs. If False, or where this fails, of which a
+            warning and the result say why, each layer has its own widths, and the configuration stays as it was. Other models always have
+            widths of their own.
 
     Raises:
         ImportError: Torch-Pruning is not installed.
@@ -137,8 +157,15 @@ def shrink(model: nn.Module, example: Any, *, forward: Forward = default_forward
     sides = [(name, side) for name, _ in prunable_layers(plain) for side in ("outputs", "inputs")]
     removed = tuple(_units(plain, side, state.removed[side]) for side in sides if side in state.removed)
     widths = uniform_widths(state.model, plain) if uniform else None
-    if widths is None or check(widths.model):
-        return ShrinkResult(_restore_dtypes(state.model, plain), removed, kept)
+    if not_uniform := _failure_of_widths(widths, plain, check) if uniform and removed else "":
+        widths = None
+        warnings.warn(
+            f"the layers of the smaller model have widths of their own ({not_uniform}), so from_pretrained cannot load what its "
+            "save_pretrained writes; with uniform=False this is what you ask for, and bp.finalize(model) is a model that can be saved",
+            stacklevel=2,
+        )
+    if widths is None:
+        return ShrinkResult(_restore_dtypes(state.model, plain), removed, kept, not_uniform=not_uniform)
     removed, filled = _split_filled(removed, widths.model)
     return ShrinkResult(_restore_dtypes(widths.model, plain), removed, (*kept, *filled), widths)
 
@@ -265,7 +292,7 @@ def _output_change(run: Run, expected: list[Tensor], model: nn.Module) -> str:
     """How the outputs of a smaller model differ from the expected ones; empty if they do not."""
     outputs = run(model)
     if [x.shape for x in outputs] != [x.shape for x in expected]:
-        return "without it the outputs have other shapes"
+        return "without it the outputs have different shapes"
     for output, target in zip(outputs, expected, strict=True):
         x, y = (t.double() if t.is_floating_point() else t for t in (output, target))
         change = (x - y).abs().max().item() if x.is_floating_point() and x.numel() else 0.0 if torch.equal(x, y) else torch.inf
@@ -278,6 +305,18 @@ def _output_change(run: Run, expected: list[Tensor], model: nn.Module) -> str:
 def _units(plain: nn.Module, layer_side: LayerSide, indices: Iterable[int], reason: str = "") -> Units:
     name, side = layer_side
     return Units(name, side, tuple(sorted(indices)), len(is_empty(plain.get_submodule(name), side)), reason)
+
+
+def _failure_of_widths(widths: UniformWidths | None, plain: Any, check: Callable[[nn.Module], str]) -> str:
+    """Why a Hugging Face model cannot have widths that its configuration expresses; empty if it can, or is no such model."""
+    if widths is None:
+        has_config = hasattr(plain, "save_pretrained") and hasattr(getattr(plain, "config", None), "to_json_string")
+        return f"no configuration was found of which {type(plain).__name__} gets such widths" if has_config else ""
+    try:
+        failure = check(widths.model)
+    except Exception as error:  # the model's own code may raise anything on other sizes
+        return f"with uniform widths it cannot run ({first_line(error)})"
+    return failure.replace("without it", "with uniform widths")
 
 
 def _split_filled(removed: Iterable[Units], model: nn.Module) -> tuple[tuple[Units, ...], tuple[Units, ...]]:

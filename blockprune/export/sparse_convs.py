@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from blockprune.core._compat import conv_padding
 from blockprune.export.conv_ops import compiled_conv2d, conv2d
+from blockprune.export.exported_weight import ExportedWeight
 from blockprune.export.format import BlockSparse, unpack
 from blockprune.export.sparse_layers import BlockSparseLinear, Int8BlockSparseLinear
 from blockprune.native.spmm import Window
@@ -52,13 +53,13 @@ class BlockSparseConv2d(BlockSparseLinear):
 
     @property
     def weight(self) -> Tensor:
-        """The dense kernel, zero where pruned. Each read computes it anew."""
-        return unpack(self.packed_weight).view(self.weight_shape)
+        """The dense kernel, zero where pruned. Each read computes it anew, so a change of it in place raises: change ``values``."""
+        return ExportedWeight.read(unpack(self.packed_weight).view(self.weight_shape), self.name)
 
     def forward(self, input: Tensor) -> Tensor:
         if input.ndim not in (3, 4) or input.shape[-3] != self.in_channels:
             raise ValueError(
-                f"an input of shape {tuple(input.shape)} does not fit a convolution of {self.in_channels} channels: "
+                f"{self.prefix}an input of shape {tuple(input.shape)} does not fit a convolution of {self.in_channels} channels: "
                 f"it must be [n, {self.in_channels}, height, width]"
             )
         x = input if input.ndim == 4 else input[None]
@@ -68,14 +69,15 @@ class BlockSparseConv2d(BlockSparseLinear):
         window = Window(self.kernel_size, self.stride, self.dilation, sides)
         if min(size := window.out_size(x)) < 1:
             raise ValueError(
-                f"an input of shape {tuple(input.shape)} is smaller than the kernel of {self.kernel_size} with dilation {self.dilation} "
-                f"and padding {self._padding_sides}: the output would have {size[0]} rows and {size[1]} columns"
+                f"{self.prefix}an input of shape {tuple(input.shape)} is smaller than the kernel of {self.kernel_size} with dilation "
+                f"{self.dilation} and padding {self._padding_sides}: the output would have {size[0]} rows and {size[1]} columns"
             )
         x, bias, weight = self.operands(x)
         packed, out = self.readable_weight(weight), None
         if packed is not None and self.backend != "torch":
             out = compiled_conv2d(x, packed, bias, window)
         if out is None:
+            self.check_devices(x, weight[0])
             out = conv2d(x, bias, weight[:-1], window)
         return out if input.ndim == 4 else out[0]
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from blockprune.core._compat import autocast_is_active, dispatch_mode_is_active, is_tracing, replace_data
 from blockprune.core.types import BlockMask
 from blockprune.export import triton_launch
+from blockprune.export.exported_weight import ExportedWeight
 from blockprune.export.format import BlockSparse, ensure_valid, to_layout, unpack, validate
 from blockprune.export.ops import BACKENDS, compiled_product, linear
 from blockprune.export.packing import kept_mask, layout_numbers, read_state
@@ -88,6 +89,11 @@ class BlockSparseLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     @property
+    def prefix(self) -> str:
+        """What an error message begins with."""
+        return f"{self.name}: " if self.name else ""
+
+    @property
     def out_features(self) -> int:
         """Rows of the weight."""
         return self.shape[0]
@@ -132,20 +138,32 @@ class BlockSparseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, zero where pruned. Each read computes it anew."""
-        return unpack(self.packed_weight)
+        """The dense weight, zero where pruned. Each read computes it anew, so a change of it in place raises: change ``values``."""
+        return ExportedWeight.read(unpack(self.packed_weight), self.name)
 
     def forward(self, input: Tensor) -> Tensor:
         if input.ndim == 0 or input.shape[-1] != self.shape[1]:
             raise ValueError(
-                f"an input of shape {tuple(input.shape)} does not fit a weight of shape {self.shape}: its last axis must be {self.shape[1]}"
+                f"{self.prefix}an input of shape {tuple(input.shape)} does not fit a weight of shape {self.shape}: its last axis must be "
+                f"{self.shape[1]}"
             )
         input, bias, weight = self.operands(input)
         if (packed := self.readable_weight(weight)) is not None:
             out = compiled_product(input, packed, bias, self.backend)  # a direct call avoids the overhead of torch's dispatcher
             if out is not None:
                 return out
+        self.check_devices(input, weight[0])
         return linear(input, bias, *weight)
+
+    def check_devices(self, input: Tensor, values: Tensor) -> None:
+        """Raise RuntimeError if some of the input, the kept weights and the bias have numbers, and others, on the meta device, have not."""
+        if len({x.device.type == "meta" for x in (input, values, self.bias) if x is not None}) > 1:
+            devices = f"the input is on {input.device}, the kept weights are on {values.device}"
+            bias = "" if self.bias is None else f" and the bias is on {self.bias.device}"
+            raise RuntimeError(
+                f"{self.prefix}{devices}{bias}; the meta device has no numbers to compute with: load the layer's tensors first, with "
+                "export.load_state_dict(model, state)"
+            )
 
     def operands(self, input: Tensor) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
         """The input, the bias and the arguments of an operator for the weight; under autocast in its type."""
@@ -163,7 +181,7 @@ class BlockSparseLinear(nn.Module):
         """Input, values and bias as they are multiplied; with a type, that of autocast."""
         values = self.values
         bias: Tensor | None = self.bias
-        _check_type(input, values.dtype, dtype)
+        _check_type(input, values.dtype, dtype, self)
         if dtype is not None:
             input, values, bias = input.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
         return input, values, bias
@@ -316,21 +334,28 @@ class Int8BlockSparseLinear(BlockSparseLinear):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, numbers times scales, zero where pruned. Each read computes it anew."""
-        return unpack(self.packed_weight).to(self.like.dtype)
+        """The dense weight, numbers times scales, zero where pruned. Each read computes it anew, so a change of it in place raises."""
+        return ExportedWeight.read(unpack(self.packed_weight).to(self.like.dtype), self.name)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if local_metadata.get("assign_to_params_buffers", False):  # the values may be on another device now
+            self.like = torch.empty(0, dtype=self.like.dtype, device=self.values.device)
 
     def _in_type(self, input: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor | None]:
         like = self.like
         bias: Tensor | None = self.bias
-        _check_type(input, like.dtype, dtype)
+        _check_type(input, like.dtype, dtype, self)
         input = input if dtype is None else input.to(dtype)
         return input, self.values.to(like.device), bias if bias is None or bias.dtype == input.dtype else bias.float()
 
 
-def _check_type(input: Tensor, of_weight: torch.dtype, of_autocast: torch.dtype | None) -> None:
+def _check_type(input: Tensor, of_weight: torch.dtype, of_autocast: torch.dtype | None, layer: BlockSparseLinear) -> None:
     """Raise for an input for which a plain layer would raise: of another type, or under autocast of one that it does not convert."""
     if not input.is_floating_point() or (of_autocast is None and input.dtype != of_weight):
-        raise TypeError(f"an input of {input.dtype} does not fit a weight of {of_weight}; convert it, input.to({of_weight}), or the model")
+        raise TypeError(
+            f"{layer.prefix}an input of {input.dtype} does not fit a weight of {of_weight}; convert it, input.to({of_weight}), or the model"
+        )
 
 
 def _moved(x: Tensor, device: torch.device, is_index: bool) -> Tensor:

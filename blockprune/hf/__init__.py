@@ -13,7 +13,7 @@
 | `adapters`    | `masked_lora_config`: adapters of peft that stay in the kept blocks                              |
 | `streaming`   | `prune_checkpoint`: a folder into another, one layer in memory at a time                         |
 | `checkpoint_folder`, `pruned_folder`, `streamed_budget` | what it reads, what it writes, and its passes over the dense model |
-| `recipe_hash` | so that it does not go on with another recipe                                                   |
+| `recipe_hash` | a hash that keeps an interrupted call from resuming with another recipe                         |
 """
 
 try:

@@ -1,6 +1,7 @@
 """Masked and exported models through ``save_pretrained`` and ``from_pretrained``, registered with transformers as a quantization method."""
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -102,7 +103,8 @@ class _StoredWeight(nn.Module):
         for key, (shape, name) in tensors.items():
             dtype = torch.float32 if key == "scale" else _DTYPES.get(name, template.weight.dtype)
             self.register_buffer(key, torch.empty(shape, dtype=dtype, device="meta"))
-        self.register_buffer("weight", torch.empty(1, dtype=template.weight.dtype, device="meta"))
+        weight = torch.empty(1, dtype=template.weight.dtype, device="meta")
+        self.weight = nn.Parameter(weight, requires_grad=False)  # transformers ties parameters alone, as that of an int8 head
         self.register_parameter("bias", template.bias)
 
     def layer(self, name: str) -> BlockSparseLinear:
@@ -157,11 +159,15 @@ def _stored_weights(model: Any, tensors: Mapping[str, Any]) -> dict[nn.Module, _
     keys = {f"{prefix}layout": prefix for prefix, parts in prefixes.items() if parts > 1}  # one alone may be a tensor of another module
     names = model_keys(model, keys, [f"{name}.layout" if name else "layout" for name in modules])
     stored: dict[nn.Module, _StoredWeight] = {}
+    skipped: list[str] = []
     for key, prefix in keys.items():
         name = names[key].removesuffix("layout").removesuffix(".")
         if missing := [part for part in STATE_KEYS if prefix + part not in tensors]:
             raise ValueError(f"{name}: the folder lacks {', '.join(missing)} of this block-sparse layer; save the model again")
         module = modules.get(name)
+        if module is None and _is_other_part(model, name):
+            skipped.append(name)
+            continue
         if not isinstance(module, (nn.Linear, nn.Conv2d)):
             kind = f"a {type(module).__name__} there" if module else "no such layer"
             raise ValueError(
@@ -170,7 +176,23 @@ def _stored_weights(model: Any, tensors: Mapping[str, Any]) -> dict[nn.Module, _
             )
         parts = [part for part in (*STATE_KEYS, "scale") if prefix + part in tensors]
         stored[module] = _StoredWeight(module, {part: tensors[prefix + part] for part in parts})
+    _warn_skipped(model, "block-sparse layers", skipped)
     return stored
+
+
+def _is_other_part(model: Any, name: str) -> bool:
+    """Whether a layer or parameter belongs to a part, such as a head, that the model's class does not have.
+
+    Transformers ignores the tensors of such a part, and a folder can be loaded into the base model, or with another head.
+    """
+    part = name.removeprefix(f"{model.base_model_prefix}.").partition(".")[0]
+    return not any(part == child for owner in (model, model.base_model) for child, _ in owner.named_children())
+
+
+def _warn_skipped(model: Any, what: str, names: Collection[str]) -> None:
+    if names:
+        shown = ", ".join([*names][:4]) + (", ..." if len(names) > 4 else "")
+        warnings.warn(f"{type(model).__name__} lacks the layers of these {what} in the folder, which are not loaded: {shown}", stacklevel=3)
 
 
 def _load_masks(model: Any, tensors: Collection[str], files: Iterable[str]) -> None:
@@ -182,6 +204,10 @@ def _load_masks(model: Any, tensors: Collection[str], files: Iterable[str]) -> N
     if missing := [key for key in keys if key not in tensors]:
         raise ValueError(f"{missing[0]}: the folder lacks this tensor of a masked weight; save the model again")
     names = model_keys(model, keys, expected)
+    skipped = {key: name for key, name in names.items() if name not in expected and _is_other_part(model, name)}
+    parameters = [match[1].replace("parametrizations.", "") for match in map(MASK_PART.fullmatch, skipped.values()) if match]
+    _warn_skipped(model, "masks", dict.fromkeys(name.removesuffix(".") for name in parameters))
+    names = {key: name for key, name in names.items() if key not in skipped}
     apply_masks(model, masks_in_state(model, {names[key]: tensor for key, tensor in _read(files, names) if not key.endswith("original")}))
     with torch.no_grad():
         for key, tensor in _read(files, [key for key in names if key.endswith("original")]):

@@ -81,7 +81,7 @@ class PrunedFolder:
         if not path.exists() or not (self.is_finished or self._masks(number).exists()):
             return False
         if set(stored_tensors(path)) != set(self.parts[number]):
-            raise ValueError(f"{path} has other tensors than this checkpoint; delete it, and it will be made again")
+            raise ValueError(f"{path} has different tensors than this checkpoint; delete it, and it will be made again")
         return True
 
     def write(self, number: int, tensors: Mapping[str, Tensor], *, masks: Masks) -> None:

@@ -184,7 +184,7 @@ def movement(data: Data) -> Scores:
         if "movement" not in p.stats:
             raise ValueError(
                 f"{name} {p.grid.shape}: metric.movement needs the statistic 'movement'; the data has {sorted(p.stats) or 'none'}; "
-                "collect it: collect.movement(model, where=..., previous=...) after each backward. If you did, no step gave this "
+                "collect it: bp.collect.movement(model, where=..., previous=...) after each backward. If you did, no step gave this "
                 "parameter a gradient, because the loss does not depend on it: leave it out with `excluding`"
             )
     return score_parameters(data, lambda p: pool(p.stats["movement"], p.grid, reduce="mean"))

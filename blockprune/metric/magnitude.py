@@ -14,6 +14,9 @@ from blockprune.metric.scoring import score_parameters
 def l1(data: Data) -> Scores:
     """Mean of ``|w|`` over the block (magnitude pruning, Han et al. 1506.02626; of filters, Li et al. 1608.08710).
 
+    Args:
+        data: weights and their blocks, such as `collect.weights` returns.
+
     Example:
         >>> w = torch.tensor([[1.0, -3.0, 5.0]])
         >>> bp.metric.l1({"w": bp.Param(w, bp.BlockGrid((1, 3), (1, 2)))})["w"].value
@@ -25,6 +28,9 @@ def l1(data: Data) -> Scores:
 def l2(data: Data) -> Scores:
     """Root mean square of ``w`` over the block.
 
+    Args:
+        data: weights and their blocks, such as `collect.weights` returns.
+
     Example:
         >>> w = torch.tensor([[3.0, 4.0]])
         >>> bp.metric.l2({"w": bp.Param(w, bp.BlockGrid((1, 2), (1, 2)))})["w"].value
@@ -35,6 +41,10 @@ def l2(data: Data) -> Scores:
 
 def lp(data: Data, *, p: float) -> Scores:
     """``(mean |w|^p)^(1/p)`` over the block; ``p=inf`` is the largest ``|w|``.
+
+    Args:
+        data: weights and their blocks, such as `collect.weights` returns.
+        p: the power, above 0.
 
     Raises:
         ValueError: ``p`` is not above 0.
@@ -86,6 +96,9 @@ def fpgm(data: Data) -> Scores:
 
     Rows close to the geometric median can be replaced by the others and score low. A block of several rows scores their mean.
 
+    Args:
+        data: weights and their blocks, such as `collect.weights` returns.
+
     Raises:
         ValueError: blocks that are not whole rows.
 
@@ -123,6 +136,9 @@ def lamp(data: Data) -> Scores:
 
     Source: LAMP, Lee et al. 2010.07611, eq. 3. Rank it over the whole model (`allocate.per_model`).
 
+    Args:
+        data: weights and their blocks, such as `collect.weights` returns.
+
     Example:
         >>> w = torch.tensor([[1.0, 2.0, 3.0]])
         >>> bp.metric.lamp({"w": bp.Param(w, bp.BlockGrid((1, 3), (1, 1)))})["w"].value       # 1/14, 4/13, 9/9
@@ -146,6 +162,9 @@ def batchnorm_scale(data: Data) -> Scores:
 
     Needs the statistic ``batchnorm_scale`` of `collect.batchnorm_scales`; for a parameter of one axis (a batch norm's own weight) it uses
     the weight itself. A block of several filters scores their mean.
+
+    Args:
+        data: weights, their blocks and the statistic.
 
     Raises:
         ValueError: a parameter of more than one axis without the statistic, or blocks that are not whole filters.

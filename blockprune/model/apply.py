@@ -14,17 +14,19 @@ from blockprune.core._compat import data_address, storage_id
 from blockprune.core.grid import BlockGrid
 from blockprune.core.patterns import suggest
 from blockprune.core.sharded_tensor import is_sharded, sharded_like, whole
-from blockprune.core.types import BlockMask, Masks, Weights
+from blockprune.core.types import BlockMask, Masks, Weights, check_masks
 from blockprune.model.hf_checkpoint import prepare_checkpoints
 from blockprune.model.mask_reading import Refs, masked_refs, masks_of_refs
 from blockprune.model.masked_class import add_mask_methods, has_mask_methods, mask_index, own_class, refs_of_module, remove_mask_methods
 from blockprune.model.masking import mask_blocks, zeros_in_pruned_blocks
 from blockprune.model.parameters import (
     ParameterRef,
+    check_dense_gradients,
     check_loaded,
+    check_not_computed,
     check_not_inference,
+    check_not_lazy,
     check_own_memory,
-    computed_attributes,
     distinct,
     is_replicated,
     parameter_order,
@@ -62,8 +64,8 @@ def apply_masks(
         KeyError: the model does not have a parameter of this name, two names are those of one tied tensor, or ``straight_through`` has a
             parameter that ``masks`` does not have.
         ValueError: a mask or a weight does not have its parameter's shape, a weight has NaN or inf, accelerate has offloaded a parameter,
-            masks would be added to or removed from a model in DistributedDataParallel, ``straight_through`` has other blocks than a mask,
-            or a decay is negative or without ``straight_through``.
+            masks would be added to or removed from a model in DistributedDataParallel, ``straight_through`` has different blocks than a
+            mask, or a decay is negative or without ``straight_through``.
         TypeError: ``masks`` is not a mapping of `BlockMask`, or a parameter cannot be masked (integer, complex, sparse).
             After any error the model is as it was before the call.
 
@@ -75,7 +77,8 @@ def apply_masks(
     """
     reshard(model)
     refs = parameter_refs(model)  # they say what is masked at the time at which they are asked
-    new_masks = _checked_masks(refs, masks_of_refs(refs) if masks is None and weights is not None else cast(Masks, masks))
+    requested = masks_of_refs(refs) if masks is None and weights is not None else cast(Masks, masks)
+    new_masks = _checked_masks(refs, requested, remedy="for the result of a recipe, call apply_masks(model, result.masks, result.weights)")
     check_loaded([users[0] for _, _, users in new_masks], "apply_masks")
     check_not_inference(users[0] for _, _, users in new_masks)
     _check_not_wrapped(model, refs, new_masks)
@@ -187,11 +190,7 @@ def finalize(model: M, *, inplace: bool = False) -> M:
     """
     refs = parameter_refs(model)
     check_loaded([ref for ref, _ in masked_refs(refs)], "finalize")
-    if computed := [ref.name for ref in computed_attributes(model) if ref.stored.grad_fn is not None]:
-        raise ValueError(
-            f"{computed[0]}: a hook of the old weight_norm, spectral_norm or torch.nn.utils.prune computes this tensor, and torch cannot "
-            "copy it; remove the hook (remove_weight_norm, remove_spectral_norm, prune.remove) or use torch.nn.utils.parametrizations"
-        )
+    check_not_computed(model)
     check_copyable(model)
     if inplace:
         masks = masked_refs(refs)
@@ -227,8 +226,9 @@ def masked_parameters(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
     """Masked weights for ``torch.func.functional_call``, to run a model with masks without changing it.
 
     The weights are differentiable with respect to the model's parameters. A parameter that is already masked gets the new mask instead of
-    its own. If a module is used under two names, pass ``tie_weights=False`` to `functional_call`; torch would otherwise leave the given
-    tensors in the module. With ``torch.compile(fullgraph=True)`` compile the `functional_call` and create the masks outside of it.
+    its own, and gradients then reach the kept blocks alone, also if its own mask is straight-through. If a module is used under two names,
+    pass ``tie_weights=False`` to `functional_call`; torch would otherwise leave the given tensors in the module. With
+    ``torch.compile(fullgraph=True)`` compile the `functional_call` and create the masks outside of it.
 
     Raises:
         KeyError, ValueError, TypeError: as `apply_masks`; also ValueError if another parametrization computes a weight or ``fully_shard``
@@ -261,37 +261,34 @@ def _functional_tensors(name: str, ref: ParameterRef, grid: BlockGrid, keep: Ten
     """The tensors to replace, by state dict name, so that a parameter reads as the masked weight; ``weight`` is None if it is computed."""
     old, parametrizations = ref.mask, ref.parametrizations
     if old is not None and old.grid == grid:
-        return {f"{ref.parametrized_name}{mask_index(ref)}.keep": keep}
+        of_mask = f"{ref.parametrized_name}{mask_index(ref)}."
+        no_others = {f"{of_mask}reached_blocks": torch.zeros_like(old.reached_blocks)} if old.is_straight_through else {}
+        return {f"{of_mask}keep": keep, **no_others}
     if weight is None:
         raise ValueError(f"{name}: another parametrization computes this weight {ref.shape}; use apply_masks on a copy of the model")
     if old is None or parametrizations is None:
         return {ref.name: weight}
-    return {ref.stored_name: weight, f"{ref.parametrized_name}0.keep": torch.ones_like(old.keep)}
+    return {ref.stored_name: weight, f"{ref.parametrized_name}0.keep": torch.ones_like(old.keep)}  # all gradients pass to the masked weight
 
 
-def _checked_masks(refs: Refs, masks: Masks) -> list[tuple[str, BlockMask, list[ParameterRef]]]:
+def _checked_masks(refs: Refs, masks: Masks, **remedy: str) -> list[tuple[str, BlockMask, list[ParameterRef]]]:
     """Each mask with the parameter's canonical name and the references to all modules that use it."""
-    if not isinstance(masks, Mapping):
-        raise TypeError(f"masks is a {type(masks).__name__}, not a mapping from parameter names to BlockMask, such as result.masks")
-    parameters = select_parameters(refs, masks, what="masks")
+    parameters = select_parameters(refs, masks if isinstance(masks, Mapping) else (), what="masks")
+    check_masks(masks, **remedy)
     checked = [(name, mask, distinct(users)) for (name, users), mask in zip(parameters.items(), masks.values(), strict=True)]
     for name, mask, users in checked:
         _check_mask(name, mask, users[0])
     return checked
 
 
-def _check_mask(name: str, mask: Any, ref: ParameterRef) -> None:
-    if not isinstance(mask, BlockMask):
-        raise TypeError(
-            f"masks[{name!r}] is a {type(mask).__name__}, not a BlockMask; build one with BlockMask(keep, BlockGrid(shape, block))"
-        )
+def _check_mask(name: str, mask: BlockMask, ref: ParameterRef) -> None:
+    check_not_lazy(name, ref.stored)
     what, stored = f"{name}: the parameter {ref.shape}", ref.stored
     if ref.shape != mask.grid.shape:
         raise ValueError(f"{what} has a mask for shape {mask.grid.shape}; make the masks from this model")
     if stored.layout != torch.strided or not stored.is_floating_point():
         raise TypeError(f"{what} is {stored.dtype}, {stored.layout}; only dense floating-point parameters can be masked")
-    if getattr(ref.owner, "sparse", False):
-        raise TypeError(f"{what} has sparse gradients, which do not pass through a mask; build the layer with sparse=False")
+    check_dense_gradients(name, ref)
 
 
 def _checked_weights(refs: Refs, weights: Weights) -> list[tuple[ParameterRef, Tensor]]:

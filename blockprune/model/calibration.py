@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any, TypedDict, cast
 
 import attrs
-from torch import Tensor
+from torch import Tensor, nn
 
 from blockprune.core.pipeline import as_code
 
@@ -212,7 +212,10 @@ def scalar_loss(calibration: Calibration, output: Any, batch: Any, statistics: S
     else:
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if loss is None:
-            raise ValueError(f"{what}: pass loss=(output, batch) -> scalar; the model's output ({type(output).__name__}) has none")
+            raise ValueError(
+                f"{what}: give Calibration(batches, loss=...), with a function of (output, batch) that returns one number; the model's "
+                f"output ({type(output).__name__}) has no loss (Hugging Face models return one if the batch has labels)"
+            )
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         kind = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"{what} that is one number, but loss(output, batch) gave {kind}; take its mean or sum")
@@ -230,7 +233,8 @@ def _check_form(loss: Loss, batch: Any) -> None:
     if of_torch and not isinstance(batch, Tensor):
         name = getattr(function, "__name__", type(function).__name__)
         target = "batch['labels']" if isinstance(batch, Mapping) else "batch[1]"
+        call, where = ("loss_function", f", with loss_function = nn.{name}()") if isinstance(function, nn.Module) else (name, "")
         raise TypeError(
             f"loss={name} takes (output, target), but a loss is called with (output, batch), and this batch is a {type(batch).__name__}; "
-            f"give loss=lambda output, batch: {name}(output, {target})"
+            f"give loss=lambda output, batch: {call}(output, {target}){where}"
         )

@@ -52,14 +52,18 @@ def load_masked(model: M, state: Mapping[str, Tensor]) -> M:
     parameter that is masked in the model only keeps its mask. A mask that is on the model already keeps its options, ``straight_through``
     and ``decay``, which no state dict has.
 
+    Make the optimizer on the same side of masking as in the run that was saved, before or after it, and then load its state: torch's
+    optimizers know parameters by the order of ``model.parameters()``, in which masked weights come after a layer's other parameters.
+
     Args:
         model: masked or not.
         state: what ``masked_model.state_dict()`` returned, or the tensors of a checkpoint file of it. A sharded model can be given the
             state of a whole model, on every rank.
 
     Raises:
-        ValueError: the state has a mask of other blocks than the model, lacks a tensor of the model, has another tensor,
-            or one of another shape; a model on the meta device, which has no memory for values. The model is as it was before the call.
+        ValueError: the state has a mask with different blocks than the model, lacks a tensor of the model, has another tensor,
+            or one of another shape; the state of an exported model, which `export.load_state_dict` loads; a model on the meta device,
+            which has no memory for values. The model is as it was before the call.
 
     Example:
         >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
@@ -126,6 +130,7 @@ def _mask_modules(model: nn.Module) -> dict[str, list[MaskBlocks]]:
     return {name: modules for name, modules in masks.items() if modules}
 
 
+STORED_LAYOUT = re.compile(r"(.*\.)?layout")  # the name of a tensor of an exported layer in a state dict
 # the names of a mask in a state dict, likewise
 _MASK = re.compile(r"(|.*\.)parametrizations\.([^.]+)\.\d+\.(keep|_extra_state)")
 
@@ -142,12 +147,25 @@ def masks_in_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, B
         if (match := _MASK.fullmatch(key)) and match[3] == "keep":
             name = match.expand(r"\1\2")
             if name not in canonical:
-                raise ValueError(
-                    f"the state has a mask of {name!r}, which is not a parameter of the model; give the model of the same class"
-                )
+                remedy = without_wrapper(state) or "give the model of the same class"
+                raise ValueError(f"the state has a mask of {name!r}, which is not a parameter of the model; {remedy}")
             name, shape = canonical[name]
             masks[name] = _mask_in_state(name, shape, state[key], state.get(f"{key.removesuffix('keep')}_extra_state"))
     return masks
+
+
+def without_wrapper(state: Mapping[str, Tensor]) -> str:
+    """What to do about a state dict whose names begin with that of a wrapper; empty if they do not.
+
+    Example:
+        >>> from blockprune.model.checkpoint import without_wrapper
+        >>> without_wrapper({"module.weight": torch.ones(2)})
+        "its names begin with 'module.', of a wrapper; strip it: {key.removeprefix('module.'): x for key, x in state.items()}"
+    """
+    match = re.match(r"((module|_orig_mod)\.)+", min(state, default=""))
+    if match is None or not all(name.startswith(match[0]) for name in state):
+        return ""
+    return f"its names begin with {match[0]!r}, of a wrapper; strip it: {{key.removeprefix({match[0]!r}): x for key, x in state.items()}}"
 
 
 def _mask_in_state(name: str, shape: tuple[int, ...], keep: Tensor, block: Tensor | None) -> BlockMask:
@@ -172,7 +190,10 @@ def _fitting_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
     missing = [name for name in expected if name not in loaded and not _MASK.fullmatch(name)]
     if missing or (unexpected := [name for name in names if name not in expected]):
         problem = f"lacks {missing[0]!r}, which the model has" if missing else f"has {unexpected[0]!r}, which the model does not have"
-        raise ValueError(f"the state {problem}; give the state dict of a masked model of the same class")
+        is_exported_state = any(STORED_LAYOUT.fullmatch(name) for name in state)
+        remedy = "it is that of an exported model: give it to export.load_state_dict(model, state)" if is_exported_state else ""
+        remedy = without_wrapper(state) or remedy or "give the state dict of a masked model of the same class"
+        raise ValueError(f"the state {problem}; {remedy}")
     for name, key in names.items():
         if tuple(state[key].shape) != tuple(expected[name].shape):
             raise ValueError(f"{key}: the state has the shape {tuple(state[key].shape)}, but the model has {tuple(expected[name].shape)}")

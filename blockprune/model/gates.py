@@ -19,10 +19,19 @@ from blockprune.core.precision import at_least_float32, no_autocast
 from blockprune.core.sharded_tensor import is_sharded
 from blockprune.core.types import BlockScore, Where
 from blockprune.model.gate_kinds import Gate, hard_concrete, n_of_m, soft_movement
-from blockprune.model.masked_class import has_mask_methods, own_class
+from blockprune.model.masked_class import has_mask_methods, let_copy_rnn, own_class
 from blockprune.model.masking import broadcastable
-from blockprune.model.parameters import ParameterRef, distinct, is_replicated, parameter_order, parameter_refs, restore_order
+from blockprune.model.parameters import (
+    ParameterRef,
+    check_dense_gradients,
+    distinct,
+    is_replicated,
+    parameter_order,
+    parameter_refs,
+    restore_order,
+)
 from blockprune.model.parametrization import MaskBlocks
+from blockprune.model.running import uncompiled
 from blockprune.model.selection import select
 
 __all__ = ["Gate", "add", "expected_sparsity", "hard_concrete", "n_of_m", "parameters", "penalty", "remove", "scores", "soft_movement"]
@@ -93,7 +102,8 @@ def add(model: M, *, where: Where, gate: Gate | None = None, initial: float = 2.
     Raises:
         ValueError: a parameter that has gates already, an ``initial`` that is not finite, a rule that matches nothing, a block that does
             not fit.
-        TypeError: a ``gate`` that is no `Gate`, a weight that cannot be pruned. After any error the model is as it was before the call.
+        TypeError: a ``gate`` that is no `Gate`, a weight that cannot be pruned or has sparse gradients.
+            After any error the model is as it was before the call.
 
     Example:
         >>> model, x, y = nn.Linear(8, 4), torch.randn(64, 8), torch.randn(64, 4)
@@ -115,6 +125,7 @@ def add(model: M, *, where: Where, gate: Gate | None = None, initial: float = 2.
     _check_not_wrapped(model)
     selected, refs = select(model, where), parameter_refs(model)
     for name, (ref, _) in selected.items():
+        check_dense_gradients(name, ref)
         if _gate_of(ref) is not None:
             raise ValueError(f"{name} {ref.shape}: this parameter has gates already; take them off with bp.gates.remove(model)")
     for name, (first, grid) in selected.items():
@@ -127,6 +138,8 @@ def add(model: M, *, where: Where, gate: Gate | None = None, initial: float = 2.
             shared = GateBlocks(logits, grid, gate, order) if shared is None else _of_other_owner(shared, order)
             shared.train(ref.owner.training)
             parametrize.register_parametrization(ref.owner, ref.attr, shared, unsafe=True)
+            if isinstance(ref.owner, nn.RNNBase):
+                let_copy_rnn(ref.owner)
     return model
 
 
@@ -145,9 +158,9 @@ def _check_not_wrapped(model: nn.Module) -> None:
 
 def _of_other_owner(gates: GateBlocks, order: tuple[str, ...]) -> GateBlocks:
     """Gates with the same logits, for another module that uses a tied weight."""
-    other = GateBlocks(gates.logits.detach(), gates.grid, gates.gate, order)
-    other.logits = gates.logits
-    return other
+    sharing = GateBlocks(gates.logits.detach(), gates.grid, gates.gate, order)
+    sharing.logits = gates.logits
+    return sharing
 
 
 def remove(model: M, *, fold: bool = True) -> M:
@@ -253,6 +266,11 @@ def expected_sparsity(model: nn.Module, *, costs: Mapping[str, float] | None = N
         >>> bp.gates.expected_sparsity(model).item()
         0.0
     """
+    return _expected_sparsity(model, costs)
+
+
+@uncompiled
+def _expected_sparsity(model: nn.Module, costs: Mapping[str, float] | None) -> Tensor:
     gates = {name: _gates_of(refs[0]) for name, refs in _gated(model).items()}
     cost_of = _costs(gates, costs)
     total = sum(cost_of.values())

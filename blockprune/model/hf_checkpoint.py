@@ -1,5 +1,6 @@
 """Checkpoints of masked and exported Hugging Face models, which ``from_pretrained`` can read."""
 
+import copy
 from typing import Any
 
 import torch
@@ -53,21 +54,58 @@ def prepare_checkpoints(model: nn.Module) -> None:
     Their state dicts get plain weights (`add_plain_weights`). The configuration of a model with masks or exported layers gets a
     ``quantization_config`` that names blockprune, by which ``from_pretrained`` finds the loader of `blockprune.hf`. It is taken away from a
     model without them. A ``quantization_config`` of another method is left as it is.
+
+    Another model may have been built from the same configuration, so a model gets copies of its configurations before one is changed.
+    A base model, such as a ``LlamaModel``, keeps its own when it gets masks: it may be part of a model that is to be saved with them.
+    Another model built from the same configuration is then saved with this entry, too, and loads as it is: without masks.
     """
+    inside: set[nn.Module] = set()
     for module in model.modules():
-        if not hasattr(module, "save_pretrained"):
-            continue
-        has_blocks = any(isinstance(part, MaskBlocks) or is_exported(part) for part in module.modules())
-        if has_blocks and add_plain_weights not in state_dict_hooks(module):
-            module.register_state_dict_post_hook(add_plain_weights)
-        config: Any = getattr(module, "config", None)
-        if hasattr(type(config), "model_type"):
-            _mark(config, has_blocks=has_blocks)
+        if module not in inside and hasattr(module, "save_pretrained"):
+            inside.update(module.modules())
+            _prepare_outermost(module)
 
 
-def _mark(config: Any, has_blocks: bool) -> None:
+def _prepare_outermost(model: nn.Module) -> None:
+    """Prepare a Hugging Face model and those inside of it, some of which have its configuration."""
+    configs: dict[int, Any] = {}
+    marked: dict[int, bool] = {}  # whether a model with this configuration has masks or exported layers
+    for module in model.modules():
+        if hasattr(module, "save_pretrained"):
+            has_blocks = any(isinstance(part, MaskBlocks) or is_exported(part) for part in module.modules())
+            if has_blocks and add_plain_weights not in state_dict_hooks(module):
+                module.register_state_dict_post_hook(add_plain_weights)
+            config: Any = getattr(module, "config", None)
+            if _is_config(config):
+                configs[id(config)] = config
+                marked[id(config)] = has_blocks or marked.get(id(config), False)
+    wrong = [key for key, config in configs.items() if _needs_change(config, marked[key])]
+    is_base_model = getattr(model, "base_model", None) is model
+    copies: dict[int, Any] = {}
+    if wrong and not (is_base_model and all(marked[key] for key in wrong)):
+        copies = _copy_configs(model)
+    for key in wrong:
+        config = copies.get(key, configs[key])
+        if marked[key]:
+            config.quantization_config = {"quant_method": QUANT_METHOD, "format": FORMAT}
+        else:
+            del config.quantization_config
+
+
+def _is_config(value: Any) -> bool:
+    return hasattr(type(value), "model_type")
+
+
+def _needs_change(config: Any, has_blocks: bool) -> bool:
     method = getattr(config, "quantization_config", None)
-    if has_blocks and method is None:
-        config.quantization_config = {"quant_method": QUANT_METHOD, "format": FORMAT}
-    elif not has_blocks and isinstance(method, dict) and method.get("quant_method") == QUANT_METHOD:
-        del config.quantization_config
+    return method is None if has_blocks else isinstance(method, dict) and method.get("quant_method") == QUANT_METHOD
+
+
+def _copy_configs(model: nn.Module) -> dict[int, Any]:
+    """Give the modules copies of their configurations, by the id of each; what shared one of them, or has one as a part, still does."""
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if _is_config(value):
+                vars(module)[name] = copy.deepcopy(value, copies)
+    return copies

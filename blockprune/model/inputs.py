@@ -18,8 +18,8 @@ InputHooks = Sequence[tuple[str, ParameterRef, nn.Module]]  # (canonical name, r
 def input_hooks(model: nn.Module, refs: Mapping[str, Sequence[ParameterRef]]) -> list[tuple[str, ParameterRef, nn.Module]]:
     """For each reference of each parameter: the module whose calls have the parameter's input as arguments.
 
-    This is the module that owns the parameter. Only the out_proj of an attention is never called, because the attention passes its weight
-    to a function; for its parameters it is the attention.
+    This is the module that owns the parameter. The exception is the out_proj of `MultiheadAttention`: it is never called, because the
+    attention passes its weight to a function. The module for its parameters is the attention itself.
     """
     attentions = {id(m.out_proj): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     hooks: dict[tuple[str, int, str], tuple[str, ParameterRef, nn.Module]] = {}

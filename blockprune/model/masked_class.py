@@ -4,6 +4,7 @@ Torch gives every parametrized module a class of its own, ``ParametrizedLinear``
 `_METHODS`, and its attribute `_REPLACED` holds the methods of the same names that the class had before.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -80,6 +81,22 @@ def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
     and `copy.deepcopy` of the wrapper would return a copy of the module inside it.
     """
     return _NewObject(type(self)), (), {key: value for key, value in vars(self).items() if key not in RNN_CACHES}
+
+
+def let_copy_rnn(owner: nn.RNNBase) -> None:
+    """Let `copy.deepcopy` copy a parametrized RNN, whose lists of weights may hold tensors with a gradient; masked ones can be copied."""
+    if has_mask_methods(owner):
+        vars(type(owner))[_REPLACED]["__deepcopy__"] = _copy_rnn  # for the time without masks
+    else:
+        setattr(type(owner), "__deepcopy__", _copy_rnn)  # noqa: B010 (a type checker refuses an assignment)
+
+
+def _copy_rnn(self: nn.RNNBase, memo: dict[int, Any]) -> nn.RNNBase:
+    new: nn.RNNBase = object.__new__(type(self))
+    memo[id(self)] = new
+    vars(new).update(copy.deepcopy({key: value for key, value in vars(self).items() if key not in RNN_CACHES}, memo))
+    rebuild_rnn_caches(new)
+    return new
 
 
 def _copy(self: nn.Module) -> nn.Module:

@@ -184,8 +184,8 @@ def _passed_on(method: Callable[..., Any]) -> Callable[..., Any]:
 
 _IN_PLACE = [name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__")]
 _IN_PLACE += [f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")]
-_CHANGES = {*_IN_PLACE, "__setitem__"} - {"requires_grad_", "detach_", "share_memory_"}
-for _name in _CHANGES:
+CHANGES = {*_IN_PLACE, "__setitem__"} - {"requires_grad_", "detach_", "share_memory_"}  # methods that write into a tensor
+for _name in CHANGES:
     if hasattr(Tensor, _name):
         setattr(MaskedWeight, _name, _passed_on(getattr(Tensor, _name)))
 
@@ -207,7 +207,7 @@ def _masked_shard() -> type[Tensor]:
     def detach(self: Tensor) -> Tensor:
         return as_masked_shard(DTensor.detach(self))
 
-    methods: dict[str, Any] = {name: refused(name) for name in _CHANGES if hasattr(DTensor, name)}
+    methods: dict[str, Any] = {name: refused(name) for name in CHANGES if hasattr(DTensor, name)}
     return type("MaskedShard", (DTensor,), {**methods, "detach": detach, "data": property(detach, refused("weight.data ="))})
 
 

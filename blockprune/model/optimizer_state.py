@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from blockprune.core.grid import expand
-from blockprune.core.sharded_tensor import sharded_like
-from blockprune.core.types import BlockMask, Masks
+from blockprune.core.sharded_tensor import sharded_like, whole
+from blockprune.core.types import BlockMask, Masks, check_masks
 from blockprune.model.masking import mask_blocks
 from blockprune.model.parameters import find_parameters, parameter_refs, select_parameters
+from blockprune.model.parametrization import MaskBlocks
 from blockprune.model.sharding import reshard
 
 Optimizers = TypeVar("Optimizers", bound=Optimizer | Sequence[Optimizer])
@@ -24,7 +25,8 @@ _INITIAL_STATES = {"step_size": "lr", "sum": "initial_accumulator_value"}
 def zero_new_blocks(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
     """The stored weights, with zeros in the blocks that these masks keep and the model's present masks prune; for `apply_masks`.
 
-    Without it, a block that comes back has the values that are stored for it, such as those from before it was pruned.
+    Without it, a block that comes back has the values that are stored for it, such as those from before it was pruned. NaN and inf that are
+    stored in blocks that stay pruned become zero, too.
 
     Args:
         model: a masked model; it is not changed.
@@ -32,8 +34,9 @@ def zero_new_blocks(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
 
     Raises:
         KeyError: a parameter that the model does not have.
-        ValueError: a mask of other blocks than the present one, a parameter without a mask, or whose weight another parametrization
+        ValueError: a mask with different blocks than the present one, a parameter without a mask, or whose weight another parametrization
             computes.
+        TypeError: something else than masks, such as the result of a recipe.
 
     Example:
         >>> grid = bp.BlockGrid((1, 2), (1, 1))
@@ -42,6 +45,7 @@ def zero_new_blocks(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
         >>> bp.zero_new_blocks(model, after)
         {'weight': tensor([[3., 0.]])}
     """
+    check_masks(masks)
     reshard(model)
     weights: dict[str, Tensor] = {}
     for (name, refs), mask in zip(find_parameters(model, masks, what="masks").items(), masks.values(), strict=True):
@@ -51,8 +55,12 @@ def zero_new_blocks(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
             raise ValueError(f"{name} {ref.shape}: this parameter {reason}; leave it out")
         if present.grid != mask.grid:
             raise ValueError(f"{name}: the masks have {mask.grid}, but the model has {present.grid}; use one `where` for both")
-        is_new = mask.keep.to(present.keep.device) & ~present.keep
-        weights[name] = mask_blocks(ref.stored.detach(), ~is_new, mask.grid)
+        keep = mask.keep.to(present.keep.device)
+        weight = mask_blocks(ref.stored.detach(), present.keep | ~keep, mask.grid)
+        if not whole(weight.isfinite().all()):  # NaN and inf may be stored in blocks that stay pruned, and `apply_masks` refuses them
+            unused = sharded_like(expand(~(keep | present.keep), mask.grid).to(weight.device), weight)
+            weight = weight.masked_fill(unused & ~weight.isfinite(), 0)
+        weights[name] = weight
     return weights
 
 
@@ -71,8 +79,11 @@ def reset_state(optimizer: Optimizers, model: nn.Module, before: Masks, after: M
 
     Raises:
         KeyError: a parameter that the model does not have.
-        ValueError: optimizers that have none of these parameters, or that hold tensors of other shapes (Adafactor); a parameter with
-            different blocks in the two masks. The optimizer is as it was before the call.
+        ValueError: optimizers that have none of these parameters, that hold tensors of other shapes (Adafactor), or lists for all
+            parameters together (LBFGS); a parameter with different blocks in the two masks, or that another parametrization computes from
+            several tensors (weight_norm). The optimizer is as it was before the call.
+        TypeError: ``before`` or ``after`` are no masks.
+        TypeError: something else than masks, such as the result of a recipe.
 
     Example:
         >>> model, grid = nn.Linear(2, 1, bias=False), bp.BlockGrid((1, 2), (1, 1))
@@ -84,12 +95,22 @@ def reset_state(optimizer: Optimizers, model: nn.Module, before: Masks, after: M
         >>> optimizer.state[model.weight]["momentum_buffer"]
         tensor([[1., 0.]])
     """
+    check_masks(before, "before")
+    check_masks(after, "after")
     reshard(model)
     of_model = parameter_refs(model)
     chosen = [(select_parameters(of_model, masks, what="masks"), masks) for masks in (before, after)]
     refs = {name: users[0] for selected, _ in chosen for name, users in selected.items()}
     old, new = (dict(zip(selected, masks.values(), strict=True)) for selected, masks in chosen)
+    for name, ref in refs.items():
+        if len(ref.originals) > 1:
+            kind = next(type(p).__name__ for p in ref.parametrizations or () if not isinstance(p, MaskBlocks))
+            raise ValueError(
+                f"{name} {ref.shape}: the parametrization {kind.strip('_')} computes this weight from {len(ref.originals)} tensors, and "
+                "no number of theirs belongs to one block; remove the parametrization, leave the parameter out, or make a new optimizer"
+            )
     optimizers = list_of(optimizer)
+    check_by_parameter(optimizers)
     trained = {id(parameter) for held in optimizers for group in held.param_groups for parameter in group["params"]}
     if refs and not any(id(ref.stored) in trained for ref in refs.values()):
         kinds = " and ".join(type(held).__name__ for held in optimizers) or "empty"
@@ -108,6 +129,17 @@ def reset_state(optimizer: Optimizers, model: nn.Module, before: Masks, after: M
 def list_of(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
     """The optimizers of an argument that is one, several or None."""
     return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+
+
+def check_by_parameter(optimizers: Sequence[Optimizer]) -> None:
+    """Raise a ValueError for a state such as that of LBFGS, a list for all parameters together."""
+    for optimizer in optimizers:
+        lists = [key for state in optimizer.state.values() for key, value in state.items() if isinstance(value, (list, tuple))]
+        if lists:
+            raise ValueError(
+                f"optimizer: the state {lists[0]!r} of {type(optimizer).__name__} is not one number for each weight; use an optimizer such "
+                "as SGD, Adam or AdamW, or make a new one"
+            )
 
 
 def initial_state(optimizer: Optimizer, parameter: Tensor, key: str) -> float:

@@ -219,6 +219,30 @@ def computed_attributes(model: nn.Module) -> Iterator[ParameterRef]:
                 yield ParameterRef(f"{prefix}.{attr}" if prefix else attr, module, attr)
 
 
+def check_not_lazy(name: str, weight: Tensor) -> None:
+    """Raise a ValueError for a weight of a lazy layer that was never called."""
+    if nn.parameter.is_lazy(weight):
+        raise ValueError(f"{name}: this weight of a lazy layer has no shape yet; run the model on one batch first")
+
+
+def check_not_computed(model: nn.Module) -> None:
+    """Raise a ValueError if a hook has computed a tensor that `copy.deepcopy` cannot copy, because it has a gradient."""
+    if computed := [ref.name for ref in computed_attributes(model) if ref.stored.grad_fn is not None]:
+        raise ValueError(
+            f"{computed[0]}: a hook of the old weight_norm, spectral_norm or torch.nn.utils.prune computes this tensor, and torch cannot "
+            "copy it; remove the hook (remove_weight_norm, remove_spectral_norm, prune.remove) or use torch.nn.utils.parametrizations"
+        )
+
+
+def check_dense_gradients(name: str, ref: ParameterRef) -> None:
+    """Raise a TypeError for the weight of ``nn.Embedding(sparse=True)``: no sparse gradient passes through a parametrization."""
+    if getattr(ref.owner, "sparse", False):
+        raise TypeError(
+            f"{name}: the parameter {ref.shape} has sparse gradients, which do not pass through a mask or gates; build the layer with "
+            "sparse=False"
+        )
+
+
 def check_loaded(refs: Iterable[ParameterRef], function: str) -> None:
     """Raise a ValueError if accelerate holds a parameter elsewhere between forwards: a mask here would read uninitialised memory."""
     for ref in refs:

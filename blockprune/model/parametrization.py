@@ -18,7 +18,7 @@ class MaskBlocks(nn.Module):
     """A weight with this parametrization reads as zero in its pruned blocks; the stored weight stays dense.
 
     The mask is a buffer with one bool per block, so it is saved, moved and broadcast with the model, and a compiled model need not be
-    recompiled when the mask is changed in place. The state dict has the shape of a block, so that a state of other blocks is refused.
+    recompiled when the mask is changed in place. The state dict has the shape of a block, so that a state with different blocks is refused.
     NaN or inf in a pruned block reads as zero. Changing the weight in place also changes the stored weight (`MaskedWeight`), or raises if
     that is a DTensor, of which each rank masks its own shard.
 
@@ -32,12 +32,13 @@ class MaskBlocks(nn.Module):
     """
 
     keep: Tensor
-    reached: Tensor | None  # [*grid.size] bool
+    reached_blocks: Tensor  # [*grid.size] bool; there also if it is not used, as torch's averages pair the buffers of two models
 
     def __init__(self, keep: Tensor, grid: BlockGrid, *, order: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.register_buffer("keep", keep.clone())
-        self.register_buffer("reached", None, persistent=False)
+        self.register_buffer("reached_blocks", torch.zeros_like(keep), persistent=False)
+        self.is_straight_through = False
         self.decay = 0.0
         self.grid = grid
         self.order = order
@@ -65,25 +66,31 @@ class MaskBlocks(nn.Module):
 
     def _masked(self, weight: Tensor) -> Tensor:
         keep = self.keep if self.keep.device == weight.device else self.keep.to(weight.device)
-        if self.reached is None:
+        if not self.is_straight_through:
             return mask_blocks(weight, keep, self.grid)
-        return straight_through(weight, keep, self.reached.to(weight.device), self.grid, decay=self.decay)
+        return straight_through(weight, keep, self.reached_blocks.to(weight.device), self.grid, decay=self.decay)
+
+    @property
+    def reached(self) -> Tensor | None:
+        """The pruned blocks ``[*grid.size]`` that gradients reach; None if these reach kept blocks alone."""
+        return self.reached_blocks if self.is_straight_through else None
 
     def pass_gradients(self, reached: Tensor | None, decay: float) -> None:
         """Let gradients pass to these pruned blocks ``[*grid.size]``; None lets them pass to kept blocks alone."""
-        self.decay = decay
-        if reached is None or self.reached is None or self.reached.is_inference():
+        self.decay, self.is_straight_through = decay, reached is not None
+        values = torch.zeros_like(self.keep) if reached is None else reached
+        if self.reached_blocks.is_inference():
             with torch.inference_mode(False):
-                self.reached = None if reached is None else reached.to(self.keep.device, copy=True)
+                self.reached_blocks = values.to(self.keep.device, copy=True)
         else:
-            self.reached.copy_(reached)  # in place, so that compiled models are not recompiled
+            self.reached_blocks.copy_(values)  # in place, so that compiled models are not recompiled
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MaskBlocks":
         """Move the mask to another device, but keep its values: ``to_empty`` and the meta device would lose them."""
         device = fn(self.keep).device
         if device.type != "meta":
             self.keep = self.keep.to(device)
-            self.reached = None if self.reached is None else self.reached.to(device)
+            self.reached_blocks = self.reached_blocks.to(device)
         return self
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -100,7 +107,7 @@ class MaskBlocks(nn.Module):
         return torch.tensor(self.grid.block)
 
     def set_extra_state(self, block: Tensor) -> None:
-        """Raise ValueError if a state dict has other blocks than this mask."""
+        """Raise ValueError if a state dict has different blocks than this mask."""
         if tuple(block.tolist()) != self.grid.block:
             raise ValueError(
                 f"the state has a mask of blocks {tuple(block.tolist())}, but the mask of this weight {self.grid.shape} has blocks "
@@ -108,7 +115,7 @@ class MaskBlocks(nn.Module):
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Report other blocks as torch reports other shapes: after everything else has been loaded."""
+        """Report different blocks as torch reports different shapes: after everything else has been loaded."""
         try:
             super()._load_from_state_dict(state_dict, prefix, *args)
         except ValueError as error:

@@ -1,4 +1,7 @@
-"""Penalties that push whole blocks to zero in training, their proximal maps, and ADMM. Each takes parameters and blocks from a rule."""
+"""Penalties that push whole blocks to zero in training, their proximal maps, and ADMM. Each takes parameters and blocks from a rule.
+
+A step under ``torch.compile`` may contain the penalties; they are computed outside of the compiled graphs, so not with ``fullgraph=True``.
+"""
 
 import math
 import numbers
@@ -13,9 +16,10 @@ from blockprune.core.grid import BlockGrid, block_elements, pool, tiles
 from blockprune.core.patterns import suggest
 from blockprune.core.precision import at_least_float32, no_autocast
 from blockprune.core.sharded_tensor import sharded_like, whole
-from blockprune.core.types import Data, Masks, Param, Weights, Where
+from blockprune.core.types import Data, Masks, Param, Weights, Where, check_masks
 from blockprune.model.masking import broadcastable, mask_blocks
 from blockprune.model.parameters import find_parameters
+from blockprune.model.running import uncompiled
 from blockprune.model.selection import select
 
 __all__ = ["Admm", "admm", "admm_penalty", "group_lasso", "proximal_group_lasso"]
@@ -49,6 +53,11 @@ def group_lasso(model: nn.Module, *, where: Where, l1_ratio: float = 0.0) -> Ten
         tensor(7.0711, grad_fn=<SumBackward0>)
     """
     _check_ratio(l1_ratio)
+    return _group_lasso(model, where, l1_ratio)
+
+
+@uncompiled
+def _group_lasso(model: nn.Module, where: Where, l1_ratio: float) -> Tensor:
     penalties: list[Tensor] = []
     with no_autocast():
         for ref, grid in select(model, where).values():
@@ -94,7 +103,7 @@ def proximal_group_lasso(model: M, *, where: Where, strength: float, l1_ratio: f
         for _, (ref, grid) in selected:
             stored, masked = whole(ref.stored.detach()), whole(ref.masked.detach())
             shrunk = _shrunk(masked, grid, strength, l1_ratio)
-            if ref.mask is not None:  # the rule may have other blocks than the mask
+            if ref.mask is not None:  # the rule may have different blocks than the mask
                 shrunk = mask_blocks(shrunk, ref.mask.keep, ref.mask.grid) + mask_blocks(stored, ~ref.mask.keep, ref.mask.grid)
             ref.stored.copy_(sharded_like(shrunk, ref.stored))
     return model
@@ -116,7 +125,7 @@ class Admm:
 
     Args:
         masks: of the last projection.
-        targets: the projected weights Z, with zeros in the blocks that the masks prune.
+        targets: the projected weights Z, with zeros in the blocks that the masks prune; in at least float32, like ``duals``.
         duals: the scaled dual variables U, the sum of all differences between weights and targets.
 
     Example:
@@ -143,7 +152,8 @@ def admm(model: nn.Module, *, where: Where, prune: Callable[[Data], Masks], prev
         previous: the result of the projection before; None at the first.
 
     Raises:
-        ValueError, TypeError: a rule that matches nothing; masks of other blocks.
+        ValueError, TypeError: a rule that matches nothing; masks of other blocks; ``previous`` of another shape; a ``prune`` that returns
+            no masks.
         KeyError: ``prune`` returns no mask of a parameter, or ``previous`` lacks a parameter.
 
     Example:
@@ -163,9 +173,16 @@ def admm(model: nn.Module, *, where: Where, prune: Callable[[Data], Masks], prev
     for name, (ref, grid) in select(model, where).items():
         if previous is not None and name not in previous.duals:
             raise KeyError(f"previous lacks {name!r}, which `where` selects{suggest(name, previous.duals)}; give the same `where`")
-        weight = whole(ref.masked.detach()).clone()
-        sums[name] = Param(weight if previous is None else weight + previous.duals[name].to(weight), grid)
+        weight = at_least_float32(whole(ref.masked.detach())).clone()  # in half precision small differences would not add up
+        if previous is not None:
+            if tuple(previous.duals[name].shape) != ref.shape:
+                raise ValueError(
+                    f"{name} {ref.shape}: previous has a dual of shape {tuple(previous.duals[name].shape)}; give the state of this model"
+                )
+            weight = weight + previous.duals[name].to(weight)
+        sums[name] = Param(weight, grid)
     masks = prune(sums)
+    check_masks(masks, "the result of prune", remedy="prune must return the masks of an allocator, data -> masks")
     targets: dict[str, Tensor] = {}
     for name, param in sums.items():
         if name not in masks:
@@ -195,11 +212,17 @@ def admm_penalty(model: nn.Module, state: Admm, *, rho: float) -> Tensor:
         True
     """
     _check_not_negative("rho", rho)
+    return _admm_penalty(model, state, rho)
+
+
+@uncompiled
+def _admm_penalty(model: nn.Module, state: Admm, rho: float) -> Tensor:
     penalties: list[Tensor] = []
     with no_autocast():
         for (name, (ref, *_)), key in zip(find_parameters(model, state.targets, what="state").items(), state.targets, strict=True):
-            if ref.shape != tuple(state.targets[key].shape):
-                raise ValueError(f"{name} {ref.shape}: the state has the shape {tuple(state.targets[key].shape)}; make it from this model")
+            for shape in (tuple(state.targets[key].shape), tuple(state.duals[key].shape)):
+                if ref.shape != shape:
+                    raise ValueError(f"{name} {ref.shape}: the state has the shape {shape}; make it from this model")
             weight = at_least_float32(whole(ref.masked))
             penalties.append(rho / 2 * (weight - state.targets[key].to(weight) + state.duals[key].to(weight)).square().sum())
     return _total(penalties)

@@ -2,15 +2,19 @@
 
 import contextlib
 import copy
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from blockprune.core._compat import all_buffers
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def to_model_device(model: nn.Module, batch: Any, dtype: torch.dtype | None = None) -> Any:
@@ -41,12 +45,8 @@ def preserve_state(model: nn.Module, weights: Sequence[Tensor] = (), *, trains: 
     """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in weights]
-    buffers = [(module, all_buffers(module)) for module in model.modules()]
-    written = [buffer for _, own in buffers for buffer, _ in own.values() if buffer is not None]
-    if not trains:
-        embeddings = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None]
-        written += [p.detach() for module in embeddings for p in module.parameters()]
-    values = [(tensor, tensor.clone()) for tensor in written]
+    embeddings = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None and not trains]
+    put_back = buffers_as_now(model, [p.detach() for module in embeddings for p in module.parameters()])
     with (
         torch.inference_mode(False),
         without_compiled_code(),
@@ -62,14 +62,36 @@ def preserve_state(model: nn.Module, weights: Sequence[Tensor] = (), *, trains: 
                 module.training = training
             for p, flag in flags:
                 p.requires_grad_(flag)
-            for module, before in buffers:
-                _restore_buffers(module, before)
-            with torch.no_grad():
-                for tensor, value in values:
-                    if tensor.shape != value.shape:
-                        tensor.set_(value)  # type: ignore[call-overload]
-                    elif not tensor.is_meta and not torch.equal(tensor, value):
-                        tensor.copy_(value)
+            put_back()
+
+
+def buffers_as_now(model: nn.Module, others: Sequence[Tensor] = ()) -> Callable[[], None]:
+    """A function that gives all buffers of a model, and other tensors, the values that they have now.
+
+    Example:
+        >>> from blockprune.model.running import buffers_as_now
+        >>> norm = nn.BatchNorm1d(1)
+        >>> put_back = buffers_as_now(norm)
+        >>> _ = norm(torch.ones(2, 1))
+        >>> put_back()
+        >>> norm.running_mean
+        tensor([0.])
+    """
+    buffers = [(module, all_buffers(module)) for module in model.modules()]
+    written = [*(buffer for _, own in buffers for buffer, _ in own.values() if buffer is not None), *others]
+    values = [(tensor, tensor.clone()) for tensor in written]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for module, before in buffers:
+            _restore_buffers(module, before)
+        for tensor, value in values:
+            if tensor.shape != value.shape:
+                tensor.set_(value.clone())  # type: ignore[call-overload]
+            elif not tensor.is_meta and not torch.equal(tensor, value):
+                tensor.copy_(value)
+
+    return put_back
 
 
 def _restore_buffers(module: nn.Module, before: Mapping[str, tuple[Tensor | None, bool]]) -> None:
@@ -94,6 +116,21 @@ def without_compiled_code() -> contextlib.AbstractContextManager[Any]:
     Nothing is compiled before `torch._dynamo` is imported, which takes seconds.
     """
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+
+
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that ``torch.compile`` leaves out, because it looks for parameters in modules; the code around it is compiled.
+
+    Unlike the decorator ``torch.compiler.disable`` it does not import `torch._dynamo`, which takes seconds.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **options)  # type: ignore[no-any-return]
+        return function(*args, **options)
+
+    return call
 
 
 @contextlib.contextmanager

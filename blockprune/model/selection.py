@@ -19,7 +19,7 @@ from blockprune.core.pipeline import as_code
 from blockprune.core.types import Where, check_prunable
 from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.hf_linears import is_transposed
-from blockprune.model.parameters import ParameterRef, computed_attributes, is_exported, parameter_refs
+from blockprune.model.parameters import ParameterRef, check_not_lazy, computed_attributes, is_exported, parameter_refs
 
 
 class _Rule(partial[Any]):
@@ -150,6 +150,11 @@ def first_of(*rules: Where) -> Where:
 def including(rule: Where, pattern: Pattern, *others: Pattern) -> Where:
     """The parameters that a rule selects and whose name matches at least one of the patterns, such as those of the hidden layers.
 
+    Args:
+        rule: which parameters, in what blocks.
+        pattern: a glob that fits the whole name, or a compiled regular expression that fits a part of it.
+        others: more patterns.
+
     Example:
         >>> rule = bp.including(bp.linears((4, 4)), "model.layers.*")
         >>> rule("model.layers.0.mlp.weight", nn.Linear(8, 8)), rule("lm_head.weight", nn.Linear(8, 8))
@@ -160,6 +165,11 @@ def including(rule: Where, pattern: Pattern, *others: Pattern) -> Where:
 
 def excluding(rule: Where, pattern: Pattern, *others: Pattern) -> Where:
     """The parameters that a rule selects, without those whose name matches one of the patterns.
+
+    Args:
+        rule: which parameters, in what blocks.
+        pattern: a glob that fits the whole name, or a compiled regular expression that fits a part of it.
+        others: more patterns.
 
     Example:
         >>> bp.excluding(bp.linears((4, 4)), "head.*")("head.weight", nn.Linear(8, 8)) is None
@@ -243,10 +253,12 @@ def select(model: nn.Module, where: Where) -> dict[str, tuple[ParameterRef, Bloc
     if not callable(where):
         raise TypeError(f"where={where!r} must be a rule that selects parameters; for blocks of this shape: where=bp.linears({where!r})")
     refs = parameter_refs(model)
-    all_names = [ref.name for shared in refs.values() for ref in shared]
-    for pattern, names in _patterns(where, selecting=list(refs), excluding=all_names):
+    owners = {ref.name: ref.owner for shared in refs.values() for ref in shared}
+    for pattern, rule, names in _patterns(where, selecting=list(refs), excluding=list(owners)):
         if not any(matches(pattern, name) for name in names):
-            raise ValueError(f"where: the pattern {pattern!r} matches no parameter{suggest(str(pattern), names)}{_tied_names(refs)}")
+            by_rule = [] if rule is None else [name for name in names if rule(name, owners[name]) is not None]
+            hint = suggest(str(pattern), by_rule, listed="its rule selects") if by_rule else suggest(str(pattern), names)
+            raise ValueError(f"where: the pattern {pattern!r} matches no parameter{hint}{_tied_names(refs)}")
     for ref in computed_attributes(model):
         if where(ref.name, ref.owner) is not None:
             raise ValueError(
@@ -262,10 +274,9 @@ def select(model: nn.Module, where: Where) -> dict[str, tuple[ParameterRef, Bloc
             try:
                 selected[name] = ref, BlockGrid(ref.shape, block)
             except (ValueError, TypeError) as error:
-                rule = as_code(where).removeprefix("bp.")
                 raise type(error)(
                     f"{name}: {error}; or give this parameter another block with `first_of`, or leave it out: "
-                    f"where=bp.excluding(bp.{rule}, {name!r})"
+                    f"where=bp.excluding({as_code(where, prefix='bp.')}, {name!r})"
                 ) from None
     if not selected:
         parameters = [f"{name!r} {_shape(ref)} of {_type_name(ref.owner)}" for name, (ref, *_) in refs.items()]
@@ -277,12 +288,12 @@ def select(model: nn.Module, where: Where) -> dict[str, tuple[ParameterRef, Bloc
 
 def _check_dense(name: str, weight: Tensor) -> None:
     """Raise for a weight that has no values yet, or whose values are not those of a plain tensor."""
-    if torch.nn.parameter.is_lazy(weight):
-        raise ValueError(f"{name}: this weight of a lazy layer has no shape yet; run the model on one batch first")
+    check_not_lazy(name, weight)
     if hasattr(weight, "__tensor_flatten__") and type(weight).__name__ != "DTensor":
         raise TypeError(
-            f"{name}: the weight {tuple(weight.shape)} is a {type(weight).__name__}, a tensor subclass that stores other values than those "
-            "of the weight (such as a quantized one); prune the model before it is converted, or leave this weight out with `excluding`"
+            f"{name}: the weight {tuple(weight.shape)} is a {type(weight).__name__}, a tensor subclass that stores different values than "
+            "those of the weight (such as a quantized one); prune the model before it is converted, or leave this weight out with "
+            "`excluding`"
         )
     if not weight.is_meta:
         check_prunable(name, weight)
@@ -303,11 +314,14 @@ def _why_nothing_matches(model: nn.Module) -> str:
     return f"; its layers {', '.join(quantized)} are quantized: prune the model before it is quantized" if quantized else ""
 
 
-def _patterns(where: Any, *, selecting: list[str], excluding: list[str]) -> Iterator[tuple[Pattern, list[str]]]:
-    """The patterns in a rule and in the rules that it is made of, each with the names of which it should match at least one."""
+def _patterns(where: Any, *, selecting: list[str], excluding: list[str]) -> Iterator[tuple[Pattern, Where | None, list[str]]]:
+    """The patterns in a rule and in the rules that it is made of.
+
+    Each comes with the rule that it limits, if any, and the names of which it should match at least one.
+    """
     if isinstance(where, partial):
         if "pattern" in where.keywords:
-            yield where.keywords["pattern"], excluding if where.func is _excluding else selecting
+            yield where.keywords["pattern"], where.keywords.get("rule"), excluding if where.func is _excluding else selecting
         for rule in (where.keywords.get("rule"), *(where.args if where.func is _first_of else ())):
             yield from _patterns(rule, selecting=selecting, excluding=excluding)
 

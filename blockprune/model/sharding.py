@@ -273,7 +273,7 @@ def raised_together(model: nn.Module, reduce: Callable[..., Any] | None) -> Iter
 def agree(masks: Masks, *, group: dist.ProcessGroup | None = None) -> Masks:
     """The same masks, if all ranks have them; all ranks must call it.
 
-    Ranks with other masks train another model, which `torch.distributed` does not notice.
+    Ranks with different masks train different models, which `torch.distributed` does not notice.
 
     Args:
         masks: by parameter name.
@@ -281,7 +281,7 @@ def agree(masks: Masks, *, group: dist.ProcessGroup | None = None) -> Masks:
 
     Raises:
         RuntimeError: there is no process group.
-        ValueError: on all ranks, if two ranks have masks of other parameters, of other blocks, or that keep other blocks.
+        ValueError: on all ranks, if two ranks have masks of different parameters, with different blocks, or that keep different blocks.
 
     Example:
         >>> import torch.distributed as dist
@@ -299,14 +299,16 @@ def agree(masks: Masks, *, group: dist.ProcessGroup | None = None) -> Masks:
         of_ranks = [grids_of_rank.get(name) for grids_of_rank in grids_of_ranks]
         if len(set(of_ranks)) > 1:
             listed = ", ".join(f"{grid or 'no mask'} on rank {rank}" for rank, grid in enumerate(of_ranks))
-            raise ValueError(f"{name}: the ranks have other masks: {listed}; prune with the same model, `where` and sparsity on each rank")
+            raise ValueError(
+                f"{name}: the ranks have different masks: {listed}; prune with the same model, `where` and sparsity on each rank"
+            )
     if grids:
         counts = torch.cat([masks[name].keep.flatten() for name in grids]).to(torch.int32)  # how many ranks keep each block
         dist.all_reduce(counts, group=group)
         for name, count in zip(grids, counts.split([grid.blocks for grid in grids.values()]), strict=True):
             if differing := int(((count > 0) & (count < len(grids_of_ranks))).sum()):
                 raise ValueError(
-                    f"{name} {grids[name].shape}: the ranks keep other blocks, {differing} of {grids[name].blocks} differ; collect with "
-                    "reduce=bp.distributed.all_reduce, and give each rank the same model and the same seed"
+                    f"{name} {grids[name].shape}: the ranks keep different blocks, {differing} of {grids[name].blocks} differ; collect "
+                    "with reduce=bp.distributed.all_reduce, and give each rank the same model and the same seed"
                 )
     return masks

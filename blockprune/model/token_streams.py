@@ -89,15 +89,15 @@ def token_streams(model: nn.Module, hooks: InputHooks, calibration: Calibration,
         >>> token_streams(nn.Linear(4, 2), [], bp.Calibration([batch]), batch).tensors
         [tensor([[1, 0]])]
     """
-    given = checked_token_weights(calibration, batch)
-    if given is None:
+    token_weights = checked_token_weights(calibration, batch)
+    if token_weights is None:
         return TokenStreams()
-    is_explicit = isinstance(given, Mapping) and calibration.token_weights is not default_token_weights
+    is_explicit = isinstance(token_weights, Mapping) and calibration.token_weights is not default_token_weights
     entries = _entries(model, batch)
-    weights = dict(given) if isinstance(given, Mapping) else _by_entry(given, entries)
+    weights = dict(token_weights) if isinstance(token_weights, Mapping) else _by_entry(token_weights, entries)
     if is_explicit:
         _check_entries(weights, entries)
-    tensors = [given] if isinstance(given, Tensor) else [w for w in weights.values() if w is not None]
+    tensors = [token_weights] if isinstance(token_weights, Tensor) else [w for w in weights.values() if w is not None]
     shapes = {tuple(w.shape) for w in tensors}
     entries = {name: x for name, x in entries.items() if _may_have_rows(x, shapes)}
     sizes = {name: tuple(x.shape[:2]) for name, x in entries.items()}
@@ -141,7 +141,7 @@ def hidden_token_weights(model: nn.Module, calibration: Calibration, batch: Any,
 def checked_token_weights(calibration: Calibration, batch: Any) -> Tensor | Mapping[str, Tensor | None] | None:
     """The result of ``calibration.token_weights``, or an error that says what is wrong with it; None if all tokens count once."""
     is_default = calibration.token_weights is default_token_weights
-    given = calibration.token_weights(batch)
+    token_weights = calibration.token_weights(batch)
     inputs = inputs_of(batch)
     mask = inputs.get("attention_mask") if is_default and isinstance(inputs, Mapping) else None
     if isinstance(mask, Tensor) and mask.ndim != 2:
@@ -149,11 +149,11 @@ def checked_token_weights(calibration: Calibration, batch: Any) -> Tensor | Mapp
             f"the attention_mask has the shape {tuple(mask.shape)} instead of [batch, positions], so it does not tell which tokens are "
             f"padding; {_REMEDY}, or token_weights=lambda batch: None to count all tokens"
         )
-    mapping = given if isinstance(given, Mapping) else {"*": given}
+    mapping = token_weights if isinstance(token_weights, Mapping) else {"*": token_weights}
     for weights in mapping.values():
         if weights is not None:
             _check_weights(weights, is_default=is_default)
-    return None if all(w is None or bool((w == 1).all()) for w in mapping.values()) else given
+    return None if all(w is None or bool((w == 1).all()) for w in mapping.values()) else token_weights
 
 
 def _check_weights(weights: Any, *, is_default: bool) -> None:

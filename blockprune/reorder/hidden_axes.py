@@ -64,7 +64,7 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
         model: a model without masks; it is not changed (a copy, in float64 where the model can run in it, is traced).
         example: one small batch that calls every layer, with two tokens or more; the model runs several times for each layer. The experts
             of `as_linears` get the tokens in turn, whatever the router chooses, so the example needs at least as many tokens as experts.
-        forward: as in `collect.with_statistics`.
+        forward: (model, example) -> output, as in `Calibration`.
         progress: show a progress bar; by default in a terminal and in a notebook.
 
     Returns:

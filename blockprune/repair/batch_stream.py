@@ -7,9 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blockprune.core._compat import restart_workers, tree_leaves
+from blockprune.model.calibration import inputs_of
+
 
 class BatchStream:
-    """Batches without end, pass after pass. Its state is the place in the pass, and the random numbers there and where the pass began."""
+    """Batches without end, pass after pass. Its state is the place in the pass, and the random numbers there and where the pass began.
+
+    Each pass starts the workers of a DataLoader anew, also persistent ones, whose random numbers depend on all passes before.
+    """
 
     def __init__(self, batches: Iterable[Any], devices: Sequence[int]) -> None:
         self.batches, self.devices = batches, devices
@@ -18,6 +24,7 @@ class BatchStream:
     def _begin(self, random_state: dict[str, list[Tensor]]) -> None:
         self.taken, self.first_state = 0, random_state
         self._set_random_state(random_state)
+        restart_workers(self.batches)
         self.iterator = iter(self.batches)
 
     def __next__(self) -> Any:
@@ -66,10 +73,15 @@ _END = object()
 
 
 def _generators(batches: Any) -> list[torch.Generator]:
-    """The random number generators of a DataLoader and its samplers."""
-    batch_sampler = getattr(batches, "batch_sampler", None)
-    owners = (batches, getattr(batches, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    generators = [getattr(owner, "generator", None) for owner in owners]
+    """The random number generators of a DataLoader, its samplers, and the samplers that these draw from."""
+    owners: dict[int, Any] = {}
+    unseen = [batches]
+    while unseen:
+        owner = unseen.pop(0)
+        if owner is not None and id(owner) not in owners:
+            owners[id(owner)] = owner
+            unseen += [getattr(owner, name, None) for name in ("sampler", "batch_sampler")]
+    generators = [getattr(owner, "generator", None) for owner in owners.values()]
     return list({id(generator): generator for generator in generators if isinstance(generator, torch.Generator)}.values())
 
 
@@ -82,3 +94,18 @@ def keep_generators(batches: Any) -> Iterator[None]:
     finally:
         for generator, state in states:
             generator.set_state(state)
+
+
+def size_of(batch: Any) -> tuple[int, str]:
+    """How much a batch holds: tokens, or samples where it has no tokens."""
+    inputs = inputs_of(batch)
+    if isinstance(inputs, Mapping):
+        mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            return int((mask != 0).sum()), "tokens"
+        if isinstance(tokens, Tensor):
+            return tokens.numel(), "tokens"
+    first = next((x for x in tree_leaves(inputs) if isinstance(x, Tensor)), None)
+    if first is not None and first.ndim == 2 and not first.is_floating_point():
+        return first.numel(), "tokens"
+    return len(first) if first is not None and first.ndim else 1, "samples"

@@ -76,7 +76,7 @@ def optimizers_of(made: Any, parameters: Mapping[str, Tensor]) -> list[Optimizer
 
     Raises:
         TypeError: neither an optimizer nor a list of some.
-        ValueError: several optimizers that have a parameter twice, or not at all; one whose step needs a closure (LBFGS).
+        ValueError: a parameter that no optimizer or several optimizers have; one whose step needs a closure (LBFGS).
     """
     optimizers = [made] if isinstance(made, Optimizer) else list(made) if isinstance(made, (list, tuple)) else []
     if not optimizers or not all(isinstance(optimizer, Optimizer) for optimizer in optimizers):
@@ -89,7 +89,13 @@ def optimizers_of(made: Any, parameters: Mapping[str, Tensor]) -> list[Optimizer
             )
     held = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
     for name, p in parameters.items():
-        if len(optimizers) > 1 and held[id(p)] != 1:
+        if held[id(p)] == 0 and len(optimizers) == 1:
+            raise ValueError(
+                f"{name} {tuple(p.shape)} is not in the {type(optimizers[0]).__name__} that optimizer= returned, so it would not be "
+                "trained; make the optimizer of all parameters that optimizer= is called with, which are those of a copy of the model "
+                "(where= chooses which are trained)"
+            )
+        if held[id(p)] != 1:
             raise ValueError(
                 f"{name} {tuple(p.shape)} is in {held[id(p)]} of the optimizers that optimizer= returned; put it into exactly one"
             )

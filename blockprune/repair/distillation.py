@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from blockprune.core._compat import tree_leaves
 from blockprune.core.patterns import Pattern
 from blockprune.core.progress import progress_bar, show_values
 from blockprune.core.types import Masks, Weights, Where
-from blockprune.model.calibration import Calibration, Forward, default_forward, inputs_of
+from blockprune.model.calibration import Calibration, Forward, default_forward
 from blockprune.model.mask_reading import read_masks
-from blockprune.model.running import cuda_devices, preserve_state, to_model_device
-from blockprune.repair.batch_stream import BatchStream, keep_generators
+from blockprune.model.running import buffers_as_now, cuda_devices, preserve_state, to_model_device
+from blockprune.repair.batch_stream import BatchStream, keep_generators, size_of
 from blockprune.repair.distill_options import (
     check_counts,
     check_options,
@@ -31,6 +30,7 @@ from blockprune.repair.distill_options import (
     steps_of_one_pass,
 )
 from blockprune.repair.losses import DistillLoss
+from blockprune.repair.optimizers import limit_gradients
 from blockprune.repair.student import Student, make_student
 
 MakeOptimizer = Callable[[list[Tensor]], Optimizer | list[Optimizer]]
@@ -80,6 +80,14 @@ class DistillState:
         return f"DistillState(step {self.step}, {self.count} {unit}, {len(self.weights)} weights, held-out loss {self.best_loss})"
 
 
+def _check_resume(resume: Any) -> None:
+    if resume is not None and not isinstance(resume, DistillState):
+        raise TypeError(
+            f"resume has the type {type(resume).__name__}; give a DistillState: bp.DistillState(**torch.load(path, weights_only=True)) "
+            "reads one from a file"
+        )
+
+
 def distill(
     model: nn.Module,
     masks: Masks | None,
@@ -113,19 +121,19 @@ def distill(
     A masked copy of the model is trained; the model and the teacher stay as they are. Give the result to `apply_masks` together with the
     masks: pruned elements are exactly zero in it.
 
-    Random numbers are those of torch: the generators that ``seed`` sets, and a generator that the DataLoader or its sampler has, which is
-    set back at the end. Python's and NumPy's generators are not set or recorded; if a dataset or sampler uses them, set them yourself.
+    Only torch's random numbers are controlled: ``seed`` sets its generators, and the generator of a DataLoader or sampler is restored at
+    the end. Python's and NumPy's generators are not set or recorded; if a dataset or sampler uses them, set them yourself.
 
     Args:
         model: the model that was pruned, or a masked model; or a block-sparse one, ``export.block_sparse(masked, trainable=True)``, with
             masks None: then its kept values are among the weights, and ``apply_masks(model, None, weights)`` sets them.
         masks: by parameter name; None for the masks that are on the model.
         weights: the weights to start from where they are not the model's own, such as those of a recipe; or None.
-        batches: what is trained on, in this order and, if that is not enough, again: a list or a DataLoader.
+        batches: the training batches, a list or a DataLoader, used in order and repeated until ``steps`` is reached.
         teacher: the dense model, which may be ``model`` itself if that has no masks; None if the loss needs none.
         loss: (student's output, teacher's output, batch) -> one number, such as `losses.kl`.
-        optimizer: parameters -> optimizer, such as ``partial(torch.optim.SGD, lr=0.1)``, or a list of optimizers that share out the
-            parameters, such as `muon`; their learning rates are the highest ones. By default AdamW with a learning rate of 3e-4.
+        optimizer: parameters -> optimizer of all of them, such as ``partial(torch.optim.SGD, lr=0.1)``, or a list of optimizers that
+            share them out, such as `muon`; their learning rates are the highest ones. By default AdamW with a learning rate of 3e-4.
         steps: optimizer steps; by default one pass over the batches.
         warmup: steps in which the learning rate rises linearly from near 0, 0 to ``steps``; then it falls along a cosine.
         final_lr: what the learning rate falls to, as a share of the highest, 0 to 1; 1 leaves it constant.
@@ -134,7 +142,8 @@ def distill(
         where: which parameters are trained: a rule such as `norms_and_biases`, or names or patterns of names. By default all of
             floating-point numbers, frozen ones included; with ``lora_rank`` the masked ones, norms and biases.
         lora_rank: train masked matrices as ``mask * (W + B A)`` with factors of this rank, and return the product (PERP, 2312.15230).
-        train: run the student in training mode, with dropout. Batch norms keep their running statistics in any case.
+        train: run the student in training mode, with dropout. Batch norms use their running statistics in any case; and as only weights
+            are returned, buffers that a forward changes, such as the range of a quantizer, are put back after each step.
         autocast: the dtype of `torch.autocast` for both models, such as ``torch.bfloat16``.
         checkpointing: compute activations again in the backward, which takes less memory and more time. It needs ``train=True`` and a
             model with ``gradient_checkpointing_enable`` (Hugging Face).
@@ -171,6 +180,7 @@ def distill(
         raise ValueError("batches has no batches; give a list or a DataLoader that has at least one")
     steps = steps_of_one_pass(batches, accumulate) if steps is None else steps
     check_schedule(steps, warmup=warmup, final_lr=final_lr, clip=clip)
+    _check_resume(resume)
     if patience is not None:
         check_counts(0, patience=patience)
         if held_out is None:
@@ -183,7 +193,7 @@ def distill(
             enable({"use_reentrant": False})
         with preserve_state(student.module, trains=True), preserve_state(teacher) if teacher is not None else contextlib.nullcontext():
             loss_of = partial(_loss_of, student.module, teacher, forward=forward, loss=loss, autocast=autocast)
-            training = _Training(student, optimizer, batches, loss_of)
+            training = _Training(student, optimizer, batches, loss_of, teacher)
             if resume is None:
                 training.compare(held_out)
             else:
@@ -208,8 +218,16 @@ def distill(
 class _Training:
     """What changes while a student is trained."""
 
-    def __init__(self, student: Student, optimizer: MakeOptimizer, batches: Iterable[Any], loss_of: Callable[[Any], Tensor]) -> None:
+    def __init__(
+        self,
+        student: Student,
+        optimizer: MakeOptimizer,
+        batches: Iterable[Any],
+        loss_of: Callable[[Any], Tensor],
+        teacher: nn.Module | None,
+    ) -> None:
         self.student, self.loss_of = student, loss_of
+        self.put_buffers_back = [buffers_as_now(module) for module in (student.module, teacher) if module is not None]
         self.parameters = list(student.trained.values())
         self.optimizers = optimizers_of(optimizer(self.parameters), student.trained)
         self.highest_lrs = [group["lr"] for group in self._groups()]
@@ -233,17 +251,14 @@ class _Training:
                 raise ValueError("the loss does not depend on a parameter that is trained; is something detached, or where= too narrow?")
             loss.backward(inputs=self.parameters)  # not of other tensors, such as the batch
             total += loss.item()
-            size, self.unit = _size(batch)
+            size, self.unit = size_of(batch)
             self.count += size
+        self._put_buffers_back()
         if not math.isfinite(total):
             raise ValueError(
                 f"the training loss is {total} in step {self.step}; check the batches for NaN and inf, or take a lower learning rate"
             )
-        if clip is None:
-            is_finite = _gradients_are_finite(self.parameters)
-        else:
-            is_finite = bool(nn.utils.clip_grad_norm_(self.parameters, clip).isfinite())
-        if not is_finite:
+        if not limit_gradients(self.parameters, clip):
             raise ValueError(
                 f"the gradient is NaN or inf in step {self.step}, though the loss is {total}; look for a square root or logarithm of 0, or "
                 "take a lower learning rate"
@@ -271,10 +286,12 @@ class _Training:
         self.student.set_mode(False)
         with torch.no_grad(), torch.random.fork_rng(cuda_devices(self.student.module)), keep_generators(batches):
             losses = [float(self.loss_of(batch)) for batch in batches]
+        self._put_buffers_back()
         mean = sum(losses) / len(losses) if losses else math.nan
         if not math.isfinite(mean):
             cause = "the loss of a held-out batch is NaN or inf; check these batches, or take a lower learning rate"
-            raise ValueError(f"step {self.step}: {cause}" if losses else "held_out has no batches; give a list or a DataLoader, or None")
+            empty = "held_out has no batches (any more); give a list or a DataLoader, which can be iterated at each evaluation, or None"
+            raise ValueError(f"step {self.step}: {cause if losses else empty}")
         return mean
 
     def best(self) -> dict[str, Tensor]:
@@ -305,7 +322,7 @@ class _Training:
         masks, before = self._masks(), state.internals["masks"]
         different = sorted(masks.keys() ^ before.keys()) or [n for n, keep in masks.items() if not torch.equal(keep, before[n].to(keep))]
         if different:
-            raise ValueError(f"resume: its state has other masks, such as that of {different[0]!r}; give the masks of the first call")
+            raise ValueError(f"resume: its state has different masks, such as that of {different[0]!r}; give the masks of the first call")
         classes, saved_classes = [type(optimizer).__name__ for optimizer in self.optimizers], state.internals["classes"]
         if classes != saved_classes:
             raise ValueError(
@@ -319,6 +336,11 @@ class _Training:
         self.best_loss, self.worse, self.history = state.best_loss, state.internals["worse"], list(state.history)
         self.best_weights = None if state.best_loss is None else _copies(state.best)
 
+    def _put_buffers_back(self) -> None:
+        """Forwards may change buffers, such as the scale of a quantizer or the vectors of ``spectral_norm``: only weights are returned."""
+        for put_back in self.put_buffers_back:
+            put_back()
+
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
@@ -328,12 +350,6 @@ class _Training:
 
 def _copies(weights: Weights) -> dict[str, Tensor]:
     return {name: x.clone() for name, x in weights.items()}
-
-
-def _gradients_are_finite(parameters: Sequence[Tensor]) -> bool:
-    gradients = [p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
-    finite = [x.isfinite().all() for x in gradients]
-    return not finite or bool(torch.stack([x.to(finite[0].device) for x in finite]).all())
 
 
 def _loss_of(
@@ -371,18 +387,3 @@ def _lr_factor(step: int, steps: int, warmup: int, final: float) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return final + (1 - final) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-
-
-def _size(batch: Any) -> tuple[int, str]:
-    """How much a batch holds: tokens, or samples where it has no tokens."""
-    inputs = inputs_of(batch)
-    if isinstance(inputs, Mapping):
-        mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids")
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            return int((mask != 0).sum()), "tokens"
-        if isinstance(tokens, Tensor):
-            return tokens.numel(), "tokens"
-    first = next((x for x in tree_leaves(inputs) if isinstance(x, Tensor)), None)
-    if first is not None and first.ndim == 2 and not first.is_floating_point():
-        return first.numel(), "tokens"
-    return len(first) if first is not None and first.ndim else 1, "samples"

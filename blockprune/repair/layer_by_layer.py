@@ -1,4 +1,4 @@
-"""Layer after layer: each layer is pruned and repaired on the inputs that the pruned layers before it give it."""
+"""Layer after layer: each layer is pruned and repaired on the outputs of the pruned layers before it."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Unpack
@@ -20,7 +20,10 @@ from blockprune.repair.transformer_layers import Layer
 class PruningResult:
     """Masks and repaired weights; give both to `apply_masks`.
 
-    ``layers`` names the layers that are done.
+    Args:
+        masks: by parameter name.
+        weights: new values of the repaired parameters, by parameter name.
+        layers: the names of the layers that are done, of `sequential`.
 
     Example:
         >>> mask = bp.BlockMask(torch.tensor([True, False]), bp.BlockGrid((4,), (2,)))
@@ -57,7 +60,7 @@ def sequential(
     callback: Callable[[PruningResult], None] | None = None,
     **options: Unpack[RunOptions],
 ) -> PruningResult:
-    """Prune and repair layers in order, each calibrated on what the pruned layers before it give (SparseGPT 2301.00774).
+    """Prune and repair layers in order, each calibrated on the outputs of the pruned layers before it (SparseGPT 2301.00774).
 
     The model is not changed. The statistics of one layer are held at a time. To go on after an interruption, give what ``callback`` was
     last called with as ``resume``: save it with ``callback=partial(bp.save_repair, path="repair.safetensors")``, and go on with

@@ -167,7 +167,7 @@ class PartCall:
         """Run the layer on a batch; returns the call and what the module gives.
 
         Raises:
-            ValueError: the layer does not call the module once, or the module does not give a tensor first.
+            ValueError: the layer does not call the module once, or the module does not return a tensor first.
         """
         module, calls = batch.layer.module.get_submodule(part), []
 
@@ -255,7 +255,7 @@ def dense_outputs(finetune: Mapping[str, Finetune], dense: LayerBatches) -> dict
 def finetune_parts(
     finetune: Mapping[str, Finetune], batches: LayerBatches, masks: Masks, targets: Mapping[str, Tensors]
 ) -> dict[str, Tensor]:
-    """Tune modules of a layer in turn, each on the inputs that the tuned ones before it give.
+    """Tune modules of a layer in turn, each on the outputs of the modules that were tuned before it.
 
     Args:
         finetune: a function for each module, such as `finetune_layer`, by its name in the layer; "" is the layer, whose weights in

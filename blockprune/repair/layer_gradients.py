@@ -69,7 +69,7 @@ def collect_layer_by_layer(
     """What ``collect(model, where=where, calibration=calibration)`` gives, of one layer at a time, from the last to the first.
 
     Args:
-        model: whose weights ``load`` provides; it is as it was afterwards.
+        model: whose weights ``load`` provides; it is unchanged afterwards.
         collect: such as ``partial(collect.with_statistics, statistics=...)``.
         where: which parameters, in what blocks; all of them lie in layers.
         calibration: batches, forward and loss.

@@ -136,7 +136,7 @@ class LayerPruning:
         """Prune the layers in order.
 
         Args:
-            model: whose weights may be missing if ``load`` provides them; it is as it was afterwards.
+            model: whose weights may be missing if ``load`` provides them; it is unchanged afterwards.
             calibration: batches, forward and reduce.
             done: the result of a layer that an earlier call has finished, or None.
             receive: is given each new layer's result, while the layer's weights are loaded.
@@ -144,7 +144,7 @@ class LayerPruning:
             store: where hidden states are kept.
 
         Raises:
-            ValueError: finetuning in several processes, ranks that end with other masks, and what `HiddenStates.of` raises.
+            ValueError: finetuning in several processes, ranks that end with different masks, and what `HiddenStates.of` raises.
         """
         if self.finetune and calibration.reduce:
             raise ValueError(

@@ -41,8 +41,8 @@ def kl(
         teacher: the same of the teacher.
         batch: what the models were called with; it tells which positions are padding, and with labels which positions count.
         temperature: T; higher temperatures give more weight to unlikely classes.
-        top_k: compare only the teacher's k most likely classes, and all other classes as one. This takes less memory for large
-            vocabularies, and is never more than the whole divergence.
+        top_k: compare only the teacher's k most likely classes, and all other classes as one, so that the tail of unlikely classes is
+            not learned. It is never more than the whole divergence.
         shift: as in `cross_entropy`; with True a position counts if the next position has a label.
 
     Raises:
@@ -71,18 +71,8 @@ def kl(
     batch = _decoder_batch(student, batch)
     _check_shift("kl", _own_labels(batch), batch, shift)
     p = p.to(q.device)
-    if top_k is None or top_k >= p.shape[-1]:
-        return temperature**2 * _mean(divergence.of_logits(q, p, temperature), batch, shift)
-    q, p = divergence.log_softmax(q, temperature), divergence.log_softmax(p, temperature)
-    p, classes = p.topk(top_k, -1)
-    of_top_k = divergence.of_log_probabilities(_with_rest(q.gather(-1, classes)), _with_rest(p))  # of k + 1 classes
-    return temperature**2 * _mean(of_top_k, batch, shift)
-
-
-def _with_rest(log_probabilities: Tensor) -> Tensor:
-    """The log-probabilities of some classes, and of all others together."""
-    rest = -torch.expm1(log_probabilities.logsumexp(-1, keepdim=True))
-    return torch.cat([log_probabilities, rest.clamp_min(torch.finfo(rest.dtype).eps).log()], -1)
+    top_k = None if top_k is None or top_k >= p.shape[-1] else top_k
+    return temperature**2 * _mean(divergence.of_logits(q, p, temperature, top_k), batch, shift)
 
 
 def hidden_states(student: Any, teacher: Any, batch: Any = None) -> Tensor:
@@ -354,8 +344,8 @@ def _attention(x: Tensor, batch: Any, *, must_fit: bool = True) -> Tensor | None
         if not must_fit:
             return None
         raise ValueError(
-            f"the attention mask {tuple(mask.shape)} has other positions than the output {tuple(x.shape[:2])}, so its padding cannot be "
-            "left out; compare outputs of these positions, or give a batch without the mask"
+            f"the attention mask {tuple(mask.shape)} has different positions than the output {tuple(x.shape[:2])}, so its padding cannot "
+            "be left out; compare outputs of these positions, or give a batch without the mask"
         )
     return mask
 

@@ -1,16 +1,16 @@
-"""Optimizers for `distill`."""
+"""Optimizers for `distill`, and a limit for their gradients."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from blockprune.core.precision import at_least_float32, multiplies_bfloat16
 
-__all__ = ["Muon", "muon", "newton_schulz"]
+__all__ = ["Muon", "limit_gradients", "muon", "newton_schulz"]
 
 LONGEST = 16  # times the shorter side: a longer matrix is the table of an embedding
 
@@ -31,12 +31,15 @@ def muon(parameters: Iterable[Tensor], *, lr: float = 1e-3, weight_decay: float 
 
     Raises:
         ValueError: none of the parameters is for Muon.
+        TypeError: groups of parameters, or names with them.
 
     Example:
         >>> [type(optimizer).__name__ for optimizer in bp.muon(nn.Linear(8, 4).parameters())]
         ['Muon', 'AdamW']
     """
     parameters = list(parameters)
+    if other := [type(p).__name__ for p in parameters if not isinstance(p, Tensor)]:
+        raise TypeError(f"parameters holds a {other[0]}; give tensors, such as model.parameters(), without names and not in groups")
     matrices, others = ([p for p in parameters if _is_for_muon(p) == wanted] for wanted in (True, False))
     if not matrices:
         raise ValueError(
@@ -45,6 +48,34 @@ def muon(parameters: Iterable[Tensor], *, lr: float = 1e-3, weight_decay: float 
         )
     optimizers: list[Optimizer] = [Muon(matrices, lr, weight_decay)]
     return [*optimizers, torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay)] if others else optimizers
+
+
+def limit_gradients(parameters: Sequence[Tensor], largest: float | None) -> bool:
+    """Scale gradients in place, so that their norm is at most this, or leave them for None; whether all are finite.
+
+    It is `torch.nn.utils.clip_grad_norm_`, also for the sparse gradients of ``nn.Embedding(sparse=True)``.
+
+    Example:
+        >>> from blockprune.repair.optimizers import limit_gradients
+        >>> weight = nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> limit_gradients([weight], 1.0), weight.grad
+        (True, tensor([0.6000, 0.8000]))
+    """
+    sparse = [p for p in parameters if p.grad is not None and p.grad.is_sparse]
+    if largest is not None and not sparse:
+        return bool(nn.utils.clip_grad_norm_(parameters, largest).isfinite())
+    for p in sparse:
+        p.grad = p.grad.coalesce()  # type: ignore[union-attr]  # a row that has several entries has the norm of their sum
+    values = [p.grad.values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
+    if largest is None:
+        finite = [x.isfinite().all() for x in values]
+        return not finite or bool(torch.stack([x.to(finite[0].device) for x in finite]).all())
+    norm = nn.utils.get_total_norm(values)
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+    for x in values:
+        x.mul_(factor.to(x.device))
+    return bool(norm.isfinite())
 
 
 def _is_for_muon(parameter: Tensor) -> bool:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from blockprune.core._compat import NormBase
+from blockprune.core._compat import NormBase, convert_tensors
 from blockprune.core.patterns import Pattern, matches, suggest
 from blockprune.core.types import Masks, Weights, Where
 from blockprune.model.apply import apply_masks
 from blockprune.model.gates import GateBlocks
 from blockprune.model.mask_reading import parameter_masks
-from blockprune.model.parameters import ParameterRef, distinct, parameter_refs
+from blockprune.model.parameters import ParameterRef, check_not_computed, distinct, parameter_refs
 from blockprune.model.selection import norms_and_biases, select
 from blockprune.model.sharding import check_not_fully_sharded
 
@@ -24,7 +24,7 @@ class Student:
     """A masked copy of a model.
 
     Args:
-        module: the copy, with masks on it; half-precision models are copied in float32, where small steps do not round away.
+        module: the copy, with masks on it; what is in half precision is copied in float32, where small steps do not round away.
         trained: what an optimizer changes, by name in the copy.
         refs: the parameters whose values are the result, by canonical name.
         dtypes: those of the model's parameters.
@@ -49,12 +49,14 @@ class Student:
         """
         if {name: x.shape for name, x in values.items()} != {name: p.shape for name, p in self.trained.items()}:
             different = sorted(values.keys() ^ self.trained.keys()) or [n for n, p in self.trained.items() if values[n].shape != p.shape]
-            raise ValueError(f"resume: its state trains other parameters, such as {different[0]!r}; give the arguments of the first call")
+            raise ValueError(
+                f"resume: its state trains different parameters, such as {different[0]!r}; give the arguments of the first call"
+            )
         for name, p in self.trained.items():
             p.copy_(values[name])
 
     def set_mode(self, training: bool) -> None:
-        """Training mode, or evaluation mode. Running statistics stay as they are: they are no weights, so they would not be returned."""
+        """Training mode, or evaluation mode. Norms use their running statistics in both: they are no weights, so they are not returned."""
         self.module.train(training)
         for module in self.module.modules():
             if isinstance(module, NormBase) and module.track_running_stats:
@@ -78,11 +80,12 @@ def make_student(
     check_not_fully_sharded(
         model, "distill trains a copy of the model (a loop of your own, with a loss of bp.losses, trains a sharded model)"
     )
+    check_not_computed(model)
     masks = parameter_masks(model) if masks is None else masks
     module = apply_masks(copy.deepcopy(model), masks, weights)
     dtypes = {name: refs[0].stored.dtype for name, refs in parameter_refs(module).items()}
     if any(dtype.is_floating_point and dtype.itemsize < 4 for dtype in dtypes.values()):
-        module.to(torch.float32)
+        convert_tensors(module, _not_half_precision)
     chosen = _chosen(module, where, lora_rank)
     refs = parameter_refs(module)
     low_rank = {name: refs[name] for name in chosen if lora_rank is not None and refs[name][0].mask and len(refs[name][0].shape) > 1}
@@ -115,6 +118,11 @@ def make_student(
     return Student(module, trained, {name: refs[name][0] for name in returned}, dtypes)
 
 
+def _not_half_precision(x: Tensor) -> Tensor:
+    """A tensor of half precision in float32; any other as it is: float64 would lose digits in float32, and complex numbers a half."""
+    return x.float() if x.is_floating_point() and x.itemsize < 4 else x
+
+
 def _chosen(module: nn.Module, where: Where | Pattern | Sequence[Pattern] | None, lora_rank: int | None) -> list[str]:
     """The canonical names of the parameters that are trained."""
     refs = parameter_refs(module)
@@ -127,7 +135,8 @@ def _chosen(module: nn.Module, where: Where | Pattern | Sequence[Pattern] | None
     elif callable(where):
         chosen = list(select(module, where))
     else:
-        chosen = _matching(floating, [where] if not isinstance(where, Sequence) or isinstance(where, str) else where)
+        aliases = {name: [ref.name for ref in refs[name]] for name in floating}
+        chosen = _matching(aliases, [where] if not isinstance(where, Sequence) or isinstance(where, str) else where)
     if not chosen:
         raise ValueError(f"where={where!r} chooses no floating-point parameter of the model, so there is nothing to train")
     if computed := [name for name in chosen if not refs[name][0].is_plain]:
@@ -142,11 +151,12 @@ def _chosen(module: nn.Module, where: Where | Pattern | Sequence[Pattern] | None
     return chosen
 
 
-def _matching(names: list[str], patterns: Sequence[Pattern]) -> list[str]:
+def _matching(aliases: Mapping[str, Sequence[str]], patterns: Sequence[Pattern]) -> list[str]:
+    """The canonical names of the parameters that have a name, of all names of a tied tensor, which fits a pattern."""
     for pattern in patterns:
-        if not any(matches(pattern, name) for name in names):
-            raise ValueError(f"where: the pattern {pattern!r} matches no floating-point parameter{suggest(str(pattern), names)}")
-    return [name for name in names if any(matches(pattern, name) for pattern in patterns)]
+        if not any(matches(pattern, alias) for names in aliases.values() for alias in names):
+            raise ValueError(f"where: the pattern {pattern!r} matches no floating-point parameter{suggest(str(pattern), aliases)}")
+    return [name for name, names in aliases.items() if any(matches(pattern, alias) for alias in names for pattern in patterns)]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Layers that follow each other: which they are, with what they are called, and one run alone."""
+"""Find the consecutive layers of a model, record their call arguments, and run a single layer."""
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
@@ -253,5 +253,8 @@ def _first_tensor(layer: str, output: Any) -> Tensor:
     first = next(iter(output.values()), None) if isinstance(output, Mapping) else output
     first = first[0] if isinstance(first, (tuple, list)) and first else first
     if not isinstance(first, Tensor):
-        raise ValueError(f"layer {layer!r} does not give a tensor first but a {type(first).__name__}; name other layers: layers=[...]")
+        raise ValueError(
+            f"layer {layer!r} must return a tensor, or a tuple that starts with one, not a {type(first).__name__}; name other layers: "
+            "layers=[...]"
+        )
     return first

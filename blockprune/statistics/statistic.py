@@ -1,4 +1,4 @@
-"""What a statistic is: three pure functions, the evidence that they are given, and the sums that they keep."""
+"""What a statistic is: three pure functions, the tensors that they receive, and the sums that they keep."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -82,7 +82,7 @@ def test_a_masked_model_is_stacked_too() -> None:
 def test_an_evaluation_that_vmap_cannot_run_says_so_and_runs_one_at_a_time() -> None:
     torch.manual_seed(0)
     model, x = nn.Linear(4, 4), torch.randn(8, 4)
-    with pytest.warns(UserWarning, match="one at a time: vmap cannot run"):
+    with pytest.warns(UserWarning, match=r"one at a time: vmap cannot run the model or evaluate \(.*return the loss as a tensor"):
         table = bp.sensitivity(model, PRUNE, [0.25, 0.75], lambda m: m(x).square().mean().item(), progress=False)
     again = bp.sensitivity(model, PRUNE, [0.25, 0.75], lambda m: m(x).square().mean(), progress=False)
     assert table.losses["weight"] == pytest.approx(again.losses["weight"])
@@ -92,3 +92,13 @@ def test_an_evaluation_that_vmap_cannot_run_says_so_and_runs_one_at_a_time() -> 
 def test_bad_options_are_errors(sparsities: list[float], chunk: int) -> None:
     with pytest.raises(ValueError, match="at least one sparsity"):
         bp.sensitivity(nn.Linear(4, 4), PRUNE, sparsities, lambda m: 0.0, chunk_size=chunk)
+
+
+def test_a_recipe_is_refused_with_the_pipeline_to_give() -> None:
+    model, recipe = nn.Linear(4, 4), bp.recipes.magnitude(bp.linears((2, 2)))
+    with pytest.raises(
+        TypeError, match=r"pipeline is a OneShot, not a bp\.Pipeline; .*, wanda\), give recipe\.pipeline; for others, build"
+    ):
+        bp.sensitivity(model, recipe, [0.5], lambda m: 0.0)  # type: ignore[arg-type]
+    table = bp.sensitivity(model, recipe.pipeline, [0.0], lambda m: m(torch.ones(1, 4)).sum(), progress=False)
+    assert table.losses["weight"][0] == pytest.approx(table.dense)

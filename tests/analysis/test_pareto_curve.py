@@ -134,8 +134,8 @@ GOOD = {"fc.weight": bp.BlockScore(torch.arange(4.0), bp.BlockGrid((4,), (1,)))}
         (lambda: pareto(GOOD, points=1), "points=1 must be a whole number of 2 or more"),
         (lambda: pareto({}), "no scores to rank"),
         (lambda: pareto(GOOD, cost={"*": -1.0}), "cost=-1.0 of fc.weight must be a positive number"),
-        (lambda: pareto(GOOD).sparsity_for(), "needs one of the two"),
-        (lambda: pareto(GOOD).sparsity_for(error=1.0, cost=1.0), "needs one of the two"),
+        (lambda: pareto(GOOD).sparsity_for(), "needs exactly one of error= and cost="),
+        (lambda: pareto(GOOD).sparsity_for(error=1.0, cost=1.0), "needs exactly one of error= and cost="),
         (lambda: pareto(GOOD).sparsity_for(cost=-1.0), "no point is as low; the lowest cost"),
     ],
 )

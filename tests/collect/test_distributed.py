@@ -219,16 +219,18 @@ RETURNS: dict[Callable[[int], Any], Any] = {
 }
 OTHERS = "collect with the same model, `where` and statistics on each rank"
 RAISES: dict[Callable[[int], Any], str] = {
-    sums_of_other_parameters: rf"^2\.weight: the ranks have other sums of '\w+': .* on rank 0, none on rank 1; {OTHERS}",
-    sums_of_other_statistics: rf"^0\.weight: the ranks have other sums of '\w+': .*; {OTHERS}",
-    sums_of_other_shapes: rf"^2\.weight: the ranks have other sums of 'input_sq': .*\(1, 8\) .* on rank 0, .*\(1, 10\) .*; {OTHERS}",
-    sums_of_other_types: rf"^0\.weight: the ranks have other sums of '\w+': n \(\) torch.float32 .*0, n \(\) torch.float64 .*; {OTHERS}",
+    sums_of_other_parameters: rf"^2\.weight: the ranks have different sums of '\w+': .* on rank 0, none on rank 1; {OTHERS}",
+    sums_of_other_statistics: rf"^0\.weight: the ranks have different sums of '\w+': .*; {OTHERS}",
+    sums_of_other_shapes: rf"^2\.weight: the ranks have different sums of 'input_sq': .*\(1, 8\) .* on rank 0, .*\(1, 10\) .*; {OTHERS}",
+    sums_of_other_types: (
+        rf"^0\.weight: the ranks have different sums of '\w+': n \(\) torch.float32 .*0, n \(\) torch.float64 .*; {OTHERS}"
+    ),
     nan_on_a_rank: r"^(rank 1 raised ValueError: )?0\.weight \(8, 6\): NaN or inf reached '\w+' in batch 0",
     a_batch_of_another_width_on_a_rank: r"^(rank 1 raised RuntimeError: )?mat1 and mat2 shapes cannot be multiplied",
     a_loss_that_raises_on_a_rank: r"^(rank 1 raised KeyError: )?'labels'$",
-    other_blocks_kept: r"a\.weight \(4, 4\): the ranks keep other blocks, 2 of 4 differ; collect with reduce=",
-    other_grids: r"a\.weight: the ranks have other masks: .*\(2, 2\)\) on rank 0, .*\(4, 1\)\) on rank 1; prune with the same",
-    other_parameters: r"c\.weight: the ranks have other masks: no mask on rank 0, .* on rank 1",
+    other_blocks_kept: r"a\.weight \(4, 4\): the ranks keep different blocks, 2 of 4 differ; collect with reduce=",
+    other_grids: r"a\.weight: the ranks have different masks: .*\(2, 2\)\) on rank 0, .*\(4, 1\)\) on rank 1; prune with the same",
+    other_parameters: r"c\.weight: the ranks have different masks: no mask on rank 0, .* on rank 1",
     sharded_and_a_rank_without_batches: r"batch 0: 1 of 2 ranks have one, .* give every rank as many batches",
     sharded_and_fewer_batches: r"batch 2: 1 of 2 ranks have one, .* give every rank as many batches",
     sharded_and_fewer_batches_for_layers: r"batch 2: 1 of 2 ranks have one, .* give every rank as many batches",

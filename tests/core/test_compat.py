@@ -318,6 +318,29 @@ def test_an_rnn_rebuilds_its_lists_of_weights() -> None:
             torch.testing.assert_close(replica(x)[0], rnn(x)[0])
 
 
+def test_tensors_of_a_module_are_converted_one_by_one() -> None:
+    with private("torch.nn.Module._apply", "to train a half-precision copy of a model in float32, without its complex and float64 tensors"):
+        model = nn.Sequential(nn.BatchNorm1d(2).bfloat16(), nn.Linear(2, 2).double())
+        weight = model[1].weight
+        _compat.convert_tensors(model, lambda x: x.float() if x.dtype == torch.bfloat16 else x)
+        assert {x.dtype for x in model[0].state_dict().values()} == {torch.float32, torch.int64}
+        assert model[1].weight is weight
+        assert weight.dtype == torch.float64
+
+
+def test_persistent_workers_are_started_anew() -> None:
+    with private("torch.utils.data.DataLoader._iterator", "to resume `distill` with a DataLoader whose workers are persistent"):
+        loader: Any = torch.utils.data.DataLoader(torch.arange(4), num_workers=1, persistent_workers=True)  # type: ignore[arg-type]
+        first = iter(loader)
+        assert len(list(first)) == 4
+        assert iter(loader) is first
+        _compat.restart_workers(loader)
+        second = iter(loader)
+        assert second is not first
+        assert len(list(second)) == 4
+        _compat.restart_workers([1, 2])
+
+
 def test_hooks_of_state_dicts_are_listed() -> None:
     def hook(module: nn.Module, state: Any, prefix: str, metadata: Any) -> None:
         pass

@@ -6,6 +6,7 @@ import struct
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +66,20 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
         bp.save_masks({"v": mask}, path)
     assert os.listdir(tmp_path) == ["m"]
     assert bp.load_masks(path) == {"w": mask}
+
+
+def test_masks_that_no_file_can_hold_are_refused(tmp_path: Path) -> None:
+    grid = bp.BlockGrid((6,), (3,))
+    mask = bp.BlockMask(torch.tensor([True, False]), grid)
+    wrong: list[tuple[Any, type[Exception], str]] = [
+        ({"a": mask, "b": bp.BlockMask(mask.keep.to("meta"), grid)}, ValueError, r"masks\['b'\] is on the meta device"),
+        ({"a": mask, "b": mask.keep}, TypeError, r"masks\['b'\] is a Tensor, not a BlockMask"),
+        ({"__metadata__": mask}, ValueError, "masks has the name '__metadata__'"),
+    ]
+    for value, error, message in wrong:
+        with pytest.raises(error, match=message):
+            bp.save_masks(value, tmp_path / "masks.safetensors")
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_file_is_file_not_found(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import reference
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import dtypes, grids, inf, masks, normal, scores, seeds, shares_memory
+from torch import nn
 
 import blockprune as bp
 from blockprune.model.masking import mask_blocks
@@ -168,3 +170,65 @@ def test_summary_escapes_names_in_html() -> None:
     html = bp.summary({"<script>&": mask})._repr_html_()
     assert "&lt;script" in html
     assert "<script" not in html
+
+
+MASK = bp.BlockMask(torch.tensor([True, False]), bp.BlockGrid((4,), (2,)))
+RESULT: Any = bp.PruningResult({"w": MASK}, {})
+
+
+@pytest.mark.parametrize(
+    ("what", "call"),
+    [
+        ("masks", lambda: bp.sparsity(RESULT)),
+        ("masks", lambda: bp.summary(RESULT)),
+        ("masks", lambda: bp.restrict({}, RESULT)),
+        ("masks", lambda: bp.save_masks(RESULT, "nowhere/masks")),
+        ("masks", lambda: bp.pictures.masks(RESULT)),
+        ("masks", lambda: bp.regrow(RESULT, drop={}, grow={}, fraction=0.5)),
+        ("masks", lambda: bp.zero_new_blocks(nn.Linear(2, 2), RESULT)),
+        ("masks", lambda: bp.masked_parameters(nn.Linear(2, 2), RESULT)),
+        ("masks", lambda: bp.reconstruct.bias({}, RESULT)),
+        *((name, lambda f=f, pair=pair: f(*pair))
+          for f in (bp.union, bp.intersect, bp.difference, bp.agreement)
+          for name, pair in (("a", (RESULT, {})), ("b", ({}, RESULT)))),
+    ],
+)  # fmt: skip
+def test_a_result_where_masks_are_expected_is_an_error_with_the_masks_to_give(what: str, call: Callable[[], object]) -> None:
+    with pytest.raises(TypeError) as caught:
+        call()
+    said = f"{what} is a PruningResult, not a mapping from parameter names to BlockMask; give result.masks, or bp.read_masks(model)"
+    assert str(caught.value) == said
+
+
+def test_tensors_where_masks_are_expected_are_an_error() -> None:
+    with pytest.raises(TypeError, match=r"^masks\['w'\] is a Tensor, not a BlockMask; build one: BlockMask\(keep, grid\)$"):
+        bp.sparsity({"w": MASK.keep})  # type: ignore[dict-item]
+
+
+def test_apply_masks_says_what_to_give_of_a_result() -> None:
+    with pytest.raises(
+        TypeError, match=r"masks is a PruningResult, .*; for the result .* apply_masks\(model, result.masks, result.weights\)"
+    ):
+        bp.apply_masks(nn.Linear(2, 2), RESULT)
+
+
+@pytest.mark.parametrize(
+    ("what", "call"),
+    [
+        ("scores", lambda given: bp.allocate.per_layer(given, 0.5)),
+        ("scores", lambda given: bp.allocate.per_model(given, 0.5)),
+        ("scores", lambda given: bp.allocate.per_columns(given, 0.5)),
+        ("scores", lambda given: bp.budgets.lagrangian(given, 0.5)),
+        ("scores", bp.pareto),
+        ("scores", lambda given: bp.restrict(given, {})),
+        ("drop", lambda given: bp.regrow({"w": MASK}, drop=given, grow={}, fraction=0.5)),
+        ("grow", lambda given: bp.regrow({"w": MASK}, drop={"w": bp.BlockScore(torch.ones(2), MASK.grid)}, grow=given, fraction=0.5)),
+    ],
+)
+def test_a_metric_or_data_where_scores_are_expected_is_an_error_with_the_scores_to_give(what: str, call: Callable[[Any], object]) -> None:
+    with pytest.raises(TypeError) as caught:
+        call(bp.metric.l1)
+    said = f"{what} is a function, not a mapping from parameter names to BlockScore; give the scores that a metric returns"
+    assert str(caught.value) == f"{said}, such as {what}=bp.metric.l1(data)"
+    with pytest.raises(TypeError, match=rf"^{what}\['w'\] is a Param, not a BlockScore; build one: BlockScore\(value, grid\)$"):
+        call({"w": bp.Param(torch.ones(4), MASK.grid)})

@@ -47,12 +47,20 @@ def test_a_model_that_is_not_faster_is_reported_and_from_which_sparsity_it_would
     times = itertools.chain([2.2, 1.0])  # at 50 and at 75 % of the same blocks
 
     def fake(models: dict[str, nn.Module], **_: object) -> dict[str, float]:
-        return {name: {**FAKE, "Sequential": 2.5}[name] for name in models} if "sparser" not in models else {"sparser": next(times)}
+        return {name: {**FAKE, "exported": 2.5}[name] for name in models} if "sparser" not in models else {"sparser": next(times)}
 
     monkeypatch.setattr(model_benchmark, "_milliseconds", fake)
     comparison = export.benchmark(model, export.block_sparse(model, backend="torch"), inputs=torch.randn(8, 24), dtypes=DTYPES)
-    slower = "Sequential is not faster than dense: it is 0.80 times as fast as dense, oneDNN packed."
+    slower = "exported is not faster than dense: it is 0.80 times as fast as dense, oneDNN packed."
     assert comparison.verdict == f"{slower} The same blocks would be faster at 75% pruned: 2.00 times as fast."
+
+
+def test_models_without_names_are_called_exported_or_by_their_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed(monkeypatch, exported=1.0, Sequential=1.5, **{"exported 3": 1.0})
+    model = masked(mlp())
+    sparse = export.block_sparse(model, backend="torch")
+    rows = export.benchmark(model, sparse, bp.finalize(model), copy.deepcopy(sparse), inputs=torch.randn(8, 24), dtypes=["float32"]).rows
+    assert [row.name for row in rows[-3:]] == ["exported", "Sequential", "exported 3"]
 
 
 def test_a_dense_model_of_another_type_that_is_faster_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +86,7 @@ def test_the_types_of_the_dense_models_are_chosen() -> None:
     assert {row.dtype for row in export.benchmark(model, inputs=x, rounds=1, dtypes=["bfloat16"]).rows} == {"bfloat16"}
     sparse = export.block_sparse(masked(mlp()), backend="torch")
     names = [row.name for row in export.benchmark(masked(mlp()), sparse, inputs=x, rounds=1, dtypes=["int8"]).rows]
-    assert names == [*(name for name in FAKE if "int8" in name), "Sequential"]
+    assert names == [*(name for name in FAKE if "int8" in name), "exported"]
     with pytest.raises(ValueError, match="dtypes is empty"):
         export.benchmark(model, inputs=x, dtypes=[])
     with pytest.raises(ValueError, match=r"dtypes has 'int4'; a dense form of this model is 'float32', .*'int8'"):
@@ -102,7 +110,8 @@ def test_a_benchmark_says_that_nothing_became_sparse(monkeypatch: pytest.MonkeyP
     timed(monkeypatch, mine=0.5)
     model = masked(mlp())
     comparison = export.benchmark(model, bp.finalize(model), names=["mine"], inputs=torch.randn(8, 24), dtypes=DTYPES)
-    assert comparison.verdict.endswith("0 of 2 masked layers of mine are block-sparse; choose(model) lists the reason of each.")
+    said = "0 of 2 masked layers of mine are block-sparse; print(choose(model)) lists the reason for each layer."
+    assert comparison.verdict.endswith(said)
 
 
 def test_a_real_benchmark_leaves_the_models_alone() -> None:
@@ -389,7 +398,8 @@ def test_the_fastest_of_all_types_is_chosen(monkeypatch: pytest.MonkeyPatch) -> 
         assert type(layer) is kind
         if (backend, dtype) == ("dense", "int8"):
             assert layer.block_mask().keep.all()
-    assert choice.reason == "0.50x on (8, 64): native int8 1 ms, F.linear 4 ms, torch dynamic int8 0.5 ms"
+    compared = "native int8 is 4.00x as fast as F.linear and 0.50x as fast as torch dynamic int8 on (8, 64)"
+    assert choice.reason == f"{compared}: native int8 1 ms, F.linear 4 ms, torch dynamic int8 0.5 ms"
     assert "native int8" in repr(export.Choices((choice,)))
     assert "int8 error" in repr(export.Choices((choice,)))
 
@@ -574,3 +584,10 @@ def test_the_reason_has_the_times_of_the_chosen_kernel_and_of_the_plain_layer() 
     chosen = "Conv2d" if choice.backend == "dense" else choice.backend
     assert f"{chosen} {choice.milliseconds[chosen]:.3g} ms" in choice.reason
     assert f"Conv2d {choice.milliseconds['Conv2d']:.3g} ms" in choice.reason
+
+
+def test_the_reason_has_one_ratio_if_the_plain_layer_is_the_fastest_dense_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"F.linear": 2.0, "oneDNN packed": 3.0, "torch": 1.0}
+    monkeypatch.setattr(backend_choice, "time_interleaved", lambda *_, **__: {name: ms / 1e3 for name, ms in times.items()})
+    (choice,) = export.choose(masked(nn.Sequential(nn.Linear(64, 64))), inputs=torch.randn(8, 64), progress=False).rows
+    assert choice.reason == "torch is 2.00x as fast as F.linear on (8, 64): torch 1 ms, F.linear 2 ms"

@@ -469,12 +469,69 @@ def test_a_state_dict_on_the_meta_device_is_refused_and_indices_keep_their_type(
     assert torch.equal(loaded(x), y)
 
 
+def convolution() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(4, 8, 3))
+
+
+@BOTH_BACKENDS
+@pytest.mark.parametrize("part", ["all", "the kept weights", "the bias", "the input"])
+@pytest.mark.parametrize("make", [mlp, convolution])
+def test_what_is_on_the_meta_device_does_not_multiply_what_is_not(make: Any, part: str, backend: str) -> None:
+    if make is convolution and backend == "int8":
+        pytest.skip("a convolution has no int8 form")
+    model, x = exported(masked(make()), backend), torch.randn(2, 24) if make is mlp else torch.randn(2, 4, 5, 5)
+    if part == "the input":
+        x = x.to("meta")
+    elif part == "the bias":
+        model[0].bias = nn.Parameter(model[0].bias.to("meta"))
+    elif part == "the kept weights":
+        bias = model[0].bias
+        model[0].to("meta").bias = bias
+    else:
+        model.to("meta")
+    with pytest.raises(RuntimeError, match=r"0: the input is on .* the kept weights are on .* the bias is on .* export.load_state_dict"):
+        model(x)
+    if part == "all":
+        assert model(x.to("meta")).is_meta
+
+
+@BOTH_BACKENDS
+def test_a_layer_on_the_meta_device_takes_the_tensors_that_are_assigned(backend: str) -> None:
+    model, x = exported(masked(mlp()), backend), torch.randn(3, 24)
+    loaded = copy.deepcopy(model).to("meta")
+    loaded.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_errors_about_inputs_begin_with_the_name_of_the_layer() -> None:
+    sparse = export.block_sparse(masked(nn.ModuleDict({"fc": nn.Linear(24, 8), "conv": nn.Conv2d(4, 4, 3)})), backend="torch")
+    for name, x, error, message in [
+        ("fc", torch.randn(3, 25), ValueError, "an input of shape"),
+        ("fc", torch.randn(3, 24).double(), TypeError, "an input of torch.float64"),
+        ("conv", torch.randn(1, 3, 4, 4), ValueError, "an input of shape"),
+        ("conv", torch.randn(1, 4, 2, 2), ValueError, "an input of shape"),
+        ("conv", torch.randn(1, 4, 4, 4).double(), TypeError, "an input of torch.float64"),
+    ]:
+        with pytest.raises(error, match=rf"^{name}: {message}"):
+            sparse[name](x)
+
+
+@BOTH_BACKENDS
+def test_all_that_was_exported_trains_again_as_plain_layers(backend: str) -> None:
+    model = masked(mlp())
+    model[0].requires_grad_(False)
+    plain = export.dense(exported(model, backend))
+    assert {name: p.requires_grad for name, p in plain.named_parameters()} == {"0.weight": False, "0.bias": False, "2.weight": True}
+
+
 def test_a_state_dict_of_another_model_says_which_layer() -> None:
     state = export.block_sparse(masked(mlp()), backend="torch").state_dict()
     with pytest.raises(ValueError, match=r"0: the state dict has a weight of shape \(32, 24\), and the layer one of \(8, 24\)"):
         export.load_state_dict(nn.Sequential(nn.Linear(24, 8), nn.GELU(), nn.Linear(8, 10, bias=False)), state)
     with pytest.raises(KeyError, match="that the model does not have"):
         export.load_state_dict(nn.Sequential(nn.Linear(24, 32)), state)
+    with pytest.raises(KeyError, match=r"'module.0' that the model does not have; its names begin with 'module.', of a wrapper; strip it"):
+        export.load_state_dict(mlp(), {f"module.{key}": x for key, x in state.items()})
     with pytest.raises(ValueError, match="for a GELU"):
         export.load_state_dict(nn.Sequential(nn.GELU(), nn.GELU(), nn.Linear(32, 10, bias=False)), state)
     with pytest.raises(RuntimeError, match=r"Missing key|Unexpected key"):
@@ -544,7 +601,7 @@ def test_a_layer_that_does_more_than_a_product_stays_dense() -> None:
     backward.register_full_backward_hook(lambda *_: None)
     for layer in (Linear(8, 8), patched, backward):
         model = masked(nn.Sequential(layer))
-        with pytest.warns(UserWarning, match=r"0 of 1 masked layers became block-sparse \(0.weight: .*\); choose\(model\) lists"):
+        with pytest.warns(UserWarning, match=r"0 of 1 masked layers became block-sparse \(0.weight: .*\); print\(choose\(model\)\) lists"):
             sparse = export.block_sparse(model, backend="torch")
         assert not any(isinstance(m, export.BlockSparseLinear) for m in sparse.modules())
     assert torch.equal(sparse(x), model(x))
@@ -787,7 +844,7 @@ def test_layers_that_stay_dense_are_named_with_the_reason() -> None:
         sparse = export.block_sparse(model, backend="torch")
     close(sparse(x), model(x))
     alone = masked(nn.Sequential(FalconLinear(8, 8)))
-    nothing = rf"^0 of 1 masked layers became block-sparse \({reason}.*\); choose\(model\) lists the reason of each$"
+    nothing = rf"^0 of 1 masked layers became block-sparse \({reason}.*\); print\(choose\(model\)\) lists the reason for each layer$"
     for convert in (
         lambda: export.block_sparse(alone, backend="torch"),
         lambda: export.block_sparse(alone, progress=False),

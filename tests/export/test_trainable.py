@@ -444,7 +444,7 @@ def test_an_update_knows_all_names_of_a_layer_and_what_an_optimizer_holds() -> N
         return loss
 
     optimizer.step(closure)
-    with pytest.raises(ValueError, match="is not one number for each kept weight"):
+    with pytest.raises(ValueError, match="LBFGS is not one number for each weight"):
         export.update(sparse, {"a.weight": other}, optimizer=optimizer)
 
 
@@ -470,7 +470,7 @@ def test_distillation_resumes_with_the_same_blocks_alone() -> None:
     weights = bp.distill(sparse, None, None, batches, **options, callback=states.append)
     again = bp.distill(sparse, None, None, batches, **options, resume=states[0])
     assert all(torch.equal(x, weights[name]) for name, x in again.items())
-    with pytest.raises(ValueError, match=r"resume: its state has other masks, such as that of '0\.weight'"):
+    with pytest.raises(ValueError, match=r"resume: its state has different masks, such as that of '0\.weight'"):
         bp.distill(other, None, None, batches, **options, resume=states[0])
 
 
@@ -495,11 +495,16 @@ def test_bad_input_is_refused_and_changes_nothing() -> None:
         (({**masks, "2.weight": wrong},), ValueError, r"2\.weight: the mask has shape \(8, 8\), and the weight \(10, 32\)"),
         (({"3.weight": wrong},), KeyError, "no block-sparse weight of the model"),
         ((masks, old), ValueError, "make it from the parameters of this model"),
-        (({"0.weight": masks["0.weight"].keep},), TypeError, r"masks\['0\.weight'\] is a Tensor and must be a BlockMask"),
+        (
+            ({"0.weight": masks["0.weight"].keep},),
+            TypeError,
+            r"masks\['0\.weight'\] is a Tensor, not a BlockMask; build one: BlockMask\(keep, grid\)",
+        ),
+        ((bp.PruningResult(masks, {}),), TypeError, r"masks is a PruningResult, not a mapping .*; give result\.masks"),
     ]:
         with pytest.raises(error, match=said):
             export.update(sparse, arguments[0], optimizer=arguments[1] if len(arguments) > 1 else None)
-    with pytest.raises(KeyError, match=r"weights has '0\.weight'"):
+    with pytest.raises(KeyError, match=r"weights names '0\.weight', but masks does not; give a mask"):
         export.update(sparse, {}, weights={"0.weight": torch.ones(32, 24)}, optimizer=None)
     with pytest.raises(ValueError, match=r"the weight has shape \(2, 2\)"):
         export.update(sparse, masks, weights={"0.weight": torch.ones(2, 2)}, optimizer=None)
@@ -538,3 +543,27 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
             state = torch.load(tmp_path / f"{kind} {index}.pt")
             for name, right in alone.state_dict().items():
                 torch.testing.assert_close(state[name], right, msg=f"{kind} {name}")
+
+
+def test_an_update_in_inference_mode_leaves_an_optimizer_that_can_go_on() -> None:
+    model = masked(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    sparse, twin = (trainable(model) for _ in range(2))
+    results = []
+    for module, mode in ((sparse, torch.inference_mode), (twin, torch.no_grad)):
+        optimizer = torch.optim.Adam(module.parameters())
+        for _ in range(2):
+            optimizer.zero_grad()
+            module(torch.ones(2, 8)).square().sum().backward()
+            optimizer.step()
+            with mode():
+                export.update(module, other_masks(model), optimizer=optimizer)
+        results.append(module(torch.ones(2, 8)))
+    assert torch.equal(*results)
+
+
+def test_a_new_weight_of_another_type_is_named() -> None:
+    model = masked(nn.Sequential(nn.Linear(8, 8)))
+    with pytest.raises(TypeError, match=r"weights\['0\.weight'\] is a int; give the dense weight as a tensor"):
+        export.update(trainable(model), other_masks(model), optimizer=None, weights={"0.weight": 3})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="weights is a int, not a mapping"):
+        export.update(trainable(model), other_masks(model), optimizer=None, weights=3)  # type: ignore[arg-type]

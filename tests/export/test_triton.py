@@ -291,7 +291,7 @@ def test_layers_are_chosen_and_timed_on_a_gpu(graph: bool) -> None:
     assert sparse[0].block == (64, 64)
     torch.testing.assert_close(sparse(x), model(x), atol=2e-2, rtol=2e-2)
     table = export.benchmark(model, sparse, inputs=x, graph=graph, rounds=3)
-    assert [row.name for row in table.rows] == ["dense", "Sequential"]
+    assert [row.name for row in table.rows] == ["dense", "exported"]
     torch.testing.assert_close(copy.deepcopy(sparse).cpu()(x.cpu()), sparse(x).cpu(), atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(torch.compile(sparse, fullgraph=True)(x), sparse(x), atol=2e-2, rtol=2e-2)
 

@@ -1,5 +1,6 @@
 """Shrunk Hugging Face models are loaded by transformers alone, from the configuration that was saved with them."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import blockprune as bp
 from blockprune import export
+from blockprune.export import uniform_widths
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("torch_pruning")
@@ -116,3 +118,47 @@ def test_a_number_of_heads_that_the_configuration_refuses_is_raised_to_the_next(
     assert loaded.config.num_attention_heads == 8
     torch.testing.assert_close(output(loaded), output(model), atol=1e-5, rtol=1e-5)
     assert any("cannot express" in units.reason for units in result.kept)
+
+
+def t5_with_empty_heads() -> tuple[Any, dict[str, Tensor]]:
+    """A T5 of which one attention has two empty heads of four, and its inputs."""
+    torch.manual_seed(0)
+    config = transformers.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, vocab_size=64, decoder_start_token_id=0)
+    model, masks = transformers.T5ForConditionalGeneration(config).eval(), {}
+    for name, p in model.named_parameters():
+        if "EncDecAttention" in name:
+            keep, block = torch.arange(32) >= 16, (-1, 1) if ".o." in name else (1,)
+            masks[name] = bp.BlockMask(keep[None] if ".o." in name else keep[:, None], bp.BlockGrid(tuple(p.shape), block))
+    return bp.apply_masks(model, masks), {"input_ids": IDS, "decoder_input_ids": IDS}
+
+
+def test_zeros_fill_up_whole_heads_of_t5(tmp_path: Path) -> None:
+    model, example = t5_with_empty_heads()
+    result = export.shrink(model, example)
+    assert result.widths is not None
+    assert result.not_uniform == ""
+    result.model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        logits = type(model).from_pretrained(tmp_path)(**example).logits
+        torch.testing.assert_close(logits, model(**example).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"HEAD_SIZES": ()}, r"with uniform widths the outputs change \(by"),
+        ({"_built_shapes": lambda *_: None}, "no configuration was found of which T5ForConditionalGeneration gets such widths"),
+    ],
+)
+def test_a_model_without_uniform_widths_says_that_it_cannot_be_loaded(
+    change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in change.items():
+        monkeypatch.setattr(uniform_widths, name, value)
+    model, example = t5_with_empty_heads()
+    with pytest.warns(UserWarning, match=rf"{reason}.*from_pretrained cannot load"):
+        result = export.shrink(model, example)
+    assert result.widths is None
+    assert re.search(reason, result.not_uniform)
+    assert re.search(f"config .*{reason}", str(result))
+    assert export.shrink(model, example, uniform=False).not_uniform == ""

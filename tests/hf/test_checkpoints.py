@@ -254,6 +254,104 @@ def test_the_configuration_names_blockprune_only_while_there_are_blocks(tmp_path
     assert bp.finalize(other).config.quantization_config == other.config.quantization_config == {"quant_method": "another"}
 
 
+def bart() -> Any:
+    sides = {"layers": 1, "attention_heads": 4, "ffn_dim": 64}
+    options = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in sides.items()}
+    return transformers.BartForConditionalGeneration(transformers.BartConfig(vocab_size=64, d_model=32, **options))
+
+
+ONE_PART: dict[str, tuple[Callable[[], Any], bp.Where]] = {
+    "an encoder": (bart, bp.including(bp.linears((16, 16)), "*encoder.*")),
+    "a decoder": (bart, bp.including(bp.linears((16, 16)), "*decoder.*")),
+    "a head": (llama, bp.named("lm_head.weight", (16, 16))),
+    "a classifier": (bert, bp.named("classifier.weight", (1, 16))),
+}
+
+
+@pytest.mark.parametrize("kind", ["masked", "exported"])
+@pytest.mark.parametrize("part", ONE_PART)
+def test_masks_of_one_part_come_back(part: str, kind: str, tmp_path: Path) -> None:
+    """Other parts with the same configuration have none."""
+    model = (masked if kind == "masked" else exported)(*ONE_PART[part])
+    model.save_pretrained(tmp_path)
+    loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert bp.read_masks(loaded) == bp.read_masks(model) != {}
+    assert torch.equal(output(loaded), output(model))
+
+
+def test_models_that_were_built_from_one_configuration_are_marked_each_for_itself(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(vocab_size=64, **SIZES)
+    student, teacher = (transformers.LlamaForCausalLM(config).eval() for _ in range(2))
+    masks = bp.recipes.magnitude(LAYERS)(student, 0.5).masks
+    bp.apply_masks(student, masks)
+    assert student.config is student.model.config is student.model.layers[0].self_attn.config is not config
+    assert teacher.config is config
+    for plain in (teacher, transformers.BertModel(transformers.BertConfig(vocab_size=64, **SIZES))):
+        plain.save_pretrained(tmp_path / "plain")
+        assert "blockprune" not in (tmp_path / "plain" / "config.json").read_text()
+    skeleton = transformers.AutoModelForCausalLM.from_config(student.config)
+    bp.apply_masks(skeleton, {})
+    student.save_pretrained(tmp_path)
+    assert bp.read_masks(transformers.LlamaForCausalLM.from_pretrained(tmp_path)) == masks
+    skeleton.save_pretrained(tmp_path)
+    assert "blockprune" not in (tmp_path / "config.json").read_text()
+
+
+def test_masks_of_a_base_model_come_back_with_the_model_around_it(tmp_path: Path) -> None:
+    model = llama().eval()
+    bp.apply_masks(model.model, bp.recipes.magnitude(bp.linears((16, 16)))(model.model, 0.5).masks)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert bp.read_masks(loaded) == bp.read_masks(model) != {}
+
+
+def test_a_configuration_inside_another_stays_a_part_of_it(tmp_path: Path) -> None:
+    text, vision = ({**SIZES, "num_hidden_layers": 1} for _ in range(2))
+    config = transformers.CLIPConfig(text_config=text, vision_config={**vision, "image_size": 8, "patch_size": 4})
+    model = transformers.CLIPModel(config)
+    bp.apply_masks(model, bp.recipes.magnitude(bp.including(bp.linears((16, 16)), "text_model.*"))(model, 0.5).masks)
+    model.save_pretrained(tmp_path)
+    assert bp.read_masks(transformers.CLIPModel.from_pretrained(tmp_path)) == bp.read_masks(model)
+    bp.apply_masks(model, {})
+    assert model.config is not config
+    assert model.config.text_config is model.text_model.config
+    assert model.config.vision_config is model.vision_model.config
+    assert "blockprune" not in model.config.to_json_string()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_with_rowwise_int8_comes_back(tied: bool, tmp_path: Path) -> None:
+    model = export.rowwise_int8(llama(tie_word_embeddings=tied).eval())
+    assert isinstance(model.lm_head, export.Int8BlockSparseLinear)
+    model.save_pretrained(tmp_path)
+    loaded, report = transformers.LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert torch.equal(output(loaded), output(model))
+
+
+@pytest.mark.parametrize("kind", ["masked", "exported"])
+@pytest.mark.parametrize(
+    ("make", "other", "lacking"),
+    [
+        (llama, "LlamaModel", "lm_head"),
+        (lambda: transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=64, **SIZES)), "BertForSequenceClassification", "cls"),
+        (bert, "BertForMaskedLM", r"bert\.pooler"),
+    ],
+)
+def test_a_pruned_head_does_not_keep_a_folder_from_loading_without_it(
+    make: Callable[[], Any], other: str, lacking: str, kind: str, tmp_path: Path
+) -> None:
+    model = (masked if kind == "masked" else exported)(make, bp.linears((2, 16)))
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=rf"{other} lacks the layers of these (masks|block-sparse layers) in the folder.*{lacking}"):
+        loaded = getattr(transformers, other).from_pretrained(tmp_path)
+    masks = bp.read_masks(loaded)
+    assert len(masks) == len(bp.read_masks(loaded.base_model)) > 10
+    with torch.no_grad():
+        assert torch.equal(loaded.base_model(IDS)[0], model.base_model(IDS)[0])
+
+
 def test_a_plain_model_with_the_configuration_of_a_masked_one_comes_back(tmp_path: Path) -> None:
     model = masked(llama)
     plain = transformers.LlamaForCausalLM(model.config).eval()

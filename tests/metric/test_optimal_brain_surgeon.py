@@ -531,7 +531,7 @@ def test_a_missing_statistic_is_named_with_code_that_collects_it(score: Any) -> 
     name = "obs" if score is metric.obs else "sparsegpt"
     with pytest.raises(ValueError) as caught:
         score(data)
-    for part in ("weight (2, 4)", f"metric.{name}", "'input_gram'", "the data has none", "statistics=[statistics.input_gram]"):
+    for part in ("weight (2, 4)", f"metric.{name}", "'input_gram'", "the data has none", "statistics=[bp.statistics.input_gram]"):
         assert part in str(caught.value), part
 
 

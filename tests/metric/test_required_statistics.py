@@ -74,7 +74,7 @@ def test_a_metric_requires_what_it_reads_and_says_how_to_collect_what_is_missing
     for statistic in required:
         with pytest.raises(ValueError) as caught:
             DATA_METRICS[name](without(data, statistic.name), **options)
-        code = f"collect.with_statistics(model, where=..., statistics=[statistics.{statistic!r}], batches=...)"
+        code = f"bp.collect.with_statistics(model, where=..., statistics=[bp.statistics.{statistic!r}], batches=...)"
         for part in ("0.weight (8, 6)", f"metric.{name} needs the statistic {statistic.name!r}", f"collect it: {code}"):
             assert part in str(caught.value), part
 
@@ -87,7 +87,7 @@ def test_a_repair_requires_what_it_reads_and_says_how_to_collect_what_is_missing
     for statistic in required:
         with pytest.raises(ValueError) as caught:
             REPAIRS[name](without(data, statistic.name), masks=half(data))
-        code = f"collect.with_statistics(model, where=..., statistics=[statistics.{statistic!r}], batches=...)"
+        code = f"bp.collect.with_statistics(model, where=..., statistics=[bp.statistics.{statistic!r}], batches=...)"
         for part in ("0.weight (8, 6)", f"reconstruct.{name} needs the statistic {statistic.name!r}", f"collect it: {code}"):
             assert part in str(caught.value), part
 
@@ -114,8 +114,17 @@ def test_the_code_in_the_error_collects_the_statistic() -> None:
         metric.obd(collect.weights(net(), where=RULE))
     code = str(caught.value).split("collect it: ")[1]
     code = code.replace("where=...", "where=RULE").replace("batches=...", "batches=[X], loss=loss")
-    data = eval(code, {"collect": collect, "statistics": statistics, "model": net(), "RULE": RULE, "X": X, "loss": loss})
+    data = eval(code, {"bp": bp, "model": net(), "RULE": RULE, "X": X, "loss": loss})
     assert metric.obd(data).keys() == data.keys()
+
+
+def test_the_code_in_the_error_is_a_collector_for_a_pipeline() -> None:
+    with pytest.raises(ValueError) as caught:
+        bp.Pipeline(partial(collect.weights, where=RULE), metric.wanda, allocate.per_layer)(net(), 0.5)
+    code = str(caught.value).split("collect=")[1].split("; outside")[0]
+    code = code.replace("where=...", "where=RULE").replace("Calibration(batches)", "Calibration([X])")
+    collector = eval(code, {"bp": bp, "partial": partial, "RULE": RULE, "X": X})
+    assert bp.sparsity(bp.Pipeline(collector, metric.wanda, allocate.per_layer)(net(), 0.5)) == 0.5
 
 
 # What a user declares.

@@ -606,3 +606,9 @@ def test_a_child_may_be_named_as_torch_names_parametrizations() -> None:
     layer.parametrizations = nn.Linear(4, 4)
     masks = bp.recipes.magnitude(bp.linears((2, 2)))(layer, 0.5).masks
     assert masks.keys() == {"weight", "parametrizations.weight"}
+
+
+def test_a_lazy_layer_is_named_with_the_remedy() -> None:
+    mask = bp.BlockMask(torch.ones(2, 2).bool(), bp.BlockGrid((4, 4), (2, 2)))
+    with pytest.raises(ValueError, match=r"0\.weight: this weight of a lazy layer has no shape yet; run the model on one batch first"):
+        bp.apply_masks(nn.Sequential(nn.LazyLinear(4)), {"0.weight": mask})

@@ -1,5 +1,6 @@
 """Calibration data are given as the user says, and a loss is the user's or the model's own."""
 
+import math
 import pickle
 import re
 from functools import partial
@@ -136,8 +137,8 @@ def test_the_loss_is_the_users_or_the_outputs_own() -> None:
 @pytest.mark.parametrize(
     ("calibration", "output", "text"),
     [
-        (bp.Calibration([]), X, r"statistics gate_grad, weight_grad need a loss: pass loss=.*\(Tensor\) has none"),
-        (bp.Calibration([]), {"logits": X}, r"\(dict\) has none"),
+        (bp.Calibration([]), X, r"statistics gate_grad, weight_grad need a loss: give Calibration\(batches, loss=.*\(Tensor\) has no loss"),
+        (bp.Calibration([]), {"logits": X}, r"\(dict\) has no loss"),
         (bp.Calibration([], loss=lambda output, batch: output), X, r"one number, but loss\(output, batch\) gave shape \(2, 4\)"),
         (bp.Calibration([], loss=lambda output, batch: 1.0), X, r"one number, but loss\(output, batch\) gave float"),
         (bp.Calibration([], loss=half_loss), X, r"with a gradient, but loss\(output, batch\) has none"),
@@ -178,6 +179,15 @@ def test_a_loss_in_torchs_form_comes_with_the_loss_to_give(loss: Any, batch: Any
     target = "batch['labels']" if isinstance(batch, dict) else "batch[1]"
     with pytest.raises(TypeError, match=re.escape(f"(output, {target})")):
         scalar_loss(bp.Calibration([], loss=loss), output, batch, ["gate_grad"])
+
+
+def test_a_loss_that_is_a_module_comes_with_a_remedy_that_calls_it() -> None:
+    output, batch = torch.ones(2, 3, requires_grad=True), (torch.ones(2, 3), torch.zeros(2).long())
+    with pytest.raises(TypeError) as caught:
+        scalar_loss(bp.Calibration([], loss=nn.CrossEntropyLoss()), output, batch, ["gate_grad"])
+    code, function = str(caught.value).rpartition("give loss=")[2].split(", with loss_function = ")
+    loss = eval(code, {"loss_function": eval(function)})
+    assert scalar_loss(bp.Calibration([], loss=loss), output, batch, ["gate_grad"]).item() == pytest.approx(math.log(3))
 
 
 def test_a_loss_in_torchs_form_may_compare_the_output_with_the_batch() -> None:

@@ -119,6 +119,22 @@ def masked_linear(block: tuple[int, int] = (2, 2)) -> nn.Linear:
     return bp.apply_masks(nn.Linear(4, 4), {"weight": bp.BlockMask(torch.rand(grid.size) < 0.5, grid)})
 
 
+def test_a_state_of_an_exported_or_of_a_wrapped_model_says_what_to_do() -> None:
+    def plain() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4))
+
+    model = plain()
+    bp.apply_masks(model, bp.recipes.magnitude(bp.linears((2, 2)))(model, 0.5).masks)
+    with pytest.raises(ValueError, match=r"exported model: give it to export.load_state_dict\(model, state\)"):
+        bp.load_masked(plain(), export.block_sparse(model, backend="torch").state_dict())
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
+        for state in (model.state_dict(), plain().state_dict()):
+            with pytest.raises(ValueError, match=rf"names begin with '{prefix}', of a wrapper; strip it"):
+                bp.load_masked(plain(), {prefix + key: x for key, x in state.items()})
+    with pytest.raises(ValueError, match="give the state dict of a masked model of the same class"):
+        bp.load_masked(plain(), {})
+
+
 def test_a_state_of_other_blocks_is_refused() -> None:
     model, state = masked_linear((2, 2)), masked_linear((4, 1)).state_dict()
     before = copy.deepcopy(model.state_dict())
@@ -325,3 +341,32 @@ def test_a_model_without_memory_is_refused(is_masked: bool) -> None:
         bp.load_masked(model, state)
     assert bp.read_masks(model) == before
     assert same(bp.load_masked(model.to_empty(device="cpu"), state).state_dict(), dict(state))
+
+
+@pytest.mark.parametrize("first", ["optimizer", "masks"])
+def test_training_goes_on_if_the_optimizer_is_made_on_the_same_side_of_masking(first: str) -> None:
+    """A mask changes the order of a layer's parameters, by which torch's optimizers load their state."""
+    masks = {"weight": bp.BlockMask(torch.tensor([True, False, True, True]), bp.BlockGrid((4,), (1,)))}
+    batches = [torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+
+    def start(put_on: Callable[[nn.Module], nn.Module]) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.BatchNorm1d(4)
+        if first == "masks":
+            put_on(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return (model if first == "masks" else put_on(model)), optimizer
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: list[Tensor]) -> None:
+        for x in inputs:
+            optimizer.zero_grad()
+            (model(x) - x.sin()).square().mean().backward()
+            optimizer.step()
+
+    model, optimizer = start(lambda plain: bp.apply_masks(plain, masks))
+    train(model, optimizer, batches[:2])
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, batches[2:])
+    again, optimizer = start(lambda plain: bp.load_masked(plain, saved[0]))
+    optimizer.load_state_dict(saved[1])
+    train(again, optimizer, batches[2:])
+    assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())

@@ -454,3 +454,39 @@ def test_hard_concrete_refuses_intervals_that_do_not_extend_beyond_0_and_1(optio
         gates.hard_concrete(**options)
     with pytest.raises(ValueError, match="threshold="):
         gates.soft_movement(threshold=1.0)
+
+
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU])
+def test_a_gated_rnn_can_be_copied_after_a_forward_with_gradients(make: Any) -> None:
+    rnn, x = make(4, 4), normal((3, 2, 4), 0).float()
+    gates.add(rnn, where=lambda name, _: (2, 2) if "weight" in name else None)
+    rnn(x)[0].sum().backward()
+    rnn.eval()
+    replica = copy.deepcopy(copy.deepcopy(rnn))
+    assert torch.equal(replica(x)[0], rnn(x)[0])
+    with torch.no_grad():
+        for p in replica.parameters():
+            p.mul_(2)
+    assert not torch.equal(replica(x)[0], rnn(x)[0])
+    assert type(gates.remove(replica)) is make
+    assert torch.equal(copy.deepcopy(rnn)(x)[0], rnn(x)[0])
+
+
+@pytest.mark.parametrize("first", ["gates", "masks"])
+def test_a_gated_rnn_can_be_copied_with_and_without_masks(first: str) -> None:
+    where = bp.named("weight_hh_l0", (2, 2))
+    rnn, x = nn.LSTM(4, 4), normal((3, 2, 4), 0).float()
+    masks = bp.recipes.magnitude(where)(rnn, 0.5).masks
+    bp.apply_masks(rnn, {} if first == "gates" else masks)
+    gates.add(rnn, where=where).eval()
+    for changed in (masks, {}):
+        bp.apply_masks(rnn, changed)
+        rnn(x)[0].sum().backward()
+        assert torch.equal(copy.deepcopy(rnn)(x)[0], rnn(x)[0])
+
+
+def test_an_embedding_with_sparse_gradients_is_refused() -> None:
+    model = nn.Sequential(nn.Embedding(8, 4, sparse=True))
+    with pytest.raises(TypeError, match=r"0\.weight: the parameter \(8, 4\) has sparse gradients.*sparse=False"):
+        gates.add(model, where=bp.named("0.weight", (2, 2)))
+    assert type(model[0]) is nn.Embedding

@@ -155,3 +155,57 @@ def test_zero_new_blocks_needs_masks_of_the_same_blocks() -> None:
     bp.apply_masks(model, BEFORE)
     with pytest.raises(ValueError, match=r"0\.weight: the masks have BlockGrid"):
         bp.zero_new_blocks(model, {"0.weight": bp.BlockMask(torch.ones(4, 6).bool(), bp.BlockGrid((4, 6), (1, 1)))})
+
+
+def test_a_state_that_belongs_to_no_single_weight_is_an_error() -> None:
+    """LBFGS has lists under its first parameter, which may be another than the masked one."""
+    model = bp.apply_masks(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)), {"1.weight": BEFORE["0.weight"]})
+    optimizer = torch.optim.LBFGS(model.parameters())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = model(torch.ones(3, 6)).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with pytest.raises(
+        ValueError, match=r"optimizer: the state '\w+' of LBFGS is not one number for each weight; use an optimizer such as"
+    ):
+        bp.reset_state(optimizer, model, {"1.weight": BEFORE["0.weight"]}, {"1.weight": AFTER["0.weight"]})
+
+
+@pytest.mark.parametrize("dim", [0, None])
+def test_a_weight_that_is_computed_from_several_tensors_is_an_error(dim: int | None) -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 4), dim=dim))
+    bp.apply_masks(model, BEFORE)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+    before = tensors(optimizer)
+    with pytest.raises(ValueError, match=r"0\.weight \(4, 6\): the parametrization WeightNorm computes this weight from 2 tensors"):
+        bp.reset_state(optimizer, model, BEFORE, AFTER)
+    assert all(torch.equal(value, before[key]) for key, value in tensors(optimizer).items())
+
+
+def test_masks_of_another_type_are_named() -> None:
+    model, optimizer = trained(OPTIMIZERS["adam"], BEFORE)
+    with pytest.raises(TypeError, match=r"before\['0\.weight'\] is a int"):
+        bp.reset_state(optimizer, model, {"0.weight": 3}, AFTER)  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_in_blocks_that_stay_pruned_becomes_zero(value: float) -> None:
+    model = bp.apply_masks(nn.Sequential(nn.Linear(6, 4)), {"0.weight": bp.BlockMask(torch.zeros(2, 2).bool(), GRID)})
+    original = model[0].parametrizations.weight.original
+    with torch.no_grad():
+        original.fill_(value)
+        original[3, 5] = 5.0  # it stays
+    after = {"0.weight": bp.BlockMask(torch.tensor([[True, False], [False, False]]), GRID)}
+    bp.apply_masks(model, after, bp.zero_new_blocks(model, after))
+    assert original[3, 5] == 5
+    assert original.count_nonzero() == 1
+    with torch.no_grad():
+        original[0, 0] = value  # in a kept block it is the user's to see
+    with pytest.raises(ValueError, match="NaN or inf"):
+        bp.apply_masks(model, after, bp.zero_new_blocks(model, after))

@@ -251,3 +251,58 @@ def test_a_weight_that_is_not_finite_is_an_error_and_nothing_is_written(value: f
     keep = torch.tensor([[False, True], [True, True]])  # what a mask prunes may be anything
     bp.apply_masks(model, {"1.weight": bp.BlockMask(keep, bp.BlockGrid((4, 4), (2, 2)))})
     assert proximal_group_lasso(model, where=where, strength=0.1)[1].weight.isfinite().all()
+
+
+def project(data: bp.Data) -> dict[str, bp.BlockMask]:
+    return dict(bp.allocate.per_layer(bp.metric.l2(data), 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_duals_of_half_precision_weights_add_up_in_float32(dtype: torch.dtype) -> None:
+    """The twin: the same projections of the same values in float64."""
+    half = One(normal((4, 6), 0).to(dtype))
+    wide = One(half.weight.detach().double())
+    states: list[Admm | None] = [None, None]
+    for _ in range(40):
+        for i, model in enumerate((half, wide)):
+            states[i] = admm(model, where=bp.named("weight", (2, 2)), prune=project, previous=states[i])
+    found, expected = states
+    assert found is not None
+    assert expected is not None
+    assert found.masks == expected.masks
+    for name in ("targets", "duals"):
+        values = getattr(found, name)["weight"]
+        assert values.dtype == torch.float32
+        torch.testing.assert_close(values.double(), getattr(expected, name)["weight"])
+
+
+def test_admm_names_a_state_of_another_shape_and_a_prune_without_masks() -> None:
+    model = One(torch.ones(2, 4))
+    small = {"weight": torch.ones(1, 1)}
+    with pytest.raises(ValueError, match=r"weight \(2, 4\): previous has a dual of shape \(1, 1\)"):
+        admm(model, where=bp.named("weight", (1, 2)), prune=project, previous=Admm({}, small, small))
+    with pytest.raises(ValueError, match=r"weight \(2, 4\): the state has the shape \(1, 1\)"):
+        admm_penalty(model, Admm({}, {"weight": torch.ones(2, 4)}, small), rho=1.0)
+    with pytest.raises(TypeError, match=r"the result of prune is a int.*prune must return the masks of an allocator"):
+        admm(model, where=bp.named("weight", (1, 2)), prune=lambda data: 3)  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch looks at it where a graph ends
+def test_a_compiled_step_may_contain_penalties() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    where, x = bp.linears((4, 4)), torch.randn(5, 8)
+    bp.apply_masks(model, bp.recipes.magnitude(bp.linears((2, 2)))(model, 0.3).masks)
+    bp.gates.add(model, where=where, gate=bp.gates.soft_movement(), initial=0.1)
+    twin, state = copy.deepcopy(model), admm(model, where=where, prune=project)
+
+    def step(module: nn.Module) -> Tensor:
+        penalty = group_lasso(module, where=where) + admm_penalty(module, state, rho=1.0) + bp.gates.penalty(module, sparsity=0.5)
+        return module(x).square().mean() + penalty  # type: ignore[no-any-return]
+
+    loss = torch.compile(step, backend="aot_eager")(model)
+    loss.backward()
+    expected = step(twin)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from blockprune.model.running import disable_attention_fastpath, float64_copy, preserve_state, to_model_device
+from blockprune.model.running import (
+    buffers_as_now,
+    disable_attention_fastpath,
+    float64_copy,
+    preserve_state,
+    to_model_device,
+    uncompiled,
+)
 
 X = torch.ones(2, 4)
 
@@ -91,3 +98,40 @@ def test_a_copy_is_in_float64_if_the_model_runs_in_it(model: nn.Module, dtype: t
 def test_an_example_that_the_model_cannot_run_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"the model cannot run the example: .*forward"):
         float64_copy(nn.Linear(3, 2), lambda m: [m(X)])
+
+
+class Counting(nn.Module):
+    """Its forward writes one buffer, assigns another, and adds a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("written", torch.zeros(2))
+        self.register_buffer("assigned", torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.written.data.add_(1)
+        self.assigned = torch.ones(5)
+        self.register_buffer("added", torch.ones(3))
+        return x
+
+
+def test_buffers_are_put_back_as_often_as_wanted() -> None:
+    model = Counting()
+    written, put_back = model.written, buffers_as_now(model)
+    for _ in range(2):
+        model(X)
+        put_back()
+        assert model.written is written
+        assert torch.equal(model.written, torch.zeros(2))
+        assert torch.equal(model.assigned, torch.zeros(2))
+        assert torch.equal(model.added, torch.ones(3))
+
+
+def test_an_uncompiled_function_keeps_its_name_and_its_result() -> None:
+    def double(x: Tensor, *, times: int) -> Tensor:
+        return x * times
+
+    outside = uncompiled(double)
+    assert outside.__name__ == "double"
+    assert torch.equal(outside(X, times=2), 2 * X)
+    assert torch.equal(torch.compile(lambda x: outside(x + 1, times=2) - 1, backend="eager")(X), 2 * (X + 1) - 1)

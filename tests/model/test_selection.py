@@ -184,6 +184,8 @@ def test_find_gives_the_places_by_canonical_name() -> None:
         (bp.excluding(bp.linears((4, 4)), "haed.weight"), ["'haed.weight'", "'head.weight'"]),
         (bp.with_block(bp.named("haed.weight", (4, 4)), (1, 1)), ["'haed.weight'", "'head.weight'"]),
         (bp.with_block(bp.linears((1, 1)), (16, 4)), ["body.0.weight", "(8, 8)", "block=(16, 4)"]),
+        (bp.excluding(bp.convs((4,)), "zzz.*"), ["'zzz.*' matches no parameter; its rule selects 'stem.weight'"]),
+        (bp.including(bp.first_of(), "zzz.*"), ["'zzz.*' matches no parameter; the names are 'stem.weight', "]),
         (bp.excluding(bp.linears((4, 4)), "*"), ["matches no parameter of Net", "'stem.weight' (8, 3, 3, 3) of Conv2d", "linears"]),
         (bp.first_of(), ["matches no parameter of Net"]),
     ],
@@ -192,6 +194,24 @@ def test_a_rule_that_fits_nothing_or_badly_is_an_error_that_helps(rule: bp.Where
     with pytest.raises(ValueError) as caught:
         select(Net(), rule)
     assert not [part for part in says if part not in str(caught.value)]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        bp.linears((16, 4)),
+        bp.first_of(bp.convs((4,)), bp.linears((16, 4))),
+        bp.excluding(bp.with_block(bp.linears((4, 4)), (16, 4)), re.compile("head")),
+        bp.first_of(bp.norms_and_biases, bp.named("*.weight", (16, 4))),
+    ],
+)
+def test_the_code_in_the_error_leaves_out_the_parameter_that_does_not_fit(rule: bp.Where) -> None:
+    with pytest.raises(ValueError) as caught:
+        select(model := Net(), rule)
+    name = str(caught.value).partition(":")[0]
+    where = eval(str(caught.value).rpartition("where=")[2], {"bp": bp, "re": re})
+    assert where(name, model.get_submodule(name.rpartition(".")[0])) is None
+    assert where("fc.weight", nn.Linear(32, 32)) == rule("fc.weight", nn.Linear(32, 32)) is not None
 
 
 @pytest.mark.parametrize(

@@ -271,3 +271,53 @@ def test_the_straight_through_estimator_revives_blocks_that_the_data_needs() -> 
         masks[reaches] = bp.read_masks(model)["weight"].keep
     assert masks[True].tolist() == [[False, False], [True, False]]
     assert masks[False].tolist() == [[False, True], [False, False]]
+
+
+@pytest.mark.parametrize("options", [{}, {"straight_through": True}, {"straight_through": True, "decay": 0.5}])
+def test_the_gradient_is_by_the_mask_of_the_forward(options: Any) -> None:
+    """Masks may change between a forward and its backward."""
+    model, expected = layer(**options), layer(**options)
+    loss = model(X).sum()
+    bp.apply_masks(model, {"weight": WIDER}, straight_through={"weight": MASK})
+    bp.apply_masks(model, {"weight": bp.BlockMask(~MASK.keep, GRID)}, **options)
+    loss.backward()
+    expected(X).sum().backward()
+    assert torch.equal(stored(model).grad, stored(expected).grad)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_averages_of_weights_stay_right_when_it_is_switched(first: bool) -> None:
+    """`AveragedModel` pairs the buffers of two models."""
+    model = nn.Sequential(layer(), nn.Linear(4, 4))
+    masks = {**bp.read_masks(model), "1.weight": bp.BlockMask(torch.tensor([[True, False], [False, True]]), bp.BlockGrid((4, 4), (2, 2)))}
+    bp.apply_masks(model, masks, straight_through=first)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    bp.apply_masks(model, masks, straight_through={"0.weight": WIDER} if first else not first)
+    average.update_parameters(model)
+    masks |= {"0.weight": WIDER}
+    bp.apply_masks(model, masks, straight_through=not first)
+    average.update_parameters(model)
+    assert bp.read_masks(average.module) == masks
+    assert not [name for name in model.state_dict() if "reached" in name]
+
+
+def test_models_of_an_ensemble_have_their_own_reached_blocks() -> None:
+    models = [nn.Sequential(layer(straight_through={"weight": mask})) for mask in (MASK, WIDER)]
+    parameters, buffers = torch.func.stack_module_state(models)
+    base = copy.deepcopy(models[0])
+    together = vmap(grad(lambda p, b: functional_call(base, (p, b), (X,)).sum()))({n: p.detach() for n, p in parameters.items()}, buffers)
+    for found, model in zip(together["0.parametrizations.weight.original"], models, strict=True):
+        model(X).sum().backward()
+        assert torch.equal(found, stored(model[0]).grad)
+
+
+@pytest.mark.parametrize("block", [(2, 3), (4, 1)])
+def test_other_masks_for_one_run_pass_gradients_to_kept_blocks_alone(block: tuple[int, int]) -> None:
+    """`masked_parameters` has the gradients of the plain masks, whatever the masks on the model let pass."""
+    model, plain = layer(straight_through=True, decay=0.5), layer()
+    grid = bp.BlockGrid((4, 6), block)
+    masks = {"weight": bp.BlockMask(torch.arange(grid.blocks).view(grid.size) % 2 == 0, grid)}
+    functional_call(model, bp.masked_parameters(model, masks), (X,)).sum().backward()
+    bp.apply_masks(plain, masks)(X).sum().backward()
+    assert torch.equal(stored(model).grad, stored(plain).grad)
+    assert bp.read_masks(model) == {"weight": MASK}

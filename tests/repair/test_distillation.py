@@ -9,7 +9,7 @@ import attrs
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import blockprune as bp
 from blockprune import losses
@@ -397,10 +397,10 @@ def test_a_masked_model_is_not_its_own_teacher_and_a_state_belongs_to_its_parame
     model, masks, batches = problem()
     states: list[bp.DistillState] = []
     bp.distill(model, masks, None, batches, teacher=model, loss=losses.kl, steps=1, every=1, callback=states.append)
-    with pytest.raises(ValueError, match="other parameters"):
+    with pytest.raises(ValueError, match="different parameters"):
         bp.distill(model, masks, None, batches, teacher=model, loss=losses.kl, where="norm.*", resume=states[0])
     others = {name: bp.BlockMask(~mask.keep, mask.grid) for name, mask in masks.items()}
-    with pytest.raises(ValueError, match="other masks, such as that of"):
+    with pytest.raises(ValueError, match="different masks, such as that of"):
         bp.distill(model, others, None, batches, teacher=model, loss=losses.kl, steps=2, resume=states[0])
     masked = bp.apply_masks(copy.deepcopy(model), masks)
     with pytest.raises(ValueError, match="masked model itself"):
@@ -411,3 +411,172 @@ def test_a_model_with_gates_is_refused_with_the_remedy() -> None:
     gated = bp.gates.add(nn.Linear(4, 4), where=bp.linears((2, 2)))
     with pytest.raises(ValueError, match=r"bp.gates.remove\(model\)"):
         bp.distill(gated, None, None, [torch.ones(2, 4)], teacher=nn.Linear(4, 4), loss=losses.hidden_states)
+
+
+class Scaled(nn.Module):
+    """It divides by a running mean of its inputs, which only training mode changes, as a quantizer does."""
+
+    def __init__(self, *, in_evaluation_too: bool = False) -> None:
+        super().__init__()
+        self.always = in_evaluation_too
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or self.always:
+            self.scale = self.scale.lerp(x.detach().abs().mean(), 0.3) if self.always else self.scale.lerp_(x.detach().abs().mean(), 0.3)
+        return x / self.scale
+
+
+def with_buffers(kind: str) -> nn.Module:
+    if kind == "spectral_norm":
+        return nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 4))
+    return nn.Sequential(nn.Linear(6, 8), Scaled(in_evaluation_too=kind == "assigned"), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize("kind", ["written", "assigned", "spectral_norm"])
+def test_buffers_that_a_forward_changes_are_put_back(kind: str) -> None:
+    """The held-out loss is that of the model with the weights that are returned, and a resumed run has the same bits."""
+    model = seeded(lambda: with_buffers(kind)).eval()
+    teacher, batches = copy.deepcopy(model), [torch.randn(5, 6, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+    masks = bp.recipes.magnitude(bp.including(bp.linears((2, 2)), "2.*"))(model, 0.5).masks
+    before, states = copy.deepcopy(model.state_dict()), list[bp.DistillState]()
+    options = {"teacher": teacher, "loss": losses.hidden_states, "steps": 6, "every": 2, "train": True, "where": "2.*", "optimizer": ADAM}
+    options |= {"accumulate": 2, "held_out": batches[4:]}
+    weights = bp.distill(model, masks, None, batches[:4], **options, callback=states.append)
+    assert same(dict(model.state_dict()), dict(before))
+    assert same(dict(teacher.state_dict()), dict(before))
+    for state in states[:-1]:
+        again: list[bp.DistillState] = []
+        assert same(bp.distill(model, masks, None, batches[:4], **options, resume=state, callback=again.append), weights)
+        assert same(dict(again[-1].weights), dict(states[-1].weights))
+        assert again[-1].history == states[-1].history
+    pruned = bp.apply_masks(copy.deepcopy(model), masks, weights).eval()
+    expected = losses.hidden_states(pruned(batches[4]), copy.deepcopy(teacher)(batches[4]))
+    assert states[-1].best_loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+class Rotated(nn.Module):
+    """Half-precision weights beside complex and float64 tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.wide = nn.Linear(4, 4).bfloat16(), nn.Linear(4, 4).double()
+        self.register_buffer("angles", torch.polar(torch.ones(2), torch.tensor([1.0, 2.0])))
+        self.register_buffer("count", torch.tensor(2**53 - 1))
+        self.register_buffer("exact", torch.tensor(1 / 3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(self.linear(x.to(self.linear.weight.dtype)).float().view(-1, 2, 2))
+        return self.wide(torch.view_as_real(pairs * self.angles).flatten(1).double() * self.exact)  # type: ignore[no-any-return]
+
+
+def test_only_half_precision_is_copied_in_float32() -> None:
+    model = seeded(Rotated)
+    seen = []
+
+    def forward(student: nn.Module, x: Tensor) -> Tensor:
+        if student is not model:
+            seen.append({name: (value.dtype, value) for name, value in student.state_dict(keep_vars=True).items()})
+        return student(x)  # type: ignore[no-any-return]
+
+    masks = bp.recipes.magnitude(bp.including(bp.linears((2, 2)), "linear.*"))(model, 0.5).masks
+    options = {"teacher": model, "loss": losses.hidden_states, "steps": 1, "where": "linear.*", "forward": forward}
+    weights = bp.distill(model, masks, None, [torch.randn(5, 4)], **options)
+    assert {name: x.dtype for name, x in weights.items()} == {"linear.weight": torch.bfloat16, "linear.bias": torch.bfloat16}
+    assert seen[0]["linear.bias"][0] == torch.float32
+    for name in ("wide.weight", "wide.bias", "angles", "count", "exact"):
+        assert same(seen[0][name], (model.state_dict()[name].dtype, model.state_dict()[name]))
+
+
+def test_an_optimizer_of_other_parameters_is_an_error() -> None:
+    """Those of the model are not those of the copy that is trained."""
+    model, masks, batches = problem()
+    options = {"teacher": model, "loss": losses.kl, "steps": 1}
+    with pytest.raises(ValueError, match=r"embedding.*original \(12, 8\) is not in the SGD that optimizer= returned.*copy of the model"):
+        bp.distill(model, masks, None, batches, **options, optimizer=lambda _: SGD(model.parameters()))
+    with pytest.raises(ValueError, match="is not in the SGD that optimizer= returned, so it would not be trained"):
+        bp.distill(model, masks, None, batches, **options, optimizer=lambda parameters: SGD(parameters[:-1]))
+
+
+def test_a_sampler_within_a_sampler_is_set_back_and_resumes() -> None:
+    model, masks, batches = problem()
+    data = torch.cat(batches)
+
+    def loader(generator: torch.Generator) -> DataLoader[Any]:
+        sampler = RandomSampler(data, generator=generator)  # type: ignore[arg-type]
+        return DataLoader(TensorDataset(data), batch_size=None, sampler=BatchSampler(sampler, 4, drop_last=False))
+
+    options = {"teacher": model, "loss": losses.kl, "steps": 10, "every": 3, "forward": lambda module, batch: module(batch[0])}
+    resumes_exactly(model, masks, loader, options)
+
+
+def test_persistent_workers_resume_from_every_pass() -> None:
+    model, masks, batches = problem()
+    data = torch.cat(batches[:3])
+
+    def loader(generator: torch.Generator | None) -> DataLoader[Any]:
+        options = {"batch_size": 4, "shuffle": True, "num_workers": 1, "persistent_workers": True, "generator": generator}
+        return DataLoader(data, **options)  # type: ignore[arg-type]
+
+    options = {"teacher": model, "loss": losses.kl, "steps": 8, "every": 2}
+    resumes_exactly(model, masks, loader, options)
+    resumes_exactly(model, masks, lambda _: loader(None), options)
+
+
+def resumes_exactly(model: nn.Module, masks: Any, loader: Callable[[torch.Generator], DataLoader[Any]], options: dict[str, Any]) -> None:
+    """From all states, with a new loader and with one that was used before; its generator is set back at the end."""
+    generator, states = torch.Generator().manual_seed(3), list[bp.DistillState]()
+    before, used = generator.get_state(), loader(generator)
+    weights = bp.distill(model, masks, None, used, **options, callback=states.append)
+    assert torch.equal(generator.get_state(), before)
+    for state in states[:-1]:
+        for batches in (loader(torch.Generator().manual_seed(3)), used):
+            assert same(bp.distill(model, masks, None, batches, **options, resume=state), weights)
+    assert same(bp.distill(model, masks, None, used, **options), weights)
+
+
+class Sparse(nn.Module):
+    def __init__(self, *, sparse: bool) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(12, 8, sparse=sparse), nn.Linear(8, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.embedding(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_sparse_gradients_are_limited_as_dense_ones(clip: float | None) -> None:
+    dense, sparse = (seeded(partial(Sparse, sparse=is_sparse)) for is_sparse in (False, True))
+    masks = bp.recipes.magnitude(bp.linears((4, 4)))(dense, 0.5).masks
+    options = {"teacher": seeded(partial(Sparse, sparse=False), seed=1), "loss": losses.kl, "optimizer": SGD, "clip": clip}
+    expected, actual = (bp.distill(model, masks, None, tokens(4), **options) for model in (dense, sparse))
+    for name, x in expected.items():
+        torch.testing.assert_close(actual[name], x)
+
+
+def test_where_takes_all_names_of_a_tied_weight() -> None:
+    model, masks, batches = problem()
+    options = {"teacher": model, "loss": losses.kl, "steps": 1, "optimizer": SGD}
+    first, second = (bp.distill(model, masks, None, batches, **options, where=name) for name in ("embedding.weight", "head.weight"))
+    assert same(first, second)
+    assert same(bp.distill(model, masks, None, batches, **options, where=["head.*", "embedding.*"]), first)
+
+
+def test_what_was_given_instead_is_named() -> None:
+    model, masks, batches = problem()
+    options = {"teacher": model, "loss": losses.kl, "steps": 2, "every": 1}
+    states: list[bp.DistillState] = []
+    bp.distill(model, masks, None, batches, **options, callback=states.append)
+    with pytest.raises(TypeError, match=r"resume has the type dict; give a DistillState: bp\.DistillState\(\*\*torch\.load"):
+        bp.distill(model, masks, None, batches, **options, resume=attrs.asdict(states[0], recurse=False))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"step 1: held_out has no batches \(any more\); give a list or a DataLoader"):
+        bp.distill(model, masks, None, batches, **options, held_out=iter(batches))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_a_tensor_that_a_hook_computed_is_named() -> None:
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    x = torch.randn(3, 4)
+    model(x)
+    with pytest.raises(ValueError, match=r"0\.weight: a hook of the old weight_norm.*remove_weight_norm"):
+        bp.distill(model, {}, None, [x], teacher=model, loss=losses.hidden_states)

@@ -35,6 +35,44 @@ def test_values_and_gradients_are_those_of_the_formula(seed: int, shape: tuple[i
     torch.testing.assert_close(results[0], results[1])
 
 
+def formula_of_top_k(student: torch.Tensor, teacher: torch.Tensor, temperature: float, top_k: int) -> torch.Tensor:
+    q, p = (student / temperature).softmax(-1), (teacher / temperature).softmax(-1)
+    chosen = torch.zeros_like(p, dtype=torch.bool).scatter(-1, p.topk(top_k, -1).indices, True)
+    rest = [x.masked_fill(chosen, 0).sum(-1) for x in (q, p)]
+    return (chosen * p * (p.log() - q.log())).sum(-1) + rest[1] * (rest[1].log() - rest[0].log())
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    shape=st.sampled_from([(5, 7), (3, 4, 6), (0, 3), (13, 3)]),
+    temperature=st.sampled_from([0.5, 1.0, 3.0]),
+    top_k=st.integers(1, 2),
+    chunk=st.sampled_from([1, 12, 40]),
+)
+def test_the_most_likely_classes_are_those_of_the_formula(
+    seed: int, shape: tuple[int, ...], temperature: float, top_k: int, chunk: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher, outer = (torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(3))
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(divergence, "CPU_CHUNK", chunk)
+        for function in (divergence.of_logits, formula_of_top_k):
+            x = student.clone().requires_grad_()
+            value = function(x, teacher, temperature, top_k)
+            (value * outer[..., 0]).sum().backward()
+            results.append((value, x.grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_the_most_likely_classes_under_function_transforms() -> None:
+    student, teacher = torch.randn(4, 3, 5, dtype=torch.float64), torch.randn(4, 3, 5, dtype=torch.float64)
+    batched = torch.func.vmap(torch.func.grad(lambda x, y: divergence.of_logits(x, y, 2.0, 2).sum()))(student, teacher)
+    plain = student.clone().requires_grad_()
+    formula_of_top_k(plain, teacher, 2.0, 2).sum().backward()
+    torch.testing.assert_close(batched, plain.grad)
+
+
 def test_a_gradient_has_a_gradient() -> None:
     student, teacher = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.randn(3, 5, dtype=torch.float64)
     assert torch.autograd.gradgradcheck(lambda x: divergence.of_logits(x, teacher, 2.0), student)

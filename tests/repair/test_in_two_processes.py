@@ -156,7 +156,7 @@ RAISES: dict[Callable[[int], Any], str] = {
     a_callback_that_raises_on_a_rank: r"^(rank 1 raised OSError: )?the disk is full$",
     without_batches: "batches is empty: statistics need at least one batch",
     without_batches_for_layers: "batches is empty: calibration needs at least one",
-    a_collector_that_does_not_reduce: r"layers\.0\.gate\.weight \(24, 16\): the ranks keep other blocks",
+    a_collector_that_does_not_reduce: r"layers\.0\.gate\.weight \(24, 16\): the ranks keep different blocks",
     finetuning: r"finetune tunes on the batches of one process; .*bp\.distill",
     clustered_without_an_example: r"example is not given, but the first batches of several processes differ; give example=",
 }

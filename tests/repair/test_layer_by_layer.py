@@ -908,7 +908,11 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], dict[str, Any]]]] =
     "twice": (ValueError, r"layer '1' is called twice.*layers=", lambda: {"model": shared()}),
     "the last one twice": (ValueError, r"layer '1' is called twice.*layers=.*recipes.wanda", lambda: {"model": shared(last=True)}),
     "in a loop": (ValueError, r"layer 'layers.0' is called twice", lambda: {"model": Loop().double(), "pipeline": pipeline()}),
-    "no tensor": (ValueError, r"layer '0' does not give a tensor first but a int", lambda: {"model": keyed(), "pipeline": pipeline()}),
+    "no tensor": (
+        ValueError,
+        r"layer '0' must return a tensor, or a tuple that starts with one, not a int;",
+        lambda: {"model": keyed(), "pipeline": pipeline()},
+    ),
     "nested": (ValueError, r"layer 'layers.0' is given a nested tensor; .*enable_nested_tensor=False", nested),
     "layer in a layer": (ValueError, r"layer '0' is not given the output of the one before", lambda: {"layers": ["", "0"]}),
     "unknown layer": (KeyError, r"layers names '5'.*; the names are .*'0', '1'", lambda: {"layers": ["0", "5"]}),

@@ -1,6 +1,7 @@
 """`muon`: which parameters it takes, and its updates beside torch's and beside a twin in float64."""
 
 import math
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -88,3 +89,29 @@ def test_which_processors_multiply_bfloat16() -> None:
             assert multiplies_bfloat16("cpu") is expected
     with pytest.raises(RuntimeError):
         multiplies_bfloat16("no device")
+
+
+@pytest.mark.parametrize("largest", [None, 0.5, 100.0])
+def test_gradients_are_limited_as_torch_limits_dense_ones(largest: float | None) -> None:
+    """The twin: `torch.nn.utils.clip_grad_norm_` of dense gradients; a row that is used twice counts once, with the sum."""
+    dense, sparse = (nn.Embedding(5, 3, sparse=is_sparse) for is_sparse in (False, True))
+    linear = [nn.Linear(3, 3), nn.Linear(3, 3)]
+    for embedding, other in zip((dense, sparse), linear, strict=True):
+        embedding.load_state_dict(dense.state_dict())
+        other.load_state_dict(linear[0].state_dict())
+        other(embedding(torch.tensor([1, 1, 4]))).square().sum().backward()
+    if largest is not None:
+        nn.utils.clip_grad_norm_([*dense.parameters(), *linear[0].parameters()], largest)
+    assert optimizers.limit_gradients([*sparse.parameters(), *linear[1].parameters()], largest)
+    assert sparse.weight.grad is not None
+    torch.testing.assert_close(sparse.weight.grad.to_dense(), dense.weight.grad)
+    torch.testing.assert_close(linear[1].weight.grad, linear[0].weight.grad)
+    sparse.weight.grad.values()[0] = torch.nan
+    assert not optimizers.limit_gradients(list(sparse.parameters()), largest)
+    assert optimizers.limit_gradients([nn.Parameter(torch.ones(2))], largest)
+
+
+@pytest.mark.parametrize("wrong", [lambda m: m.named_parameters(), lambda m: [{"params": list(m.parameters())}]])
+def test_muon_says_what_it_takes(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"parameters holds a (tuple|dict); give tensors, such as model\.parameters\(\)"):
+        bp.muon(wrong(nn.Linear(4, 4)))
