@@ -252,6 +252,8 @@ def scores(model: nn.Module) -> dict[str, BlockScore]:
 def expected_sparsity(model: nn.Module, *, costs: Mapping[str, float] | None = None) -> Tensor:
     """The expected fraction of the gated parameters' elements whose gate is 0, differentiable (Louizos et al. 1712.01312, eq. 12).
 
+    It is computed outside of code that ``torch.compile`` compiles, so not with ``fullgraph=True``. So is `penalty`.
+
     Args:
         model: a model with gates.
         costs: what each parameter costs while all its blocks are kept, such as milliseconds, by name or pattern; then the result is the

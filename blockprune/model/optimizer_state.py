@@ -82,8 +82,7 @@ def reset_state(optimizer: Optimizers, model: nn.Module, before: Masks, after: M
         ValueError: optimizers that have none of these parameters, that hold tensors of other shapes (Adafactor), or lists for all
             parameters together (LBFGS); a parameter with different blocks in the two masks, or that another parametrization computes from
             several tensors (weight_norm). The optimizer is as it was before the call.
-        TypeError: ``before`` or ``after`` are no masks.
-        TypeError: something else than masks, such as the result of a recipe.
+        TypeError: ``before`` or ``after`` are no masks, such as the result of a recipe.
 
     Example:
         >>> model, grid = nn.Linear(2, 1, bias=False), bp.BlockGrid((1, 2), (1, 1))

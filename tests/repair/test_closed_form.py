@@ -1,4 +1,4 @@
-"""PruningResult weights are the least squares that they claim to be, row by row and from scratch; and biases by hand."""
+"""Repaired weights are the least squares that they claim to be, row by row and from scratch; and biases by hand."""
 
 from collections.abc import Callable
 from typing import Any
