@@ -6,7 +6,7 @@ A recipe is a frozen value that is composed of the functions in the other folder
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from inspect import Parameter, signature
 from typing import Any, Literal, TypeVar, cast
@@ -20,7 +20,7 @@ from blockprune.allocate import budgets
 from blockprune.collect import distributed
 from blockprune.core.grid import BlockShape
 from blockprune.core.pipeline import Pipeline, fields_as_code
-from blockprune.core.types import Allocate, BlockScore, Budget, Collect, Data, Metric, Param, Reconstruct, Sparsity, Where
+from blockprune.core.types import Allocate, BlockScore, Budget, Collect, Data, Metric, Param, Reconstruct, Sparsity, Where, check_sparsity
 from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.calibration import Calibration
 from blockprune.model.selection import including_names, select, units, with_block
@@ -83,6 +83,12 @@ class LayerBudget:
     passes: int = 1
 
     def __call__(self, model: nn.Module, sparsity: float) -> tuple[Mapping[str, float], Data]:
+        if isinstance(sparsity, Mapping):
+            raise TypeError(
+                f"sparsity={sparsity!r} gives each parameter its own, but the budget of this recipe distributes one number; give a number, "
+                "or leave out the budget: attrs.evolve(recipe, budget=None)"
+            )
+        check_sparsity(sparsity)
         scores, kept = _scores_in_passes(model, self.collect, self.metric, self.passes, self.reuse)
         return self.budget(scores, sparsity), kept
 
@@ -119,6 +125,7 @@ class LayerByLayer:
 
     def __call__(self, model: nn.Module, sparsity: Any) -> PruningResult:
         check_not_offloaded(model)  # before the budget, which takes time
+        check_sparsity(sparsity)
         shares, extra_data = (sparsity, None) if self.budget is None else self.budget(model, sparsity)
         options: Any = {"layers": self.layers, "target": self.target, "finetune": self.finetune}
         return sequential(model, self.pipeline, self.reconstruct, self.calibration, shares, extra_data=extra_data, **options)
@@ -175,12 +182,12 @@ def structured(axes: Sequence[UnitPermutation]) -> OneShot:
     return OneShot(Pipeline(partial(collect.weights, where=units(removable)), metric.l1, allocate))
 
 
-def wanda(where: Where, calibration: Calibration, *, allocate: Allocate = allocators.per_row) -> OneShot:
+def wanda(where: Where, calibration: Calibration | Iterable[Any], *, allocate: Allocate = allocators.per_row) -> OneShot:
     """Prune the blocks with the smallest ``|w| ||x||`` in each row of blocks (Sun et al. 2306.11695); without repair, as in the paper.
 
     Args:
         where: which parameters, in what blocks.
-        calibration: batches and forward.
+        calibration: batches and forward; or the batches alone.
         allocate: which blocks are compared.
 
     Example:
@@ -192,13 +199,18 @@ def wanda(where: Where, calibration: Calibration, *, allocate: Allocate = alloca
 
 
 def sparsegpt(
-    where: Where, calibration: Calibration, *, damping: float = 0.01, columns: int = 128, target: Literal["pruned", "dense"] = "dense"
+    where: Where,
+    calibration: Calibration | Iterable[Any],
+    *,
+    damping: float = 0.01,
+    columns: int = 128,
+    target: Literal["pruned", "dense"] = "dense",
 ) -> LayerByLayer:
     """SparseGPT in blocks, layer after layer (Frantar & Alistarh 2301.00774): its masks, and its update of the kept weights.
 
     Args:
         where: which parameters, in what blocks.
-        calibration: batches and forward.
+        calibration: batches and forward; or the batches alone.
         damping: the share of the Hessian's diagonal that is added to it.
         columns: input columns among which blocks are compared.
         target: as in `sequential`; "pruned" is the paper's.
@@ -214,7 +226,14 @@ def sparsegpt(
     return LayerByLayer(pipeline, partial(closed_form.sparsegpt, damping=damping), _reusable(calibration), target=target)
 
 
-def obs(where: Where, calibration: Calibration, *, damping: float = 0.4, max_layer_sparsity: float = 0.6, passes: int = 1) -> LayerByLayer:
+def obs(
+    where: Where,
+    calibration: Calibration | Iterable[Any],
+    *,
+    damping: float = 0.4,
+    max_layer_sparsity: float = 0.6,
+    passes: int = 1,
+) -> LayerByLayer:
     """Optimal Brain Surgeon over blocks with a budget for each layer and least squares repair (OBC 2208.11580, ZipLM 2302.04089).
 
     A pass over the dense model with gradients says how much each layer may lose (`metric.obs`, `budgets.loss_weighted`). Then each layer
@@ -223,7 +242,7 @@ def obs(where: Where, calibration: Calibration, *, damping: float = 0.4, max_lay
 
     Args:
         where: which parameters, in what blocks.
-        calibration: batches, forward and loss.
+        calibration: batches, forward and loss; or the batches alone, if the model's output has a loss.
         damping: the share of the Hessian's diagonal that is added to it, in the layers' scores and their repair.
         max_layer_sparsity: no layer loses more than this fraction. If ``sparsity + 0.1`` is larger, that is the limit instead.
         passes: of the budget, as in `LayerBudget`.
@@ -256,7 +275,7 @@ def obs(where: Where, calibration: Calibration, *, damping: float = 0.4, max_lay
 def cluster_units(
     model: M,
     where: Where,
-    calibration: Calibration,
+    calibration: Calibration | Iterable[Any],
     *,
     block: BlockShape | None = None,
     sparsity: float = 0.25,
@@ -271,7 +290,7 @@ def cluster_units(
     Args:
         model: without masks; it stays as it is.
         where: which parameters will be pruned, in what blocks.
-        calibration: batches, forward and loss.
+        calibration: batches, forward and loss; or the batches alone, if the model's output has a loss.
         block: the blocks to sort for, two axes; by default those of ``where``.
         sparsity: the share of the elements that will be pruned.
         example: one small batch that calls every layer, for `find_axes`; by default the first batch. It need not be long: sixteen tokens
@@ -358,7 +377,14 @@ def _shared_work(calibration: Calibration) -> dict[str, Any]:
     return {"share": partial(distributed.share, **bound) if bound else distributed.share} if is_known else {}
 
 
-def _reusable(calibration: Calibration) -> Calibration:
+def _reusable(calibration: Calibration | Iterable[Any]) -> Calibration:
+    """The calibration, or one of these batches.
+
+    Raises:
+        TypeError: batches that can be used once only, or that are none.
+    """
+    if not isinstance(calibration, Calibration):
+        calibration = Calibration(calibration)
     if isinstance(calibration.batches, Iterator):
         kind = type(calibration.batches).__name__
         raise TypeError(f"a recipe runs over calibration.batches several times, and a {kind} can be used once only; give a list of batches")

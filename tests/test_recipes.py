@@ -188,6 +188,33 @@ def test_batches_that_can_be_used_once_only_are_refused(make: Any) -> None:
         make(WHERE, once)
 
 
+@pytest.mark.parametrize("make", [recipes.wanda, recipes.sparsegpt])
+def test_batches_alone_are_a_calibration(make: Any) -> None:
+    given, by_hand = make(WHERE, batches())(model(), 0.5), make(WHERE, calibration())(model(), 0.5)
+    assert same(given, by_hand.masks, by_hand.weights)
+    with pytest.raises(TypeError, match=r"batches is one Tensor; give an iterable of batches"):
+        make(WHERE, batches()[0])
+    with pytest.raises(ValueError, match=r"need a loss: give Calibration\(batches, loss="):
+        recipes.obs(WHERE, batches())(model(), 0.5)
+
+
+def test_a_budget_distributes_one_number() -> None:
+    recipe, shares = recipes.obs(WHERE, calibration()), {"0.weight": 0.25, "*": 0.5}
+    with pytest.raises(TypeError, match=r"the budget of this recipe distributes one number.*attrs\.evolve\(recipe, budget=None\)"):
+        recipe(model(), shares)
+    masks = attrs.evolve(recipe, budget=None)(model(), shares).masks
+    assert {name: bp.sparsity({name: mask}) for name, mask in masks.items()} == {"0.weight": 0.25, "2.weight": 0.5, "4.weight": 0.5}
+
+
+@pytest.mark.parametrize("make", [recipes.sparsegpt, recipes.obs])
+def test_a_sparsity_that_is_none_is_refused_before_the_work(make: Any) -> None:
+    recipe = make(WHERE, calibration())
+    with pytest.raises(TypeError, match=r"sparsity='0\.5' must be a number from 0"):
+        recipe(model(), "0.5")
+    with pytest.raises(ValueError, match=r"sparsity=50 must be from 0"):
+        recipe(model(), 50)
+
+
 def test_finetuning_is_an_option() -> None:
     tune = partial(bp.finetune_layer, lr=1e-2, epochs=2, held_out=0.34)
     masks_only = attrs.evolve(recipes.obs(WHERE, calibration()), reconstruct=reconstruct.none)

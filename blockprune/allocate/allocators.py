@@ -23,9 +23,9 @@ from torch import Tensor
 from blockprune.allocate.budgets import layer_limits, uniform
 from blockprune.allocate.ranking import prune_lowest, select_pruned, to_common_device
 from blockprune.allocate.shared_masks import Coupled, SharedMask, masks_of, shared_masks
-from blockprune.core.grid import BlockGrid, tiles, untile
+from blockprune.core.grid import BlockGrid, int_tuple, tiles, untile
 from blockprune.core.patterns import matching_keys, resolve_by_name
-from blockprune.core.types import Budget, Masks, Scores, Sparsity, check_fraction, check_scores
+from blockprune.core.types import Budget, Masks, Scores, Sparsity, check_fraction, check_scores, check_sparsity
 
 MaxSparsity = float | Mapping[str, float] | None
 MinKeep = int | Mapping[str, int]
@@ -114,14 +114,14 @@ def per_bank(
         budget, max_sparsity, min_keep, coupled: as in `per_layer`.
 
     Raises:
-        ValueError, TypeError, KeyError: as `per_layer`; a bank that does not fit the blocks of a parameter.
+        ValueError, TypeError, KeyError: as `per_layer`; a bank that is no sequence of integers or does not fit the blocks of a parameter.
 
     Example:
         >>> score = bp.BlockScore(torch.tensor([[1.0, 2.0, 8.0, 9.0]]), bp.BlockGrid((1, 4), (1, 1)))
         >>> bp.allocate.per_bank({"w": score}, 0.5, bank=(1, 2))["w"].keep
         tensor([[False,  True, False,  True]])
     """
-    bank, all_shared = tuple(bank), shared_masks(scores, coupled)
+    bank, all_shared = int_tuple("bank", bank), shared_masks(scores, coupled)
     if bank and (on_axis := next((shared for shared in all_shared if shared.axis), None)):
         raise ValueError(
             f"coupled has the hidden axis of {on_axis.names[0]}, whose units are in no rows or banks; use per_layer or per_model"
@@ -194,6 +194,8 @@ def n_of_m(scores: Scores, sparsity: Sparsity, *, m: int, axis: int = 1, coupled
     """
     if not isinstance(m, int) or isinstance(m, bool) or m < 1:
         raise ValueError(f"m={m!r} must be a whole number of blocks, at least 1")
+    if not isinstance(axis, int) or isinstance(axis, bool):
+        raise TypeError(f"axis={axis!r} must be a whole number, such as 1 for the input axis of a Linear")
     all_shared = shared_masks(scores, coupled)
     sparsities = _sparsity_by_parameter(scores, sparsity, uniform)
     for shared in all_shared:
@@ -311,13 +313,11 @@ def _select(elements: Tensor, mask: Tensor) -> Tensor:
 
 def _sparsity_by_parameter(scores: Scores, sparsity: Sparsity, budget: Budget) -> dict[str, float]:
     """The sparsity of each parameter."""
+    check_sparsity(sparsity)
     if isinstance(sparsity, Mapping):
-        for key, fraction in sparsity.items():
-            check_fraction(f"sparsity[{key!r}]", fraction)
         if budget is not uniform:
             raise ValueError("sparsity as a mapping already gives each parameter its own; give one number for budget= to distribute")
         return resolve_by_name(sparsity, scores, what="sparsity")
-    check_fraction("sparsity", sparsity)
     sparsities = dict(budget(scores, float(sparsity)))
     for name in scores:
         if name not in sparsities:

@@ -24,15 +24,22 @@ V = TypeVar("V", int, float)
 def uniform(scores: Scores, sparsity: float) -> dict[str, float]:
     """The same sparsity for every parameter.
 
+    Raises:
+        ValueError, TypeError: a sparsity that is no number from 0 to 1.
+
     Example:
         >>> bp.budgets.uniform({"a": bp.BlockScore(torch.ones(4), bp.BlockGrid((4,), (1,)))}, 0.5)
         {'a': 0.5}
     """
+    check_fraction("sparsity", sparsity)
     return dict.fromkeys(scores, sparsity)
 
 
 def erk(scores: Scores, sparsity: float) -> dict[str, float]:
     """Density proportional to (sum of the shape) / (product of the shape), at most 1: small layers stay denser (Evci et al. 1911.11134).
+
+    Raises:
+        ValueError, TypeError: a sparsity that is no number from 0 to 1; something else than scores.
 
     Example:
         >>> small, large = bp.BlockGrid((8, 8), (1, 1)), bp.BlockGrid((64, 64), (1, 1))
@@ -40,6 +47,8 @@ def erk(scores: Scores, sparsity: float) -> dict[str, float]:
         >>> round(shares["s"], 3), round(shares["l"], 3)
         (0.278, 0.91)
     """
+    check_fraction("sparsity", sparsity)
+    check_scores(scores)
     elements = {name: score.grid.elements for name, score in scores.items()}
     raw = {name: sum(score.grid.shape) / elements[name] for name, score in scores.items()}
     keep = (1 - sparsity) * sum(elements.values())

@@ -2,8 +2,9 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import attrs
 import torch
@@ -11,12 +12,17 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from blockprune.analysis.drawing import label_rows, new_axes, set_title, short_names
-from blockprune.core.pipeline import Pipeline
+from blockprune.core.pipeline import Pipeline, as_code
 from blockprune.core.progress import progress_bar
 from blockprune.core.table import Rows, Table
+from blockprune.core.types import BlockMask, Scores, check_fraction
 from blockprune.model.apply import functional_parameters
+from blockprune.model.mask_reading import parameter_masks
+from blockprune.model.parameters import find_parameters
+from blockprune.model.running import buffers_as_now
 from blockprune.model.sharding import is_fully_sharded, replaced_shards
 
+V = TypeVar("V")
 Evaluate = Callable[[Callable[..., Any]], float | Tensor]  # (model) -> the loss, or another number that is lower for better models
 
 
@@ -88,21 +94,26 @@ def sensitivity(
 ) -> Sensitivity:
     """The loss when a single parameter is pruned to each sparsity and all others stay dense; the model is not changed.
 
+    Each parameter is allocated alone, so that it is at the column's sparsity, or the closest that its blocks allow, also where
+    `allocate.per_model` or a budget would prune it more or less than others. A masked model is evaluated without its masks, but the
+    pipeline collects from it as it is.
+
     The sparsities of a parameter are evaluated together, by `torch.func.vmap` over its stacked masks, so the layers before it are computed
     once. Where the model or ``evaluate`` does not allow that (``.item()``, control flow on values), they are evaluated one after the other,
     and a warning says so.
 
     Args:
-        model: any module; it is run in the mode that it is in, so put it in evaluation mode.
+        model: any module; it is run in the mode that it is in, so put it in evaluation mode. Each evaluation begins with the same buffers.
         pipeline: its scores are computed once and allocated at every sparsity.
         sparsities: fractions of the parameter to remove.
-        evaluate: (model) -> loss, as a tensor rather than a float; it is called with a function in the model's place.
+        evaluate: (model) -> loss, one number, as a tensor rather than a float; it is called with a function in the model's place.
         chunk_size: sparsities at a time under vmap; 1 evaluates them one after the other.
         progress: show a progress bar; by default in a terminal and in a notebook.
 
     Raises:
-        TypeError: a recipe in place of a pipeline.
-        ValueError: chunk_size below 1, no sparsities, and what the pipeline raises.
+        TypeError: a recipe in place of a pipeline, sparsities that are no list of numbers, a loss that is not one number.
+        ValueError: chunk_size below 1, no sparsities, an allocator that needs other parameters too (a set of ``coupled``), a weight that
+            another parametrization computes, such as weight_norm; and what the pipeline raises.
 
     Example:
         >>> model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(16, 4)
@@ -117,25 +128,44 @@ def sensitivity(
             f"pipeline is a {type(pipeline).__name__}, not a bp.Pipeline; for a recipe that prunes in one shot (magnitude, structured, "
             "wanda), give recipe.pipeline; for others, build a bp.Pipeline whose collect has a calibration"
         )
+    if isinstance(sparsities, (str, Mapping)) or not isinstance(sparsities, Iterable):
+        raise TypeError(f"sparsities={sparsities!r} must be a list of numbers, such as [0.25, 0.5]")
+    sparsities = list(sparsities)
     if chunk_size < 1 or not sparsities:
-        raise ValueError(f"chunk_size={chunk_size} must be 1 or more, and sparsities={list(sparsities)} must hold at least one sparsity")
+        raise ValueError(f"chunk_size={chunk_size} must be 1 or more, and sparsities={sparsities} must hold at least one sparsity")
+    for position, sparsity in enumerate(sparsities):
+        check_fraction(f"sparsities[{position}]", sparsity)
     scores = pipeline.scores(model)
-    masks = [pipeline.allocate(scores, sparsity) for sparsity in sparsities]
+    _check_replaceable(model, scores)
+    masks = {name: [_allocated_alone(pipeline, scores, name, sparsity) for sparsity in sparsities] for name in scores}
+    all_kept = {name: attrs.evolve(mask, keep=torch.ones_like(mask.keep)) for name, mask in parameter_masks(model).items()}
+    unmasked = functional_parameters(model, all_kept)
+    put_back = buffers_as_now(model, _written_by_forward(model))
     is_sharded = any(map(is_fully_sharded, model.modules()))  # the masked weights are written into the shards
     use_vmap = chunk_size > 1 and len(sparsities) > 1 and not is_sharded
     losses: dict[str, tuple[float, ...]] = {}
 
     def loss_with(parameters: dict[str, Tensor]) -> Tensor:
-        with replaced_shards(model, parameters) as others:
-            return torch.as_tensor(evaluate(lambda *args, **kwargs: functional_call(model, others, args, kwargs, tie_weights=False)))
+        with replaced_shards(model, {**unmasked, **parameters}) as others:
+            return _one_number(evaluate(lambda *args, **kwargs: functional_call(model, others, args, kwargs, tie_weights=False)))
+
+    def loss_of(parameters: dict[str, Tensor]) -> float:
+        return loss_with(parameters).item()
+
+    def measured(losses: Callable[[], V]) -> V:
+        try:
+            return losses()
+        finally:
+            put_back()
 
     with torch.no_grad():
-        dense = float(evaluate(model))
+        dense = measured(partial(loss_of, {}))
         for name in progress_bar(scores, "sensitivity", progress):
-            masked = [functional_parameters(model, {name: masks_at_sparsity[name]}) for masks_at_sparsity in masks]
+            masked = [functional_parameters(model, {name: mask}) for mask in masks[name]]
             if use_vmap:
                 try:
-                    losses[name] = _vmapped(loss_with, masked, chunk_size)
+                    chunks = [masked[start : start + chunk_size] for start in range(0, len(masked), chunk_size)]
+                    losses[name] = tuple(loss for chunk in chunks for loss in measured(partial(_vmapped, loss_with, chunk)))
                     continue
                 except (RuntimeError, ValueError, TypeError) as error:  # a model's own code may do anything with batched tensors
                     use_vmap = False
@@ -145,13 +175,57 @@ def sensitivity(
                         "calls .item() or float(), return the loss as a tensor instead",
                         stacklevel=2,
                     )
-            losses[name] = tuple(loss_with(parameters).item() for parameters in masked)
+            losses[name] = tuple(measured(partial(loss_of, parameters)) for parameters in masked)
     return Sensitivity(tuple(sparsities), dense, losses)
 
 
-def _vmapped(loss: Callable[[dict[str, Tensor]], Tensor], parameters: Sequence[dict[str, Tensor]], chunk_size: int) -> tuple[float, ...]:
+def _allocated_alone(pipeline: Pipeline, scores: Scores, name: str, sparsity: float) -> BlockMask:
+    """The mask of a parameter at this sparsity, whatever the others lose.
+
+    Raises:
+        ValueError: the allocator cannot prune it without the others.
+    """
+    try:
+        return pipeline.allocate({name: scores[name]}, sparsity)[name]
+    except (KeyError, ValueError) as error:
+        pipeline.allocate(scores, sparsity)  # an error of all parameters together says more
+        raise ValueError(
+            f"{name} {scores[name].grid.shape}: allocate={as_code(pipeline.allocate)} cannot prune this parameter alone to "
+            f"{sparsity:g}, as `sensitivity` does ({error}); give attrs.evolve(pipeline, allocate=bp.allocate.per_layer)"
+        ) from None
+
+
+def _check_replaceable(model: nn.Module, scores: Scores) -> None:
+    """Raise for a weight that `functional_call` cannot replace."""
+    for name, (ref, *_) in find_parameters(model, scores, what="scores").items():
+        if not ref.is_plain and (ref.mask is None or ref.mask.grid != scores[name].grid):
+            raise ValueError(
+                f"{name} {ref.shape}: another parametrization, such as weight_norm, computes this weight, so `sensitivity` cannot replace "
+                "it; remove the parametrization, or leave the weight out with `excluding`"
+            )
+
+
+def _written_by_forward(model: nn.Module) -> list[Tensor]:
+    """The weights of embeddings with ``max_norm``, which their forward changes in place."""
+    embeddings = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None]
+    return [p.detach() for embedding in embeddings for p in embedding.parameters()]
+
+
+def _one_number(loss: Any) -> Tensor:
+    """The loss as a tensor without axes."""
+    try:
+        number = torch.as_tensor(loss)
+    except (TypeError, ValueError, RuntimeError):  # such as a dict, or None
+        number = torch.empty(0)
+    if number.numel() != 1:
+        kind = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"evaluate returned a {kind}; it must return one number, the loss, such as the mean of the losses")
+    return number.reshape(())
+
+
+def _vmapped(loss: Callable[[dict[str, Tensor]], Tensor], parameters: Sequence[dict[str, Tensor]]) -> list[float]:
     """The loss for each of several replacements of the same parameters."""
     stacked = {key: torch.stack([values[key] for values in parameters]) for key in parameters[0]}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")  # an operation without a batching rule
-        return tuple(vmap(loss, randomness="same", chunk_size=chunk_size)(stacked).tolist())
+        return cast(list[float], vmap(loss, randomness="same")(stacked).tolist())

@@ -2,19 +2,22 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from blockprune.core._compat import disable_checkpointing, tree_map
+from blockprune.core._compat import disable_checkpointing, tree_leaves, tree_map
 from blockprune.core.grid import BlockGrid, expand
 from blockprune.core.precision import double
 from blockprune.model.calibration import Calibration, scalar_loss
 from blockprune.model.inputs import InputHooks
+from blockprune.model.masking import mask_blocks
 from blockprune.model.parameters import ParameterRef, stored_aliases, under_all_names
 from blockprune.statistics import GateDerivatives
 
@@ -80,7 +83,7 @@ class _GatedModel:
         self.batch, self.calibration, self.needs = batch, calibration, needs
         self.aliases = stored_aliases(model)
         self.called: set[str] = set()  # parameters whose layer the forward calls
-        self.weights = {name: ref.stored.detach() for name, ref in refs.items()}
+        self.weights = {name: _without_pruned(ref) for name, ref in refs.items()}
         self.ones = {name: torch.ones(grids[name].size, dtype=w.dtype, device=w.device) for name, w in self.weights.items()}
         self.frozen = {name: p.detach() for name, p in model.named_parameters()}  # so that autograd records the gates only
         self.curvatures: dict[tuple[int, int], dict[str, Tensor]] = {}  # by probes and seed
@@ -132,16 +135,19 @@ class _GatedModel:
         """The gradient of each sample's loss, ``[samples, *size]``."""
 
         def loss(sample: Any, model: nn.Module) -> Tensor:
-            return self.loss(model, tree_map(lambda x: x[None] if isinstance(x, Tensor) else x, sample))
+            return self.loss(model, tree_map(lambda x, whole: x[None] if _has_samples(whole) else x, sample, self.batch))
 
         def sample_loss(gates: GateValues, sample: Any) -> Tensor:
             return self.run(gates, partial(loss, sample))
 
+        count = _samples(self.batch)
+        if not count:
+            return {name: ones.new_zeros(0, *ones.shape) for name, ones in self.ones.items()}
         if self.calibration.per_sample == "loop":
-            samples = [_sample(self.batch, i) for i in range(_samples(self.batch))]
+            samples = [_sample(self.batch, i) for i in range(count)]
             gradients = [self._or_zeros(self.gradient(partial(loss, sample))) for sample in samples]
             return {name: torch.stack([g[name] for g in gradients]) for name in self.ones}
-        axes = tree_map(lambda x: 0 if isinstance(x, Tensor) else None, self.batch)
+        axes = tree_map(lambda x: 0 if _has_samples(x) else None, self.batch)
         over_samples = partial(vmap, in_dims=(None, axes), randomness="different", chunk_size=self.calibration.chunk_size)
         try:
             with warnings.catch_warnings():
@@ -175,7 +181,7 @@ class _GatedModel:
                 return [None] * len(gates)
             return torch.autograd.grad(slope, list(gates.values()), allow_unused=True)
 
-        with torch.enable_grad():
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # others have no second derivative
             return self._or_zeros(dict(zip(gates, self.run(gates, products), strict=True)))
 
     def curvature(self, probes: int, seed: int) -> dict[str, Tensor]:
@@ -199,10 +205,8 @@ class _GatedModel:
         return self._or_zeros(self.gradient(self._summed_output, absolute=True))
 
     def _summed_output(self, model: nn.Module) -> Tensor:
-        ones = tree_map(lambda x: torch.ones_like(x[:1]) if isinstance(x, Tensor) else x, self.batch)
-        output = self.calibration.forward(model, ones)
-        total: Tensor = (output if isinstance(output, Tensor) else output[0]).sum()
-        return total
+        ones = tree_map(_one_sample_of_ones, self.batch)
+        return _main_output(self.calibration.forward(model, ones))
 
     @cached_property
     def reached(self) -> set[str]:
@@ -228,11 +232,72 @@ def _always(value: T, gradients: Any) -> T:
     return value
 
 
+def _without_pruned(ref: ParameterRef) -> Tensor:
+    """The stored weight, with zeros in the pruned blocks that no gradient reaches: NaN there would make the gradient of the gate NaN."""
+    weight, mask = ref.stored.detach(), ref.mask
+    if mask is None:
+        return weight
+    keep = mask.keep if mask.reached is None else mask.keep | mask.reached
+    return mask_blocks(weight, keep.to(weight.device), mask.grid)
+
+
+def _one_sample_of_ones(x: Any) -> Any:
+    return x.new_ones(1, *x.shape[1:]) if _has_samples(x) else torch.ones_like(x) if isinstance(x, Tensor) else x
+
+
+def _main_output(output: Any) -> Tensor:
+    """What a model computes from its inputs: the logits or the last hidden states, and not the loss."""
+    named = dict(output) if isinstance(output, Mapping) else vars(output) if is_dataclass(output) else None
+    if fields := getattr(output, "_fields", None):  # of a named tuple
+        named = dict(zip(fields, output, strict=True))
+    if named is None:
+        leaves = [x for x in tree_leaves(output) if _is_output(x)][:1]
+    elif main := [named[name] for name in ("logits", "last_hidden_state") if _is_output(named.get(name))]:
+        leaves = main[:1]
+    else:
+        leaves = [x for name, value in named.items() if name != "loss" for x in tree_leaves(value) if _is_output(x)]
+    if not leaves:
+        raise TypeError(
+            f"synflow sums the model's output, but the forward gave a {type(output).__name__} without a floating-point tensor that has "
+            "axes; give forward=, a function of (model, batch) that returns one tensor"
+        )
+    return torch.stack([x.sum() for x in leaves]).sum()
+
+
+def _is_output(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 0
+
+
+def _has_samples(x: Any) -> bool:
+    """Whether the first axis of an entry of a batch holds samples; a number without axes is the same for all of them."""
+    return isinstance(x, Tensor) and x.ndim > 0
+
+
 def _samples(batch: Any) -> int:
-    sizes: list[int] = []
-    tree_map(lambda x: sizes.append(len(x)) if isinstance(x, Tensor) else None, batch)
-    return sizes[0] if sizes else 0
+    """How many samples a batch has.
+
+    Raises:
+        ValueError: tensors that differ in this, or none.
+    """
+    lengths = dict(_lengths(batch, ""))
+    if len(set(lengths.values())) != 1:
+        differ = "differ in length: " + ", ".join(f"{name or 'batch'} has {length}" for name, length in lengths.items())
+        raise ValueError(
+            "gradients of each sample need the samples along axis 0 of every tensor of a batch, but its tensors "
+            f"{differ if lengths else 'have no axes'}; put the samples first, give them one by one as batches, or bind what is no sample "
+            "to the forward: forward=lambda model, batch: model(batch, scale)"
+        )
+    return lengths.popitem()[1]
+
+
+def _lengths(value: Any, name: str) -> Iterator[tuple[str, int]]:
+    """The length of each tensor with axes in a batch, by the keys and positions that lead to it."""
+    if _has_samples(value):
+        yield name, len(value)
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, (tuple, list)) else ()
+    for key, item in items:
+        yield from _lengths(item, f"{name}[{key!r}]")
 
 
 def _sample(batch: Any, index: int) -> Any:
-    return tree_map(lambda x: x[index] if isinstance(x, Tensor) else x, batch)
+    return tree_map(lambda x: x[index] if _has_samples(x) else x, batch)

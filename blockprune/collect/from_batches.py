@@ -13,6 +13,7 @@ from blockprune.model.calibration import Calibration, CalibrationOptions, as_cal
 from blockprune.model.parameters import find_parameters
 from blockprune.model.sharding import raised_together
 from blockprune.statistics import Statistic
+from blockprune.statistics.statistic import check_statistics
 
 
 def with_statistics(
@@ -29,7 +30,8 @@ def with_statistics(
     The model runs in evaluation mode and is not changed.
 
     Args:
-        model: any module, masked or not (a masked model runs with its masks).
+        model: any module, masked or not. A masked model runs with its masks: gradients of weights and gates are 0 in pruned blocks, unless
+            its masks were applied with ``straight_through=True``; to grow blocks by their gradients, apply them so.
         where: which parameters, in what blocks.
         statistics: what to collect, from `blockprune.statistics` or your own. All of them share one forward pass, and one backward pass if
             any needs it. A `Pipeline` adds the statistics that its metric requires.
@@ -40,7 +42,7 @@ def with_statistics(
     Raises:
         ValueError: no batches, a chosen layer that the forward never calls, NaN or inf in an activation or gradient, a loss that is not
             one number with a gradient, no statistics, two statistics of the same name, and what `weights` raises.
-        TypeError: no calibration, or both ``calibration`` and its fields; batches that are one tensor or mapping.
+        TypeError: no calibration, or both ``calibration`` and its fields; batches that are one tensor or mapping; statistics that are none.
         NotImplementedError: a statistic that cannot be collected from a chosen parameter.
         RuntimeError: an operation that vmap cannot run; with ``reduce``, an error on another rank.
 
@@ -79,9 +81,7 @@ def fold(
 
 
 def _fold(model: nn.Module, where: Where, statistics: Sequence[Statistic], calibration: Calibration, lazy: bool) -> Fold:
-    names = [s.name for s in statistics]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"statistics={names} must hold at least one statistic, and no two of the same name")
+    check_statistics(statistics)
     data = weights(model, where=where, lazy=lazy)
     refs = {name: users[0] for name, users in find_parameters(model, data, what="where").items()}
     return add_batches(model, empty_fold(data, refs, statistics), calibration)

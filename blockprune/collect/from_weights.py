@@ -7,7 +7,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from blockprune.core._compat import BatchNorm, ConvTransposeNd, lazy_clone
+from blockprune.core._compat import BatchNorm, ConvTransposeNd, lazy_clone, own_parametrizations
 from blockprune.core.patterns import suggest
 from blockprune.core.precision import at_least_float32
 from blockprune.core.sharded_tensor import is_sharded, whole
@@ -48,6 +48,11 @@ def weights(model: nn.Module, *, where: Where, masked: bool = False, lazy: bool 
             check_prunable(name, weight)
             if not lazy:
                 weight = whole(weight)
+                if ref.mask is not None and not weight.isfinite().all() and whole(ref.masked).isfinite().all():
+                    raise ValueError(
+                        f"{name} {grid.shape}: its pruned blocks hold NaN or inf, which cannot be scored; write zeros there, "
+                        "model = bp.apply_masks(bp.finalize(model), masks), or collect weights(..., masked=True)"
+                    )
                 check_finite(name, weight)
             data[name] = Param(copy(weight.detach()), grid)
     return data
@@ -191,8 +196,13 @@ def batchnorm_scales(model: nn.Module, *, where: Where, pairs: Mapping[str, str]
 
 
 def _following_batchnorms(model: nn.Module) -> dict[str, str]:
-    """The batch norm's weight for each weight whose next leaf module is a batch norm of as many channels."""
-    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    """The batch norm's weight for each weight whose next leaf module is a batch norm of as many channels.
+
+    The parametrizations of a module, such as its mask, are no modules of the network.
+    """
+    parametrizations = {inner for module in model.modules() for inner in (own_parametrizations(module) or nn.ModuleDict()).modules()}
+    network = [(name, module) for name, module in model.named_modules() if module not in parametrizations]
+    leaves = [(name, module) for name, module in network if parametrizations.issuperset(module.children())]
     pairs: dict[str, str] = {}
     for (name, module), (next_name, next_module) in itertools.pairwise(leaves):
         channels = getattr(module, "out_channels", getattr(module, "out_features", None))

@@ -1,7 +1,8 @@
 """One pass over batches: hooks on the layers and gradients of the loss provide the inputs of each statistic."""
 
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,7 +38,7 @@ def add_batches(model: nn.Module, fold: Fold, calibration: Calibration) -> Fold:
     hooks = input_hooks(model, find_parameters(model, fold.refs, what="where"))
     observed = [hook for hook in hooks if input_axis(hook[1]) == input_axis(fold.refs[hook[0]])]  # not a head tied to an embedding
     grids = {name: p.grid for name, p in fold.data.items()}
-    running = RunningFold(fold)
+    running, unweighted = RunningFold(fold), set[str]()
     weights = [ref.stored for ref in fold.refs.values()]
     check_not_inference(fold.refs.values())
     with preserve_state(model, weights), disable_attention_fastpath(), without_broadcasts(model):
@@ -51,7 +52,7 @@ def add_batches(model: nn.Module, fold: Fold, calibration: Calibration) -> Fold:
             for name in fold.data:
                 running.count(name, batches=1)
             if sources - {"gates"}:
-                observer = _LayerObserver(running, batch, number, token_streams(model, observed, calibration, batch))
+                observer = _LayerObserver(running, batch, number, token_streams(model, observed, calibration, batch), unweighted)
                 observer.run(model, observed, calibration, of_loss)
             if "gates" in sources:
                 derivatives = gate_derivatives(model, grids, fold.refs, hooks, batch, calibration, needs=of_gates)
@@ -67,8 +68,9 @@ class _LayerObserver:
     A hook adds the inputs and outputs of its layer to the fold at once, before the forward can overwrite them in place.
     """
 
-    def __init__(self, running: RunningFold, batch: Any, number: int, streams: TokenStreams) -> None:
+    def __init__(self, running: RunningFold, batch: Any, number: int, streams: TokenStreams, unweighted: set[str]) -> None:
         self.running, self.fold, self.batch, self.number, self.streams = running, running.fold, batch, number, streams
+        self.unweighted = unweighted  # layers of which a warning said that padding counts in them
         self.sources = {s.source for s in self.fold.statistics}
         self.is_checking = False  # while the forward of a layer runs a second time, which is no call of the model
         self.calls: Counter[str] = Counter()  # of each parameter's layer, in this forward
@@ -155,8 +157,8 @@ class _LayerObserver:
     def _token_weights(self, name: str, module: nn.Module, tensors: Sequence[Tensor]) -> Tensor | None:
         """The weights of the rows of a call, ``[n]``.
 
-        Token weights ``[batch, positions]`` apply if the layer's tensors have these axes, the same transposed, or both in one. A
-        convolution's rows are not tokens and count once.
+        Token weights ``[batch, positions]`` apply if the layer's tensors have these axes, the same transposed, or both in one, maybe with
+        more axes behind, such as heads. A convolution's rows are not tokens and count once.
         """
         leading, call = {x.shape[:-1] for x in tensors}, self.calls[name]
         layouts: list[Callable[[Tensor], Tensor]] = [lambda w: w, lambda w: w.movedim(0, -1), torch.flatten]
@@ -170,7 +172,28 @@ class _LayerObserver:
                 if layout(tensor).shape in leading:
                     weights = self.streams.select(name, call, tensor)
                     return None if weights is None else layout(weights).flatten()
+        for tensor in self.streams.tensors:
+            for layout in layouts:
+                axes = layout(tensor).shape
+                if behind := next((shape[len(axes) :] for shape in leading if shape[: len(axes)] == axes), None):
+                    weights = self.streams.select(name, call, tensor)
+                    return None if weights is None else layout(weights).flatten().repeat_interleave(behind.numel())
+        self._warn_of_unweighted(name, call, leading)
         return None
+
+    def _warn_of_unweighted(self, name: str, call: int, leading: Collection[torch.Size]) -> None:
+        """Warn once of a layer whose rows include several of a sample that has padding, in an order that is unknown."""
+        for tensor in self.streams.tensors:
+            shapes = [shape for shape in leading if len(shape) > 1 and len(tensor) in shape[:2] and shape.numel() > len(tensor)]
+            is_new = bool(shapes) and name not in self.unweighted and not tensor.all()
+            if is_new and self.streams.concerns(name, call, tensor, tuple(shapes[0])):
+                self.unweighted.add(name)
+                warnings.warn(
+                    f"{name}: its rows {tuple(shapes[0])} are not those of the token weights {tuple(tensor.shape)}, such as those of the "
+                    "attention_mask, so all of them count, padding too; give token_weights=, a function of the batch that returns one "
+                    "weight for each row, or None to count each row once",
+                    stacklevel=2,
+                )
 
     def _backward(self, loss: Tensor) -> None:
         if "weight_grad" in self.sources:

@@ -82,11 +82,12 @@ __all__ = [
     "packed_linear",
     "packs_bfloat16",
     "parameter_names",
+    "pass_by_workers",
     "rebuild_rnn_caches",
     "replace_data",
-    "restart_workers",
     "search_two_of_four",
     "shared_memory_bytes",
+    "start_workers",
     "state_dict_hooks",
     "storage_id",
     "tree_leaves",
@@ -234,10 +235,19 @@ def convert_tensors(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> N
     module._apply(convert)
 
 
-def restart_workers(batches: Any) -> None:
-    """End the worker processes that a DataLoader keeps (``persistent_workers``), so that its next pass is like its first (torch 2.0)."""
-    if isinstance(batches, torch.utils.data.DataLoader) and batches.persistent_workers:
-        batches._iterator = None
+def start_workers(batches: Any) -> Iterator[Any] | None:
+    """New worker processes for `pass_by_workers`, beside those that a DataLoader keeps itself; None if it keeps none (torch 2.0)."""
+    keeps = isinstance(batches, torch.utils.data.DataLoader) and batches.persistent_workers
+    return pass_by_workers(batches, None) if keeps else None
+
+
+def pass_by_workers(batches: Any, workers: Iterator[Any] | None) -> Iterator[Any]:
+    """A pass over a DataLoader that has ``persistent_workers`` by these, or by new ones; it returns them (torch 2.0)."""
+    own, batches._iterator = batches._iterator, workers
+    try:
+        return iter(batches)
+    finally:
+        batches._iterator = own
 
 
 def parameter_names(module: nn.Module) -> list[str]:

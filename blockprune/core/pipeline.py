@@ -24,6 +24,7 @@ from blockprune.core.types import (
     Param,
     Scores,
     Sparsity,
+    check_data,
     check_finite,
     check_masks,
 )
@@ -79,7 +80,7 @@ class Pipeline:
             options["lazy"] = True
         if "statistics" in parameters and (required := required_statistics(self.metric)):
             bound = () if parameters["statistics"].default is Parameter.empty else parameters["statistics"].default
-            names = {statistic.name for statistic in bound}
+            names = {getattr(statistic, "name", None) for statistic in bound}  # the collector refuses what is no statistic
             options["statistics"] = [*bound, *(statistic for statistic in required if statistic.name not in names)]
         data = _checked("collect", self.collect(model, **options), Param, "Param(weight, grid)")
         scores = self.score(data, sparsity)
@@ -91,10 +92,19 @@ class Pipeline:
         return {name: _unshared(score, weights) for name, score in scores.items()}
 
     def score(self, data: Data, sparsity: Sparsity | None = None) -> Scores:
-        """Score data that has been collected; ``sparsity`` is passed to a metric that requires it, such as `metric.sparsegpt`."""
+        """Score data that has been collected; ``sparsity`` is passed to a metric that requires it, such as `metric.sparsegpt`.
+
+        Raises:
+            TypeError: a metric that requires the sparsity, without one.
+        """
         parameter = signature(self.metric).parameters.get("sparsity")
         is_required = parameter is not None and parameter.default is Parameter.empty
-        options = {"sparsity": sparsity} if is_required and sparsity is not None else {}
+        if is_required and sparsity is None:
+            raise TypeError(
+                f"metric={as_code(self.metric)} scores for one sparsity: call the pipeline with it, or pipeline.scores(model, sparsity); "
+                "what scores once for several sparsities, such as `sensitivity`, needs another metric, such as bp.metric.obs"
+            )
+        options = {"sparsity": sparsity} if is_required else {}
         return _checked("metric", self.metric(data, **options), BlockScore, "BlockScore(value, grid)")
 
     def __repr__(self) -> str:
@@ -134,6 +144,7 @@ def requires(*statistics: Any) -> Callable[[F], F]:
 
     Raises:
         ValueError: by the declared function, if a parameter lacks a statistic. A repair looks only at the parameters that have a mask.
+        TypeError: by the declared function, if it is given something else than data, such as a model.
 
     Example:
         >>> @bp.requires(bp.statistics.input_sq)
@@ -150,6 +161,7 @@ def requires(*statistics: Any) -> Callable[[F], F]:
 
         @wraps(function)
         def checked(data: Data, *args: Any, **options: Any) -> Any:
+            check_data(data)
             names = options.get("masks", args[0] if args else {}) if is_repair else data
             if is_repair:
                 check_masks(names)

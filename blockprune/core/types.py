@@ -226,6 +226,20 @@ def check_scores(scores: Any, what: str = "scores") -> None:
     )
 
 
+def check_data(data: Any) -> None:
+    """Raise unless this is data by parameter name. The values of a mapping that reads them when they are asked for are not looked at.
+
+    Raises:
+        TypeError: no mapping, such as a model; or a dict with a value that is no `Param`, such as scores.
+
+    Example:
+        >>> from blockprune.core.types import check_data
+        >>> check_data({"w": bp.Param(torch.ones(4), bp.BlockGrid((4,), (2,)))})
+    """
+    if not isinstance(data, Mapping) or isinstance(data, dict):
+        _check_values("data", data, Param, "collect it from a model: data = bp.collect.weights(model, where=...)", "Param(weight, grid)")
+
+
 def _check_values(what: str, values: Any, kind: type, remedy: str, constructor: str) -> None:
     if not isinstance(values, Mapping):
         raise TypeError(f"{what} is a {type(values).__name__}, not a mapping from parameter names to {kind.__name__}; {remedy}")
@@ -245,8 +259,26 @@ def check_fraction(what: str, value: float) -> None:
         >>> check_fraction("sparsity", 0.5)
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"{what}={value!r} must be a number from 0 (keep all) to 1 (remove all), or a mapping of parameter names to numbers"
-        )
+        raise TypeError(f"{what}={value!r} must be a number from 0 (keep all) to 1 (remove all)")
     if not 0 <= value <= 1:
         raise ValueError(f"{what}={value!r} must be from 0 (keep all) to 1 (remove all); 50 % is 0.5")
+
+
+def check_sparsity(sparsity: Any) -> None:
+    """Raise unless this is a number from 0 to 1, or a mapping of parameter names or patterns to such numbers.
+
+    Raises:
+        TypeError, ValueError: anything else.
+
+    Example:
+        >>> from blockprune.core.types import check_sparsity
+        >>> check_sparsity({"head.*": 0.25, "*": 0.5})
+    """
+    if isinstance(sparsity, Mapping):
+        for key, fraction in sparsity.items():
+            check_fraction(f"sparsity[{key!r}]", fraction)
+        return
+    try:
+        check_fraction("sparsity", sparsity)
+    except TypeError as error:
+        raise TypeError(f"{error}, or a mapping of parameter names to numbers") from None

@@ -2,7 +2,7 @@
 
 import importlib.util
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -23,7 +23,7 @@ from blockprune.export.sparse_layers import STATE_KEYS, BlockSparseLinear, Int8B
 from blockprune.export.timed_layers import DEFAULT_ROWS
 from blockprune.model.apply import apply_masks, finalize
 from blockprune.model.calibration import Forward, default_forward
-from blockprune.model.checkpoint import masks_in_state, without_wrapper
+from blockprune.model.checkpoint import exported_layers, masks_in_state, without_wrapper
 from blockprune.model.hf_checkpoint import prepare_checkpoints
 from blockprune.model.mask_reading import parameter_masks
 from blockprune.model.parameters import parameter_refs
@@ -205,7 +205,7 @@ def load_state_dict(model: M, state: Mapping[str, Tensor], *, strict: bool = Tru
     plain = finalize(model)
     modules = dict(plain.named_modules(remove_duplicate=False))
     new: dict[nn.Module, nn.Module] = {}
-    for name in _block_sparse_layers(state):
+    for name in exported_layers(state):
         if name not in modules:
             problem = f"the state dict has a block-sparse layer {name!r} that the model does not have"
             remedy = without_wrapper(state)
@@ -228,15 +228,6 @@ def load_state_dict(model: M, state: Mapping[str, Tensor], *, strict: bool = Tru
         )
     prepare_checkpoints(plain)
     return plain
-
-
-def _block_sparse_layers(state: Mapping[str, Tensor]) -> Iterable[str]:
-    """The names of the layers for which a state dict has a block-sparse weight."""
-    for key in state:
-        layer = "" if key == "layout" else key.removesuffix(".layout")
-        prefix = f"{layer}." if layer else ""
-        if key == f"{prefix}layout" and all(prefix + part in state for part in STATE_KEYS):
-            yield layer
 
 
 def _loaded_layer(name: str, template: nn.Module, tensors: Mapping[str, Tensor], trainable: bool | None) -> BlockSparseLinear:

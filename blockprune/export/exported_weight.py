@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
+import attrs
 import torch
 from torch import Tensor, nn
 
@@ -15,16 +16,23 @@ from blockprune.model.masked_weight import CHANGES
 REMEDY = "change layer.values, or give export.update the option weights={name: weight}"
 
 
+@attrs.define(eq=False)
+class _Origin:
+    """What the tensors that share the memory of one exported weight share."""
+
+    reason: str  # why a change would be lost, and what to do instead
+    version: int | None  # of the weight when it was computed; None: unknown, or changes are not lost, as a parameter has the memory
+
+
 class ExportedWeight(Tensor):
     """The dense weight of a block-sparse layer, which computes it anew at each read; a change in place raises.
 
     All other operations return plain tensors, and so does a copy. A change through a view or an ``out`` argument cannot be refused: a
-    warning says that it is lost, when the weight is deleted. NumPy arrays of the weight are read-only. A function that torch.compile has
-    compiled does not take this class as an argument: give it ``weight.clone()``.
+    warning says that it is lost, when the weight is deleted. NumPy arrays of the weight are read-only. Some operations of functions that
+    torch.compile has compiled do not take this class as an argument: give them ``weight.clone()``.
     """
 
-    reason: str  # why a change would be lost, and what to do instead
-    version: int
+    origin: _Origin
 
     __torch_function__ = disabled_torch_function
 
@@ -41,7 +49,8 @@ class ExportedWeight(Tensor):
             return weight
         weight, owner = without_base(weight), f"layer {layer}" if layer else "an exported layer"
         reason = f"the dense weight {tuple(weight.shape)} of {owner} is computed from what it stores at each read: {remedy}"
-        return _with_reason(weight, reason, 0 if weight.is_inference() else version_counter(weight))
+        reason += "; to change a copy of your own: layer.weight.clone()"
+        return _with_origin(weight, _Origin(reason, None if weight.is_inference() else version_counter(weight)))
 
     @property
     def data(self) -> "ExportedWeight":
@@ -50,11 +59,11 @@ class ExportedWeight(Tensor):
 
     @data.setter
     def data(self, _: Tensor) -> None:
-        raise RuntimeError(f"an assignment to .data would be lost, because {self.reason}")
+        raise RuntimeError(f"an assignment to .data would be lost, because {self.origin.reason}")
 
     def detach(self) -> "ExportedWeight":
         """The values without autograd, in the same memory."""
-        return _with_reason(Tensor.detach(self), self.reason, self.version)
+        return _with_origin(Tensor.detach(self), self.origin)
 
     def numpy(self, *, force: bool = False) -> Any:
         """A read-only array, because a change of it would be lost."""
@@ -63,8 +72,9 @@ class ExportedWeight(Tensor):
         return array
 
     def __del__(self) -> None:
-        if hasattr(self, "version") and not self.is_inference() and version_counter(self) != self.version:
-            warnings.warn(f"a change through a view or an out argument is lost, because {self.reason}", RuntimeWarning, stacklevel=2)
+        origin = getattr(self, "origin", None)
+        if origin and origin.version is not None and version_counter(self) != origin.version:
+            warnings.warn(f"a change through a view or an out argument is lost, because {origin.reason}", RuntimeWarning, stacklevel=2)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self.as_subclass(Tensor), memo)
@@ -73,17 +83,18 @@ class ExportedWeight(Tensor):
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
     def _become_parameter(self, _: bool) -> None:
-        del self.reason, self.version
+        self.origin.version = None
+        del self.origin
         self.__class__ = nn.Parameter  # type: ignore[assignment]
 
     # nn.Parameter(weight) sets this attribute; the result is then a plain nn.Parameter with the same memory
     _is_param = property(lambda self: False, _become_parameter)
 
 
-def _with_reason(weight: Tensor, reason: str, version: int) -> ExportedWeight:
+def _with_origin(weight: Tensor, origin: _Origin) -> ExportedWeight:
     weight.__class__ = ExportedWeight  # `as_subclass` would make a view
     exported = cast(ExportedWeight, weight)
-    exported.reason, exported.version = reason, version
+    exported.origin = origin
     return exported
 
 
@@ -92,7 +103,7 @@ def _refused(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method, assigned=("__name__",))
     def change(self: ExportedWeight, *_: Any, **__: Any) -> Any:
-        raise RuntimeError(f"a change in place by {method.__name__} would be lost, because {self.reason}")
+        raise RuntimeError(f"a change in place by {method.__name__} would be lost, because {self.origin.reason}")
 
     return change
 

@@ -45,14 +45,19 @@ class ModelSize(Table):
     @property
     def sparsity(self) -> float:
         """The pruned share of all parameters, those without a mask included."""
-        return 1 - self.parameters_kept / max(1, self.parameters)
+        return _removed_share(self.parameters, self.parameters_kept)
 
     def table(self) -> Rows:
         counts = {"parameters": (self.parameters, self.parameters_kept)}
         if self.multiply_adds is not None and self.multiply_adds_kept is not None:
             counts["multiply-adds"] = self.multiply_adds, self.multiply_adds_kept
-        rows = [(name, f"{total:,}", f"{kept:,}", f"{1 - kept / max(1, total):.1%}") for name, (total, kept) in counts.items()]
+        rows = [(name, f"{total:,}", f"{kept:,}", f"{_removed_share(total, kept):.1%}") for name, (total, kept) in counts.items()]
         return [("", "dense", "kept", "sparsity"), *rows]
+
+
+def _removed_share(total: int, kept: int) -> float:
+    """The share that is removed; 0 of nothing, such as of the multiply-adds of layers whose operations are not counted."""
+    return 1 - kept / total if total else 0.0
 
 
 def count_model(model: nn.Module, *, inputs: Any = None, forward: Forward = default_forward) -> ModelSize:

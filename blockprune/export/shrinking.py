@@ -27,6 +27,7 @@ from blockprune.export.coupled_channels import (
 from blockprune.export.uniform_widths import UniformWidths, uniform_widths
 from blockprune.model.apply import finalize
 from blockprune.model.calibration import Forward, default_forward
+from blockprune.model.hf_checkpoint import model_config
 from blockprune.model.mask_reading import read_masks
 from blockprune.model.running import disable_attention_fastpath, float64_copy, preserve_state, to_model_device
 
@@ -310,8 +311,8 @@ def _units(plain: nn.Module, layer_side: LayerSide, indices: Iterable[int], reas
 def _failure_of_widths(widths: UniformWidths | None, plain: Any, check: Callable[[nn.Module], str]) -> str:
     """Why a Hugging Face model cannot have widths that its configuration expresses; empty if it can, or is no such model."""
     if widths is None:
-        has_config = hasattr(plain, "save_pretrained") and hasattr(getattr(plain, "config", None), "to_json_string")
-        return f"no configuration was found of which {type(plain).__name__} gets such widths" if has_config else ""
+        is_built_from_config = model_config(plain) is not None
+        return f"no configuration was found of which {type(plain).__name__} gets such widths" if is_built_from_config else ""
     try:
         failure = check(widths.model)
     except Exception as error:  # the model's own code may raise anything on other sizes

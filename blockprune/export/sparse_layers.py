@@ -157,7 +157,7 @@ class BlockSparseLinear(nn.Module):
 
     def check_devices(self, input: Tensor, values: Tensor) -> None:
         """Raise RuntimeError if some of the input, the kept weights and the bias have numbers, and others, on the meta device, have not."""
-        if len({x.device.type == "meta" for x in (input, values, self.bias) if x is not None}) > 1:
+        if input.is_meta != values.is_meta or (self.bias is not None and self.bias.is_meta != values.is_meta):
             devices = f"the input is on {input.device}, the kept weights are on {values.device}"
             bias = "" if self.bias is None else f" and the bias is on {self.bias.device}"
             raise RuntimeError(
@@ -335,7 +335,8 @@ class Int8BlockSparseLinear(BlockSparseLinear):
     @property
     def weight(self) -> Tensor:
         """The dense weight, numbers times scales, zero where pruned. Each read computes it anew, so a change of it in place raises."""
-        return ExportedWeight.read(unpack(self.packed_weight).to(self.like.dtype), self.name)
+        remedy = "change the weight of the masked model, and export that again"  # export.update gives int8 numbers no other scales
+        return ExportedWeight.read(unpack(self.packed_weight).to(self.like.dtype), self.name, remedy)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)

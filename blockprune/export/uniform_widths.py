@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.export.coupled_channels import HEAD_COUNTS, HEAD_SIZES, KEY_HEAD_COUNTS
+from blockprune.model.hf_checkpoint import is_config, model_config
 
 Shapes = Mapping[str, tuple[int, ...]]
 Axis = tuple[str, int]  # a parameter and its axis
@@ -48,8 +49,8 @@ def uniform_widths(smaller: Any, plain: Any) -> UniformWidths | None:
     Returns:
         None if the model has no configuration, or the class cannot be built from it.
     """
-    config = getattr(plain, "config", None)
-    if not hasattr(plain, "save_pretrained") or not hasattr(config, "to_json_string"):
+    config = model_config(plain)
+    if config is None:
         return None
     before, free = _shapes(plain), _shapes(smaller)
     if before == free or _built_shapes(type(plain), config) != before:
@@ -98,7 +99,7 @@ def _with_head_size(config: Any) -> Any:
 
 def _numbers(config: Any, prefix: Path = ()) -> Iterator[tuple[Path, int]]:
     for name, value in vars(config).items():
-        if hasattr(value, "to_json_string"):
+        if is_config(value):
             yield from _numbers(value, (*prefix, name))
         elif type(value) is int and value > 1 and not name.startswith("_") and name not in HEAD_SIZES:
             yield (*prefix, name), value

@@ -176,7 +176,7 @@ def _stored_weights(model: Any, tensors: Mapping[str, Any]) -> dict[nn.Module, _
             )
         parts = [part for part in (*STATE_KEYS, "scale") if prefix + part in tensors]
         stored[module] = _StoredWeight(module, {part: tensors[prefix + part] for part in parts})
-    _warn_skipped(model, "block-sparse layers", skipped)
+    _check_skipped(model, tensors, "block-sparse layers", skipped)
     return stored
 
 
@@ -189,10 +189,25 @@ def _is_other_part(model: Any, name: str) -> bool:
     return not any(part == child for owner in (model, model.base_model) for child, _ in owner.named_children())
 
 
-def _warn_skipped(model: Any, what: str, names: Collection[str]) -> None:
-    if names:
-        shown = ", ".join([*names][:4]) + (", ..." if len(names) > 4 else "")
-        warnings.warn(f"{type(model).__name__} lacks the layers of these {what} in the folder, which are not loaded: {shown}", stacklevel=3)
+def _check_skipped(model: Any, tensors: Iterable[str], what: str, names: Collection[str]) -> None:
+    """Warn of what is not loaded; raise if nothing but a head could be, so that the folder is that of another class."""
+    if not names:
+        return
+    shown = ", ".join([*names][:4]) + (", ..." if len(names) > 4 else "")
+    if not _has_base_model(model, tensors):
+        raise ValueError(
+            f"the folder has {what} of these names, and {type(model).__name__} has no such layer, nor any other of the folder but a head: "
+            f"{shown}; load it with the class that was saved, which config.json names"
+        )
+    warnings.warn(f"{type(model).__name__} lacks the layers of these {what} in the folder, which are not loaded: {shown}", stacklevel=3)
+
+
+def _has_base_model(model: Any, tensors: Iterable[str]) -> bool:
+    """Whether a file has a tensor of the base model; the name of a head, such as ``lm_head.weight``, is that of other classes, too."""
+    base, head = set(model.base_model.modules()), model.get_output_embeddings()
+    modules = [(name, module) for name, module in model.named_modules() if module in base and module is not head]
+    expected = {f"{name}.{key}".removeprefix(".") for name, module in modules for key, _ in module.named_parameters(recurse=False)}
+    return not expected.isdisjoint(model_keys(model, tensors, expected).values())
 
 
 def _load_masks(model: Any, tensors: Collection[str], files: Iterable[str]) -> None:
@@ -206,7 +221,7 @@ def _load_masks(model: Any, tensors: Collection[str], files: Iterable[str]) -> N
     names = model_keys(model, keys, expected)
     skipped = {key: name for key, name in names.items() if name not in expected and _is_other_part(model, name)}
     parameters = [match[1].replace("parametrizations.", "") for match in map(MASK_PART.fullmatch, skipped.values()) if match]
-    _warn_skipped(model, "masks", dict.fromkeys(name.removesuffix(".") for name in parameters))
+    _check_skipped(model, tensors, "masks", dict.fromkeys(name.removesuffix(".") for name in parameters))
     names = {key: name for key, name in names.items() if key not in skipped}
     apply_masks(model, masks_in_state(model, {names[key]: tensor for key, tensor in _read(files, names) if not key.endswith("original")}))
     with torch.no_grad():

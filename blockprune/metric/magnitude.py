@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from blockprune.core.grid import block_elements, expand, pool
-from blockprune.core.types import Data, Param, Scores, check_finite
+from blockprune.core.types import Data, Param, Scores, check_data, check_finite
 from blockprune.metric.scoring import score_parameters
 
 
@@ -86,6 +86,7 @@ def random(data: Data, *, generator: torch.Generator | int | None = None) -> Sco
     if isinstance(generator, int):
         generator = torch.Generator().manual_seed(generator)
     device = generator.device if generator else None
+    check_data(data)
     for name, p in data.items():
         check_finite(name, p.weight)  # the scores of other metrics would be NaN or inf, too
     return score_parameters(data, lambda p: torch.rand(p.grid.size, generator=generator, device=device).to(p.weight.device))
@@ -107,6 +108,7 @@ def fpgm(data: Data) -> Scores:
         >>> bp.metric.fpgm({"w": bp.Param(w, bp.BlockGrid((3, 2), (1,)))})["w"].value.argmin()     # the middle one
         tensor(1)
     """
+    check_data(data)
     for name, p in data.items():
         if p.grid.block[1:] != p.grid.shape[1:]:
             raise ValueError(
@@ -174,13 +176,17 @@ def batchnorm_scale(data: Data) -> Scores:
         >>> bp.metric.batchnorm_scale({"bn.weight": bp.Param(gamma, bp.BlockGrid((2,), (1,)))})["bn.weight"].value
         tensor([0.5000, 2.0000])
     """
+    check_data(data)
     for name, p in data.items():
         if p.weight.ndim > 1 and "batchnorm_scale" not in p.stats:
             raise ValueError(f"{name} {p.grid.shape} has no statistic 'batchnorm_scale'; collect with `collect.batchnorm_scales`")
         check_finite(name, p.weight)
-        if sum(n > 1 for n in p.grid.size) > 1:
+        channels = p.stats.get("batchnorm_scale", p.weight).shape  # 1 along all axes but that of the output channels
+        if any(n > 1 and channel == 1 for n, channel in zip(p.grid.size, channels, strict=True)):
+            axis = next((axis for axis, n in enumerate(channels) if n > 1), 0)
             raise ValueError(
-                f"{name}: batchnorm_scale ranks whole filters, but block={p.grid.block} of shape={p.grid.shape} cuts them; use (1,)"
+                f"{name}: batchnorm_scale ranks whole filters, but block={p.grid.block} of shape={p.grid.shape} cuts them; use "
+                f"{(*[-1] * axis, 1)}"
             )
     return score_parameters(
         data, lambda p: pool(p.stats.get("batchnorm_scale", p.weight).expand(p.grid.shape), p.grid, reduce="mean", elementwise=torch.abs)

@@ -118,7 +118,7 @@ def _obs(  # noqa: PLR0917
 def _unit(rows: Tensor) -> float:
     """A power of 2 by which weights are divided so that float32 holds their squares; 1 for weights of usual sizes."""
     largest = float(rows.abs().max())
-    return 1.0 if not math.isfinite(largest) or largest == 0 or 1e-6 < largest < 1e6 else 2.0 ** round(math.log2(largest))
+    return 1.0 if not math.isfinite(largest) or largest == 0 or 1e-6 < largest < 1e6 else 2.0 ** min(127, round(math.log2(largest)))
 
 
 def _squared_unit(score: Tensor, unit: float) -> Tensor:
@@ -308,7 +308,8 @@ def sparsegpt(data: Data, *, sparsity: Sparsity, columns_per_step: int = 128, da
         damping: the share of H's diagonal that is added to it.
 
     Raises:
-        ValueError: data without ``input_gram``, a Hessian that stays singular with a larger damping, or a sparsity outside [0, 1].
+        ValueError: data without ``input_gram``, a Hessian that stays singular with a larger damping, a sparsity outside [0, 1], or
+            ``columns_per_step`` below 1.
         KeyError: a mapping of sparsities that does not match the parameters.
         NotImplementedError: blocks that span groups of a grouped convolution.
 
@@ -318,6 +319,8 @@ def sparsegpt(data: Data, *, sparsity: Sparsity, columns_per_step: int = 128, da
         >>> bp.allocate.per_layer(bp.metric.sparsegpt(data, sparsity=0.5), 0.5)["weight"].keep.shape
         torch.Size([2, 4])
     """
+    if columns_per_step < 1:
+        raise ValueError(f"columns_per_step={columns_per_step} must be at least 1")
     shares = resolve_by_name(sparsity, data, what="sparsity") if isinstance(sparsity, Mapping) else dict.fromkeys(data, sparsity)
     for name, share in shares.items():
         if not 0 <= share <= 1:

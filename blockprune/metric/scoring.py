@@ -8,14 +8,18 @@ from torch import Tensor
 
 from blockprune.core.grid import BlockGrid, block_elements, pool
 from blockprune.core.precision import double, float32_if_in_range, is_in_range
-from blockprune.core.types import BlockScore, Data, Param, Scores
+from blockprune.core.types import BlockScore, Data, Param, Scores, check_data
 
 
 def score_parameters(data: Data, score: Callable[[Param], Tensor]) -> Scores:
     """The scores ``score(param)``, for metrics that score each parameter independently of the others.
 
     Where float32 overflows or underflows, the score is computed in float64, and stays in float64 if float32 cannot hold it.
+
+    Raises:
+        TypeError: something else than data, such as a model.
     """
+    check_data(data)
     with torch.no_grad():
         return {name: BlockScore(_in_range(attrs.evolve(p, weight=p.weight), score), p.grid) for name, p in data.items()}
 

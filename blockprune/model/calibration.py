@@ -109,9 +109,13 @@ class Calibration:
         token_weights: batch -> the weight of each token in statistics, ``[batch, positions]``, or None to count each token once. By
             default it is the batch's ``attention_mask``, so that padding does not count. Weights are at least 0. If the batch has several
             entries with tokens, return a mapping from names of entries (or patterns) to weights; a layer's rows have the weights of the
-            first entry in the mapping that flows into the layer.
+            first entry in the mapping that flows into the layer. Rows are recognized by their axes: [batch, positions], maybe with more
+            axes behind; [positions, batch] if both sizes differ; or both in one axis, in the order of [batch, positions]. A model that
+            works on [positions, batch] with as many samples as positions, or on both in one axis in that order, needs weights of its own.
         per_sample: "vmap" computes the gradients of several samples at a time; "loop" computes one sample at a time, with the same result,
             for models that `torch.func.vmap` cannot run.
+            Gradients of samples (``gate_grad``, ``gate_fisher``) take axis 0 of every tensor of a batch for the samples, except of tensors
+            without axes: of a model that takes [positions, batch], transpose in ``forward=``, or give the samples one by one as batches.
         chunk_size: samples at a time under vmap.
         progress: show a progress bar; by default in a terminal and in a notebook.
         reduce: adds the sums of statistics of several processes, such as `blockprune.distributed.all_reduce`. Each process then has batches

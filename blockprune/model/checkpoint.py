@@ -130,8 +130,8 @@ def _mask_modules(model: nn.Module) -> dict[str, list[MaskBlocks]]:
     return {name: modules for name, modules in masks.items() if modules}
 
 
-STORED_LAYOUT = re.compile(r"(.*\.)?layout")  # the name of a tensor of an exported layer in a state dict
-# the names of a mask in a state dict, likewise
+_EXPORTED_PARTS = ("values", "crow", "col", "layout")  # the names of an exported layer's tensors in a state dict
+# the names of a mask in a state dict
 _MASK = re.compile(r"(|.*\.)parametrizations\.([^.]+)\.\d+\.(keep|_extra_state)")
 
 
@@ -152,6 +152,21 @@ def masks_in_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, B
             name, shape = canonical[name]
             masks[name] = _mask_in_state(name, shape, state[key], state.get(f"{key.removesuffix('keep')}_extra_state"))
     return masks
+
+
+def exported_layers(state: Mapping[str, Tensor]) -> list[str]:
+    """The names of the layers for which a state dict has a block-sparse weight; a tensor called ``layout`` alone is a model's own.
+
+    Example:
+        >>> from blockprune import export
+        >>> from blockprune.model.checkpoint import exported_layers
+        >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
+        >>> model = bp.apply_masks(nn.Sequential(nn.Linear(4, 2)), {"0.weight": mask})
+        >>> exported_layers(export.block_sparse(model, backend="torch").state_dict())
+        ['0']
+    """
+    prefixes = [key.removesuffix("layout") for key in state if key == "layout" or key.endswith(".layout")]
+    return [prefix.removesuffix(".") for prefix in prefixes if all(prefix + part in state for part in _EXPORTED_PARTS)]
 
 
 def without_wrapper(state: Mapping[str, Tensor]) -> str:
@@ -190,8 +205,7 @@ def _fitting_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
     missing = [name for name in expected if name not in loaded and not _MASK.fullmatch(name)]
     if missing or (unexpected := [name for name in names if name not in expected]):
         problem = f"lacks {missing[0]!r}, which the model has" if missing else f"has {unexpected[0]!r}, which the model does not have"
-        is_exported_state = any(STORED_LAYOUT.fullmatch(name) for name in state)
-        remedy = "it is that of an exported model: give it to export.load_state_dict(model, state)" if is_exported_state else ""
+        remedy = "it is that of an exported model: give it to export.load_state_dict(model, state)" if exported_layers(state) else ""
         remedy = without_wrapper(state) or remedy or "give the state dict of a masked model of the same class"
         raise ValueError(f"the state {problem}; {remedy}")
     for name, key in names.items():

@@ -1,6 +1,7 @@
 """Checkpoints of masked and exported Hugging Face models, which ``from_pretrained`` can read."""
 
 import copy
+import weakref
 from typing import Any
 
 import torch
@@ -15,6 +16,30 @@ from blockprune.model.parametrization import MaskBlocks
 
 QUANT_METHOD = "blockprune"  # under which transformers finds the loader of `blockprune.hf`
 FORMAT = 1  # of the folders that ``save_pretrained`` writes; a later blockprune may write another
+_WITH_BLOCKS: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # Hugging Face models that have got masks or exported layers
+
+
+def model_config(model: nn.Module) -> Any:
+    """The configuration of a Hugging Face model, and None for any other module.
+
+    Example:
+        >>> from blockprune.model.hf_checkpoint import model_config
+        >>> model_config(nn.Linear(2, 2)) is None
+        True
+    """
+    config = getattr(model, "config", None)
+    return config if hasattr(model, "save_pretrained") and is_config(config) else None
+
+
+def is_config(value: Any) -> bool:
+    """Whether a value is a configuration of transformers, or a part of one, such as ``text_config``.
+
+    Example:
+        >>> from blockprune.model.hf_checkpoint import is_config
+        >>> is_config({"hidden_size": 64})
+        False
+    """
+    return hasattr(type(value), "model_type")
 
 
 def add_plain_weights(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
@@ -56,8 +81,9 @@ def prepare_checkpoints(model: nn.Module) -> None:
     model without them. A ``quantization_config`` of another method is left as it is.
 
     Another model may have been built from the same configuration, so a model gets copies of its configurations before one is changed.
-    A base model, such as a ``LlamaModel``, keeps its own when it gets masks: it may be part of a model that is to be saved with them.
-    Another model built from the same configuration is then saved with this entry, too, and loads as it is: without masks.
+    A base model, such as a ``LlamaModel``, keeps its own: it may be part of a model that is to be saved with its masks, and whose settings
+    reach its layers through this configuration. Another model with the same configuration is then saved with this entry, too, and loads as
+    it is: without masks. The entry stays while another model with this configuration has blocks, such as a masked head.
     """
     inside: set[nn.Module] = set()
     for module in model.modules():
@@ -72,28 +98,33 @@ def _prepare_outermost(model: nn.Module) -> None:
     marked: dict[int, bool] = {}  # whether a model with this configuration has masks or exported layers
     for module in model.modules():
         if hasattr(module, "save_pretrained"):
-            has_blocks = any(isinstance(part, MaskBlocks) or is_exported(part) for part in module.modules())
+            has_blocks = _has_blocks(module)
+            if has_blocks:
+                _WITH_BLOCKS.add(module)
             if has_blocks and add_plain_weights not in state_dict_hooks(module):
                 module.register_state_dict_post_hook(add_plain_weights)
-            config: Any = getattr(module, "config", None)
-            if _is_config(config):
+            config = model_config(module)
+            if config is not None:
                 configs[id(config)] = config
                 marked[id(config)] = has_blocks or marked.get(id(config), False)
     wrong = [key for key, config in configs.items() if _needs_change(config, marked[key])]
-    is_base_model = getattr(model, "base_model", None) is model
-    copies: dict[int, Any] = {}
-    if wrong and not (is_base_model and all(marked[key] for key in wrong)):
-        copies = _copy_configs(model)
+    is_base_model = _is_base_model(model)
+    copies = _copy_configs(model) if wrong and not is_base_model else {}
     for key in wrong:
         config = copies.get(key, configs[key])
         if marked[key]:
             config.quantization_config = {"quant_method": QUANT_METHOD, "format": FORMAT}
-        else:
+        elif not is_base_model or not any(model_config(other) is config and _has_blocks(other) for other in _WITH_BLOCKS):
             del config.quantization_config
 
 
-def _is_config(value: Any) -> bool:
-    return hasattr(type(value), "model_type")
+def _is_base_model(model: Any) -> bool:
+    """Whether a Hugging Face model has no head, and so may be part of one that has; transformers takes T5 with its head for one."""
+    return hasattr(model, "base_model") and model.base_model is model and model.get_output_embeddings() is None
+
+
+def _has_blocks(model: nn.Module) -> bool:
+    return any(isinstance(part, MaskBlocks) or is_exported(part) for part in model.modules())
 
 
 def _needs_change(config: Any, has_blocks: bool) -> bool:
@@ -106,6 +137,6 @@ def _copy_configs(model: nn.Module) -> dict[int, Any]:
     copies: dict[int, Any] = {}
     for module in model.modules():
         for name, value in vars(module).items():
-            if _is_config(value):
+            if is_config(value):
                 vars(module)[name] = copy.deepcopy(value, copies)
     return copies

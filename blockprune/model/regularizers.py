@@ -152,8 +152,8 @@ def admm(model: nn.Module, *, where: Where, prune: Callable[[Data], Masks], prev
         previous: the result of the projection before; None at the first.
 
     Raises:
-        ValueError, TypeError: a rule that matches nothing; masks with different blocks; ``previous`` with different shapes; a ``prune`` that returns
-            no masks.
+        ValueError, TypeError: a rule that matches nothing; masks with different blocks; ``previous`` with different shapes; a ``prune``
+            that returns no masks.
         KeyError: ``prune`` returns no mask of a parameter, or ``previous`` lacks a parameter.
 
     Example:

@@ -11,10 +11,11 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from blockprune.core._compat import all_buffers
+from blockprune.core._compat import all_buffers, version_counter
 
 P = ParamSpec("P")
 R = TypeVar("R")
+PutBack = Callable[..., None]  # what `buffers_as_now` returns
 
 
 def to_model_device(model: nn.Module, batch: Any, dtype: torch.dtype | None = None) -> Any:
@@ -36,12 +37,12 @@ def _to_device(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 @contextlib.contextmanager
-def preserve_state(model: nn.Module, weights: Sequence[Tensor] = (), *, trains: bool = False) -> Iterator[None]:
+def preserve_state(model: nn.Module, weights: Sequence[Tensor] = (), *, trains: bool = False) -> Iterator[PutBack]:
     """Run a model in evaluation mode, with gradients for these weights, and restore its state afterwards.
 
     The state is the training mode of all modules, ``requires_grad`` of the weights, all buffers and the random number generators. Unless
     the model trains, it is also the weights of embeddings with ``max_norm``, which their forward changes in place. Compiled models run
-    eagerly, and `torch.inference_mode` is off.
+    eagerly, and `torch.inference_mode` is off. It yields the function that puts the buffers back, of `buffers_as_now`.
     """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in weights]
@@ -56,7 +57,7 @@ def preserve_state(model: nn.Module, weights: Sequence[Tensor] = (), *, trains: 
             model.eval()
             for p in weights:
                 p.requires_grad_(True)
-            yield
+            yield put_back
         finally:
             for module, training in modes:
                 module.training = training
@@ -65,8 +66,11 @@ def preserve_state(model: nn.Module, weights: Sequence[Tensor] = (), *, trains: 
             put_back()
 
 
-def buffers_as_now(model: nn.Module, others: Sequence[Tensor] = ()) -> Callable[[], None]:
+def buffers_as_now(model: nn.Module, others: Sequence[Tensor] = ()) -> PutBack:
     """A function that gives all buffers of a model, and other tensors, the values that they have now.
+
+    With ``quick=True`` it does not read the tensors of which torch says that nothing wrote to them since the last call. Torch does not see
+    writes through ``.data``, so a tensor that an earlier call without ``quick`` found to be written in this way is still read.
 
     Example:
         >>> from blockprune.model.running import buffers_as_now
@@ -79,19 +83,29 @@ def buffers_as_now(model: nn.Module, others: Sequence[Tensor] = ()) -> Callable[
     """
     buffers = [(module, all_buffers(module)) for module in model.modules()]
     written = [*(buffer for _, own in buffers for buffer, _ in own.values() if buffer is not None), *others]
-    values = [(tensor, tensor.clone()) for tensor in written]
+    values = [tensor.clone() for tensor in written]
+    versions: list[int | None] = [_version(tensor) for tensor in written]  # None: torch does not see all writes
 
     @torch.no_grad()
-    def put_back() -> None:
+    def put_back(*, quick: bool = False) -> None:
         for module, before in buffers:
             _restore_buffers(module, before)
-        for tensor, value in values:
+        for i, (tensor, value) in enumerate(zip(written, values, strict=True)):
+            is_counted = versions[i] is not None and versions[i] != _version(tensor)
             if tensor.shape != value.shape:
                 tensor.set_(value.clone())  # type: ignore[call-overload]
-            elif not tensor.is_meta and not torch.equal(tensor, value):
+            elif tensor.is_meta or (quick and versions[i] is not None and not is_counted):
+                continue
+            elif not torch.equal(tensor, value):
+                versions[i] = versions[i] if is_counted else None
                 tensor.copy_(value)
+        versions[:] = [None if version is None else _version(tensor) for tensor, version in zip(written, versions, strict=True)]
 
     return put_back
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else version_counter(tensor)
 
 
 def _restore_buffers(module: nn.Module, before: Mapping[str, tuple[Tensor | None, bool]]) -> None:
@@ -108,6 +122,26 @@ def _restore_buffers(module: nn.Module, before: Mapping[str, tuple[Tensor | None
 def cuda_devices(model: nn.Module) -> list[int]:
     """The GPUs that hold parameters or buffers of a model; running it may change their random number generators."""
     return sorted({p.device.index or 0 for p in itertools.chain(model.parameters(), model.buffers()) if p.device.type == "cuda"})
+
+
+@contextlib.contextmanager
+def seeded(seed: int, devices: Sequence[int]) -> Iterator[None]:
+    """Draw the random numbers of a seed on the CPU and on these GPUs, and go on with the former ones afterwards.
+
+    Example:
+        >>> from blockprune.model.running import seeded
+        >>> def draw() -> torch.Tensor:
+        ...     with seeded(7, []):
+        ...         return torch.rand(3)
+        >>> torch.equal(draw(), draw())
+        True
+    """
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def without_compiled_code() -> contextlib.AbstractContextManager[Any]:

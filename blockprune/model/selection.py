@@ -5,8 +5,9 @@ rules in this file are ``functools.partial`` objects, so a pipeline that contain
 """
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -166,6 +167,8 @@ def including(rule: Where, pattern: Pattern, *others: Pattern) -> Where:
 def excluding(rule: Where, pattern: Pattern, *others: Pattern) -> Where:
     """The parameters that a rule selects, without those whose name matches one of the patterns.
 
+    A tied tensor is left out if any of its names matches.
+
     Args:
         rule: which parameters, in what blocks.
         pattern: a glob that fits the whole name, or a compiled regular expression that fits a part of it.
@@ -200,15 +203,20 @@ def with_block(rule: Where, block: BlockShape) -> Where:
 
 
 def _linears(name: str, owner: nn.Module, *, block: tuple[int, ...]) -> tuple[int, ...] | None:
-    return block if isinstance(owner, nn.Linear) and name.endswith("weight") else None
+    return block if isinstance(owner, nn.Linear) and _is_weight(name) else None
 
 
 def _convs(name: str, owner: nn.Module, *, block: tuple[int, ...]) -> tuple[int, ...] | None:
-    return block if isinstance(owner, ConvNd) and name.endswith("weight") else None
+    return block if isinstance(owner, ConvNd) and _is_weight(name) else None
 
 
 def _batchnorms(name: str, owner: nn.Module, *, block: tuple[int, ...]) -> tuple[int, ...] | None:
-    return block if isinstance(owner, BatchNorm) and name.endswith("weight") else None
+    return block if isinstance(owner, BatchNorm) and _is_weight(name) else None
+
+
+def _is_weight(name: str) -> bool:
+    """Whether a parameter is the weight of its module, and not another one of a subclass, such as a ``scale_weight``."""
+    return name.rpartition(".")[2] == "weight"
 
 
 def _named(name: str, owner: nn.Module, *, pattern: Pattern, block: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -238,8 +246,19 @@ def _with_block(name: str, owner: nn.Module, *, rule: Where, block: tuple[int, .
     return None if rule(name, owner) is None else block
 
 
-def _excluding(name: str, owner: nn.Module, *, rule: Where, pattern: Pattern) -> BlockShape | None:
-    return None if matches(pattern, name) else rule(name, owner)
+def _excluding(
+    name: str, owner: nn.Module, *, rule: Where, pattern: Pattern, aliases: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> BlockShape | None:
+    return None if any(matches(pattern, known) for known in (name, *aliases.get(name, ()))) else rule(name, owner)
+
+
+def _with_aliases(where: Any, aliases: Mapping[str, Sequence[str]]) -> Any:
+    """A rule whose `excluding`, also within other rules, knows the other names of tied parameters."""
+    if type(where) not in (partial, _Rule):
+        return where
+    keywords = {key: _with_aliases(x, aliases) for key, x in where.keywords.items()}
+    known = {"aliases": aliases} if where.func is _excluding else {}
+    return partial(where.func, *(_with_aliases(x, aliases) for x in where.args), **keywords, **known)
 
 
 def select(model: nn.Module, where: Where) -> dict[str, tuple[ParameterRef, BlockGrid]]:
@@ -266,9 +285,11 @@ def select(model: nn.Module, where: Where) -> dict[str, tuple[ParameterRef, Bloc
                 "torch.nn.utils.prune computes it. Remove the hook (remove_weight_norm, remove_spectral_norm, prune.remove), use "
                 "torch.nn.utils.parametrizations, or leave the weight out with `excluding`"
             )
+    tied = {name: [alias.name for alias in aliases] for name, (_, *aliases) in refs.items() if aliases}
+    rule = _with_aliases(where, tied) if tied else where
     selected: dict[str, tuple[ParameterRef, BlockGrid]] = {}
     for name, (ref, *_) in refs.items():
-        block = where(name, ref.owner)
+        block = rule(name, ref.owner)
         if block is not None:
             _check_dense(name, ref.stored)
             try:

@@ -4,6 +4,7 @@ A model may have several streams of tokens, such as those of an encoder and thos
 model runs once more, and each layer's input is followed back to the entries of the batch that flow into it.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -75,6 +76,17 @@ class TokenStreams:
         weights = self.weights[keys[0]] if keys else None
         return weights if weights is not None and weights.shape == tensor.shape else None
 
+    def concerns(self, name: str, call: int, tensor: Tensor, rows: tuple[int, ...]) -> bool:
+        """Whether tokens that these weights belong to flow into a call, whose rows have another shape."""
+        known = {*self.sizes.values()}  # none if batches run a layer themselves
+        if not known or {rows[:2], rows[1::-1]} & known:  # of another entry
+            return False
+        if self.flows is None:
+            return True
+        flowing = sorted(self.flows.get((name, call), ()))
+        keys = matching_keys(self.weights, flowing).values()
+        return any(key is not None and self.weights[key] is tensor for key in keys)
+
 
 def token_streams(model: nn.Module, hooks: InputHooks, calibration: Calibration, batch: Any) -> TokenStreams:
     """The token weights of a batch, and which of them count for which layer.
@@ -99,8 +111,8 @@ def token_streams(model: nn.Module, hooks: InputHooks, calibration: Calibration,
         _check_entries(weights, entries)
     tensors = [token_weights] if isinstance(token_weights, Tensor) else [w for w in weights.values() if w is not None]
     shapes = {tuple(w.shape) for w in tensors}
-    entries = {name: x for name, x in entries.items() if _may_have_rows(x, shapes)}
     sizes = {name: tuple(x.shape[:2]) for name, x in entries.items()}
+    entries = {name: x for name, x in entries.items() if _may_have_rows(x, shapes)}
     streams = TokenStreams(tensors, weights, sizes, None, is_explicit)
     groups = set(matching_keys(weights, entries).values())
     if len(entries) < 2 or (len(groups) == 1 and None not in groups):
@@ -134,6 +146,14 @@ def hidden_token_weights(model: nn.Module, calibration: Calibration, batch: Any,
             f"the token weights have the shape {tuple(candidates[0].shape)} of several entries of the batch ({', '.join(entries)}), so it "
             "is unknown to which of them the layers' tokens belong; give token_weights=, a function of the batch that returns one tensor, "
             "or None to count each token once"
+        )
+    rows = tuple(hidden.shape[:-1])
+    padded = [w for w in streams.tensors if len(rows) > 1 and len(w) in rows[:2] and w.shape not in (rows[:2], rows[1::-1]) and not w.all()]
+    if padded and padded[0] is candidates[0] and streams.concerns("", 0, padded[0], rows):
+        warnings.warn(
+            f"the layers' rows {rows} are not those of the token weights {tuple(padded[0].shape)}, such as those of the attention_mask, so "
+            f"all of them count, padding too; {_REMEDY}, for each row, or None to count each row once",
+            stacklevel=4,
         )
     return candidates[0] if candidates else None
 

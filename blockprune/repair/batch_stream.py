@@ -7,25 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockprune.core._compat import restart_workers, tree_leaves
+from blockprune.core._compat import pass_by_workers, start_workers, tree_leaves
 from blockprune.model.calibration import inputs_of
 
 
 class BatchStream:
     """Batches without end, pass after pass. Its state is the place in the pass, and the random numbers there and where the pass began.
 
-    Each pass starts the workers of a DataLoader anew, also persistent ones, whose random numbers depend on all passes before.
+    Persistent workers of a DataLoader are started once, and not those that the DataLoader itself has: other code may be in a pass of them.
     """
 
     def __init__(self, batches: Iterable[Any], devices: Sequence[int]) -> None:
         self.batches, self.devices = batches, devices
-        self._begin(self._random_state())
+        random_state = self._random_state()
+        self.workers = start_workers(batches)  # their first pass draws a random number more than later ones, so it is left
+        self._begin(random_state)
 
     def _begin(self, random_state: dict[str, list[Tensor]]) -> None:
         self.taken, self.first_state = 0, random_state
         self._set_random_state(random_state)
-        restart_workers(self.batches)
-        self.iterator = iter(self.batches)
+        self.iterator = iter(self.batches) if self.workers is None else pass_by_workers(self.batches, self.workers)
 
     def __next__(self) -> Any:
         batch = next(self.iterator, _END)

@@ -157,7 +157,7 @@ def sparsegpt(data: Data, masks: Masks, *, damping: float = 0.01, columns_per_st
 
     Raises:
         KeyError: a mask for a parameter that the data does not have.
-        ValueError: data without ``input_gram``, a Hessian that stays singular with more damping.
+        ValueError: data without ``input_gram``, a Hessian that stays singular with more damping, ``columns_per_step`` below 1.
 
     Example:
         >>> data = bp.collect.with_statistics(nn.Linear(8, 4), where=bp.linears((2, 2)), statistics=[bp.statistics.input_gram],
@@ -166,6 +166,8 @@ def sparsegpt(data: Data, masks: Masks, *, damping: float = 0.01, columns_per_st
         >>> bp.reconstruct.sparsegpt(data, masks)["weight"].shape
         torch.Size([4, 8])
     """
+    if columns_per_step < 1:
+        raise ValueError(f"columns_per_step={columns_per_step} must be at least 1")
     _check_masks(data, masks)
     repaired: dict[str, Tensor] = {}
     with torch.no_grad():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from blockprune.model.experts import experts_in, record_routing
 from blockprune.model.inputs import InputHooks, value_key, weight_inputs
 from blockprune.model.parameters import ParameterRef
+from blockprune.model.running import cuda_devices, seeded
 from blockprune.repair.transformer_layers import CapturedBatch, Layer, StopForward
 from blockprune.statistics import Statistic, input_cross, residual_cross
 
@@ -49,6 +50,8 @@ class LayerTrace:
 class LayerBatch:
     """One batch at one layer: the hidden states that the layer is given, with some of its parameters replaced by pruned ones.
 
+    Each run of the layer draws the same random numbers, so that the dense and the pruned one, which draws too, have the same noise.
+
     Example:
         >>> from blockprune.repair.dense_reference import LayerBatch
         >>> from blockprune.repair.transformer_layers import CapturedBatch, Layer
@@ -62,10 +65,12 @@ class LayerBatch:
     hidden: Tensor
     captured: CapturedBatch  # the layer's other arguments
     token_weights: Tensor | None = None
+    seed: int = 0  # of the random numbers that the layer draws
 
     def run(self) -> Tensor:
         """The layer's output."""
-        return self.layer.forward(self.parameters, self.hidden, self.captured)
+        with seeded(self.seed, cuda_devices(self.layer.module)):
+            return self.layer.forward(self.parameters, self.hidden, self.captured)
 
 
 @attrs.frozen(eq=False)

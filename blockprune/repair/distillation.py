@@ -18,7 +18,7 @@ from blockprune.core.progress import progress_bar, show_values
 from blockprune.core.types import Masks, Weights, Where
 from blockprune.model.calibration import Calibration, Forward, default_forward
 from blockprune.model.mask_reading import read_masks
-from blockprune.model.running import buffers_as_now, cuda_devices, preserve_state, to_model_device
+from blockprune.model.running import PutBack, cuda_devices, preserve_state, to_model_device
 from blockprune.repair.batch_stream import BatchStream, keep_generators, size_of
 from blockprune.repair.distill_options import (
     check_counts,
@@ -129,7 +129,9 @@ def distill(
             masks None: then its kept values are among the weights, and ``apply_masks(model, None, weights)`` sets them.
         masks: by parameter name; None for the masks that are on the model.
         weights: the weights to start from where they are not the model's own, such as those of a recipe; or None.
-        batches: the training batches, a list or a DataLoader, used in order and repeated until ``steps`` is reached.
+        batches: the training batches, a list or a DataLoader, used in order and repeated until ``steps`` is reached. Persistent workers
+            are started once, so random numbers that they draw themselves, as in augmentations, differ after ``resume``; those of others
+            do not.
         teacher: the dense model, which may be ``model`` itself if that has no masks; None if the loss needs none.
         loss: (student's output, teacher's output, batch) -> one number, such as `losses.kl`.
         optimizer: parameters -> optimizer of all of them, such as ``partial(torch.optim.SGD, lr=0.1)``, or a list of optimizers that
@@ -159,7 +161,7 @@ def distill(
     Raises:
         KeyError, ValueError, TypeError: as `apply_masks`, for masks and weights.
         ValueError: batches that run out, a loss or gradient that is NaN or inf, a loss that has no gradient, options that do not fit each
-            other or the model, a model that ``fully_shard`` has sharded.
+            other or the model, an optimizer without some of the parameters, a model that ``fully_shard`` has sharded.
         TypeError: ``batches`` that is one tensor or mapping, a teacher that is no module, a loss that is no function or returns no tensor.
 
     Example:
@@ -191,9 +193,11 @@ def distill(
         student = make_student(model, masks, weights, where=where, lora_rank=lora_rank)
         if checkpointing and (enable := checkpointing_method(student.module)):
             enable({"use_reentrant": False})
-        with preserve_state(student.module, trains=True), preserve_state(teacher) if teacher is not None else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            put_back = [stack.enter_context(preserve_state(student.module, trains=True))]
+            put_back += [stack.enter_context(preserve_state(teacher))] if teacher is not None else []
             loss_of = partial(_loss_of, student.module, teacher, forward=forward, loss=loss, autocast=autocast)
-            training = _Training(student, optimizer, batches, loss_of, teacher)
+            training = _Training(student, optimizer, batches, loss_of, put_back)
             if resume is None:
                 training.compare(held_out)
             else:
@@ -224,10 +228,9 @@ class _Training:
         optimizer: MakeOptimizer,
         batches: Iterable[Any],
         loss_of: Callable[[Any], Tensor],
-        teacher: nn.Module | None,
+        put_back: Sequence[PutBack],
     ) -> None:
-        self.student, self.loss_of = student, loss_of
-        self.put_buffers_back = [buffers_as_now(module) for module in (student.module, teacher) if module is not None]
+        self.student, self.loss_of, self.put_back = student, loss_of, put_back
         self.parameters = list(student.trained.values())
         self.optimizers = optimizers_of(optimizer(self.parameters), student.trained)
         self.highest_lrs = [group["lr"] for group in self._groups()]
@@ -253,7 +256,7 @@ class _Training:
             total += loss.item()
             size, self.unit = size_of(batch)
             self.count += size
-        self._put_buffers_back()
+        self._put_buffers_back(quick=bool(self.losses))  # not in the first step after an evaluation
         if not math.isfinite(total):
             raise ValueError(
                 f"the training loss is {total} in step {self.step}; check the batches for NaN and inf, or take a lower learning rate"
@@ -272,6 +275,7 @@ class _Training:
 
     def compare(self, held_out: Iterable[Any] | None) -> None:
         """Compare the present weights with the best ones on the held-out batches."""
+        self._put_buffers_back(quick=False)
         loss = None if held_out is None else self._held_out_loss(held_out)
         if loss is not None:
             is_better = self.best_loss is None or loss < self.best_loss
@@ -286,7 +290,7 @@ class _Training:
         self.student.set_mode(False)
         with torch.no_grad(), torch.random.fork_rng(cuda_devices(self.student.module)), keep_generators(batches):
             losses = [float(self.loss_of(batch)) for batch in batches]
-        self._put_buffers_back()
+        self._put_buffers_back(quick=False)
         mean = sum(losses) / len(losses) if losses else math.nan
         if not math.isfinite(mean):
             cause = "the loss of a held-out batch is NaN or inf; check these batches, or take a lower learning rate"
@@ -336,10 +340,10 @@ class _Training:
         self.best_loss, self.worse, self.history = state.best_loss, state.internals["worse"], list(state.history)
         self.best_weights = None if state.best_loss is None else _copies(state.best)
 
-    def _put_buffers_back(self) -> None:
+    def _put_buffers_back(self, *, quick: bool) -> None:
         """Forwards may change buffers, such as the scale of a quantizer or the vectors of ``spectral_norm``: only weights are returned."""
-        for put_back in self.put_buffers_back:
-            put_back()
+        for put_back in self.put_back:
+            put_back(quick=quick)
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]

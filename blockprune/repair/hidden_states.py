@@ -1,6 +1,7 @@
 """The hidden states between two layers for all batches: of the pruned model and, beside it, of the dense one."""
 
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -86,12 +87,14 @@ class LayerBatches:
     hidden: Tensors
     captured: Sequence[CapturedBatch]
     token_weights: Sequence[Tensor | None]
+    seed: int = 0  # of the random numbers that layers draw
 
     def __len__(self) -> int:
         return len(self.captured)
 
     def __getitem__(self, index: int) -> LayerBatch:
-        return LayerBatch(self.layer, self.parameters, self.hidden[index], self.captured[index], self.token_weights[index])
+        seed = self.seed + zlib.crc32(f"{self.layer.name} {index}".encode())  # other noise in each layer and batch
+        return LayerBatch(self.layer, self.parameters, self.hidden[index], self.captured[index], self.token_weights[index], seed)
 
     def __iter__(self) -> Iterator[LayerBatch]:
         return map(self.__getitem__, range(len(self)))
@@ -127,6 +130,7 @@ class HiddenStates:
         pruned: in the model whose layers before are pruned.
         dense: in the dense model, if asked for.
         reduce: as in `Calibration`; other processes have the hidden states of their own batches.
+        seed: of the random numbers that layers draw; the same for each run of a layer on a batch.
 
     Example:
         >>> from blockprune.repair.hidden_states import HiddenStates
@@ -144,6 +148,7 @@ class HiddenStates:
     pruned: Tensors
     dense: Tensors | None
     reduce: Callable[[Any], Any] | None = None
+    seed: int = 0
 
     @classmethod
     def of(
@@ -161,6 +166,9 @@ class HiddenStates:
         Raises:
             ValueError: no batches on any rank, and what `capture_batches` raises.
         """
+        generator = torch.Generator()  # a copy, so that nothing is drawn from torch's own
+        generator.set_state(torch.get_rng_state())
+        seed = int(torch.randint(1 << 62, (), generator=generator))
         captured: list[CapturedBatch] = []
         weights: list[Tensor | None] = []
 
@@ -175,12 +183,12 @@ class HiddenStates:
         if not any(gather_from_ranks(len(captured), calibration.reduce)):
             raise ValueError("batches is empty: calibration needs at least one")
         dense = store("dense", map(pruned.__getitem__, range(len(pruned)))) if keep_dense else None
-        return cls(captured, weights, pruned, dense, calibration.reduce)
+        return cls(captured, weights, pruned, dense, calibration.reduce, seed)
 
     def batches(self, layer: Layer, parameters: Mapping[str, Tensor], *, dense: bool = False) -> LayerBatches:
         """The layer's batches, with these of its parameters replaced."""
         hidden = self.dense if dense and self.dense is not None else self.pruned
-        return LayerBatches(layer, parameters, hidden, self.captured, self.token_weights)
+        return LayerBatches(layer, parameters, hidden, self.captured, self.token_weights, self.seed)
 
     def advance_dense(self, layer: Layer) -> Tensors:
         """Run the dense layer; its outputs are what the next layer is given."""

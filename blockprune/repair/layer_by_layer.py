@@ -94,12 +94,13 @@ def sequential(
             ``share=blockprune.distributed.share``.
 
     Raises:
-        ValueError: a masked model, layers that do not follow each other, a chosen parameter that lies in no layer, no batches, a
-            ``resume`` of other layers or without their masks and weights, a statistic that needs gradients, ``finetune`` in several
-            processes, processes whose masks differ.
-        KeyError: a layer that the model does not have, a module in ``finetune`` that no layer has, a sparsity for a parameter that is not
-            chosen, or none for one that is.
-        TypeError: a collector without the three options, or with batches of its own; batches that are one tensor or mapping.
+        ValueError: a masked model, one on the meta device, layers that do not follow each other, a chosen parameter that lies in no layer,
+            no batches, a ``resume`` of other layers or without their masks and weights, a statistic that needs gradients, ``finetune`` in
+            several processes, processes whose masks differ.
+        KeyError: a layer or a parameter in ``extra_data`` that the model does not have, a module in ``finetune`` that no layer has, a
+            sparsity for a parameter that is not chosen, or none for one that is.
+        TypeError: a recipe instead of a pipeline, a collector without the three options, or with batches of its own; batches that are one
+            tensor or mapping.
 
     Example:
         >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(64, 8)
@@ -114,6 +115,11 @@ def sequential(
     pruning = LayerPruning.of(
         model, pipeline, reconstruct, sparsity, layers=layers, extra_data=extra_data, target=target, finetune=finetune
     )
+    if meta := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise ValueError(
+            f"{meta[0]} is on the meta device and has no values; give a model with weights, or prune the folder of a checkpoint, which "
+            "needs memory for one layer: blockprune.hf.prune_checkpoint(source, destination, recipe, sparsity)"
+        )
     result = _checked_resume(resume or PruningResult({}, {}), pruning, reconstruct)
     finished, given = result.layers, LayerResult(result.masks, result.weights)
 

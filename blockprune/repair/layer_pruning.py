@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.core._compat_hf import is_offloaded
-from blockprune.core.patterns import resolve_by_name
+from blockprune.core.patterns import resolve_by_name, suggest
 from blockprune.core.pipeline import Pipeline, required_statistics
 from blockprune.core.progress import progress_bar
 from blockprune.core.types import Data, Masks, Reconstruct, Sparsity, Weights, Where
@@ -18,7 +18,7 @@ from blockprune.model.calibration import Calibration
 from blockprune.model.inputs import InputHooks, input_axis, input_hooks
 from blockprune.model.mask_reading import read_masks
 from blockprune.model.masking import mask_blocks
-from blockprune.model.parameters import find_parameters
+from blockprune.model.parameters import find_parameters, parameter_refs
 from blockprune.model.running import preserve_state
 from blockprune.model.selection import including_names, select
 from blockprune.model.sharding import (
@@ -111,8 +111,14 @@ class LayerPruning:
         """Check the arguments of `sequential` and find the layers; the weights may be missing (on the meta device)."""
         if target not in ("pruned", "dense"):
             raise ValueError(f"target={target!r} must be 'pruned' or 'dense'")
+        if not isinstance(pipeline, Pipeline):
+            raise TypeError(
+                f"pipeline is a {type(pipeline).__name__}; give a Pipeline, such as that of a recipe, recipe.pipeline, or call the recipe "
+                "itself: recipe(model, sparsity)"
+            )
         where, statistics = _collector_options(pipeline, reconstruct)
         names = _prunable(model, where)
+        _check_extra_data(model, extra_data or {})
         order = find_layers(model, layers, names)
         shares = resolve_by_name(sparsity, names, what="sparsity") if isinstance(sparsity, Mapping) else sparsity
         if finetune is not None and not callable(finetune) and not isinstance(finetune, Mapping):
@@ -252,6 +258,14 @@ def _collector_options(pipeline: Pipeline, reconstruct: Reconstruct) -> tuple[Wh
     if own := [key for key in getattr(pipeline.collect, "keywords", {}) if key in fields]:
         raise TypeError(f"pipeline.collect binds {', '.join(own)}, which sequential would not use; give it to sequential instead")
     return cast(Where, where), statistics
+
+
+def _check_extra_data(model: nn.Module, extra_data: Data) -> None:
+    """Raise if there is data of a parameter that the model does not have; data of one that is not chosen is not used."""
+    known = parameter_refs(model)
+    for name in extra_data:
+        if name not in known:
+            raise KeyError(f"extra_data names {name!r}, which is not a parameter of the model{suggest(name, known)}")
 
 
 def _with_required(statistics: Sequence[Statistic], required: Iterable[Statistic]) -> list[Statistic]:

@@ -1,6 +1,7 @@
 """Find the consecutive layers of a model, record their call arguments, and run a single layer."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from inspect import signature
@@ -11,10 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from blockprune.core._compat import tree_leaves
 from blockprune.core._compat_hf import CACHE_ARGUMENTS
 from blockprune.core.patterns import suggest
+from blockprune.core.sharded_tensor import is_sharded
 from blockprune.model.calibration import Forward
+from blockprune.model.inputs import value_key
 from blockprune.model.parameters import parameter_refs, stored_aliases, under_all_names
+from blockprune.model.running import cuda_devices
 from blockprune.model.sharding import replaced_shards, reshard
 
 
@@ -161,7 +166,8 @@ def capture_layer_inputs(model: nn.Module, order: Sequence[Layer], forward: Forw
         order: the layers.
         forward: (model, batch) -> output.
         batch: one.
-        to_end: do not stop, so that a second call of the last layer is seen. An error that follows the last layer does not matter.
+        to_end: do not stop, so that a second call of the last layer is seen. An error that follows the last layer does not matter. Warn of
+            other arguments that earlier layers compute, after one more forward: each layer is given them as the dense model has them.
 
     Raises:
         ValueError: layers that do not follow each other, or are not called once with a tensor first.
@@ -172,7 +178,19 @@ def capture_layer_inputs(model: nn.Module, order: Sequence[Layer], forward: Forw
         >>> list(capture_layer_inputs(model, find_layers(model, None, ["0.weight"]), lambda model, batch: model(batch), x).arguments)
         ['0', '1']
     """
-    recorder = _ArgumentRecorder(order[-1].name, to_end)
+    recorder, devices = _ArgumentRecorder(order[-1].name, to_end), cuda_devices(model)
+    states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+    captured = _capture(model, order, forward, batch, recorder)
+    if to_end and recorder.has_own_arguments and not any(map(is_sharded, model.parameters())):
+        with torch.random.fork_rng(devices):  # the same random numbers as before
+            torch.set_rng_state(states[0])
+            for device, state in zip(devices, states[1:], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            _warn_of_computed_arguments(model, order, forward, batch, captured)
+    return captured
+
+
+def _capture(model: nn.Module, order: Sequence[Layer], forward: Forward, batch: Any, recorder: "_ArgumentRecorder") -> CapturedBatch:
     handles = []
     for layer in order:
         handles.append(layer.module.register_forward_pre_hook(partial(recorder.before, layer=layer.name), with_kwargs=True))
@@ -195,11 +213,60 @@ def capture_layer_inputs(model: nn.Module, order: Sequence[Layer], forward: Forw
     return CapturedBatch(batch, recorder.hidden, recorder.arguments)
 
 
+def _warn_of_computed_arguments(model: nn.Module, order: Sequence[Layer], forward: Forward, batch: Any, captured: CapturedBatch) -> None:
+    """Warn of arguments besides hidden states that earlier layers compute: those that change with what the first layer is given."""
+    keyword = captured.arguments[order[0].name][0]
+
+    def change(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return (args, {**kwargs, keyword: _changed(kwargs[keyword])}) if keyword else ((_changed(args[0]), *args[1:]), kwargs)
+
+    handle = order[0].module.register_forward_pre_hook(change, with_kwargs=True)
+    try:
+        other = _capture(model, order, forward, batch, _ArgumentRecorder(order[-1].name, to_end=False))
+    except Exception:  # the model does not run on such hidden states
+        return
+    finally:
+        handle.remove()
+    stale: dict[str, list[str]] = {}
+    for layer in order[1:]:
+        before, after = (_named_arguments(layer, batch.arguments[layer.name]) for batch in (captured, other))
+        pairs = [(name, x, y) for name in before for x, y in zip(tree_leaves(before[name]), tree_leaves(after[name]), strict=False)]
+        names = [name for name, x, y in pairs if isinstance(x, Tensor) and not _is_equal(x, y) and not _is_equal(x, captured.hidden)]
+        if names:
+            stale[layer.name] = [*dict.fromkeys(names)]
+    if stale:
+        layer_name, names = next(iter(stale.items()))
+        more = f" (the same holds for {len(stale) - 1} more)" if len(stale) > 1 else ""
+        warnings.warn(
+            f"layer {layer_name!r} is given {', '.join(map(repr, names))}, which earlier layers compute{more}; sequential gives the pruned "
+            "layer the dense model's value of it. For exact statistics, name layers that are given nothing besides hidden states that "
+            "earlier ones compute, layers=[...], or prune all weights at once, such as by bp.recipes.wanda",
+            stacklevel=3,
+        )
+
+
+def _changed(hidden: Tensor) -> Tensor:
+    return hidden * 0.5 + 0.1
+
+
+def _is_equal(x: Tensor, y: Any) -> bool:
+    return isinstance(y, Tensor) and x.shape == y.shape and _are_same(x, y.to(x.device))
+
+
+def _named_arguments(layer: Layer, call: tuple[str, tuple[Any, ...], dict[str, Any]]) -> dict[str, Any]:
+    """The arguments of a call besides hidden states, by name or position."""
+    positions = [*signature(layer.module.forward).parameters][1:]
+    _, args, kwargs = call
+    return {**{positions[i] if i < len(positions) else str(i + 1): x for i, x in enumerate(args)}, **kwargs}
+
+
 class _ArgumentRecorder:
     """Hooks that note the layers' arguments and check that each layer is given the output of the one before."""
 
     def __init__(self, last: str, to_end: bool) -> None:
         self.last, self.to_end = last, to_end
+        self.has_own_arguments = False  # a layer is given a tensor, besides hidden states, that the first one was not given
+        self.first_keys: set[Any] = set()  # of the tensors that the first layer was given
         self.is_done = False  # the last layer has run, once
         self.arguments: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {}
         self.hidden: Tensor | None = None  # of the first layer
@@ -214,7 +281,12 @@ class _ArgumentRecorder:
         self.output = None
         positions = [*signature(module.forward).parameters, *[""] * len(args)]
         others = tuple(_without_cache(k, v) for k, v in zip(positions[1:], args[1:], strict=False))
-        self.arguments[layer] = keyword, others, {k: _without_cache(k, v) for k, v in kwargs.items() if k != keyword}
+        named = {k: _without_cache(k, v) for k, v in kwargs.items() if k != keyword}
+        self.arguments[layer] = keyword, others, named
+        keys = {value_key(x) for x in tree_leaves((others, named)) if isinstance(x, Tensor) and x.layout == torch.strided}
+        if len(self.arguments) == 1:
+            self.first_keys = keys
+        self.has_own_arguments = self.has_own_arguments or not keys <= self.first_keys
         if layer == self.last and not self.to_end:
             raise StopForward
 

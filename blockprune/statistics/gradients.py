@@ -71,9 +71,14 @@ def gate_hessian_diagonal(*, probes: int = 1, seed: int = 0) -> Statistic:
         probes: vectors v for each batch; more of them make the estimate less noisy.
         seed: of the random signs, which are the same in every batch.
 
+    Raises:
+        ValueError: probes below 1.
+
     Example:
         >>> bp.statistics.gate_hessian_diagonal(probes=4)
         gate_hessian_diagonal(probes=4, seed=0)
     """
+    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
+        raise ValueError(f"probes={probes!r} must be a whole number of random vectors, at least 1")
     code = f"gate_hessian_diagonal(probes={probes}, seed={seed})"
     return _of_gates("gate_hessian_diagonal", lambda gates: double(gates.curvature(probes, seed)).mean(0, keepdim=True), code=code)

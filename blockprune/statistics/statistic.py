@@ -1,7 +1,7 @@
 """What a statistic is: three pure functions, the tensors that they receive, and the sums that they keep."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, cast
 
 import attrs
@@ -115,6 +115,31 @@ class Statistic:
 
     def __repr__(self) -> str:
         return self.code or self.name
+
+
+def check_statistics(statistics: Any) -> None:
+    """Raise unless these are statistics, each with a name of its own.
+
+    Raises:
+        TypeError: something else, such as the name of a statistic, or a function that returns one and was not called.
+        ValueError: none, or two of the same name.
+
+    Example:
+        >>> from blockprune.statistics.statistic import check_statistics
+        >>> check_statistics([bp.statistics.input_sq])
+    """
+    for statistic in [statistics] if isinstance(statistics, (str, Statistic)) or not isinstance(statistics, Iterable) else statistics:
+        if isinstance(statistic, str):
+            raise TypeError(f"statistics has {statistic!r}, a name; give the statistic itself: [bp.statistics.{statistic}]")
+        if not isinstance(statistic, Statistic):
+            name = getattr(statistic, "__name__", type(statistic).__name__)
+            remedy = f"call it: {name}()" if callable(statistic) else "give some of bp.statistics, such as [bp.statistics.input_sq]"
+            raise TypeError(f"statistics has {name}, which is no Statistic; {remedy}")
+    if isinstance(statistics, Statistic):
+        raise TypeError(f"statistics={statistics!r} is one statistic; give a list: [{statistics!r}]")
+    names = [statistic.name for statistic in statistics]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"statistics={names} must hold at least one statistic, and no two of the same name")
 
 
 def zeros(*size: int, like: Param) -> Tensor:

@@ -329,3 +329,12 @@ def test_the_error_for_scores_that_cannot_be_ranked_names_the_parameter_and_shap
 def test_an_option_that_cannot_be_met_says_so(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("budget", [bp.budgets.uniform, bp.budgets.erk, *ANY.values()])
+def test_a_percentage_is_no_fraction(budget: Any) -> None:
+    scores = {"w": bp.BlockScore(torch.ones(4), bp.BlockGrid((4,), (1,)))}
+    with pytest.raises(ValueError, match=r"sparsity=50 must be from 0 .*50 % is 0\.5"):
+        budget(scores, 50)
+    with pytest.raises(TypeError, match=r"sparsity='0\.5' must be a number"):
+        budget(scores, "0.5")

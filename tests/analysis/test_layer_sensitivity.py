@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import blockprune as bp
+from blockprune.core.types import Allocate
 
 PRUNE = bp.Pipeline(partial(bp.collect.weights, where=bp.linears((2, 2))), bp.metric.l1, bp.allocate.per_layer)
 
@@ -35,7 +36,84 @@ def test_a_masked_model_is_tried_from_its_dense_weights() -> None:
     target = model(x).detach()
     bp.apply_masks(model, PRUNE(model, 0.75))
     table = bp.sensitivity(model, PRUNE, [0.0], lambda m: (m(x) - target).square().mean(), progress=False)
-    assert table.losses["weight"][0] < 1e-12 < table.dense
+    assert table.losses["weight"][0] == table.dense == 0 < (model(x) - target).square().mean()
+
+
+@pytest.mark.parametrize("chunk_size", [1, 8])
+def test_all_others_of_a_masked_model_are_dense_and_its_masks_stay(chunk_size: int) -> None:
+    torch.manual_seed(0)
+    dense, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(16, 6)
+    wider = attrs.evolve(PRUNE, collect=partial(bp.collect.weights, where=bp.linears((2, 1))))
+    for put_on in (PRUNE, wider):  # masks with the same blocks, and with others
+        masks = put_on(dense, 0.75)
+        model = bp.apply_masks(copy.deepcopy(dense), masks, straight_through=True)
+        tables = [
+            bp.sensitivity(m, PRUNE, [0.25, 0.5], lambda m: m(x).square().mean(), chunk_size=chunk_size, progress=False)
+            for m in (dense, model)
+        ]
+        assert tables[1].dense == pytest.approx(tables[0].dense)
+        for name, losses in tables[0].losses.items():
+            assert tables[1].losses[name] == pytest.approx(losses)
+        assert bp.read_masks(model) == masks
+
+
+ALLOCATORS = [bp.allocate.per_layer, bp.allocate.per_model, bp.allocate.per_row, partial(bp.allocate.per_layer, budget=bp.budgets.erk)]
+
+
+@pytest.mark.parametrize("allocate", ALLOCATORS)
+def test_each_parameter_is_at_the_sparsity_of_its_column(allocate: Allocate) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(16, 8)
+    with torch.no_grad():
+        model[0].weight.mul_(0.01)  # so that all parameters together would lose blocks of this one alone
+    prune, sparsities = attrs.evolve(PRUNE, allocate=allocate), [0.25, 0.5, 0.75]
+    table = bp.sensitivity(model, prune, sparsities, lambda m: m(x).square().mean(), progress=False)
+    for name, losses in table.losses.items():
+        for sparsity, loss in zip(sparsities, losses, strict=True):
+            mask = allocate({name: prune.scores(model)[name]}, sparsity)
+            assert bp.sparsity(mask) == sparsity
+            assert loss == pytest.approx(bp.apply_masks(copy.deepcopy(model), mask)(x).square().mean().item())
+
+
+def test_an_allocator_that_needs_several_parameters_is_refused_and_other_errors_are_its_own() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    coupled = attrs.evolve(PRUNE, allocate=partial(bp.allocate.per_layer, coupled=[("0.weight", "1.weight")]))
+    with pytest.raises(ValueError, match=r"0\.weight \(4, 4\): allocate=per_layer\(coupled=.*cannot prune this parameter alone"):
+        bp.sensitivity(model, coupled, [0.5], lambda m: 0.0, progress=False)
+    with pytest.raises(ValueError, match=r"n_of_m\(m=2\) keeps a whole number"):
+        bp.sensitivity(model, attrs.evolve(PRUNE, allocate=partial(bp.allocate.n_of_m, m=2)), [0.3], lambda m: 0.0, progress=False)
+
+
+def test_units_of_hidden_axes_are_pruned_in_one_parameter_at_a_time() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), torch.randn(5, 4)
+    prune = bp.recipes.structured(bp.find_axes(model, x)).pipeline
+    table = bp.sensitivity(model, prune, [0.0, 0.25], lambda m: m(x).square().mean(), progress=False)
+    assert list(table.losses) == ["0.weight", "0.bias", "2.weight"]
+    assert all(losses[0] == pytest.approx(table.dense) != losses[1] for losses in table.losses.values())
+
+
+@pytest.mark.filterwarnings("ignore:sensitivity runs its sparsities one at a time")
+def test_buffers_that_the_forward_changes_are_those_from_before_at_each_evaluation() -> None:
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return self.norm(self.fc(x)).square().mean() * 0 + self.calls + self.norm.running_mean.sum() * 0
+
+    model, x = Counter(), torch.randn(8, 4)
+    before = copy.deepcopy(model.state_dict())
+    table = bp.sensitivity(model, PRUNE, [0.0, 0.5, 1.0], lambda m: m(x), progress=False)
+    assert (table.dense, table.losses["fc.weight"]) == (1, (1, 1, 1))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    embedding = nn.Sequential(nn.Embedding(3, 4, max_norm=0.1), nn.Linear(4, 2))
+    weight = embedding[0].weight.detach().clone()
+    bp.sensitivity(embedding, PRUNE, [0.5], lambda m: m(torch.tensor([0, 1])).sum(), progress=False)
+    assert torch.equal(embedding[0].weight, weight)
 
 
 def test_the_table_prints_renders_and_is_drawn() -> None:
@@ -102,3 +180,44 @@ def test_a_recipe_is_refused_with_the_pipeline_to_give() -> None:
         bp.sensitivity(model, recipe, [0.5], lambda m: 0.0)  # type: ignore[arg-type]
     table = bp.sensitivity(model, recipe.pipeline, [0.0], lambda m: m(torch.ones(1, 4)).sum(), progress=False)
     assert table.losses["weight"][0] == pytest.approx(table.dense)
+
+
+@pytest.mark.parametrize(
+    ("sparsities", "error", "says"),
+    [
+        (0.5, TypeError, r"sparsities=0\.5 must be a list of numbers, such as \[0\.25, 0\.5\]"),
+        ("0.5", TypeError, "must be a list of numbers"),
+        (["0.5"], TypeError, r"sparsities\[0\]='0\.5' must be a number"),
+        ([0.5, 50], ValueError, r"sparsities\[1\]=50 must be from 0 .*50 % is 0\.5"),
+    ],
+)
+def test_sparsities_that_are_none_are_named(sparsities: Any, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        bp.sensitivity(nn.Linear(4, 4), PRUNE, sparsities, lambda m: 0.0, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("result", "kind"),
+    [(torch.ones(2), r"tensor of shape \(2,\)"), ({"loss": 1.0}, "dict"), (None, "NoneType"), ([1.0, 2.0], "list")],
+)
+def test_a_loss_that_is_not_one_number_is_named(result: Any, kind: str) -> None:
+    with pytest.raises(TypeError, match=f"evaluate returned a {kind}; it must return one number"):
+        bp.sensitivity(nn.Linear(4, 4), PRUNE, [0.5], lambda m: result, progress=False)
+
+
+def test_a_loss_in_a_tensor_with_axes_is_a_number() -> None:
+    table = bp.sensitivity(nn.Linear(4, 4), PRUNE, [0.0, 0.5], lambda m: m(torch.ones(1, 4)).sum().view(1, 1), progress=False)
+    assert table.losses["weight"][0] == pytest.approx(table.dense)
+
+
+def test_what_cannot_be_replaced_or_scored_once_says_what_to_do() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"0\.weight \(4, 4\): another parametrization, such as weight_norm, .*or leave the weight out"):
+        bp.sensitivity(model, PRUNE, [0.5], lambda m: 0.0, progress=False)
+    kept = {"0.weight": bp.BlockMask(torch.ones(2, 2, dtype=torch.bool), bp.BlockGrid((4, 4), (2, 2)))}
+    bp.apply_masks(model, kept)  # then its mask can be replaced
+    assert bp.sensitivity(model, PRUNE, [0.5], lambda m: m(torch.ones(1, 4)).sum(), progress=False).losses["0.weight"]
+    collector = partial(bp.collect.with_statistics, where=bp.linears((2, 2)), batches=[torch.randn(8, 4)])
+    sparsegpt = bp.Pipeline(collector, bp.metric.sparsegpt, bp.allocate.per_columns)
+    with pytest.raises(TypeError, match=r"metric=sparsegpt scores for one sparsity: .*`sensitivity`, needs another metric"):
+        bp.sensitivity(nn.Linear(4, 4), sparsegpt, [0.5], lambda m: 0.0, progress=False)

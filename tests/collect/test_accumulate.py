@@ -3,8 +3,10 @@
 import contextlib
 import copy
 import re
+import warnings
 from collections import UserDict, namedtuple
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import normal, seeds
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import blockprune as bp
@@ -644,6 +647,54 @@ def test_padding_is_weighed_where_tokens_are_flattened() -> None:
     assert_same(got, seen(model, [{"input_ids": ids[mask == 1][:, None]}], BY_ROW))
 
 
+class Heads(Tokens):
+    """Works on each head of each token; its axes are in the given order."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.order, self.own = order, nn.Linear(2, 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embed(input_ids).unflatten(-1, (-1, 2))  # [batch, positions, heads, 2]
+        x = {"batch first": x, "transposed": x.transpose(0, 1), "flat": x.flatten(0, 1)}[self.order]
+        return self.own(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("order", ["batch first", "transposed", "flat"])
+def test_padding_is_weighed_where_tokens_have_heads(order: str) -> None:
+    model, ids = Heads(order).double(), torch.tensor([[0, 1, 4], [2, 4, 4]])
+    options: dict[str, Any] = {"where": bp.named("own.weight", (2, 2))}
+    got = seen(model, [{"input_ids": ids, "attention_mask": (ids != 4).long()}], BY_ROW, **options)
+    assert_same(got, seen(model, [{"input_ids": row[row != 4][None]} for row in ids], BY_ROW, **options))
+
+
+class Prepended(Tokens):
+    """Puts a row before the tokens of each sample, and ends with that row alone."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embed(input_ids)
+        x = self.fc(torch.cat((x.mean(1, keepdim=True), x), 1))
+        return self.head(torch.tanh(x[:, 0]))  # type: ignore[no-any-return]
+
+
+def test_rows_in_an_unknown_order_are_warned_of_once_if_there_is_padding() -> None:
+    model, ids = Prepended().double(), torch.tensor([[0, 1, 4], [2, 4, 4]])
+    batch = {"input_ids": ids, "attention_mask": (ids != 4).long()}
+    with pytest.warns(UserWarning, match="token_weights") as caught:
+        seen(model, [batch, batch], BY_ROW)
+    assert len(caught) == 1
+    says = str(caught[0].message)
+    assert says.startswith("fc.weight: its rows (2, 4) are not those of the token weights (2, 3)")
+    assert "give token_weights=" in says
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        full = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        seen(model, [full], BY_ROW)
+        seen(model, [batch], BY_ROW, token_weights=lambda batch: None)
+        own = seen(model, [batch], BY_ROW, token_weights=lambda batch: F.pad(batch["attention_mask"], (1, 0), value=1))
+    assert own["fc.weight"].stats.keys() == {s.name for s in BY_ROW}
+
+
 # Errors.
 
 
@@ -782,6 +833,25 @@ def test_a_calibration_is_given_as_a_value_or_by_its_fields_and_not_both(call: C
 def test_no_statistics_or_two_of_one_name_are_an_error(stats: list[Statistic]) -> None:
     with pytest.raises(ValueError, match="must hold at least one statistic, and no two of the same name"):
         seen(net(), [normal((2, 3), 0)], stats)
+
+
+@pytest.mark.parametrize(
+    ("stats", "says"),
+    [
+        ([statistics.gate_hessian_diagonal], r"gate_hessian_diagonal, which is no Statistic; call it: gate_hessian_diagonal\(\)"),
+        (["input_sq"], r"'input_sq', a name; give the statistic itself: \[bp\.statistics\.input_sq\]"),
+        ("input_sq", r"give the statistic itself: \[bp\.statistics\.input_sq\]"),
+        (statistics.input_sq, r"is one statistic; give a list: \[input_sq\]"),
+        ([1], r"int, which is no Statistic; give some of bp\.statistics"),
+    ],
+)
+def test_what_is_no_statistic_is_named(stats: Any, says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        collect.with_statistics(net(), where=TILES, statistics=stats, batches=[normal((2, 3), 0)])
+    collector = partial(collect.with_statistics, where=TILES, statistics=stats, batches=[normal((2, 3), 0)])
+    if isinstance(stats, list):
+        with pytest.raises(TypeError, match=says):
+            bp.Pipeline(collector, bp.metric.wanda, bp.allocate.per_row).scores(net())
 
 
 def test_only_folds_of_the_same_merge() -> None:

@@ -1,6 +1,7 @@
 """Collecting reads a model and leaves it alone; what it returns lives a life of its own."""
 
 import copy
+from functools import partial
 
 import numpy
 import pytest
@@ -136,6 +137,15 @@ def test_batchnorm_scales_are_those_behind_each_convolution_along_its_output_cha
     assert not shares_memory(data["0.weight"].stats["batchnorm_scale"], *model.parameters())
     named = collect.batchnorm_scales(model, where=where, pairs={"0.weight": "1.weight", "3.weight": "4.weight"})
     assert all(torch.equal(named[name].stats["batchnorm_scale"], data[name].stats["batchnorm_scale"]) for name in data)
+
+
+def test_a_masked_convolution_and_batch_norm_are_paired_as_before() -> None:
+    model = convnet()
+    where = bp.first_of(bp.named("0.weight", (1,)), bp.named("3.weight", (-1, 1)))
+    prune = bp.Pipeline(partial(collect.batchnorm_scales, where=where), bp.metric.batchnorm_scale, bp.allocate.per_model)
+    once, later = prune(model, 0.25), prune(model, 0.5)
+    bp.apply_masks(model, {**once, "1.weight": bp.BlockMask(torch.ones(4, dtype=torch.bool), bp.BlockGrid((4,), (1,)))})
+    assert prune(model, 0.5) == later  # network slimming in steps
 
 
 @pytest.mark.parametrize(

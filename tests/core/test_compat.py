@@ -328,17 +328,20 @@ def test_tensors_of_a_module_are_converted_one_by_one() -> None:
         assert weight.dtype == torch.float64
 
 
-def test_persistent_workers_are_started_anew() -> None:
+def test_a_loader_with_persistent_workers_of_its_own_takes_others() -> None:
     with private("torch.utils.data.DataLoader._iterator", "to resume `distill` with a DataLoader whose workers are persistent"):
         loader: Any = torch.utils.data.DataLoader(torch.arange(4), num_workers=1, persistent_workers=True)  # type: ignore[arg-type]
-        first = iter(loader)
-        assert len(list(first)) == 4
-        assert iter(loader) is first
-        _compat.restart_workers(loader)
-        second = iter(loader)
-        assert second is not first
-        assert len(list(second)) == 4
-        _compat.restart_workers([1, 2])
+        own = iter(loader)
+        assert next(own) == 0
+        workers = _compat.start_workers(loader)
+        assert workers is not None
+        for _ in range(2):
+            assert _compat.pass_by_workers(loader, workers) is workers
+            assert [int(x) for x in workers] == [0, 1, 2, 3]
+        assert [int(x) for x in own] == [1, 2, 3]
+        assert iter(loader) is own
+        assert _compat.start_workers([1, 2]) is None
+        assert _compat.start_workers(torch.utils.data.DataLoader([1, 2])) is None  # type: ignore[arg-type]
 
 
 def test_hooks_of_state_dicts_are_listed() -> None:

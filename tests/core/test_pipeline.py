@@ -330,3 +330,11 @@ def test_a_weight_with_nan_or_inf_is_refused_by_name_whatever_the_metric(value: 
         model[2].weight[3, 1] = value
     with pytest.raises(ValueError, match=r"2\.weight.*\(5, 8\).*NaN or inf.*excluding"):
         attrs.evolve(PRUNE, metric=score)(model, 0.5)
+
+
+def test_a_metric_that_needs_the_sparsity_says_so() -> None:
+    collector = partial(collect.with_statistics, where=bp.linears((2, 2)), batches=[torch.randn(8, 6)])
+    prune = bp.Pipeline(collector, metric.sparsegpt, allocate.per_columns)
+    with pytest.raises(TypeError, match=r"metric=sparsegpt scores for one sparsity: .*pipeline\.scores\(model, sparsity\)"):
+        prune.scores(net())
+    assert prune.allocate(prune.scores(net(), 0.5), 0.5) == prune(net(), 0.5)

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -61,7 +62,9 @@ CHANGES: dict[str, Callable[[Tensor], Any]] = {
 def test_a_change_in_place_is_refused(change: str, kind: str) -> None:
     model = MAKE[kind]()
     before = model[0].weight.detach().clone()
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"would be lost, because the dense weight \(12, 8.* of layer 0 .*layer.values"):
+    remedy = "the masked model, and export that again" if kind == "int8" else r"layer\.values, or give export\.update the option weights="
+    message = rf"would be lost, because the dense weight \(12, 8.* of layer 0 .*{remedy}.*a copy of your own: layer\.weight\.clone\(\)"
+    with torch.no_grad(), pytest.raises(RuntimeError, match=message):
         CHANGES[change](model[0].weight)
     assert torch.equal(model[0].weight, before)
 
@@ -86,6 +89,29 @@ def test_a_change_that_cannot_be_refused_is_reported(kind: str) -> None:
     layer = MAKE[kind]()[0]
     with torch.no_grad(), pytest.warns(RuntimeWarning, match="a change through a view or an out argument is lost"):
         layer.weight[0].zero_()
+
+
+@EVERY_KIND
+def test_a_parameter_made_of_the_weight_is_trained_without_a_warning(kind: str) -> None:
+    layer = MAKE[kind]()[0]
+    weight, before = layer.weight, layer.weight.clone()
+    trained = nn.Parameter(weight)
+    trained.sum().backward()
+    torch.optim.SGD([trained], lr=0.1).step()
+    assert torch.equal(trained, before - 0.1)
+    assert torch.equal(layer.weight, before)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        del weight
+    assert not caught
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_function_takes_a_copy_of_the_weight(kind: str, backend: str) -> None:
+    weight = MAKE[kind]()[0].weight.detach().clone()
+    product = torch.compile(lambda x, weight: x @ weight.flatten(1), backend=backend)
+    torch.testing.assert_close(product(torch.ones(2, 12), weight), torch.ones(2, 12) @ weight.flatten(1))
 
 
 @EVERY_KIND

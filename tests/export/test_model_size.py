@@ -92,3 +92,10 @@ def test_buffers_and_modes_of_the_model_stay() -> None:
     export.count_model(model, inputs=torch.randn(3, 4))
     assert model.training
     assert int(model[1].num_batches_tracked) == 0
+
+
+def test_a_share_of_nothing_is_no_sparsity() -> None:
+    size = export.count_model(nn.LSTM(4, 4), inputs=torch.randn(3, 2, 4))  # an operation that torch's counter does not know
+    assert (size.multiply_adds, size.multiply_adds_kept) == (0, 0)
+    assert "100.0%" not in repr(size)
+    assert export.count_model(nn.ReLU()).sparsity == 0

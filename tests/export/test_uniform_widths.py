@@ -12,6 +12,7 @@ from torch import Tensor
 import blockprune as bp
 from blockprune import export
 from blockprune.export import uniform_widths
+from blockprune.model.hf_checkpoint import is_config, model_config
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("torch_pruning")
@@ -118,6 +119,27 @@ def test_a_number_of_heads_that_the_configuration_refuses_is_raised_to_the_next(
     assert loaded.config.num_attention_heads == 8
     torch.testing.assert_close(output(loaded), output(model), atol=1e-5, rtol=1e-5)
     assert any("cannot express" in units.reason for units in result.kept)
+
+
+class ModelOfAnotherLibrary(torch.nn.Linear):
+    """With ``save_pretrained`` and a configuration, neither of transformers."""
+
+    config = {"in_features": 8}  # noqa: RUF012
+
+    def save_pretrained(self, folder: Path) -> None: ...
+
+
+def test_a_configuration_of_another_library_is_none_of_a_hugging_face_model() -> None:
+    model = ModelOfAnotherLibrary(8, 8)
+    assert model_config(model) is None
+    assert uniform_widths.uniform_widths(ModelOfAnotherLibrary(8, 4), model) is None
+    assert not is_config(model.config)
+    clip = transformers.CLIPConfig()
+    assert is_config(clip)
+    assert is_config(clip.text_config)
+    hugging_face = llama()
+    assert model_config(hugging_face) is hugging_face.config
+    assert model_config(torch.nn.ModuleList([hugging_face])) is None
 
 
 def t5_with_empty_heads() -> tuple[Any, dict[str, Tensor]]:

@@ -306,6 +306,74 @@ def test_masks_of_a_base_model_come_back_with_the_model_around_it(tmp_path: Path
     assert bp.read_masks(loaded) == bp.read_masks(model) != {}
 
 
+def configs_in(model: Any) -> list[Any]:
+    """The configurations that the modules of a model have."""
+    return [vars(module)["config"] for module in model.modules() if "config" in vars(module)]
+
+
+REMOVE: dict[str, Callable[[Any], Any]] = {
+    "apply_masks": lambda base: bp.apply_masks(base, {}),
+    "finalize": lambda base: bp.finalize(base, inplace=True),
+}
+
+
+@pytest.mark.parametrize("remove", REMOVE)
+@pytest.mark.parametrize("masks_on", ["the base model", "the whole model"])
+def test_a_base_model_without_masks_again_keeps_the_configuration_of_the_model_around_it(masks_on: str, remove: str) -> None:
+    model = llama().eval()
+    part = model.model if masks_on == "the base model" else model
+    bp.apply_masks(part, bp.recipes.magnitude(LAYERS)(part, 0.5).masks)
+    assert model.config.quantization_config["quant_method"] == "blockprune"
+    REMOVE[remove](model.model)
+    assert len(configs_in(model)) > 4
+    assert all(config is model.config for config in configs_in(model))
+    assert not hasattr(model.config, "quantization_config")
+    model.config.output_hidden_states = True
+    assert model(IDS).hidden_states is not None
+
+
+@pytest.mark.parametrize("kind", ["masked", "exported"])
+def test_a_base_model_without_masks_again_leaves_the_mark_of_a_pruned_head(kind: str, tmp_path: Path) -> None:
+    model = masked(llama, bp.linears((16, 16)))
+    bp.apply_masks(model.model, {})
+    if kind == "exported":
+        model = export.block_sparse(model, backend="native")
+        bp.apply_masks(model.model, {})
+    assert all(config is model.config for config in configs_in(model))
+    model.save_pretrained(tmp_path)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert bp.read_masks(loaded).keys() == bp.read_masks(model).keys() == {"lm_head.weight"}
+    assert torch.equal(output(loaded), output(model))
+    assert not hasattr(export.dense(model).config, "quantization_config")
+
+
+def test_two_models_with_a_head_that_transformers_takes_for_base_models_do_not_mark_each_other() -> None:
+    config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    first, second = (transformers.T5ForConditionalGeneration(config) for _ in range(2))
+    assert first.base_model is first
+    bp.apply_masks(first, bp.recipes.magnitude(bp.including(bp.linears((4, 4)), "*block.*"))(first, 0.5).masks)
+    assert first.config.quantization_config["quant_method"] == "blockprune"
+    assert second.config is config
+    assert not hasattr(config, "quantization_config")
+
+
+def test_base_models_of_one_configuration_mark_each_other_until_none_has_blocks(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(vocab_size=64, **SIZES)
+    first, second, plain = (transformers.LlamaModel(config).eval() for _ in range(3))
+    for model in (first, second):
+        bp.apply_masks(model, bp.recipes.magnitude(bp.linears((16, 16)))(model, 0.5).masks)
+    bp.apply_masks(first, {})
+    for name, model in {"first": first, "second": second, "plain": plain}.items():
+        model.save_pretrained(tmp_path / name)
+        loaded = transformers.LlamaModel.from_pretrained(tmp_path / name)
+        assert bp.read_masks(loaded) == bp.read_masks(model)
+        assert torch.equal(output(loaded), output(model))
+    assert len(bp.read_masks(second)) == 14
+    bp.apply_masks(second, {})
+    assert first.config is second.config is plain.config is config
+    assert not hasattr(config, "quantization_config")
+
+
 def test_a_configuration_inside_another_stays_a_part_of_it(tmp_path: Path) -> None:
     text, vision = ({**SIZES, "num_hidden_layers": 1} for _ in range(2))
     config = transformers.CLIPConfig(text_config=text, vision_config={**vision, "image_size": 8, "patch_size": 4})
@@ -314,7 +382,7 @@ def test_a_configuration_inside_another_stays_a_part_of_it(tmp_path: Path) -> No
     model.save_pretrained(tmp_path)
     assert bp.read_masks(transformers.CLIPModel.from_pretrained(tmp_path)) == bp.read_masks(model)
     bp.apply_masks(model, {})
-    assert model.config is not config
+    assert model.config is config
     assert model.config.text_config is model.text_model.config
     assert model.config.vision_config is model.vision_model.config
     assert "blockprune" not in model.config.to_json_string()
@@ -350,6 +418,27 @@ def test_a_pruned_head_does_not_keep_a_folder_from_loading_without_it(
     assert len(masks) == len(bp.read_masks(loaded.base_model)) > 10
     with torch.no_grad():
         assert torch.equal(loaded.base_model(IDS)[0], model.base_model(IDS)[0])
+
+
+FOREIGN = {
+    "BertForMaskedLM": {},
+    "BertForSequenceClassification": {},
+    "GPT2LMHeadModel": {"n_embd": 64, "n_layer": 2, "n_head": 4},  # has a lm_head.weight, as the folder does
+    "T5ForConditionalGeneration": {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},  # likewise, and no base model
+    "OPTForCausalLM": {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+}
+
+
+@pytest.mark.parametrize("kind", ["masked", "exported"])
+@pytest.mark.parametrize("where", ["layers", "all Linears"])
+@pytest.mark.parametrize("other", FOREIGN)
+def test_a_folder_of_another_class_is_refused(other: str, where: str, kind: str, tmp_path: Path) -> None:
+    model = (masked if kind == "masked" else exported)(llama, LAYERS if where == "layers" else bp.linears((16, 16)))
+    model.save_pretrained(tmp_path)
+    kind_of_model = getattr(transformers, other)
+    config = kind_of_model.config_class.from_pretrained(tmp_path, **FOREIGN[other])
+    with pytest.raises(ValueError, match=rf"{other} has no such layer.*model\.layers\.0\..*; load it with the class that was saved"):
+        kind_of_model.from_pretrained(tmp_path, config=config, ignore_mismatched_sizes=True)
 
 
 def test_a_plain_model_with_the_configuration_of_a_masked_one_comes_back(tmp_path: Path) -> None:

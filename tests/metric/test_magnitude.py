@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import grids, integers, normal, params, seeds, shares_memory
-from torch import Tensor
+from torch import Tensor, nn
 
 import blockprune as bp
 from blockprune import metric
@@ -123,6 +123,12 @@ def test_batchnorm_scale_ranks_filters_by_gamma_whatever_the_axis() -> None:
     assert torch.equal(one(metric.batchnorm_scale, own), expected)
 
 
+def scaled(block: tuple[int, ...], *, axis: int) -> bp.Param:
+    """A convolution whose output channels, along this axis, have the factors 1 to 4."""
+    scale = torch.arange(1.0, 5).view([4 if a == axis else 1 for a in range(3)])
+    return bp.Param(torch.ones(4, 4, 2), bp.BlockGrid((4, 4, 2), block), {"batchnorm_scale": scale})
+
+
 METRICS = {**NORMS, "lamp": metric.lamp, "fpgm": metric.fpgm, "random": metric.random}
 
 
@@ -156,6 +162,8 @@ def test_a_score_of_single_elements_is_no_view_of_the_weight(metric_: Metric) ->
         (metric.batchnorm_scale, ["fc.weight", "(4, 6)", "'batchnorm_scale'", "collect.batchnorm_scales"]),
         (lambda d: metric.batchnorm_scale({n: bp.Param(p.weight, p.grid, {"batchnorm_scale": torch.ones(4, 1)}) for n, p in d.items()}),
          ["fc.weight", "whole filters", "block=(2, 2)", "(4, 6)", "(1,)"]),
+        (lambda d: metric.batchnorm_scale({"conv": scaled((-1, 1), axis=0)}), ["conv: ", "whole filters", "block=(4, 1, 2)", "use (1,)"]),
+        (lambda d: metric.batchnorm_scale({"conv": scaled((1,), axis=1)}), ["conv: ", "whole filters", "block=(1, 4, 2)", "use (-1, 1)"]),
         (lambda d: metric.lp(d, p=0), ["p=0", "above 0", "p=1"]),
         (lambda d: metric.lp(d, p=-1.0), ["p=-1.0", "above 0"]),
         (lambda d: metric.lp(d, p=math.nan), ["p=nan", "above 0"]),
@@ -168,3 +176,15 @@ def test_a_metric_that_cannot_score_says_why(call: Metric, says: list[str]) -> N
         call(data)
     assert not [part for part in says if part not in str(caught.value)]
     assert data == before
+
+
+DATA_METRICS = {**METRICS, "batchnorm_scale": metric.batchnorm_scale, "wanda": metric.wanda, "obs": metric.obs, "fisher": metric.fisher}
+
+
+@pytest.mark.parametrize("name", DATA_METRICS)
+def test_a_metric_of_a_model_or_of_scores_says_that_it_takes_data(name: str) -> None:
+    with pytest.raises(TypeError, match=r"data is a Linear, not a mapping from .*data = bp\.collect\.weights\(model, where="):
+        DATA_METRICS[name](nn.Linear(4, 4))  # type: ignore[arg-type]
+    scores = {"w": bp.BlockScore(torch.ones(4), bp.BlockGrid((4,), (1,)))}
+    with pytest.raises(TypeError, match=r"data\['w'\] is a BlockScore, not a Param"):
+        DATA_METRICS[name](scores)  # type: ignore[arg-type]

@@ -576,3 +576,10 @@ def test_scores_do_not_depend_on_the_scale_but_by_its_square(p: Param) -> None:
     one, other = (metric.obs({"w": q})["w"].value for q in (p, scaled))
     close(other.flatten(1).sort(1).values, 16 * one.flatten(1).sort(1).values, atol=1e-300 + 1e-9 * float(one.abs().amax()))
     assert math.isfinite(float(one.sum()))
+
+
+@pytest.mark.parametrize("largest", [2.3e38, 2.5e38, 3.4e38])
+def test_the_largest_float32_weights_have_scores(largest: float) -> None:
+    p = param(torch.tensor([[largest, 1e38]]), torch.eye(2) * 2**0.5, (1, 1))
+    value = metric.obs({"w": p}, damping=1e-9)["w"].value.double()
+    torch.testing.assert_close(value, p.weight.double().square(), rtol=1e-5, atol=0)

@@ -16,7 +16,8 @@ from torch.nn.utils import parametrizations
 
 import blockprune as bp
 from blockprune import export
-from blockprune.model.checkpoint import keep_gradient_options
+from blockprune.export.sparse_layers import STATE_KEYS
+from blockprune.model.checkpoint import exported_layers, keep_gradient_options
 
 
 class Tied(nn.Module):
@@ -133,6 +134,30 @@ def test_a_state_of_an_exported_or_of_a_wrapped_model_says_what_to_do() -> None:
                 bp.load_masked(plain(), {prefix + key: x for key, x in state.items()})
     with pytest.raises(ValueError, match="give the state dict of a masked model of the same class"):
         bp.load_masked(plain(), {})
+
+
+def test_a_buffer_of_the_model_called_layout_is_not_taken_for_an_exported_layer() -> None:
+    model = masked_linear()
+    model.register_buffer("layout", torch.zeros(2))
+    model.register_buffer("values", torch.zeros(2))
+    with pytest.raises(ValueError, match="has 'layout', which the model does not have; give the state dict of a masked model of the same"):
+        bp.load_masked(nn.Linear(4, 4), model.state_dict())
+    loaded = nn.Linear(4, 4)
+    loaded.register_buffer("layout", torch.ones(2))
+    loaded.register_buffer("values", torch.ones(2))
+    bp.load_masked(loaded, model.state_dict())
+    assert bp.read_masks(loaded) == bp.read_masks(model)
+    assert torch.equal(loaded.layout, model.layout)
+
+
+@pytest.mark.parametrize("layer", ["", "0"])
+def test_the_exported_layers_of_a_state_are_those_with_all_of_its_tensors(layer: str) -> None:
+    model = export.block_sparse(masked_linear() if not layer else nn.Sequential(masked_linear()), backend="torch")
+    state = model.state_dict()
+    assert exported_layers(state) == [layer]
+    prefix = f"{layer}." if layer else ""
+    for part in STATE_KEYS:
+        assert exported_layers({key: x for key, x in state.items() if key != prefix + part}) == []
 
 
 def test_a_state_of_other_blocks_is_refused() -> None:

@@ -127,6 +127,37 @@ def test_buffers_are_put_back_as_often_as_wanted() -> None:
         assert torch.equal(model.added, torch.ones(3))
 
 
+def test_quickly_only_buffers_that_were_written_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read, equal = nn.Module(), list[int](), torch.equal
+    names = ["counted", "hidden", "unwritten"]
+    for name in names:
+        model.register_buffer(name, torch.zeros(2))
+    with torch.inference_mode():
+        model.register_buffer("inference", torch.zeros(2))
+    buffers = [*names, "inference"]
+    monkeypatch.setattr(
+        torch, "equal", lambda x, y: read.append(buffers.index(next(n for n in buffers if getattr(model, n) is x))) or equal(x, y)
+    )
+
+    def read_by(**options: bool) -> list[str]:
+        read.clear()
+        put_back(**options)
+        assert all(equal(buffer, torch.zeros(2)) for buffer in model.buffers())
+        return [buffers[i] for i in read]
+
+    put_back = buffers_as_now(model)
+    assert read_by(quick=True) == ["inference"]
+    model.counted.add_(1)
+    assert read_by(quick=True) == ["counted", "inference"]
+    assert read_by(quick=True) == ["inference"]
+    model.hidden.data.add_(1)
+    model.counted.add_(1)
+    assert read_by() == buffers
+    model.hidden.data.add_(1)
+    assert read_by(quick=True) == ["hidden", "inference"]
+    assert read_by(quick=True) == ["hidden", "inference"]
+
+
 def test_an_uncompiled_function_keeps_its_name_and_its_result() -> None:
     def double(x: Tensor, *, times: int) -> Tensor:
         return x * times

@@ -149,7 +149,26 @@ def test_a_tied_tensor_goes_by_its_first_name_and_all_its_places_are_known() -> 
     for rule in (bp.linears((2, 2)), bp.named("decode.weight", (2, 2))):  # the first name's owner decides
         with pytest.raises(ValueError, match=r"'decode\.weight' is tied to 'embed\.weight'"):
             select(Tied(), rule)
-    assert chosen(Tied(), bp.excluding(bp.named("*.weight", (2, 2)), "decode.*")) == {"embed.weight": (2, 2)}
+
+
+@pytest.mark.parametrize("pattern", ["embed.*", "decode.weight", re.compile("^dec")])
+def test_a_tied_tensor_is_left_out_by_any_of_its_names(pattern: Any) -> None:
+    model = nn.Sequential(Tied(), nn.Linear(4, 4))
+    pattern = f"0.{pattern}" if isinstance(pattern, str) else re.compile("dec")
+    everything = bp.named("*.weight", (2, 2))
+    assert chosen(model, everything) == {"0.embed.weight": (2, 2), "1.weight": (2, 2)}
+    assert chosen(model, bp.excluding(everything, pattern)) == {"1.weight": (2, 2)}
+    inside = bp.including(bp.with_block(bp.excluding(everything, pattern), (4, 4)), "*.weight")
+    assert chosen(model, inside) == {"1.weight": (4, 4)}
+    assert chosen(model, bp.first_of(inside, everything)) == {"0.embed.weight": (2, 2), "1.weight": (4, 4)}
+
+
+def test_a_rule_by_type_chooses_the_weight_and_no_other_parameter_whose_name_ends_alike() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
+    for layer in model:
+        layer.scale_weight = nn.Parameter(torch.ones(4, 4))
+    for rule, name in ((bp.linears((2,)), "0.weight"), (bp.convs((2,)), "1.weight"), (bp.batchnorms(), "2.weight")):
+        assert list(chosen(model, rule)) == [name]
 
 
 def test_a_module_used_twice_is_known_by_both_names() -> None:

@@ -1,5 +1,6 @@
 """Each stream of tokens has the weights of its own mask; what cannot be told is refused."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -29,8 +30,24 @@ class TwoStreams(nn.Module):
 
 def run(model: nn.Module, batch: Any, **options: Any) -> dict[str, float]:
     """The number of rows that each layer counts."""
-    fold = collect.fold(model, where=bp.linears((4, 4)), statistics=[statistics.input_sq], batches=[batch], **options)
+    options.setdefault("where", bp.linears((4, 4)))
+    fold = collect.fold(model, statistics=[statistics.input_sq], batches=[batch], **options)
     return {name.partition(".")[0]: float(sums["n"]) for (name, _), sums in fold.sums.items()}
+
+
+class Wide(TwoStreams):
+    """The second stream is longer, and no mask is its own."""
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        text, image = self.embed(batch["input_ids"]), batch["pixel_values"]
+        return self.encoder(text).mean() + self.decoder(image).mean()  # type: ignore[no-any-return]
+
+
+def test_rows_of_another_stream_are_not_warned_of() -> None:
+    batch = {"input_ids": ids(0, 2, 3), "pixel_values": torch.ones(2, 5, 8), "attention_mask": mask(1, 3, size=3)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(Wide(), batch, where=bp.named("*coder.weight", (4, 4))) == {"encoder": 4, "decoder": 10}
 
 
 def ids(seed: int, *size: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Distilling keeps masks, changes neither model nor teacher, resumes to the bit, and brings the student closer to the teacher."""
 
 import copy
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -416,24 +417,27 @@ def test_a_model_with_gates_is_refused_with_the_remedy() -> None:
 class Scaled(nn.Module):
     """It divides by a running mean of its inputs, which only training mode changes, as a quantizer does."""
 
-    def __init__(self, *, in_evaluation_too: bool = False) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        self.always = in_evaluation_too
+        self.kind = kind
         self.register_buffer("scale", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training or self.always:
-            self.scale = self.scale.lerp(x.detach().abs().mean(), 0.3) if self.always else self.scale.lerp_(x.detach().abs().mean(), 0.3)
+        size = x.detach().abs().mean()
+        if self.kind == "assigned":  # in evaluation, too
+            self.scale = self.scale.lerp(size, 0.3)
+        elif self.training:
+            (self.scale.data if self.kind == "written through .data" else self.scale).lerp_(size, 0.3)
         return x / self.scale
 
 
 def with_buffers(kind: str) -> nn.Module:
     if kind == "spectral_norm":
         return nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 4))
-    return nn.Sequential(nn.Linear(6, 8), Scaled(in_evaluation_too=kind == "assigned"), nn.Linear(8, 4))
+    return nn.Sequential(nn.Linear(6, 8), Scaled(kind), nn.Linear(8, 4))
 
 
-@pytest.mark.parametrize("kind", ["written", "assigned", "spectral_norm"])
+@pytest.mark.parametrize("kind", ["written", "written through .data", "assigned", "spectral_norm"])
 def test_buffers_that_a_forward_changes_are_put_back(kind: str) -> None:
     """The held-out loss is that of the model with the weights that are returned, and a resumed run has the same bits."""
     model = seeded(lambda: with_buffers(kind)).eval()
@@ -521,6 +525,41 @@ def test_persistent_workers_resume_from_every_pass() -> None:
     options = {"teacher": model, "loss": losses.kl, "steps": 8, "every": 2}
     resumes_exactly(model, masks, loader, options)
     resumes_exactly(model, masks, lambda _: loader(None), options)
+
+
+class WithProcess(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """Samples with the number of the process that loaded them."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.data[i], os.getpid()
+
+
+def test_persistent_workers_are_started_once_and_other_passes_over_the_loader_go_on() -> None:
+    model, masks, batches = problem()
+    loader: DataLoader[Any] = DataLoader(WithProcess(torch.cat(batches[:3])), batch_size=4, num_workers=1, persistent_workers=True)
+    others = iter(loader)
+    processes = {int(process) for process in next(others)[1]}
+    trained, held_out = list[int](), list[int]()
+
+    def loss(student: Tensor, teacher: Tensor, batch: Any) -> Tensor:
+        (trained if torch.is_grad_enabled() else held_out).append(int(batch[1][0]))
+        return losses.kl(student, teacher)
+
+    options = {"teacher": model, "forward": lambda module, batch: module(batch[0]), "steps": 7, "every": 2}
+    bp.distill(model, masks, None, loader, **options, loss=loss)
+    assert len(trained) == 7
+    assert len(set(trained)) == 1
+    assert processes.isdisjoint(trained)
+    assert len(list(others)) == 2
+    bp.distill(model, masks, None, loader, **options, loss=loss, held_out=loader)
+    assert len(held_out) == 5 * 3
+    assert set(held_out) == processes
 
 
 def resumes_exactly(model: nn.Module, masks: Any, loader: Callable[[torch.Generator], DataLoader[Any]], options: dict[str, Any]) -> None:

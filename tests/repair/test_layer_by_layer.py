@@ -19,6 +19,7 @@ from blockprune.core.types import Param
 from blockprune.model.inputs import input_hooks
 from blockprune.model.parameters import find_parameters
 from blockprune.repair.dense_reference import LayerBatch, trace_layer
+from blockprune.repair.hidden_states import HiddenStates
 from blockprune.repair.transformer_layers import capture_layer_inputs, find_layers
 
 GRAM = (statistics.input_gram,)
@@ -863,6 +864,16 @@ def test_an_error_after_the_last_layer_does_not_matter() -> None:
 MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], dict[str, Any]]]] = {
     "masked": (ValueError, r"model is masked.*bp.finalize", lambda: {"model": masked()}),
     "collect is a function": (TypeError, r"partial\(collect.with_statistics, where=", lambda: {"pipeline": unbound()}),
+    "a recipe": (
+        TypeError,
+        r"pipeline is a OneShot; give a Pipeline, .*recipe\.pipeline, or call the recipe itself: recipe\(model, sparsity\)",
+        lambda: {"pipeline": bp.recipes.wanda(bp.linears((2, 2)), bp.Calibration([]))},
+    ),
+    "unknown extra data": (
+        KeyError,
+        r"extra_data names '0.wieght', which is not a parameter of the model; similar names: '0.weight'",
+        lambda: {"extra_data": {"0.wieght": Param(torch.ones(12, 8), bp.BlockGrid((12, 8), (2, 2)))}},
+    ),
     "no where": (TypeError, r"have a default for where", lambda: {"pipeline": bound(where=None)}),
     "no statistics": (TypeError, r"must take where=, statistics= and calibration=", lambda: {"pipeline": without_statistics()}),
     "batches bound": (TypeError, r"binds batches.*give it to sequential", lambda: {"pipeline": bound(batches=[])}),
@@ -949,9 +960,53 @@ def test_a_mistake_is_named_and_the_model_left_alone(mistake: str) -> None:
     assert state_of(given["model"]) == before
 
 
+def test_a_model_without_values_names_the_remedy() -> None:
+    with pytest.raises(ValueError, match=r"0\.weight is on the meta device and has no values; .*prune_checkpoint"):
+        bp.sequential(mlp().to("meta"), pipeline(), reconstruct.none, inputs(), 0.5)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("layers", [["2", "1", "0"], ["1", "2", "0"]])
 def test_layers_in_another_order_are_refused_whatever_the_batches(layers: list[str], count: int) -> None:
     model = seeded(lambda: nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3)])).double()
     with pytest.raises(ValueError, match=r"the forward never calls layer '.' in the order given"):
         bp.sequential(model, pipeline(), reconstruct.none, inputs(count), 0.5, layers=layers)
+
+
+class NoisyLayer(nn.Module):
+    """A layer whose own forward draws random numbers, in evaluation mode too."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first, self.second, self.kind = nn.Linear(8, 8), nn.Linear(8, 8), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        return x + self.second(F.dropout(h, 0.3, training=True) if self.kind == "dropout" else h + torch.randn_like(h))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["dropout", "randn"])
+@pytest.mark.parametrize("repair", [reconstruct.least_squares, reconstruct.sparsegpt])
+def test_the_noise_of_a_layer_is_the_same_beside_the_dense_one_so_that_nothing_pruned_keeps_the_weights(
+    kind: str, repair: Callable[..., Any]
+) -> None:
+    model = seeded(lambda: nn.Sequential(*(NoisyLayer(kind) for _ in range(3)))).double()
+    before = torch.get_rng_state()
+    result = bp.sequential(model, pipeline(), repair, inputs(), 0.0)
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, weight in result.weights.items():
+        close(weight, model.get_parameter(name), atol=1e-8)
+
+
+def test_each_layer_and_batch_has_noise_of_its_own_and_a_layer_on_a_batch_always_the_same() -> None:
+    model = seeded(lambda: nn.Sequential(*(NoisyLayer("randn") for _ in range(2)))).double()
+    order = find_layers(model, None, [])
+    x = normal((20, 8), 0)
+    states = HiddenStates.of(model, order, bp.Calibration([x, x]), keep_dense=True)
+    outputs = [[batch.run() for batch in states.batches(layer, {}, dense=dense)] for layer in order for dense in (True, False)]
+    for dense, pruned in (outputs[:2], outputs[2:]):
+        assert torch.equal(dense[0], pruned[0])
+        assert torch.equal(dense[1], pruned[1])
+        assert not torch.equal(dense[0], dense[1])
+    first, second = (states.batches(layer, {})[0].seed for layer in order)
+    assert first != second

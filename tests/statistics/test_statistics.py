@@ -495,6 +495,12 @@ def test_gate_hessian_diagonal_of_one_probe_is_v_times_hv_with_signs_the_same_in
     assert not torch.equal(again["a.weight"]["gate_hessian_diagonal"], other["a.weight"]["gate_hessian_diagonal"])
 
 
+@pytest.mark.parametrize("probes", [0, -1, 1.5, True])
+def test_probes_are_a_whole_number_from_1(probes: Any) -> None:
+    with pytest.raises(ValueError, match=f"probes={probes} must be a whole number"):
+        statistics.gate_hessian_diagonal(probes=probes)
+
+
 def test_gate_hg_is_the_hessian_times_the_gradient_of_each_batch() -> None:
     model, batches = seeded(Tiny), list(normal((2, 4, 3), 0))
     got = seen(model, batches, statistics.gate_hessian_grad, block=BLOCK, loss=loss)
