@@ -1,6 +1,6 @@
-"""What does a user gain: quality against milliseconds of a pruned MiniLM, beside dense float32, bfloat16 and int8?
+"""What does a user gain without training: quality against milliseconds of a pruned MiniLM, beside dense float32, bfloat16 and int8?
 
-python benchmarks/front_page.py                      # about ten minutes; saves notebooks/front_page.png
+python benchmarks/front_page.py                      # about ten minutes; saves front_page.png
 python benchmarks/front_page.py --tiny               # seconds, one layer and one sparsity, for the test command
 """
 
@@ -22,7 +22,7 @@ from blockprune.core.precision import multiplies_bfloat16
 from blockprune.examples import minilm
 from blockprune.export import dynamic_int8, rowwise_int8
 
-PICTURE = Path(__file__).parents[1] / "notebooks" / "front_page.png"
+PICTURE = Path("front_page.png")
 WHERE = bp.including(bp.linears((16, 16)), "encoder.*")
 
 

@@ -145,7 +145,9 @@ def measure(shape: Shape, recipe: str, batches: int, length: int, processes: int
         options = [f"--recipe={recipe}", f"--batches={batches}", f"--length={length}"]
         command = [sys.executable, *start, __file__, "--prune", *paths, *options]
         threads = {"OMP_NUM_THREADS": "1"} if one_thread else {}
-        run = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | threads)
+        run = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | threads)
+        if run.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with {run.returncode}:\n{run.stderr}")
         measured: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
         return measured
 
