@@ -134,6 +134,8 @@ def prune(source: str, destination: str, recipe_name: str, batches: int, length:
     start = time.perf_counter()
     masks = prune_checkpoint(source, destination, recipe, 0.5, spill=recipe_name == "obs")
     seconds, keep = time.perf_counter() - start, torch.cat([masks[name].keep.flatten() for name in sorted(masks)])
+    if reduce:
+        dist.destroy_process_group()  # else its threads may end the process with SIGABRT
     return {"seconds": seconds, "bytes": resident_bytes(), "masks": hashlib.sha256(keep.numpy().tobytes()).hexdigest()}
 
 
