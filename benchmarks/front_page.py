@@ -6,7 +6,6 @@ python benchmarks/front_page.py --tiny               # seconds, one layer and on
 
 import argparse
 import copy
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ def compared(
     quality = {"dense": 1.0, "dense int8": minilm.mean_cosine(dynamic_int8(dense), batches, embeddings)}
     quality["dense int8, row by row"] = minilm.mean_cosine(rowwise_int8(dense), batches, embeddings)
     dtypes = ["float32", "int8"]
-    if multiplies_bfloat16() and os.environ.get("BLOCKPRUNE_INSTRUCTIONS") != "avx2":  # without its instructions, bfloat16 is slow
+    if multiplies_bfloat16():  # without instructions for it, bfloat16 is slower than float32
         dtypes.append("bfloat16")
         quality["dense bfloat16"] = minilm.mean_cosine(copy.deepcopy(dense).bfloat16(), batches, embeddings)
     models = {}

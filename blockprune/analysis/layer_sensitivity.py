@@ -19,7 +19,7 @@ from blockprune.core.types import BlockMask, Scores, check_fraction
 from blockprune.model.apply import functional_parameters
 from blockprune.model.mask_reading import parameter_masks
 from blockprune.model.parameters import find_parameters
-from blockprune.model.running import buffers_as_now
+from blockprune.model.running import buffers_as_now, weights_written_by_forward
 from blockprune.model.sharding import is_fully_sharded, replaced_shards
 
 V = TypeVar("V")
@@ -140,14 +140,14 @@ def sensitivity(
     masks = {name: [_allocated_alone(pipeline, scores, name, sparsity) for sparsity in sparsities] for name in scores}
     all_kept = {name: attrs.evolve(mask, keep=torch.ones_like(mask.keep)) for name, mask in parameter_masks(model).items()}
     unmasked = functional_parameters(model, all_kept)
-    put_back = buffers_as_now(model, _written_by_forward(model))
+    put_back = buffers_as_now(model, weights_written_by_forward(model))
     is_sharded = any(map(is_fully_sharded, model.modules()))  # the masked weights are written into the shards
     use_vmap = chunk_size > 1 and len(sparsities) > 1 and not is_sharded
     losses: dict[str, tuple[float, ...]] = {}
 
     def loss_with(parameters: dict[str, Tensor]) -> Tensor:
         with replaced_shards(model, {**unmasked, **parameters}) as others:
-            return _one_number(evaluate(lambda *args, **kwargs: functional_call(model, others, args, kwargs, tie_weights=False)))
+            return _as_number(evaluate(lambda *args, **kwargs: functional_call(model, others, args, kwargs, tie_weights=False)))
 
     def loss_of(parameters: dict[str, Tensor]) -> float:
         return loss_with(parameters).item()
@@ -205,13 +205,7 @@ def _check_replaceable(model: nn.Module, scores: Scores) -> None:
             )
 
 
-def _written_by_forward(model: nn.Module) -> list[Tensor]:
-    """The weights of embeddings with ``max_norm``, which their forward changes in place."""
-    embeddings = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None]
-    return [p.detach() for embedding in embeddings for p in embedding.parameters()]
-
-
-def _one_number(loss: Any) -> Tensor:
+def _as_number(loss: Any) -> Tensor:
     """The loss as a tensor without axes."""
     try:
         number = torch.as_tensor(loss)

@@ -205,7 +205,7 @@ class _GatedModel:
         return self._or_zeros(self.gradient(self._summed_output, absolute=True))
 
     def _summed_output(self, model: nn.Module) -> Tensor:
-        ones = tree_map(_one_sample_of_ones, self.batch)
+        ones = tree_map(_sample_of_ones, self.batch)
         return _main_output(self.calibration.forward(model, ones))
 
     @cached_property
@@ -241,7 +241,7 @@ def _without_pruned(ref: ParameterRef) -> Tensor:
     return mask_blocks(weight, keep.to(weight.device), mask.grid)
 
 
-def _one_sample_of_ones(x: Any) -> Any:
+def _sample_of_ones(x: Any) -> Any:
     return x.new_ones(1, *x.shape[1:]) if _has_samples(x) else torch.ones_like(x) if isinstance(x, Tensor) else x
 
 

@@ -5,6 +5,7 @@
 | `conversion`                                   | `block_sparse`, and back: `load_state_dict`, `dense`, `onnx`                      |
 | `candidates`, `backend_choice`, `choice_table` | which masked layers can run block-sparse, and which backend runs each (`choose`)  |
 | `sparse_layers`, `sparse_convs`                | layers that hold only the kept blocks, frozen or trainable                        |
+| `exported_weight`                              | the dense weight that such a layer reads as, which refuses changes in place       |
 | `semi_structured`                              | layers with 2:4 weights                                                           |
 | `mask_updates`                                 | `update`: other blocks for a model that trains                                    |
 | `format`                                       | how kept blocks are stored                                                        |

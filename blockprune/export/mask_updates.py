@@ -18,7 +18,7 @@ from blockprune.export.sparse_layers import BlockSparseLinear
 from blockprune.model.apply import apply_masks
 from blockprune.model.checkpoint import keep_gradient_options
 from blockprune.model.mask_reading import parameter_masks
-from blockprune.model.optimizer_state import check_by_parameter, check_state, initial_state, list_of, reset_elements
+from blockprune.model.optimizer_state import check_state, initial_state, list_of, reset_elements, trained_ids
 from blockprune.model.parameters import parameter_refs
 from blockprune.model.sharding import reshard
 
@@ -71,7 +71,7 @@ def update(model: M, masks: Masks, *, optimizer: Optimizer | Sequence[Optimizer]
     if unmasked := [name for name in weights if name not in masks]:
         raise KeyError(f"weights names {unmasked[0]!r}, but masks does not; give a mask for every weight")
     layers = {name: sparse[name] for name in masks if name in sparse}
-    trained = _trained(optimizers) if masks else set()
+    trained = trained_ids(optimizers) if masks else set()
     for name, layer in layers.items():
         _check(name, layer, masks[name], weights.get(name))
         _check_optimizers(name, layer, optimizers, trained)
@@ -108,12 +108,6 @@ def _check(name: str, layer: BlockSparseLinear, mask: BlockMask, weight: Tensor 
     if is_sharded(layer.values):
         raise ValueError(f"{name}: fully_shard has sharded this layer; update the model before it is sharded, and make the optimizer then")
     _check_values(name, layer.weight_shape, layer.values, mask, weight)
-
-
-def _trained(optimizers: Sequence[Optimizer]) -> set[int]:
-    """The ids of the parameters of optimizers; raises for a state such as that of LBFGS, a list for all parameters together."""
-    check_by_parameter(optimizers)
-    return {id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _check_optimizers(name: str, layer: BlockSparseLinear, optimizers: Sequence[Optimizer], trained: Collection[int]) -> None:

@@ -117,9 +117,9 @@ def shrink(model: nn.Module, example: Any, *, forward: Forward = default_forward
         example: a batch of several items that the model can run, and that uses all of its layers; the smaller model runs any batch.
         forward: (model, example) -> output, as in `Calibration`.
         uniform: give all layers of a Hugging Face model the widths that its configuration can express, and write them there, so that
-            ``save_pretrained`` and ``from_pretrained`` work; the result says what this costs. If False, or where this fails, of which a
-            warning and the result say why, each layer has its own widths, and the configuration stays as it was. Other models always have
-            widths of their own.
+            ``save_pretrained`` and ``from_pretrained`` work; the result says what this costs. If False, each layer has its own widths, and
+            the configuration stays as it was. The same happens where uniform widths fail; a warning and the result then say why. Other
+            models always have widths of their own.
 
     Raises:
         ImportError: Torch-Pruning is not installed.

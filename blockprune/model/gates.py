@@ -249,10 +249,11 @@ def scores(model: nn.Module) -> dict[str, BlockScore]:
     return {name: BlockScore(gate.wide_logits().detach().clone(), gate.grid) for name, gate in gates.items()}
 
 
+@uncompiled
 def expected_sparsity(model: nn.Module, *, costs: Mapping[str, float] | None = None) -> Tensor:
     """The expected fraction of the gated parameters' elements whose gate is 0, differentiable (Louizos et al. 1712.01312, eq. 12).
 
-    It is computed outside of code that ``torch.compile`` compiles, so not with ``fullgraph=True``. So is `penalty`.
+    ``torch.compile`` leaves this function and `penalty` out of the compiled graph, so ``fullgraph=True`` raises an error.
 
     Args:
         model: a model with gates.
@@ -268,11 +269,6 @@ def expected_sparsity(model: nn.Module, *, costs: Mapping[str, float] | None = N
         >>> bp.gates.expected_sparsity(model).item()
         0.0
     """
-    return _expected_sparsity(model, costs)
-
-
-@uncompiled
-def _expected_sparsity(model: nn.Module, costs: Mapping[str, float] | None) -> Tensor:
     gates = {name: _gates_of(refs[0]) for name, refs in _gated(model).items()}
     cost_of = _costs(gates, costs)
     total = sum(cost_of.values())

@@ -94,32 +94,31 @@ def straight_through(weight: Tensor, keep: Tensor, reached: Tensor, grid: BlockG
         tensor([[1.0000, 1.5000]])
     """
     function = _CompiledStraightThrough if torch.compiler.is_compiling() else _StraightThrough
-    # tensors of their own: the mask may change before the backward
-    masked: Tensor = function.apply(weight, keep | reached, reached & ~keep, grid, decay)  # type: ignore[no-untyped-call]
+    # copies, because the mask may change before the backward
+    masked: Tensor = function.apply(weight, keep.clone(), reached.clone(), grid, decay)  # type: ignore[no-untyped-call]
     return masked
 
 
 class _CompiledStraightThrough(torch.autograd.Function):
-    """`mask_blocks` of the blocks that are passed and not decayed, with another gradient; compiled code accepts no function with a jvp."""
+    """`mask_blocks`, with another gradient; compiled code accepts no function with a jvp."""
 
     @staticmethod
-    def forward(weight: Tensor, passed: Tensor, decayed: Tensor, grid: BlockGrid, decay: float) -> Tensor:
-        return mask_blocks(weight, passed & ~decayed, grid)
+    def forward(weight: Tensor, keep: Tensor, reached: Tensor, grid: BlockGrid, decay: float) -> Tensor:
+        return mask_blocks(weight, keep, grid)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, BlockGrid, float], output: Tensor) -> None:
-        weight, passed, decayed, ctx.grid, ctx.decay = inputs
-        ctx.save_for_backward(passed, *([decayed, weight] if ctx.decay else []))
-        ctx.save_for_forward(passed)
+        weight, keep, reached, ctx.grid, ctx.decay = inputs
+        ctx.save_for_backward(keep, reached, *([weight] if ctx.decay else []))
+        ctx.save_for_forward(keep, reached)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        passed, *decay = ctx.saved_tensors
-        gradient = _masked(grad, passed, ctx.grid)
-        if decay:
-            decayed, weight = decay
-            gradient = gradient + ctx.decay * _masked(weight, decayed, ctx.grid)
-        return gradient, None, None, None, None
+        keep, reached, *weight = ctx.saved_tensors
+        passed = _masked(grad, keep | reached, ctx.grid)
+        if weight:
+            passed = passed + ctx.decay * _masked(weight[0], reached & ~keep, ctx.grid)
+        return passed, None, None, None, None
 
 
 class _StraightThrough(_CompiledStraightThrough):
@@ -129,7 +128,8 @@ class _StraightThrough(_CompiledStraightThrough):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _masked(tangent, ctx.saved_tensors[0], ctx.grid)
+        keep, reached = ctx.saved_tensors[:2]
+        return _masked(tangent, keep | reached, ctx.grid)
 
 
 def _masked(x: Tensor, keep: Tensor, grid: BlockGrid) -> Tensor:

@@ -109,8 +109,7 @@ def reset_state(optimizer: Optimizers, model: nn.Module, before: Masks, after: M
                 "no number of theirs belongs to one block; remove the parametrization, leave the parameter out, or make a new optimizer"
             )
     optimizers = list_of(optimizer)
-    check_by_parameter(optimizers)
-    trained = {id(parameter) for held in optimizers for group in held.param_groups for parameter in group["params"]}
+    trained = trained_ids(optimizers)
     if refs and not any(id(ref.stored) in trained for ref in refs.values()):
         kinds = " and ".join(type(held).__name__ for held in optimizers) or "empty"
         raise ValueError(
@@ -130,8 +129,12 @@ def list_of(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer
     return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
 
 
-def check_by_parameter(optimizers: Sequence[Optimizer]) -> None:
-    """Raise a ValueError for a state such as that of LBFGS, a list for all parameters together."""
+def trained_ids(optimizers: Sequence[Optimizer]) -> set[int]:
+    """The ids of the parameters of optimizers.
+
+    Raises:
+        ValueError: a state such as that of LBFGS, a list for all parameters together.
+    """
     for optimizer in optimizers:
         lists = [key for state in optimizer.state.values() for key, value in state.items() if isinstance(value, (list, tuple))]
         if lists:
@@ -139,6 +142,7 @@ def check_by_parameter(optimizers: Sequence[Optimizer]) -> None:
                 f"optimizer: the state {lists[0]!r} of {type(optimizer).__name__} is not one number for each weight; use an optimizer such "
                 "as SGD, Adam or AdamW, or make a new one"
             )
+    return {id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def initial_state(optimizer: Optimizer, parameter: Tensor, key: str) -> float:

@@ -1,6 +1,6 @@
 """Penalties that push whole blocks to zero in training, their proximal maps, and ADMM. Each takes parameters and blocks from a rule.
 
-A step under ``torch.compile`` may contain the penalties; they are computed outside of the compiled graphs, so not with ``fullgraph=True``.
+``torch.compile`` leaves the penalties out of the compiled graph, so ``fullgraph=True`` raises an error.
 """
 
 import math
@@ -27,6 +27,7 @@ __all__ = ["Admm", "admm", "admm_penalty", "group_lasso", "proximal_group_lasso"
 M = TypeVar("M", bound=nn.Module)
 
 
+@uncompiled
 def group_lasso(model: nn.Module, *, where: Where, l1_ratio: float = 0.0) -> Tensor:
     """The mixed l1/l2 norm of the blocks, ``sum over blocks of sqrt(elements) * ||block||_2``; add a multiple of it to the loss.
 
@@ -53,11 +54,6 @@ def group_lasso(model: nn.Module, *, where: Where, l1_ratio: float = 0.0) -> Ten
         tensor(7.0711, grad_fn=<SumBackward0>)
     """
     _check_ratio(l1_ratio)
-    return _group_lasso(model, where, l1_ratio)
-
-
-@uncompiled
-def _group_lasso(model: nn.Module, where: Where, l1_ratio: float) -> Tensor:
     penalties: list[Tensor] = []
     with no_autocast():
         for ref, grid in select(model, where).values():
@@ -193,6 +189,7 @@ def admm(model: nn.Module, *, where: Where, prune: Callable[[Data], Masks], prev
     return Admm({name: masks[name] for name in sums}, targets, {name: param.weight - targets[name] for name, param in sums.items()})
 
 
+@uncompiled
 def admm_penalty(model: nn.Module, state: Admm, *, rho: float) -> Tensor:
     """``rho / 2 * ||W - Z + U||^2`` over all parameters of the state (Boyd et al. 2011, eq. 3.5), to add to the loss.
 
@@ -212,11 +209,6 @@ def admm_penalty(model: nn.Module, state: Admm, *, rho: float) -> Tensor:
         True
     """
     _check_not_negative("rho", rho)
-    return _admm_penalty(model, state, rho)
-
-
-@uncompiled
-def _admm_penalty(model: nn.Module, state: Admm, rho: float) -> Tensor:
     penalties: list[Tensor] = []
     with no_autocast():
         for (name, (ref, *_)), key in zip(find_parameters(model, state.targets, what="state").items(), state.targets, strict=True):

@@ -46,8 +46,7 @@ def preserve_state(model: nn.Module, weights: Sequence[Tensor] = (), *, trains: 
     """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in weights]
-    embeddings = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None and not trains]
-    put_back = buffers_as_now(model, [p.detach() for module in embeddings for p in module.parameters()])
+    put_back = buffers_as_now(model, [] if trains else weights_written_by_forward(model))
     with (
         torch.inference_mode(False),
         without_compiled_code(),
@@ -64,6 +63,12 @@ def preserve_state(model: nn.Module, weights: Sequence[Tensor] = (), *, trains: 
             for p, flag in flags:
                 p.requires_grad_(flag)
             put_back()
+
+
+def weights_written_by_forward(model: nn.Module) -> list[Tensor]:
+    """The weights of embeddings with ``max_norm``, which their forward changes in place."""
+    embeddings = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None]
+    return [p.detach() for embedding in embeddings for p in embedding.parameters()]
 
 
 def buffers_as_now(model: nn.Module, others: Sequence[Tensor] = ()) -> PutBack:

@@ -129,8 +129,8 @@ def distill(
             masks None: then its kept values are among the weights, and ``apply_masks(model, None, weights)`` sets them.
         masks: by parameter name; None for the masks that are on the model.
         weights: the weights to start from where they are not the model's own, such as those of a recipe; or None.
-        batches: the training batches, a list or a DataLoader, used in order and repeated until ``steps`` is reached. Persistent workers
-            are started once, so random numbers that they draw themselves, as in augmentations, differ after ``resume``; those of others
+        batches: the training batches, a list or a DataLoader, used in order and repeated until ``steps`` is reached. Random numbers
+            that persistent workers draw themselves, as in augmentations, differ after ``resume``; with ``persistent_workers=False`` they
             do not.
         teacher: the dense model, which may be ``model`` itself if that has no masks; None if the loss needs none.
         loss: (student's output, teacher's output, batch) -> one number, such as `losses.kl`.
