@@ -18,9 +18,10 @@ from blockprune import allocate as allocators
 from blockprune import collect, metric, statistics
 from blockprune.allocate import budgets
 from blockprune.collect import distributed
+from blockprune.core.arguments import check_sparsity
 from blockprune.core.grid import BlockShape
 from blockprune.core.pipeline import Pipeline, fields_as_code
-from blockprune.core.types import Allocate, BlockScore, Budget, Collect, Data, Metric, Param, Reconstruct, Sparsity, Where, check_sparsity
+from blockprune.core.types import Allocate, BlockScore, Budget, Collect, Data, Metric, Param, Reconstruct, Sparsity, Where
 from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.calibration import Calibration
 from blockprune.model.selection import including_names, select, units, with_block

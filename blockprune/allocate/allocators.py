@@ -23,9 +23,10 @@ from torch import Tensor
 from blockprune.allocate.budgets import layer_limits, uniform
 from blockprune.allocate.ranking import prune_lowest, select_pruned, to_common_device
 from blockprune.allocate.shared_masks import Coupled, SharedMask, masks_of, shared_masks
+from blockprune.core.arguments import check_counts, check_fraction, check_function, check_sparsity
 from blockprune.core.grid import BlockGrid, int_tuple, tiles, untile
 from blockprune.core.patterns import matching_keys, resolve_by_name
-from blockprune.core.types import Budget, Masks, Scores, Sparsity, check_fraction, check_scores, check_sparsity
+from blockprune.core.types import Budget, Masks, Scores, Sparsity, check_scores
 
 MaxSparsity = float | Mapping[str, float] | None
 MinKeep = int | Mapping[str, int]
@@ -156,8 +157,7 @@ def per_columns(scores: Scores, sparsity: Sparsity, *, columns: int = 128) -> Ma
         >>> bp.allocate.per_columns({"w": score}, 0.5, columns=2)["w"].keep
         tensor([[False,  True, False,  True]])
     """
-    if not hasattr(columns, "__index__") or columns < 1:
-        raise ValueError(f"columns={columns!r} must be a whole number from 1 on")
+    check_counts(1, columns=columns)
     check_scores(scores)
     for name, score in scores.items():
         if len(score.grid.shape) < 2:
@@ -318,6 +318,7 @@ def _sparsity_by_parameter(scores: Scores, sparsity: Sparsity, budget: Budget) -
         if budget is not uniform:
             raise ValueError("sparsity as a mapping already gives each parameter its own; give one number for budget= to distribute")
         return resolve_by_name(sparsity, scores, what="sparsity")
+    check_function("budget", budget, "(scores, sparsity) -> sparsities by parameter name, such as bp.budgets.lagrangian")
     sparsities = dict(budget(scores, float(sparsity)))
     for name in scores:
         if name not in sparsities:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from blockprune.allocate.ranking import prune_lowest, to_common_device
+from blockprune.core.arguments import check_fraction
 from blockprune.core.grid import block_elements
 from blockprune.core.patterns import resolve_by_name
-from blockprune.core.types import Scores, check_fraction, check_scores
+from blockprune.core.types import Scores, check_scores
 
 V = TypeVar("V", int, float)
 

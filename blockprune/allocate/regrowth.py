@@ -7,10 +7,11 @@ import attrs
 from torch import Tensor
 
 from blockprune.allocate.ranking import prune_lowest
+from blockprune.core.arguments import check_fraction
 from blockprune.core.grid import block_elements
 from blockprune.core.patterns import resolve_by_name, suggest
 from blockprune.core.precision import at_least_float32
-from blockprune.core.types import BlockMask, BlockScore, Masks, Scores, Sparsity, check_fraction, check_masks, check_scores
+from blockprune.core.types import BlockMask, BlockScore, Masks, Scores, Sparsity, check_masks, check_scores
 
 
 def regrow(masks: Masks, *, drop: Scores, grow: Scores, fraction: Sparsity, sparsity: Sparsity | None = None) -> Masks:

@@ -4,6 +4,8 @@ import bisect
 import math
 from collections.abc import Mapping
 
+from blockprune.core.arguments import check_number
+
 
 def constant(step: int, *, value: float) -> float:
     """The same sparsity at every step.
@@ -25,7 +27,8 @@ def linear(step: int, *, final: float, end: int, begin: int = 0, initial: float 
         >>> [bp.schedule.linear(step, final=0.8, begin=100, end=300) for step in (0, 200, 1000)]
         [0.0, 0.4, 0.8]
     """
-    return initial + (final - initial) * _progress(step, begin, end)
+    t = _progress(step, begin, end, final=final, initial=initial)
+    return initial + (final - initial) * t
 
 
 def cubic(step: int, *, final: float, end: int, begin: int = 0, initial: float = 0.0) -> float:
@@ -38,7 +41,8 @@ def cubic(step: int, *, final: float, end: int, begin: int = 0, initial: float =
         >>> [bp.schedule.cubic(step, final=0.8, begin=100, end=300) for step in (0, 200, 1000)]
         [0.0, 0.7000000000000001, 0.8]
     """
-    return final + (initial - final) * (1 - _progress(step, begin, end)) ** 3
+    t = _progress(step, begin, end, final=final, initial=initial)
+    return final + (initial - final) * (1 - t) ** 3
 
 
 def cosine(step: int, *, final: float, end: int, begin: int = 0, initial: float = 0.0) -> float:
@@ -53,7 +57,8 @@ def cosine(step: int, *, final: float, end: int, begin: int = 0, initial: float 
         >>> [round(bp.schedule.cosine(step, initial=0.3, final=0.0, end=100), 3) for step in (0, 25, 50, 100)]
         [0.3, 0.256, 0.15, 0.0]
     """
-    return final + (initial - final) * (1 + math.cos(math.pi * _progress(step, begin, end))) / 2
+    t = _progress(step, begin, end, final=final, initial=initial)
+    return final + (initial - final) * (1 + math.cos(math.pi * t)) / 2
 
 
 def exponential(step: int, *, final: float, end: int, begin: int = 0, initial: float = 0.0) -> float:
@@ -66,11 +71,11 @@ def exponential(step: int, *, final: float, end: int, begin: int = 0, initial: f
         >>> [round(bp.schedule.exponential(step, final=0.75, end=2), 3) for step in (0, 1, 2)]
         [0.0, 0.5, 0.75]
     """
+    t = _progress(step, begin, end, final=final, initial=initial)
     if not (initial < 1 and final < 1):
         raise ValueError(
             f"initial={initial} and final={final} must be below 1, because each step keeps a fraction of the weights; use linear or cubic"
         )
-    t = _progress(step, begin, end)
     return float(1 - (1 - initial) ** (1 - t) * (1 - final) ** t)
 
 
@@ -90,8 +95,10 @@ def steps(step: int, *, milestones: Mapping[int, float], initial: float = 0.0) -
     return milestones[sorted(milestones)[reached - 1]] if reached else initial
 
 
-def _progress(step: int, begin: int, end: int) -> float:
+def _progress(step: int, begin: int, end: int, **sparsities: float) -> float:
     """0 until begin, 1 from end on."""
+    for name, value in {"step": step, "begin": begin, "end": end, **sparsities}.items():
+        check_number(name, value)
     if not begin <= end:
         raise ValueError(f"begin={begin} is after end={end}; give an end from {begin} on, or an earlier begin")
     return min(1.0, max(0.0, (step - begin) / (end - begin))) if end > begin else float(step >= end)

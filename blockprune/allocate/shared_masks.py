@@ -56,6 +56,8 @@ def shared_masks(scores: Scores, coupled: Coupled) -> list[SharedMask]:
                 f"{name}: {int(score.value.isnan().sum())} of the scores {tuple(score.value.shape)} are NaN and cannot be ranked; "
                 "check the metric"
             )
+    if isinstance(coupled, (str, Tensor)) or not isinstance(coupled, Iterable):
+        raise TypeError(f"coupled={coupled!r} must be a list of hidden axes, as bp.find_axes returns, or of sets of parameter names")
     coupled = list(coupled)
     of_axes = _masks_of_axes(scores, [axis for axis in coupled if isinstance(axis, UnitPermutation)])
     on_axes = {name for shared in of_axes for name in shared.names}
@@ -131,6 +133,8 @@ def _coupled_names(scores: Scores, coupled: Iterable[Iterable[str]]) -> list[tup
     names_of: dict[str, tuple[str, ...]] = {name: (name,) for name in scores}
     position = {name: number for number, name in enumerate(scores)}
     for names_or_patterns in coupled:
+        if not isinstance(names_or_patterns, Iterable):
+            raise TypeError(f"coupled holds {names_or_patterns!r}; give hidden axes, as bp.find_axes returns, or sets of parameter names")
         if isinstance(names_or_patterns, str):
             raise TypeError(
                 f"coupled must hold sets of names, but {names_or_patterns!r} is a single name; write coupled=[({names_or_patterns!r}, ...)]"

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from blockprune.analysis.drawing import label_rows, new_axes, set_title, short_names
+from blockprune.core.arguments import check_counts, check_fraction, check_function
 from blockprune.core.pipeline import Pipeline, as_code
 from blockprune.core.progress import progress_bar
 from blockprune.core.table import Rows, Table
-from blockprune.core.types import BlockMask, Scores, check_fraction
+from blockprune.core.types import BlockMask, Scores
 from blockprune.model.apply import functional_parameters
 from blockprune.model.mask_reading import parameter_masks
 from blockprune.model.parameters import find_parameters
@@ -131,8 +132,10 @@ def sensitivity(
     if isinstance(sparsities, (str, Mapping)) or not isinstance(sparsities, Iterable):
         raise TypeError(f"sparsities={sparsities!r} must be a list of numbers, such as [0.25, 0.5]")
     sparsities = list(sparsities)
-    if chunk_size < 1 or not sparsities:
-        raise ValueError(f"chunk_size={chunk_size} must be 1 or more, and sparsities={sparsities} must hold at least one sparsity")
+    check_counts(1, chunk_size=chunk_size)
+    check_function("evaluate", evaluate, "(model) -> one number, the loss")
+    if not sparsities:
+        raise ValueError("sparsities=[] must hold at least one sparsity")
     for position, sparsity in enumerate(sparsities):
         check_fraction(f"sparsities[{position}]", sparsity)
     scores = pipeline.scores(model)

@@ -32,6 +32,8 @@ def resolve_by_name(values: Mapping[str, V], names: Iterable[str], *, what: str,
         >>> resolve_by_name({"a.*": 1, "a.w": 2, "*": 0}, ["a.w", "a.v", "b"], what="sparsity")
         {'a.w': 2, 'a.v': 1, 'b': 0}
     """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{what}={values!r} must be a mapping from parameter names or patterns to values, such as {{'*': 1.0}}")
     names = dict.fromkeys(names)
     for key in values:
         if not isinstance(key, (str, re.Pattern)):

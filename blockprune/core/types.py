@@ -1,6 +1,5 @@
 """The values that flow between stages, and the signatures of the stages."""
 
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -246,39 +245,3 @@ def _check_values(what: str, values: Any, kind: type, remedy: str, constructor: 
     for name, value in values.items():
         if not isinstance(value, kind):
             raise TypeError(f"{what}[{name!r}] is a {type(value).__name__}, not a {kind.__name__}; build one: {constructor}")
-
-
-def check_fraction(what: str, value: float) -> None:
-    """Raise unless a value is a number from 0 to 1.
-
-    Raises:
-        TypeError, ValueError: anything else.
-
-    Example:
-        >>> from blockprune.core.types import check_fraction
-        >>> check_fraction("sparsity", 0.5)
-    """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{what}={value!r} must be a number from 0 (keep all) to 1 (remove all)")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{what}={value!r} must be from 0 (keep all) to 1 (remove all); 50 % is 0.5")
-
-
-def check_sparsity(sparsity: Any) -> None:
-    """Raise unless this is a number from 0 to 1, or a mapping of parameter names or patterns to such numbers.
-
-    Raises:
-        TypeError, ValueError: anything else.
-
-    Example:
-        >>> from blockprune.core.types import check_sparsity
-        >>> check_sparsity({"head.*": 0.25, "*": 0.5})
-    """
-    if isinstance(sparsity, Mapping):
-        for key, fraction in sparsity.items():
-            check_fraction(f"sparsity[{key!r}]", fraction)
-        return
-    try:
-        check_fraction("sparsity", sparsity)
-    except TypeError as error:
-        raise TypeError(f"{error}, or a mapping of parameter names to numbers") from None

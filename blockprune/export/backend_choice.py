@@ -11,6 +11,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from blockprune.core.arguments import check_counts, check_function, check_number
 from blockprune.core.progress import progress_bar
 from blockprune.export import semi_structured, triton_launch
 from blockprune.export.candidates import Candidate, find_candidates
@@ -90,8 +91,8 @@ def choose(
         >>> choices.rows[0].name, choices.rows[0].backend in ("native", "torch", "dense")
         ('weight', True)
     """
-    if rows < 1:
-        raise ValueError(f"rows={rows} must be 1 or more: the number of input rows of a layer in one call")
+    check_counts(1, rows=rows, rounds=rounds)
+    check_function("forward", forward, "(model, batch) -> output")
     int8, masked = _int8_option(dtype, max_error), list(find_candidates(model))
     if training and (int8 or graph):
         raise ValueError(
@@ -150,8 +151,9 @@ def fixed_backend(
         parameter  pruned  backend        reason
         weight      50.0%    torch  as requested
     """
+    check_counts(1, rows=rows)
     by_name = {row.name: row for row in backends().rows}
-    if backend not in by_name:
+    if not isinstance(backend, str) or backend not in by_name:
         raise ValueError(f"backend={backend!r} must be 'auto', one of {', '.join(map(repr, by_name))}, or the result of choose(model)")
     if not by_name[backend].available:
         raise RuntimeError(f"backend={backend!r} is not available: {by_name[backend].reason}; backend='torch' always is")
@@ -177,8 +179,7 @@ def fixed_backend(
 
 
 def _int8_option(dtype: str | torch.dtype | None, max_error: float) -> bool:
-    if not max_error > 0:
-        raise ValueError(f"max_error={max_error} must be above 0, the largest relative error of a layer's outputs in int8: {MAX_ERROR}")
+    check_number("max_error", max_error, f"a number above 0, the largest relative error of a layer's outputs in int8: {MAX_ERROR}", above=0)
     return wants_int8(dtype)
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from blockprune.collect.from_weights import weights as collect_weights
+from blockprune.core.arguments import check_fraction
 from blockprune.core.grid import BlockGrid
 from blockprune.core.mask_file import load_masks, save_masks
 from blockprune.core.pipeline import Pipeline, as_code
-from blockprune.core.types import Masks, Param, Sparsity, check_finite, check_fraction, check_prunable
+from blockprune.core.types import Masks, Param, Sparsity, check_finite, check_prunable
 from blockprune.hf.checkpoint_folder import Checkpoint, Skeleton
 from blockprune.hf.pruned_folder import MASKS, PrunedFolder, opened_by_first
 from blockprune.hf.recipe_hash import data_hash, recipe_hash

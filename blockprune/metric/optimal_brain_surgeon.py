@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blockprune import native, statistics
+from blockprune.core.arguments import check_counts, check_fraction, check_function, check_sparsity
 from blockprune.core.grid import BlockGrid, block_elements, expand
 from blockprune.core.hessian import LayerQuadratic, layer_quadratic, workspace_bytes
 from blockprune.core.patterns import resolve_by_name
@@ -70,8 +71,8 @@ def obs(
         >>> repaired["weight"].shape
         torch.Size([4, 8])
     """
-    if not 0 <= stop_at <= 1:
-        raise ValueError(f"stop_at={stop_at} must be between 0 and 1")
+    check_fraction("stop_at", stop_at)
+    check_function("share", share, "such as blockprune.distributed.share")
     scores: dict[str, BlockScore] = {}
     with torch.no_grad():
         for name, p in progress_bar(data.items(), "obs", progress):
@@ -319,12 +320,9 @@ def sparsegpt(data: Data, *, sparsity: Sparsity, columns_per_step: int = 128, da
         >>> bp.allocate.per_layer(bp.metric.sparsegpt(data, sparsity=0.5), 0.5)["weight"].keep.shape
         torch.Size([2, 4])
     """
-    if columns_per_step < 1:
-        raise ValueError(f"columns_per_step={columns_per_step} must be at least 1")
+    check_counts(1, columns_per_step=columns_per_step)
+    check_sparsity(sparsity)
     shares = resolve_by_name(sparsity, data, what="sparsity") if isinstance(sparsity, Mapping) else dict.fromkeys(data, sparsity)
-    for name, share in shares.items():
-        if not 0 <= share <= 1:
-            raise ValueError(f"sparsity={share} of {name} must be between 0 and 1")
     scores: dict[str, BlockScore] = {}
     with torch.no_grad():
         for name, p in data.items():

@@ -8,6 +8,7 @@ from typing import Any, TypedDict, cast
 import attrs
 from torch import Tensor, nn
 
+from blockprune.core.arguments import check_counts, check_function
 from blockprune.core.pipeline import as_code
 
 Forward = Callable[[Callable[..., Any], Any], Any]  # (model, batch) -> output
@@ -87,7 +88,7 @@ def default_token_weights(batch: Any) -> Tensor | Mapping[str, Tensor | None] | 
 
 
 def _several_batches(batches: Any) -> Any:
-    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+    if isinstance(batches, (str, Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise TypeError(f"batches is one {type(batches).__name__}; give an iterable of batches, such as [batch]")
     return batches
 
@@ -123,8 +124,8 @@ class Calibration:
             or over the ``group`` that `functools.partial` binds to it.
 
     Raises:
-        TypeError: batches that are one tensor or mapping instead of an iterable of them.
-        ValueError: ``per_sample`` that is neither "vmap" nor "loop".
+        TypeError: batches that are one tensor or mapping instead of an iterable of them; a function that cannot be called.
+        ValueError: ``per_sample`` that is neither "vmap" nor "loop", or ``chunk_size`` that is no integer from 1 on.
 
     Example:
         >>> bp.Calibration([torch.ones(2, 4), torch.ones(2, 4)])
@@ -141,6 +142,16 @@ class Calibration:
     reduce: Callable[[Any], Any] | None = attrs.field(default=None, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
+        signatures = {
+            "loss": "(output, batch) -> one number",
+            "forward": "(model, batch) -> output",
+            "token_weights": "(batch) -> weights of the tokens, or None",
+            "reduce": "that adds up over processes, such as blockprune.distributed.all_reduce",
+        }
+        for name, signature in signatures.items():
+            if getattr(self, name) is not None or name in ("forward", "token_weights"):
+                check_function(name, getattr(self, name), signature)
+        check_counts(1, chunk_size=self.chunk_size)
         if self.per_sample not in ("vmap", "loop"):
             raise ValueError(f"per_sample={self.per_sample!r} must be 'vmap' or 'loop'")
 
@@ -184,6 +195,8 @@ def as_calibration(calibration: Calibration | None, options: CalibrationOptions 
         if "batches" not in options:
             raise TypeError("there is no data to run the model on; give calibration=bp.Calibration(batches, ...), or batches=")
         return Calibration(**cast(CalibrationOptions, options))
+    if not isinstance(calibration, Calibration):
+        raise TypeError(f"calibration has the type {type(calibration).__name__}; give bp.Calibration(batches, ...)")
     if options:
         code = ", ".join(f"{name}=..." for name in options)
         raise TypeError(f"{', '.join(options)} and calibration are both given; give one calibration: attrs.evolve(calibration, {code})")

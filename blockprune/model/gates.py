@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from blockprune.core.arguments import check_model
 from blockprune.core.grid import BlockGrid, block_elements
 from blockprune.core.patterns import resolve_by_name
 from blockprune.core.precision import at_least_float32, no_autocast
@@ -144,6 +145,7 @@ def add(model: M, *, where: Where, gate: Gate | None = None, initial: float = 2.
 
 
 def _check_not_wrapped(model: nn.Module) -> None:
+    check_model(model)
     if any(map(is_sharded, model.parameters())):
         raise ValueError(
             "gates cannot be added to or removed from a model that fully_shard or parallelize_module has sharded; change the model first "

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from blockprune.core._compat import has_one_original, originals, own_parametrizations, parameter_names, storage_id
 from blockprune.core._compat_hf import is_offloaded
+from blockprune.core.arguments import check_model
 from blockprune.core.patterns import suggest
 from blockprune.core.sharded_tensor import is_sharded
 from blockprune.model.parametrization import MaskBlocks
@@ -172,6 +173,7 @@ def under_all_names(tensors: Mapping[str, Tensor], aliases: Mapping[str, Sequenc
 
 
 def _all_refs(model: nn.Module) -> Iterator[ParameterRef]:
+    check_model(model)
     for prefix, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, parametrize.ParametrizationList):
             for attr in _parameter_attributes(module):

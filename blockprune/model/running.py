@@ -101,12 +101,31 @@ def buffers_as_now(model: nn.Module, others: Sequence[Tensor] = ()) -> PutBack:
                 tensor.set_(value.clone())  # type: ignore[call-overload]
             elif tensor.is_meta or (quick and versions[i] is not None and not is_counted):
                 continue
-            elif not torch.equal(tensor, value):
+            elif not _are_equal(tensor, value):
                 versions[i] = versions[i] if is_counted else None
                 tensor.copy_(value)
         versions[:] = [None if version is None else _version(tensor) for tensor, version in zip(written, versions, strict=True)]
 
     return put_back
+
+
+def _are_equal(x: Tensor, y: Tensor) -> bool:
+    """`torch.equal`, for sparse tensors too."""
+    pairs = zip(_dense_parts(x), _dense_parts(y), strict=True)
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+
+
+def _dense_parts(x: Tensor) -> list[Tensor]:
+    if x.layout == torch.strided:
+        return [x]
+    if x.layout == torch.sparse_coo:
+        x = x.coalesce()
+        return [x.indices(), x.values()]
+    if x.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [x.crow_indices(), x.col_indices(), x.values()]
+    if x.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [x.ccol_indices(), x.row_indices(), x.values()]
+    return [x.to_dense()]
 
 
 def _version(tensor: Tensor) -> int | None:

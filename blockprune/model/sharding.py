@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from blockprune.core._compat_fsdp import end_fsdp_forwards, follow_fsdp_parameters, is_fsdp_managed
+from blockprune.core.arguments import check_model
 from blockprune.core.sharded_tensor import is_sharded, sharded_like
 from blockprune.core.types import Masks
 from blockprune.model.parameters import is_replicated
@@ -48,6 +49,7 @@ def is_fully_sharded(module: nn.Module) -> bool:
 
 def reshard(model: nn.Module) -> None:
     """Let the model hold its sharded parameters: after a forward without a backward, or one that stopped early, some are whole copies."""
+    check_model(model)
     sharded: list[Any] = [module for module in model.modules() if is_fully_sharded(module)]
     end_fsdp_forwards(sharded)
     for module in sharded:
@@ -255,6 +257,7 @@ def raised_together(model: nn.Module, reduce: Callable[..., Any] | None) -> Iter
         >>> with raised_together(nn.Linear(1, 1), None):
         ...     pass
     """
+    check_model(model)
     if any(map(is_fully_sharded, model.modules())) or any(map(is_sharded, model.parameters())):
         yield
         return

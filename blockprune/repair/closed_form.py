@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from blockprune import statistics
+from blockprune.core.arguments import check_counts, check_function
 from blockprune.core.grid import expand
 from blockprune.core.hessian import layer_quadratic, workspace_bytes
 from blockprune.core.pipeline import requires
@@ -72,6 +73,7 @@ def least_squares(
         True
     """
     _check_masks(data, masks)
+    check_function("share", share, "such as blockprune.distributed.share")
     repaired: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, mask in progress_bar(masks.items(), "least squares", progress):
@@ -166,8 +168,7 @@ def sparsegpt(data: Data, masks: Masks, *, damping: float = 0.01, columns_per_st
         >>> bp.reconstruct.sparsegpt(data, masks)["weight"].shape
         torch.Size([4, 8])
     """
-    if columns_per_step < 1:
-        raise ValueError(f"columns_per_step={columns_per_step} must be at least 1")
+    check_counts(1, columns_per_step=columns_per_step)
     _check_masks(data, masks)
     repaired: dict[str, Tensor] = {}
     with torch.no_grad():

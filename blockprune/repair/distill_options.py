@@ -11,8 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from blockprune.core.arguments import check_counts, check_function
 from blockprune.model.mask_reading import parameter_masks
-from blockprune.repair.losses import DistillLoss
+
+SIGNATURES = {
+    "loss": "of the student's output, the teacher's output and the batch, such as losses.kl",
+    "optimizer": "(parameters) -> optimizer, such as partial(torch.optim.AdamW, lr=1e-4)",
+    "forward": "(model, batch) -> output",
+    "callback": "(DistillState) -> None",
+}
 
 
 def steps_of_one_pass(batches: Iterable[Any], accumulate: int) -> int:
@@ -33,13 +40,6 @@ def length(batches: Iterable[Any]) -> int | None:
         return None
 
 
-def check_counts(lowest: int, **counts: int) -> None:
-    """Raise for a count that is no integer, or below the lowest."""
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < lowest:
-            raise ValueError(f"{name}={count!r} must be an integer, at least {lowest}")
-
-
 def check_schedule(steps: int, *, warmup: int, final_lr: float, clip: float | None) -> None:
     """Raise for a schedule or a limit that makes no sense."""
     check_counts(0, warmup=warmup)
@@ -51,12 +51,18 @@ def check_schedule(steps: int, *, warmup: int, final_lr: float, clip: float | No
         raise ValueError(f"clip={clip!r} must be a positive number, or None for no limit")
 
 
+def check_functions(**functions: Any) -> None:
+    """Raise for a function that cannot be called."""
+    for name, function in functions.items():
+        check_function(name, function, SIGNATURES[name])
+
+
 def check_options(
-    model: nn.Module, teacher: nn.Module | None, loss: DistillLoss, *, train: bool, autocast: torch.dtype | None, checkpointing: bool
+    model: nn.Module, teacher: nn.Module | None, *, seed: int, train: bool, autocast: torch.dtype | None, checkpointing: bool
 ) -> None:
-    """Raise for a loss, a teacher or modes that do not fit the model."""
-    if not callable(loss):
-        raise TypeError(f"loss={loss!r} must be a function of the student's output, the teacher's output and the batch, such as losses.kl")
+    """Raise for a teacher, a seed or modes that do not fit the model."""
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise TypeError(f"seed={seed!r} must be an integer")
     if teacher is not None and not isinstance(teacher, nn.Module):
         raise TypeError(f"teacher has the type {type(teacher).__name__}; give the dense model, or None if the loss needs no teacher")
     if teacher is model and parameter_masks(model):

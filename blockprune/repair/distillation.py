@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from blockprune.core.arguments import check_counts, check_model
 from blockprune.core.patterns import Pattern
 from blockprune.core.progress import progress_bar, show_values
 from blockprune.core.types import Masks, Weights, Where
@@ -21,7 +22,7 @@ from blockprune.model.mask_reading import read_masks
 from blockprune.model.running import PutBack, cuda_devices, preserve_state, to_model_device
 from blockprune.repair.batch_stream import BatchStream, keep_generators, size_of
 from blockprune.repair.distill_options import (
-    check_counts,
+    check_functions,
     check_options,
     check_schedule,
     checkpointing_method,
@@ -174,7 +175,9 @@ def distill(
         >>> bool(bp.losses.kl(recovered(x), model(x)) < bp.losses.kl(pruned(x), model(x)))
         True
     """
-    check_options(model, teacher, loss, train=train, autocast=autocast, checkpointing=checkpointing)
+    check_model(model)
+    check_functions(loss=loss, optimizer=optimizer, forward=forward, **{"callback": callback} if callback else {})
+    check_options(model, teacher, seed=seed, train=train, autocast=autocast, checkpointing=checkpointing)
     check_counts(1, accumulate=accumulate, every=every)
     check_counts(1, **{name: x for name, x in {"steps": steps, "lora_rank": lora_rank}.items() if x is not None})
     batches = Calibration(batches).batches

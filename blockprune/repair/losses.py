@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blockprune.core.arguments import check_counts, check_number
 from blockprune.core.precision import SMALLEST, at_least_float32
 from blockprune.model.calibration import inputs_of
 from blockprune.repair import divergence
@@ -57,10 +58,9 @@ def kl(
         >>> round(bp.losses.kl(torch.zeros(1, 3), logits).item(), 3), round(bp.losses.kl(torch.zeros(1, 3), logits, top_k=1).item(), 3)
         (0.574, 0.557)
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be a positive number")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1 class, or None for all")
+    check_number("temperature", temperature, "a number above 0", above=0)
+    if top_k is not None:
+        check_counts(1, top_k=top_k)
     q, p = _logits(student, "student"), _logits(teacher, "teacher")
     _check_shapes("kl", "logits", q, p)
     if q.ndim > 3:

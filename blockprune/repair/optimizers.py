@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from blockprune.core.arguments import check_number
 from blockprune.core.precision import at_least_float32, multiplies_bfloat16
 
 __all__ = ["Muon", "limit_gradients", "muon", "newton_schulz"]
@@ -37,6 +38,10 @@ def muon(parameters: Iterable[Tensor], *, lr: float = 1e-3, weight_decay: float 
         >>> [type(optimizer).__name__ for optimizer in bp.muon(nn.Linear(8, 4).parameters())]
         ['Muon', 'AdamW']
     """
+    if not isinstance(parameters, Iterable):
+        raise TypeError(f"parameters has the type {type(parameters).__name__}; give tensors, such as model.parameters()")
+    check_number("lr", lr, "a number from 0 on", lowest=0)
+    check_number("weight_decay", weight_decay, "a number from 0 on", lowest=0)
     parameters = list(parameters)
     if other := [type(p).__name__ for p in parameters if not isinstance(p, Tensor)]:
         raise TypeError(f"parameters holds a {other[0]}; give tensors, such as model.parameters(), without names and not in groups")

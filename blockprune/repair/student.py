@@ -1,6 +1,7 @@
 """The masked copy of a model that `distill` trains."""
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
@@ -89,8 +90,6 @@ def make_student(
     chosen = _chosen(module, where, lora_rank)
     refs = parameter_refs(module)
     low_rank = {name: refs[name] for name in chosen if lora_rank is not None and refs[name][0].mask and len(refs[name][0].shape) > 1}
-    if lora_rank is not None and lora_rank < 1:
-        raise ValueError(f"lora_rank={lora_rank} must be at least 1, or None to train whole weights")
     if lora_rank is not None and not low_rank:
         raise ValueError(
             f"lora_rank={lora_rank} is for masked matrices, and none of the trained parameters, such as {chosen[0]!r}, is masked and has "
@@ -136,7 +135,10 @@ def _chosen(module: nn.Module, where: Where | Pattern | Sequence[Pattern] | None
         chosen = list(select(module, where))
     else:
         aliases = {name: [ref.name for ref in refs[name]] for name in floating}
-        chosen = _matching(aliases, [where] if not isinstance(where, Sequence) or isinstance(where, str) else where)
+        patterns = [where] if not isinstance(where, Sequence) or isinstance(where, str) else where
+        if other := [pattern for pattern in patterns if not isinstance(pattern, (str, re.Pattern))]:
+            raise TypeError(f"where has {other[0]!r}; give names or patterns of parameters, or a rule such as bp.norms_and_biases")
+        chosen = _matching(aliases, patterns)
     if not chosen:
         raise ValueError(f"where={where!r} chooses no floating-point parameter of the model, so there is nothing to train")
     if computed := [name for name in chosen if not refs[name][0].is_plain]:

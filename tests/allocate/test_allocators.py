@@ -561,7 +561,7 @@ def raises(error: type[Exception], *says: str) -> Callable[[Callable[[], object]
         (raises(ValueError, "budget", "fc.weight=1.2"), lambda: per_layer(BAD, 0.6, budget=lambda s, x: dict.fromkeys(s, 2 * x))),
         (raises(ValueError, "fc.weight has (4, 6) blocks", "head.weight (3, 4)"), lambda: per_layer(BAD, 0.5, coupled=[("*",)])),
         (raises(KeyError, "budget", "'fc.weight'", "every parameter"), lambda: per_layer(BAD, 0.6, budget=lambda s, x: {})),
-        (raises(ValueError, "columns=0", "whole number from 1"), lambda: per_columns(BAD, 0.5, columns=0)),
+        (raises(ValueError, "columns=0", "an integer, at least 1"), lambda: per_columns(BAD, 0.5, columns=0)),
         (raises(ValueError, "bias", "(4,)", "no input columns", "per_layer"), lambda: per_columns({"bias": score(torch.rand(4))}, 0.5)),
         (raises(TypeError, "coupled must hold sets of names", "'fc.weight'"), lambda: per_layer(BAD, 0.5, coupled=["fc.weight"])),
         (raises(ValueError, "'fc.weight' in two sets"), lambda: per_layer(PAIR, 0.5, coupled=[("fc.*",), ("fc.*",)])),

@@ -83,7 +83,7 @@ def test_a_ramp_that_ends_before_it_begins_is_an_error(ramp: Callable[..., float
         ramp(0, final=0.5, begin=5, end=4)
 
 
-@pytest.mark.parametrize("options", [{"final": 1.0}, {"final": 0.5, "initial": 1.0}, {"final": float("nan")}])
+@pytest.mark.parametrize("options", [{"final": 1.0}, {"final": 0.5, "initial": 1.0}])
 def test_exponential_cannot_reach_one_and_says_what_can(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"below 1.*linear or cubic"):
         schedule.exponential(3, end=10, **options)

@@ -166,9 +166,11 @@ def test_an_evaluation_that_vmap_cannot_run_says_so_and_runs_one_at_a_time() -> 
     assert table.losses["weight"] == pytest.approx(again.losses["weight"])
 
 
-@pytest.mark.parametrize(("sparsities", "chunk"), [([], 8), ([0.5], 0)])
-def test_bad_options_are_errors(sparsities: list[float], chunk: int) -> None:
-    with pytest.raises(ValueError, match="at least one sparsity"):
+@pytest.mark.parametrize(
+    ("sparsities", "chunk", "says"), [([], 8, "at least one sparsity"), ([0.5], 0, "chunk_size=0 must be an integer, at least 1")]
+)
+def test_bad_options_are_errors(sparsities: list[float], chunk: int, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
         bp.sensitivity(nn.Linear(4, 4), PRUNE, sparsities, lambda m: 0.0, chunk_size=chunk)
 
 

@@ -82,7 +82,7 @@ def test_groups_of_dead_inputs_are_damped_as_the_others() -> None:
 
 @pytest.mark.parametrize("damping", [-1.0, float("nan")])
 def test_a_negative_damping_is_an_error(damping: float) -> None:
-    with pytest.raises(ValueError, match=f"damping={damping} must be at least 0"):
+    with pytest.raises(ValueError, match=f"damping={damping} must be a number from 0 on"):
         layer_quadratic("w", collected("linear", (1, 1))[-1]["weight"], damping=damping)
 
 

@@ -469,7 +469,7 @@ def test_bad_options_of_int8_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     for dtype in ("int4", "float32", torch.float32, "bfloat16"):
         with pytest.raises(ValueError, match=r"dtype=.* must be 'int8', or None for the type of the weights"):
             export.choose(model, dtype=dtype)
-    with pytest.raises(ValueError, match=r"max_error=0 must be above 0"):
+    with pytest.raises(ValueError, match=r"max_error=0 must be a number above 0"):
         export.block_sparse(model, dtype="int8", max_error=0)
     two_of_four = export.Backends((export.Backend("2:4", True, ""), export.Backend("torch", True, "")))
     with monkeypatch.context() as patch:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import blockprune as bp
 from blockprune.model.running import (
     buffers_as_now,
     disable_attention_fastpath,
@@ -125,6 +126,39 @@ def test_buffers_are_put_back_as_often_as_wanted() -> None:
         assert torch.equal(model.written, torch.zeros(2))
         assert torch.equal(model.assigned, torch.zeros(2))
         assert torch.equal(model.added, torch.ones(3))
+
+
+class OnGraph(nn.Module):
+    """A layer whose outputs a sparse matrix mixes, as in a network on a graph."""
+
+    def __init__(self, layout: torch.layout) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        edges = torch.eye(4) + torch.eye(4).roll(1, 0)
+        blocks = {"blocksize": (2, 2)} if layout in (torch.sparse_bsr, torch.sparse_bsc) else {}
+        self.register_buffer("edges", edges.to_sparse(layout=layout, **blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.edges.to_dense() @ self.linear(x)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")  # in beta state
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc])
+def test_a_model_may_have_sparse_buffers(layout: torch.layout) -> None:
+    model = OnGraph(layout)
+    before = model.edges.to_dense()
+    bp.collect.with_statistics(model, where=bp.linears((2, 2)), statistics=[bp.statistics.input_sq], batches=[torch.ones(4, 4)])
+    with preserve_state(model):
+        model.edges.values().mul_(2) if layout != torch.sparse_coo else model.edges.mul_(2)
+        assert not torch.equal(model.edges.to_dense(), before)
+    assert torch.equal(model.edges.to_dense(), before)
+
+
+def test_distill_trains_a_model_with_a_sparse_buffer() -> None:
+    model = OnGraph(torch.sparse_coo)
+    masks = bp.recipes.magnitude(bp.linears((2, 2)))(model, 0.5).masks
+    weights = bp.distill(model, masks, None, [torch.ones(4, 4)], teacher=model, loss=bp.losses.hidden_states, steps=2, every=1)
+    assert set(weights) == {"linear.weight", "linear.bias"}
 
 
 def test_quickly_only_buffers_that_were_written_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

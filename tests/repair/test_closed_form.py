@@ -514,7 +514,7 @@ def test_sparsegpt_takes_at_least_one_column_at_a_time(columns: int) -> None:
     model, x = nn.Linear(8, 4), torch.randn(32, 8)
     data = bp.collect.with_statistics(model, where=bp.linears((2, 2)), statistics=[bp.statistics.input_gram], batches=[x])
     masks = bp.allocate.per_layer(bp.metric.l1(data), 0.5)
-    with pytest.raises(ValueError, match=f"columns_per_step={columns} must be at least 1"):
+    with pytest.raises(ValueError, match=f"columns_per_step={columns} must be an integer, at least 1"):
         bp.reconstruct.sparsegpt(data, masks, columns_per_step=columns)
-    with pytest.raises(ValueError, match=f"columns_per_step={columns} must be at least 1"):
+    with pytest.raises(ValueError, match=f"columns_per_step={columns} must be an integer, at least 1"):
         bp.metric.sparsegpt(data, sparsity=0.5, columns_per_step=columns)
