@@ -211,9 +211,9 @@ def _check_replaceable(model: nn.Module, scores: Scores) -> None:
 def _as_number(loss: Any) -> Tensor:
     """The loss as a tensor without axes."""
     try:
-        number = torch.as_tensor(loss)
+        number = torch.as_tensor(loss, device=loss.device if isinstance(loss, Tensor) else "cpu")
     except (TypeError, ValueError, RuntimeError):  # such as a dict, or None
-        number = torch.empty(0)
+        number = torch.empty(0, device="cpu")
     if number.numel() != 1:
         kind = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(f"evaluate returned a {kind}; it must return one number, the loss, such as the mean of the losses")

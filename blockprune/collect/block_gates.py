@@ -159,7 +159,7 @@ class _GatedModel:
 
     @cached_property
     def hessian_times_gradient(self) -> dict[str, Tensor]:
-        largest = torch.zeros(())
+        largest = torch.zeros((), device="cpu")
 
         def unit_gradient(gradients: GateValues) -> GateValues:  # products with a tiny gradient would vanish in float32
             nonlocal largest
@@ -195,7 +195,7 @@ class _GatedModel:
         generator = torch.Generator().manual_seed(seed)
         products: list[dict[str, Tensor]] = []
         for _ in range(probes):
-            v = {name: (torch.randint(2, g.shape, generator=generator) * 2 - 1).to(g) for name, g in self.ones.items()}
+            v = {name: (torch.randint(2, g.shape, generator=generator, device="cpu") * 2 - 1).to(g) for name, g in self.ones.items()}
             products.append({name: v[name] * hv for name, hv in self._hessian_times(partial(_always, v)).items()})
         return {name: torch.stack([product[name] for product in products]) for name in self.ones}
 

@@ -15,7 +15,7 @@ def _checked_order(order: Tensor) -> Tensor:
         kind = f"a {order.dtype} tensor of shape {tuple(order.shape)}" if isinstance(order, Tensor) else f"a {type(order).__name__}"
         raise TypeError(f"UnitPermutation.order is {kind}; give an int64 tensor of shape [units], such as torch.tensor([2, 0, 1])")
     order = order.detach().to("cpu", copy=True)
-    units = torch.arange(len(order))
+    units = torch.arange(len(order), device="cpu")
     if not len(order) or not torch.equal(order.sort().values, units):
         missing = units[~torch.isin(units, order)].tolist()
         raise ValueError(
@@ -92,7 +92,7 @@ class UnitPermutation:
         """The order along the axis of one tensor, int64 ``[units * copies]``: it repeats the order of each group for all of its copies."""
         copies, group_size = self.copies.get(name, 1), len(self.order) // self.groups
         within_group = self.order.view(self.groups, 1, group_size) % group_size  # [groups, 1, units of a group]
-        starts = torch.arange(self.groups * copies).view(self.groups, copies, 1) * group_size
+        starts = torch.arange(self.groups * copies, device="cpu").view(self.groups, copies, 1) * group_size
         return (starts + within_group).flatten()
 
     @property

@@ -22,9 +22,9 @@ def split() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         [1347, 450, 1347, 450]
     """
     digits = load_module("sklearn.datasets").load_digits()
-    images, labels = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
+    images, labels = torch.tensor(digits.data / 16, dtype=torch.float32, device="cpu"), torch.tensor(digits.target, device="cpu")
     train, test = load_module("sklearn.model_selection").train_test_split(
-        torch.arange(len(images)).numpy(), test_size=450, random_state=42, stratify=digits.target
+        torch.arange(len(images), device="cpu").numpy(), test_size=450, random_state=42, stratify=digits.target
     )
     return images[train], images[test], labels[train], labels[test]
 
@@ -45,7 +45,7 @@ def batches(*, epochs: int, seed: int, size: int = 32) -> Iterator[tuple[Tensor,
     images, _, labels, _ = split()
     shuffle = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
-        for rows in torch.randperm(len(images), generator=shuffle).split(size):
+        for rows in torch.randperm(len(images), generator=shuffle, device="cpu").split(size):
             yield images[rows], labels[rows]
 
 

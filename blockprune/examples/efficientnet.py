@@ -55,7 +55,9 @@ def photos() -> tuple[list[Tensor], Tensor]:
         (torch.Size([3, 256, 256]), 243)
     """
     files = sorted((folder_of("foolbox") / "data").glob("imagenet_*"))
-    return [pixels(load_module("PIL.Image").open(file)) for file in files], torch.tensor([int(file.stem[-3:].strip("_")) for file in files])
+    return [pixels(load_module("PIL.Image").open(file)) for file in files], torch.tensor(
+        [int(file.stem[-3:].strip("_")) for file in files], device="cpu"
+    )
 
 
 def pixels(photo: Any) -> Tensor:
@@ -108,4 +110,4 @@ def random_crops(images: Sequence[Tensor], count: int, *, smallest: int = 112) -
 
 
 def _below(limit: int) -> int:
-    return int(torch.randint(limit, ()))
+    return int(torch.randint(limit, (), device="cpu"))

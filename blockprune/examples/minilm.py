@@ -72,7 +72,7 @@ def judgements() -> Tensor:
         >>> bp.examples.minilm.judgements().shape
         torch.Size([50, 50])
     """
-    return torch.tensor([[float(cell) for cell in line.split()] for line in _lines("similarities0-1.txt")])
+    return torch.tensor([[float(cell) for cell in line.split()] for line in _lines("similarities0-1.txt")], device="cpu")
 
 
 def tokens(tokenizer: Any, texts: list[str], longest: int = LONGEST) -> dict[str, Tensor]:
@@ -112,7 +112,7 @@ def pearson(model: Callable[..., Any], batches: list[dict[str, Tensor]]) -> floa
     """
     with torch.no_grad():
         embeddings = torch.cat([embed(model, batch) for batch in batches])
-    pairs = torch.ones(len(embeddings), len(embeddings)).triu(1).bool()
+    pairs = torch.ones(len(embeddings), len(embeddings), device="cpu").triu(1).bool()
     return float(torch.stack([(embeddings @ embeddings.mT).cpu()[pairs], judgements()[pairs]]).corrcoef()[0, 1])
 
 
@@ -140,7 +140,7 @@ def calibration(model: nn.Module, tokenizer: Any, count: int, size: int = 8) -> 
     """
     texts = background()[:count]
     batches = [tokens(tokenizer, texts[i : i + size], longest=128) for i in range(0, count, size)]
-    numbers = torch.arange(count).split(size)
+    numbers = torch.arange(count, device="cpu").split(size)
     loss = _second_half_loss(model, tokenizer, texts)
     labelled = [{**batch, "number": number} for batch, number in zip(batches, numbers, strict=True)]
     return Calibration(labelled, forward=embed, loss=loss, per_sample="loop", progress=False)
@@ -159,7 +159,7 @@ def other_halves(
     """
     texts = background()[:count]
     first = tokens(tokenizer, [" ".join(words[: len(words) // 2]) for words in map(str.split, texts)], longest=64)
-    labelled = {**first, "number": torch.arange(count)}
+    labelled = {**first, "number": torch.arange(count, device="cpu")}
     batches = [{key: value[i : i + size] for key, value in labelled.items()} for i in range(0, count, size)]
     return batches, _second_half_loss(model, tokenizer, texts)
 

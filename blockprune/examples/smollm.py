@@ -107,7 +107,7 @@ def windows(tokenizer: Any, texts: list[str], count: int) -> Tensor:
     for text in texts:
         ids += tokenizer(text, verbose=False)["input_ids"]  # a text may be longer than the model's context; a window is not
         if len(ids) >= count * WINDOW:
-            return torch.tensor(ids[: count * WINDOW]).view(count, WINDOW)
+            return torch.tensor(ids[: count * WINDOW], device="cpu").view(count, WINDOW)
     raise ValueError(f"{count} windows of {WINDOW} tokens are asked for, but the texts have only {len(ids) // WINDOW}; ask for fewer")
 
 
@@ -119,9 +119,9 @@ def evenly_spaced_windows(tokenizer: Any, texts: list[str], count: int) -> Tenso
         >>> bp.examples.smollm.evenly_spaced_windows(tokenizer, bp.examples.smollm.articles()[:5], 4).shape
         torch.Size([4, 512])
     """
-    ids = torch.tensor([token for text in texts for token in tokenizer(text, verbose=False)["input_ids"]])
+    ids = torch.tensor([token for text in texts for token in tokenizer(text, verbose=False)["input_ids"]], device="cpu")
     all_windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
-    return all_windows[torch.linspace(0, len(all_windows) - 1, count).long()]
+    return all_windows[torch.linspace(0, len(all_windows) - 1, count, device="cpu").long()]
 
 
 def losses(model: Callable[..., Any], held_out: Tensor) -> Tensor:

@@ -257,7 +257,7 @@ def _random_inputs(candidate: Candidate, rows: int) -> Tensor | None:
 
 def _filled(x: Tensor) -> Tensor:
     """The tensor with normal random numbers; torch's own stay as they are."""
-    return x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
+    return x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu"))
 
 
 def _timing_key(candidate: Candidate, x: Tensor) -> tuple[Any, ...]:

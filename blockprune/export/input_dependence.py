@@ -92,7 +92,7 @@ class InputDependence(DispatchMode):
         is_random = (torch.Tag.nondeterministic_seeded in func.tags and not is_attention) or "empty" in name
         may_differ = is_random or (self.reads > 0 and _uses_numbers(func, args, kwargs))
         marked |= may_differ
-        first = None if may_differ else torch.tensor(False)  # None stands for a result of which all elements are marked
+        first = None if may_differ else torch.tensor(False, device="cpu")  # None stands for a result of which all elements are marked
         if marked and not may_differ:
             average = bool(inputs) and storage_id(inputs[0]) in self._averages
             first = _result_marks(_Operation(func, args, kwargs, inputs, marks, average))
@@ -100,10 +100,10 @@ class InputDependence(DispatchMode):
         results = _tensors(output)
         for number, y in enumerate(results):
             if writes or storage_id(y) not in self._records:
-                self._mark(y, first if number == 0 and first is not None else torch.tensor(marked))
+                self._mark(y, first if number == 0 and first is not None else torch.tensor(marked, device="cpu"))
         if writes and not results:
             for x in _tensors((args, kwargs)):
-                self._mark(x, torch.tensor(marked))
+                self._mark(x, torch.tensor(marked, device="cpu"))
         if name in ("softmax", "safe_softmax") or (name in _COPIES and storage_id(inputs[0]) in self._averages):
             self._averages.add(storage_id(results[0]))
         return output
@@ -165,7 +165,7 @@ def _result_marks(op: _Operation) -> Tensor | None:
     """The marks of the first result of an operation, which can be expanded to its shape; None if all elements are marked."""
     name = _name(op.func)
     rules = {
-        **dict.fromkeys(_LIKE, lambda op: torch.tensor(False)),
+        **dict.fromkeys(_LIKE, lambda op: torch.tensor(False, device="cpu")),
         **dict.fromkeys(_COPIES, lambda op: op.marks[0]),
         **dict.fromkeys(_PRODUCTS, _product_marks),
         **dict.fromkeys(_MOVES, _moved_marks),

@@ -172,7 +172,7 @@ def _dense_baselines(plain: nn.Module, dtypes: Sequence[str] | None, compiled: b
     if "int8" in wanted:
         if has_dynamic_int8():
             baselines[INT8_FORMS[0]] = dynamic_int8(plain)
-        if int8_backend(torch.empty(0, dtype=_dtype(plain))) == "native" or not has_dynamic_int8():
+        if int8_backend(torch.empty(0, dtype=_dtype(plain), device="cpu")) == "native" or not has_dynamic_int8():
             baselines[INT8_FORMS[1]] = rowwise_int8(plain)
     if compiled:
         freezing: Any = {"freezing": True}
@@ -216,7 +216,7 @@ def _milliseconds(models: Mapping[str, nn.Module], *, inputs: Any, forward: Forw
     calls = {}
     with torch.no_grad():
         for name, model in models.items():
-            device = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0)).device
+            device = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0, device="cpu")).device
             call = partial(forward, model, _to_dtype(inputs, _dtype(model)))
             calls[name] = synchronized(cuda_graphed(call) if graph and device.type == "cuda" else call, device)
         return {name: 1e3 * seconds for name, seconds in median_seconds(calls, rounds=rounds).items()}
@@ -246,7 +246,9 @@ def _sparsity_sentence(model: nn.Module, compared: nn.Module, dense_ms: float, t
     speedup = 0.0
     backend = next(row.name for row in backends().rows if row.available)
     for sparsity in SPARSITIES:
-        random = {name: BlockMask(torch.rand(m.grid.size, generator=generator) >= sparsity, m.grid) for name, m in masks.items()}
+        random = {
+            name: BlockMask(torch.rand(m.grid.size, generator=generator, device="cpu") >= sparsity, m.grid) for name, m in masks.items()
+        }
         masked = apply_masks(copy.deepcopy(model), random)
         choices = fixed_backend(masked, backend, dtype="int8" if is_int8(compared) else None, max_error=math.inf)
         sparser = convert(masked, choices)[0].to(_dtype(compared))

@@ -136,6 +136,6 @@ def pack_int8(weight: Tensor, mask: BlockMask | None = None) -> BlockSparse:
         (tensor([  64, -127], dtype=torch.int8), tensor([2.]))
     """
     if mask is None:
-        mask = BlockMask(torch.ones(1, 1, dtype=torch.bool), BlockGrid(weight.shape, weight.shape))
+        mask = BlockMask(torch.ones(1, 1, dtype=torch.bool, device="cpu"), BlockGrid(weight.shape, weight.shape))
     numbers, scale = quantize_weight(torch.where(expand(mask.keep, mask.grid).to(weight.device), weight, 0))
     return attrs.evolve(pack_weight(numbers, mask), scale=scale)

@@ -69,8 +69,8 @@ class TimedLayer:
             else torch.nn.utils.skip_init(nn.Linear, features, out, **where)
         )
         for p in layer.requires_grad_(False).parameters():
-            p.copy_(torch.randn(p.shape, generator=generator))
-        x = torch.randn(self.inputs, generator=generator).to(self.device, self.dtype)
+            p.copy_(torch.randn(p.shape, generator=generator, device="cpu"))
+        x = torch.randn(self.inputs, generator=generator, device="cpu").to(self.device, self.dtype)
         return layer, x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def milliseconds(
@@ -89,7 +89,7 @@ class TimedLayer:
                 calls[name].append(call)
         dense_names = list(calls)
         for grid in grids:
-            order = torch.randperm(grid.blocks, generator=generator)
+            order = torch.randperm(grid.blocks, generator=generator, device="cpu")
             for sparsity in sparsities:
                 mask = BlockMask((order >= round(sparsity * grid.blocks)).view(grid.size), grid)
                 packed, name = (pack_int8(plain.weight, mask), int8_backend(x)) if int8 else (pack_weight(plain.weight, mask), backend)

@@ -42,7 +42,7 @@ def _sums(x: Tensor, sparse: BlockSparse) -> Tensor:
     """``x W^T`` of ``x [n, columns]`` with the stored values, in the type of x."""
     transposed = x.mT.contiguous()  # [columns, n], so that the gathered columns of x are contiguous
     out = transposed.new_zeros(sparse.shape[0], transposed.shape[1])
-    last_columns, gathered = torch.empty(0), transposed
+    last_columns, gathered = torch.empty(0, device="cpu"), transposed
     for rows, columns, weights in block_rows(sparse):
         if len(columns):
             # A tall block is stored as several block rows with the same columns.

@@ -178,11 +178,11 @@ def _bands(name: str, p: Param, damping: float) -> _Bands:
 def _block_columns(grid: BlockGrid) -> Tensor:
     """[C, N]: the flattened input features of each column of blocks; a ragged one is padded with k, the number of features."""
     across = BlockGrid(grid.shape[1:] or (1,), grid.block[1:] or (1,))
-    block_of = expand(torch.arange(across.blocks).view(across.size), across).flatten()  # [k]
+    block_of = expand(torch.arange(across.blocks, device="cpu").view(across.size), across).flatten()  # [k]
     order = block_of.argsort(stable=True)
     counts = block_of.bincount()
-    position = torch.arange(len(order)) - (counts.cumsum(0) - counts)[block_of[order]]
-    columns = torch.full((across.blocks, int(counts.max())), len(order))
+    position = torch.arange(len(order), device="cpu") - (counts.cumsum(0) - counts)[block_of[order]]
+    columns = torch.full((across.blocks, int(counts.max())), len(order), device="cpu")
     columns[block_of[order], position] = order
     return columns
 

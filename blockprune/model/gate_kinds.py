@@ -155,7 +155,7 @@ def _choice_is_open(logits: Tensor, *, n: int, m: int, axis: int) -> Tensor:
 
 def _choices(n: int, m: int, like: Tensor) -> Tensor:
     """Which blocks each choice of n of m opens, ``[choices, m]`` of zeros and ones."""
-    return torch.tensor([[float(i in choice) for i in range(m)] for choice in itertools.combinations(range(m), n)]).to(like)
+    return torch.tensor([[float(i in choice) for i in range(m)] for choice in itertools.combinations(range(m), n)], device="cpu").to(like)
 
 
 def _banks(logits: Tensor, m: int, axis: int) -> Tensor:

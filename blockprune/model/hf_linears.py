@@ -151,9 +151,9 @@ def _difference(stacked: Any, unstacked: Any) -> str:
     if hasattr(stacked, "config"):
         stacked.config = copy.copy(stacked.config)
         use_eager_experts(stacked.config)  # the other kernels do not support every type and size
-    x = torch.randn(32, down.shape[2 if experts_are_transposed(stacked) else 1], generator=rng).to(down)
-    index = torch.rand(32, len(down), generator=rng).argsort(1)[:, :2]
-    weights = torch.rand(index.shape, generator=rng)
+    x = torch.randn(32, down.shape[2 if experts_are_transposed(stacked) else 1], generator=rng, device="cpu").to(down)
+    index = torch.rand(32, len(down), generator=rng, device="cpu").argsort(1)[:, :2]
+    weights = torch.rand(index.shape, generator=rng, device="cpu")
     try:
         with torch.no_grad():  # `forward` runs no hooks
             expected, output = (m.forward(x, index.to(down.device), weights.to(down)) for m in (stacked, unstacked))

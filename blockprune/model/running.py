@@ -21,7 +21,7 @@ PutBack = Callable[..., None]  # what `buffers_as_now` returns
 def to_model_device(model: nn.Module, batch: Any, dtype: torch.dtype | None = None) -> Any:
     """A copy of the batch, which a model may write into: tensors on its device, floating-point ones in its dtype or this one; dicts."""
     present = (p for p in model.parameters() if p.is_floating_point() and not p.is_meta)  # accelerate may have offloaded some
-    like = next(present, torch.zeros(()))
+    like = next(present, torch.zeros((), device=torch.get_default_device()))
     return _to_device(batch, like.device, dtype or like.dtype)
 
 

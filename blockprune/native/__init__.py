@@ -50,7 +50,7 @@ def pool_sum(x: Tensor, shape: tuple[int, int], block: tuple[int, int], term: ob
     if _library is None or term not in _TERMS or x.dtype not in (torch.float32, torch.bfloat16) or not is_plain_memory(x):
         return None
     (rows, cols), (r, c) = shape, block
-    out = torch.empty(-(-rows // r), -(-cols // c))
+    out = torch.empty(-(-rows // r), -(-cols // c), dtype=torch.float32, device="cpu")
     threads = min(torch.get_num_threads(), 1 + x.numel() // _PER_THREAD)
     is_bf16 = x.dtype == torch.bfloat16
     failed = _library.pool_sum(address(x), is_bf16, _TERMS[term], rows, cols, r, c, out.data_ptr(), threads, _choice)
@@ -68,7 +68,7 @@ def obs_sweep(rows: Tensor, inverse: Tensor, group: Tensor, width: int, stop: in
         return None
     bands, height, k = rows.shape
     transposed, group = rows.mT.contiguous(), group.contiguous()
-    errors, order = rows.new_empty(bands, k // width), torch.empty(bands, k // width, dtype=torch.long)
+    errors, order = rows.new_empty(bands, k // width), rows.new_empty(bands, k // width, dtype=torch.long)
     sizes, threads, sweep = (bands, k, height, width, stop), torch.get_num_threads(), _library.obs_sweep
 
     def call(interrupted: ctypes.c_int32) -> int:  # holds the tensors as long as it runs

@@ -171,7 +171,7 @@ def _local_search(unit_scores: UnitScores, groups: int, rounds: int) -> Tensor:
     """The order in which the search ends, on the CPU; the scores of the units are relative to the saturation limit."""
     total = torch.stack([scores.sum(1).cpu() for scores in unit_scores.values()]).sum(0)
     group_size = (units := len(total)) // groups
-    starts = torch.arange(0, units, group_size)[:, None]
+    starts = torch.arange(0, units, group_size, device="cpu")[:, None]
     order = (total.view(groups, group_size).argsort(dim=1, stable=True) + starts).flatten()
     position = order.argsort()  # [units], the position of each unit
     movable = {count: scores for count, scores in unit_scores.items() if count > 1}  # a unit that fills a block costs the same everywhere
@@ -198,7 +198,7 @@ def _search_round(unit_scores: UnitScores, position: Tensor, group_size: int) ->
             exchanges = _best_exchanges(unit_scores, position, pairs[first:])
         if not exchanges:
             break
-        units, partners = torch.tensor(exchanges).unbind(1)
+        units, partners = torch.tensor(exchanges, device="cpu").unbind(1)
         position = position.index_put((torch.cat([units, partners]),), position[torch.cat([partners, units])])
     return position
 
@@ -223,7 +223,7 @@ def _insertion_costs(scores: Tensor, position: Tensor, units_per_block: int) -> 
     """By how much the cost rises if a unit takes the place of an average unit of a block: ``[units, blocks along]``."""
     block = position // units_per_block
     block_scores, units = _block_scores(scores, position, units_per_block), block.bincount()
-    remaining = block_scores * (1 - 1 / units)[:, None]
+    remaining = block_scores * (1 - 1 / units.to(block_scores))[:, None]
     chunks = scores.split(_temporary_rows(scores, scores.shape[1]))
     costs = torch.stack(
         [torch.cat([(_saturation_cost(row + chunk) - _saturation_cost(row)).sum(1) for chunk in chunks]) for row in remaining], 1

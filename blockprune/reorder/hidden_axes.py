@@ -260,7 +260,9 @@ def _identity_permutation(recorded: RecordedRun, group: _AxisGroup) -> UnitPermu
     copies = {f"{name}.weight": use.copies for name, use in group.uses.items()}
     copies |= {f"{layer}.{own}": count for layer, count in group.producers.items() for own in ("weight", "bias")}
     copies = {name: count for name, count in copies.items() if count > 1 and name in (*rows, *columns)}
-    return UnitPermutation(torch.arange(units), rows=rows, columns=columns, groups=groups, copies=copies, removable=group.is_separate)
+    return UnitPermutation(
+        torch.arange(units, device="cpu"), rows=rows, columns=columns, groups=groups, copies=copies, removable=group.is_separate
+    )
 
 
 def _number_of_unit_groups(recorded: RecordedRun, group: _AxisGroup, units: int) -> int | None:
@@ -371,6 +373,6 @@ def _randomized(permutation: UnitPermutation) -> UnitPermutation:
     """A random order in which every unit changes its position within its group: one cycle through each group."""
     order = permutation.order.clone()
     for group in order.split(len(order) // permutation.groups):
-        cycle = group[torch.randperm(len(group))]
+        cycle = group[torch.randperm(len(group), device="cpu")]
         order[cycle] = cycle.roll(1)
     return attrs.evolve(permutation, order=order)

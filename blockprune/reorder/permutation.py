@@ -123,9 +123,11 @@ def sort_units(
     if not scored:
         names = [*rows, *columns]
         raise KeyError(f"sort_units has no scores for any of {names}{suggest(names[0] if names else '', scores)}")
-    total = sum((_score_by_unit(name, scores[name], axis, units) for name, axis in scored), torch.zeros(units, dtype=torch.float64))
+    total = sum(
+        (_score_by_unit(name, scores[name], axis, units) for name, axis in scored), torch.zeros(units, dtype=torch.float64, device="cpu")
+    )
     within_group = total.view(groups, -1).argsort(dim=1, descending=descending, stable=True)  # [groups, units of a group]
-    starts = torch.arange(0, units, units // groups)[:, None]
+    starts = torch.arange(0, units, units // groups, device="cpu")[:, None]
     return UnitPermutation((within_group + starts).flatten(), rows=rows, columns=columns, groups=groups)
 
 

@@ -96,7 +96,7 @@ class RecordedRun:
         """Whether a layer has no effect because the model multiplies its output by 0: NaN in the output then reaches other layers."""
         changes = _InputChanges(self.modules, self.module_inputs)
         try:
-            with self._replayed_forwards(layer, torch.ones(self.units(layer)).bool(), torch.nan, changes.compare):
+            with self._replayed_forwards(layer, torch.ones(self.units(layer), device="cpu").bool(), torch.nan, changes.compare):
                 outputs = self.run()
         except Exception:  # for example, the model refuses NaN
             return False

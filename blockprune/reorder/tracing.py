@@ -56,10 +56,10 @@ class AxisUse:
 
 def _layouts(units: int, repeats: int) -> Iterator[tuple[int, int, Tensor]]:
     """The ways in which ``units * repeats`` inputs can contain units: copies, groups, and the unit of each input."""
-    yield 1, 1, torch.arange(units).repeat_interleave(repeats)  # each unit is a run of inputs, as after flatten
+    yield 1, 1, torch.arange(units, device="cpu").repeat_interleave(repeats)  # each unit is a run of inputs, as after flatten
     for groups in range(1, units):
         if units % groups == 0:
-            yield repeats, groups, torch.arange(units).view(groups, 1, -1).expand(-1, repeats, -1).flatten()
+            yield repeats, groups, torch.arange(units, device="cpu").view(groups, 1, -1).expand(-1, repeats, -1).flatten()
 
 
 @attrs.frozen(eq=False)
@@ -108,7 +108,7 @@ class AxisTracer:
         uses = {name: AxisUse.of(half, changed[name], by_rest[name]) for name in candidates}
         uses = {name: attrs.evolve(use, pieces=pieces) for name, use in uses.items() if use.is_separate}
         for piece in range(pieces if uses else 0):
-            by_piece = self.recorded.replay(layer, torch.arange(pieces).repeat_interleave(units) == piece)
+            by_piece = self.recorded.replay(layer, torch.arange(pieces, device="cpu").repeat_interleave(units) == piece)
             uses = {name: use for name, use in uses.items() if by_piece and by_piece[name].any()}
         return uses
 
@@ -134,7 +134,7 @@ class AxisTracer:
 
         0 if the inputs that change are not the first ones, or if the inputs do not divide into heads of their number.
         """
-        changed = self.recorded.replay(layer, torch.arange(self.recorded.units(layer)) == 0)
+        changed = self.recorded.replay(layer, torch.arange(self.recorded.units(layer), device="cpu") == 0)
         if not changed:
             return 0
         inputs = changed[consumer]
@@ -151,7 +151,7 @@ class AxisTracer:
 
 def _random_half(units: int) -> Tensor:
     """Half of the units, two or more; the first unit and not the second, so that it is no union of groups of consecutive units."""
-    return torch.cat([torch.tensor([0, units - 1]), 1 + torch.randperm(units - 2)]) < units // 2
+    return torch.cat([torch.tensor([0, units - 1], device="cpu"), 1 + torch.randperm(units - 2, device="cpu")]) < units // 2
 
 
 @attrs.define(eq=False)
@@ -204,7 +204,7 @@ class UsageCheck:
         """The modules and parameters on which no output depends, by bisection: many can be changed in one run."""
         saved = [(t, t.clone()) for name in names for t in self._tensors(name) if t.is_floating_point()]
         for t, _ in saved:
-            t.add_(1 + torch.rand(t.shape).to(t))  # random, because a softmax ignores a constant shift
+            t.add_(1 + torch.rand(t.shape, device="cpu").to(t))  # random, because a softmax ignores a constant shift
         outputs = self.recorded.run() if names else self.recorded.outputs
         for t, value in saved:
             t.copy_(value)

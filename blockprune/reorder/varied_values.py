@@ -39,11 +39,11 @@ def vary_inputs(x: Tensor) -> Tensor:
     Integers are between 0 and the largest one, or 1.
     """
     if x.is_floating_point():
-        return vary_floats(x) * torch.randint(-1, 2, x.shape).to(x)
+        return vary_floats(x) * torch.randint(-1, 2, x.shape, device="cpu").to(x)
     if x.is_complex() or not x.numel():
         return x
     highest = 1 if x.dtype == torch.bool else max(1, int(x.max()))
-    return torch.randint(highest + 1, x.shape).to(x)
+    return torch.randint(highest + 1, x.shape, device="cpu").to(x)
 
 
 def _size(x: Tensor) -> Tensor:
@@ -51,10 +51,12 @@ def _size(x: Tensor) -> Tensor:
     squares = [(part[part.isfinite()].double().square().sum(), part.isfinite().sum()) for part in x.flatten().split(CHUNK)]
     total, count = (torch.stack(parts).sum() for parts in zip(*squares, strict=True))
     size = (total / count).sqrt().nan_to_num()
-    return size if size > 0 else 1 / torch.tensor(x.shape[-1] if x.ndim > 1 else 1).sqrt()
+    return size if size > 0 else 1 / torch.tensor(x.shape[-1] if x.ndim > 1 else 1, device="cpu").sqrt()
 
 
 def _vary(x: Tensor, size: Tensor, *, signed: bool, generator: torch.Generator | None = None) -> Tensor:
     """The values times 0.5 to 1.5, plus 1 to 5 % of this size, of random sign if signed."""
-    shift = (0.01 + 0.04 * torch.rand(x.shape, generator=generator)) * (torch.randn(x.shape, generator=generator).sign() if signed else 1)
-    return x * (0.5 + torch.rand(x.shape, generator=generator)).to(x) + (size.cpu() * shift).to(x)
+    shift = (0.01 + 0.04 * torch.rand(x.shape, generator=generator, device="cpu")) * (
+        torch.randn(x.shape, generator=generator, device="cpu").sign() if signed else 1
+    )
+    return x * (0.5 + torch.rand(x.shape, generator=generator, device="cpu")).to(x) + (size.cpu() * shift).to(x)

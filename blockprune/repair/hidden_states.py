@@ -168,7 +168,7 @@ class HiddenStates:
         """
         generator = torch.Generator()  # a copy, so that nothing is drawn from torch's own
         generator.set_state(torch.get_rng_state())
-        seed = int(torch.randint(1 << 62, (), generator=generator))
+        seed = int(torch.randint(1 << 62, (), generator=generator, device="cpu"))
         captured: list[CapturedBatch] = []
         weights: list[Tensor | None] = []
 

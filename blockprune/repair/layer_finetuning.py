@@ -80,7 +80,7 @@ def finetune_layer(
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad():
         for _ in range(epochs):
-            for i in torch.randperm(count, generator=generator).tolist():
+            for i in torch.randperm(count, generator=generator, device="cpu").tolist():
                 loss = _checked(layer.error(values, *training[i]), i)
                 gradients = torch.autograd.grad(loss, list(values.values()), allow_unused=True)  # not of the layer's other parameters
                 for value, gradient in zip(values.values(), gradients, strict=True):

@@ -186,7 +186,7 @@ class LowRank(nn.Module):
     def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
         columns = weight[0].numel()
-        self.a = nn.Parameter(torch.randn(rank, columns).to(weight) / columns**0.5)
+        self.a = nn.Parameter(torch.randn(rank, columns, device="cpu").to(weight) / columns**0.5)
         self.b = nn.Parameter(weight.new_zeros(len(weight), rank))
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -193,12 +193,12 @@ def _count_rows(call: Call, x: Tensor) -> float | Tensor:
 
 def count_output_rows(call: Call, like: Tensor) -> Tensor:
     """The number of output rows, or the sum of their weights."""
-    return torch.as_tensor(_count_rows(call, call.output)).to(like)
+    return torch.as_tensor(_count_rows(call, call.output), dtype=like.dtype, device=like.device)
 
 
 def count_input_rows(call: Call, like: Tensor) -> Tensor:
     """The number of input rows, in the shape of `zero_input_counts`; a transposed convolution has other numbers of inputs and outputs."""
-    counts = [torch.as_tensor(_count_rows(call, x)).to(like) for x in call.inputs]
+    counts = [torch.as_tensor(_count_rows(call, x), dtype=like.dtype, device=like.device) for x in call.inputs]
     return torch.stack(counts).view(like.shape) if like.ndim else counts[0]
 
 

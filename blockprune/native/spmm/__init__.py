@@ -147,7 +147,7 @@ def input_grad(grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, *, shape
     """
     if not _readable(values, grad.dtype):
         return None
-    out = torch.empty(*grad.shape[:-1], shape[1], dtype=grad.dtype)
+    out = grad.new_empty(*grad.shape[:-1], shape[1])
     return out if _gradient(values, None, grad, out, (crow, col), shape=shape, block=block) else None
 
 
@@ -167,7 +167,7 @@ def values_grad(
     if x.dtype != grad.dtype or not _readable(x := x.contiguous(), x.dtype):
         return None
     is_long = _rows_at_once(count) < grad.numel() // shape[0]  # parts are added up in float32
-    out = torch.empty(count, dtype=torch.float32 if is_long else x.dtype) if grad.numel() else torch.zeros(count, dtype=x.dtype)
+    out = x.new_empty(count, dtype=torch.float32 if is_long else x.dtype) if grad.numel() else x.new_zeros(count)
     return out.to(x.dtype) if _gradient(None, x, grad, out, (crow, col), shape=shape, block=block) else None
 
 
@@ -288,7 +288,7 @@ def conv2d(
         product = linear(memory, values, crow, col, shape=shape, block=block, bias=bias)
         return None if product is None else product.permute(0, 3, 1, 2)
     n, (high, wide), (kernel, stride, dilation) = x.shape[0], window.out_size(x), window[:3]
-    out = torch.empty((n, rows, high, wide), dtype=x.dtype, memory_format=layout)
+    out = torch.empty((n, rows, high, wide), dtype=x.dtype, device=x.device, memory_format=layout)
     geometry = (ctypes.c_int64 * 16)(*x.shape, *kernel, *stride, *dilation, top, left, high, wide, channels_last, channels_last)
     layer = values.data_ptr(), col.data_ptr(), crow.data_ptr(), rows, *block, _DTYPES[x.dtype]
     arrays = ctypes.addressof(geometry), memory.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()
