@@ -18,14 +18,14 @@ from blockprune import allocate as allocators
 from blockprune import collect, metric, statistics
 from blockprune.allocate import budgets
 from blockprune.collect import distributed
-from blockprune.core.arguments import check_sparsity
+from blockprune.core.arguments import check_counts, check_fraction, check_number, check_sparsity
 from blockprune.core.grid import BlockShape
 from blockprune.core.pipeline import Pipeline, fields_as_code
 from blockprune.core.types import Allocate, BlockScore, Budget, Collect, Data, Metric, Param, Reconstruct, Sparsity, Where
 from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.calibration import Calibration
 from blockprune.model.selection import including_names, select, units, with_block
-from blockprune.reorder.clustering import cluster
+from blockprune.reorder.clustering import checked_block, cluster, common_block
 from blockprune.reorder.hidden_axes import find_axes
 from blockprune.reorder.permutation import permute
 from blockprune.repair import closed_form
@@ -216,11 +216,16 @@ def sparsegpt(
         columns: input columns among which blocks are compared.
         target: as in `sequential`; "pruned" is the paper's.
 
+    Raises:
+        TypeError, ValueError: a number that is none, or out of its range.
+
     Example:
         >>> recipe = bp.recipes.sparsegpt(bp.linears((2, 2)), bp.Calibration([torch.randn(32, 8)]))
         >>> recipe(nn.Sequential(nn.Linear(8, 8)), 0.5).weights["0.weight"].shape
         torch.Size([8, 8])
     """
+    check_number("damping", damping, "a number from 0 on", lowest=0)
+    check_counts(1, columns=columns)
     score = partial(metric.sparsegpt, damping=damping, columns_per_step=columns)
     allocate = partial(allocators.per_columns, columns=columns)
     pipeline = Pipeline(partial(collect.with_statistics, where=where), score, allocate)
@@ -248,6 +253,9 @@ def obs(
         max_layer_sparsity: no layer loses more than this fraction. If ``sparsity + 0.1`` is larger, that is the limit instead.
         passes: of the budget, as in `LayerBudget`.
 
+    Raises:
+        TypeError, ValueError: a number that is none, or out of its range.
+
     Example:
         >>> loss = lambda output, batch: output.square().mean()
         >>> recipe = bp.recipes.obs(bp.linears((2, 2)), bp.Calibration([torch.randn(32, 8)], loss=loss, progress=False))
@@ -256,6 +264,10 @@ def obs(
         >>> round(bp.sparsity(bp.apply_masks(model, result.masks, result.weights) and result.masks), 2)
         0.5
     """
+    check_number("damping", damping, "a number from 0 on", lowest=0)
+    if not isinstance(max_layer_sparsity, Mapping):
+        check_fraction("max_layer_sparsity", max_layer_sparsity)
+    check_counts(1, passes=passes)
     calibration = _reusable(calibration)
     progress = calibration.progress
     collector = partial(
@@ -299,8 +311,8 @@ def cluster_units(
         passes: as in `LayerBudget`.
 
     Raises:
-        ValueError: ``where`` has several block shapes and ``block`` is not given; a calibration with ``reduce`` and no ``example``; and
-            what the four functions raise.
+        ValueError: ``where`` has several block shapes and ``block`` is not given; a calibration with ``reduce`` and no ``example``; no
+            batches; and what the four functions raise.
 
     Example:
         >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 4)
@@ -310,11 +322,16 @@ def cluster_units(
         True
     """
     calibration = _reusable(calibration)
-    block = _block(model, where) if block is None else block
+    check_fraction("sparsity", sparsity)
+    check_counts(1, passes=passes)
+    block = common_block(model, where) if block is None else checked_block(block)
     needed = [statistics.input_gram, statistics.output_grad_sq]
     if example is None and calibration.reduce:
         raise ValueError("example is not given, but the first batches of several processes differ; give example=, the same to all of them")
-    example = next(iter(calibration.batches)) if example is None else example
+    if example is None:
+        example = next(iter(calibration.batches), None)
+        if example is None:
+            raise ValueError("batches is empty: clustering needs at least one batch of calibration data")
     axes = find_axes(model, example, forward=calibration.forward, progress=calibration.progress)
     single = with_block(where, (1, 1))
     collector = partial(collect.with_statistics, where=single, statistics=needed, calibration=calibration, lazy=True)
@@ -342,8 +359,7 @@ def _scores_in_passes(
 
 def _parts_of(model: nn.Module, collect: Collect, passes: int) -> list[Collect]:
     """Collectors of consecutive parameters whose Gram matrices of inputs have about the same size."""
-    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
-        raise ValueError(f"passes={passes!r} must be a whole number, at least 1")
+    check_counts(1, passes=passes)
     if passes == 1:
         return [collect]
     where = signature(collect).parameters.get("where")
@@ -358,16 +374,6 @@ def _parts_of(model: nn.Module, collect: Collect, passes: int) -> list[Collect]:
     for name, end in ends.items():
         parts.setdefault((end - 1) * passes // total, set()).add(name)
     return [partial(cast(Any, collect), where=including_names(where.default, names)) for names in parts.values()]
-
-
-def _block(model: nn.Module, where: Where) -> tuple[int, int]:
-    """The one block shape of a rule, along outputs and inputs; whole axes count as 64."""
-    grids = [grid for _, grid in select(model, where).values()]
-    blocks = {tuple(min(64, b) if b == s else b for b, s in zip(grid.block[:2], grid.shape[:2], strict=True)) for grid in grids}
-    if len(blocks) != 1 or len(next(iter(blocks))) != 2:
-        raise ValueError(f"where gives blocks of several shapes, {sorted(blocks)}; say which to sort for: block=(16, 16)")
-    height, width = blocks.pop()
-    return height, width
 
 
 def _shared_work(calibration: Calibration) -> dict[str, Any]:

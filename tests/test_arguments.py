@@ -32,6 +32,30 @@ def masked() -> nn.Module:
     return bp.apply_masks(network(), MASKS)
 
 
+def run(parameters: Any, batch: torch.Tensor) -> torch.Tensor:
+    output: torch.Tensor = batch @ parameters["2.weight"].mT
+    return output
+
+
+finetune = partial(
+    bp.finetune_layer,
+    run=run,
+    parameters={"2.weight": torch.ones(4, 16)},
+    masks={"2.weight": MASKS["2.weight"]},
+    batches=[torch.ones(2, 16)] * 2,
+    targets=[torch.ones(2, 4)] * 2,
+)
+LAYERWISE = bp.recipes.sparsegpt(WHERE, bp.Calibration([X]))
+sequential = partial(
+    bp.sequential, network(), LAYERWISE.pipeline, reconstruct=LAYERWISE.reconstruct, batches=[X], sparsity=0.5, progress=False
+)
+sweep = partial(bp.sweep, network(), {"l1": PIPELINE}, [0.5], evaluate=lambda model: 0.0, progress=False)
+cluster = partial(
+    bp.cluster, bp.metric.l1(bp.collect.weights(network(), where=bp.linears((1, 1)))), bp.find_axes(network(), X), block=(4, 4)
+)
+admm = partial(bp.regularizers.admm, network(), where=WHERE)
+SCHEDULES = (bp.schedule.linear, bp.schedule.cubic, bp.schedule.cosine, bp.schedule.exponential)
+muon = partial(bp.muon, list(network().parameters()))
 distill = partial(bp.distill, network(), MASKS, None, [X], teacher=network(), loss=losses.kl, steps=1)
 sensitivity = partial(bp.sensitivity, network(), PIPELINE, [0.5], evaluate=lambda model: model(X).square().mean())
 kl = partial(losses.kl, torch.ones(2, 3), torch.ones(2, 3))
@@ -48,15 +72,28 @@ NUMBERS: list[tuple[Callable[..., Any], str]] = [
     (partial(bp.reconstruct.least_squares, DATA, MASKS), "damping"),
     (partial(bp.reconstruct.least_squares, DATA, MASKS), "memory"),
     (partial(bp.reconstruct.sparsegpt, DATA, MASKS), "columns_per_step"),
-    *((partial(schedule, final=0.5, end=9), "step") for schedule in (bp.schedule.linear, bp.schedule.cubic, bp.schedule.cosine)),
-    *((partial(bp.schedule.exponential, 1, **{"final": 0.5, "end": 9}), name) for name in ("final", "end", "begin", "initial")),
+    *((partial(schedule, final=0.5, end=9), "step") for schedule in SCHEDULES),
+    *((partial(schedule, 1, **{"final": 0.5, "end": 9}), name) for schedule in SCHEDULES for name in ("final", "end", "begin", "initial")),
+    (partial(bp.schedule.constant, 1), "value"),
+    (partial(bp.schedule.steps, milestones={2: 0.5}), "step"),
+    (partial(bp.schedule.steps, 1, milestones={2: 0.5}), "initial"),
+    (lambda milestones: bp.schedule.steps(1, milestones={2: milestones}), "milestones"),
+    *((finetune, name) for name in ("epochs", "lr", "held_out", "patience", "seed")),
+    *((partial(bp.recipes.sparsegpt, WHERE, [X]), name) for name in ("damping", "columns")),
+    *((partial(bp.recipes.obs, WHERE, [X]), name) for name in ("damping", "max_layer_sparsity", "passes")),
+    *((partial(bp.recipes.cluster_units, network(), WHERE, [X]), name) for name in ("sparsity", "passes")),
+    *((cluster, name) for name in ("sparsity", "rounds")),
+    *((bp.gates.hard_concrete, name) for name in ("temperature", "low", "high")),
+    (bp.gates.soft_movement, "threshold"),
+    *((bp.gates.n_of_m, name) for name in ("n", "m", "axis", "temperature")),
+    (lambda cost: bp.gates.penalty(bp.gates.add(network(), where=WHERE), sparsity=0.5, costs={"*": cost}), "cost"),
     (partial(bp.Calibration, [X]), "chunk_size"),
     (sensitivity, "chunk_size"),
     *((distill, name) for name in ("steps", "warmup", "accumulate", "every", "seed", "final_lr", "clip", "lora_rank")),
     (kl, "temperature"),
     (kl, "top_k"),
-    (partial(bp.muon, list(network().parameters())), "lr"),
-    (partial(bp.muon, list(network().parameters())), "weight_decay"),
+    (muon, "lr"),
+    (muon, "weight_decay"),
     (partial(export.choose, masked(), progress=False), "rows"),
     (partial(export.choose, masked(), progress=False), "rounds"),
     (partial(export.choose, masked(), progress=False), "max_error"),
@@ -70,6 +107,10 @@ FUNCTIONS: list[tuple[Callable[..., Any], str]] = [
     *((partial(bp.Calibration, [X]), name) for name in ("loss", "forward", "token_weights", "reduce")),
     *((distill, name) for name in ("loss", "optimizer", "forward", "callback")),
     (sensitivity, "evaluate"),
+    *((sequential, name) for name in ("reconstruct", "loss", "forward", "token_weights", "reduce", "callback")),
+    *((sweep, name) for name in ("evaluate", "callback")),
+    (finetune, "run"),
+    (admm, "prune"),
     (partial(export.choose, masked()), "forward"),
 ]
 MODELS: list[Callable[[Any], Any]] = [
@@ -84,8 +125,56 @@ MODELS: list[Callable[[Any], Any]] = [
     partial(bp.distill, masks=MASKS, weights=None, batches=[X], teacher=None, loss=losses.kl),
     partial(bp.gates.add, where=WHERE),
     partial(bp.regularizers.group_lasso, where=WHERE),
+    partial(bp.find_axes, example=X),
+    partial(bp.permute, plan=[]),
+    partial(bp.recipes.cluster_units, where=WHERE, calibration=[X]),
+    partial(bp.sweep, recipes={"l1": PIPELINE}, sparsities=[0.5], evaluate=max),
+    partial(bp.zero_new_blocks, masks=MASKS),
     export.block_sparse,
     export.choose,
+]
+
+# what is no number, function or model: (call, the argument and the end of the message)
+OTHERS: list[tuple[Callable[[], Any], str]] = [
+    (lambda: sequential(callback=0), "callback=0 must be a function"),
+    (lambda: sequential(layers=3), r"layers has 3; give a sequence of the layers' names"),
+    (lambda: sequential(layers=[0]), "layers has 0"),
+    (lambda: sequential(extra_data=0), "extra_data is a int; give data by parameter name"),
+    (lambda: sequential(extra_data=["0.weight"]), "extra_data is a list"),
+    (lambda: sequential(resume="repair.safetensors"), "resume has the type str; give a PruningResult"),
+    (lambda: sequential(resume=0), "resume has the type int"),
+    (lambda: distill(callback=0), "callback=0 must be a function"),
+    (lambda: distill(train=1), "train is a int; it must be True or False"),
+    (lambda: distill(checkpointing=0), "checkpointing is a int; it must be True or False"),
+    (lambda: distill(held_out=X), "held_out is one Tensor; give an iterable of batches"),
+    (lambda: sweep(resume="sweep.json"), "resume has the type str; give a Sweep"),
+    (lambda: admm(prune=max, previous=MASKS), "previous has the type dict; give what bp.regularizers.admm returned"),
+    (lambda: bp.regularizers.admm_penalty(network(), MASKS, rho=1), "state has the type dict"),  # type: ignore[arg-type]
+    (lambda: bp.gates.penalty(bp.gates.add(network(), where=WHERE), sparsity=0.5, costs=1), "costs=1 must be a mapping"),  # type: ignore[arg-type]
+    (lambda: cluster(block=4), r"block=4 must be a sequence of integers"),
+    (lambda: cluster(block="44"), r"block='44' must be a sequence of integers"),
+    (lambda: bp.recipes.cluster_units(network(), WHERE, [X], block=4), "block=4 must be a sequence of integers"),  # type: ignore[arg-type]
+    (lambda: bp.schedule.steps(1, milestones=0.5), "milestones=0.5 must be a mapping from steps to sparsities"),  # type: ignore[arg-type]
+    (lambda: export.update(masked(), MASKS, optimizer="adam"), "optimizer"),  # type: ignore[arg-type]
+]
+# numbers that make no sense: (call, the argument)
+NONSENSE: list[tuple[Callable[..., Any], str, float]] = [
+    *(
+        (partial(schedule, 1, **{"final": 0.5, "end": 9}), name, wrong)
+        for schedule in SCHEDULES
+        for name in ("final", "initial")
+        for wrong in (-1, 2, math.inf)
+    ),
+    *((partial(bp.schedule.constant, 1), "value", wrong) for wrong in (-0.1, 50)),
+    *((muon, name, math.inf) for name in ("lr", "weight_decay")),
+    *(
+        (finetune, *wrong)
+        for wrong in (("epochs", -1), ("patience", -1), ("lr", math.inf), ("lr", -1), ("held_out", -0.5), ("held_out", 1.5))
+    ),
+    *((partial(bp.recipes.obs, WHERE, [X]), "max_layer_sparsity", wrong) for wrong in (-1, 1.5)),
+    *((bp.gates.hard_concrete, *wrong) for wrong in (("temperature", math.inf), ("low", -math.inf), ("high", math.inf), ("low", 0.1))),
+    *((bp.gates.n_of_m, *wrong) for wrong in (("temperature", math.inf), ("axis", 0.5), ("axis", True), ("n", True))),
+    (kl, "temperature", math.inf),
 ]
 
 
@@ -115,6 +204,18 @@ def test_a_state_dict_is_not_taken_for_a_model(function: Callable[[Any], Any]) -
     with pytest.raises(TypeError, match=r"model has the type OrderedDict; give a torch\.nn\.Module"):
         function(state)
     assert all(torch.equal(state[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(("call", "says"), OTHERS, ids=[says for _, says in OTHERS])
+def test_an_argument_of_another_type_is_refused_by_name(call: Callable[[], Any], says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        call()
+
+
+@pytest.mark.parametrize(("function", "name", "wrong"), NONSENSE, ids=named)
+def test_a_number_out_of_its_range_is_refused_by_name(function: Callable[..., Any], name: str, wrong: float) -> None:
+    with pytest.raises((TypeError, ValueError), match=name):
+        function(**{name: wrong})
 
 
 @pytest.mark.parametrize("coupled", ["0.weight", 3, [3], torch.ones(2)], ids=["string", "number", "list of numbers", "tensor"])

@@ -150,7 +150,7 @@ def test_each_pass_collects_a_share_of_the_parameters() -> None:
     shares = [budget(passes=passes)(model(), 0.5)[0] for passes in (1, 2, 3)]
     assert shares[0] == shares[1] == shares[2]
     assert collected[1:3] == [["0.weight"], ["2.weight", "4.weight"]]  # 8 x 8 of inputs, 12 x 12 and 6 x 6
-    with pytest.raises(ValueError, match="passes=0 must be a whole number, at least 1"):
+    with pytest.raises(ValueError, match="passes=0 must be an integer, at least 1"):
         budget(passes=0)(model(), 0.5)
     with pytest.raises(TypeError, match=r"passes=2 needs a collector with a where=, such as partial\(collect.with_statistics, where="):
         attrs.evolve(budget(passes=2), collect=lambda network: collect.weights(network, where=WHERE))(model(), 0.5)
@@ -196,6 +196,11 @@ def test_batches_alone_are_a_calibration(make: Any) -> None:
         make(WHERE, batches()[0])
     with pytest.raises(ValueError, match=r"need a loss: give Calibration\(batches, loss="):
         recipes.obs(WHERE, batches())(model(), 0.5)
+
+
+def test_cluster_units_needs_a_batch() -> None:
+    with pytest.raises(ValueError, match="batches is empty"):
+        bp.recipes.cluster_units(model(), bp.linears((2, 2)), [])
 
 
 def test_a_budget_distributes_one_number() -> None:

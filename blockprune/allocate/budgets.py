@@ -6,7 +6,6 @@ write your own function.
 
 import bisect
 import math
-import numbers
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blockprune.allocate.ranking import prune_lowest, to_common_device
-from blockprune.core.arguments import check_fraction
+from blockprune.core.arguments import check_fraction, check_number
 from blockprune.core.grid import block_elements
 from blockprune.core.patterns import resolve_by_name
 from blockprune.core.types import Scores, check_scores
@@ -285,8 +284,7 @@ def block_costs(scores: Scores, *, cost: Mapping[str, float] | None = None, rela
     costs: list[Tensor] = []
     for name, score in to_common_device(scores).items():
         price = element_cost[name]
-        if isinstance(price, bool) or not isinstance(price, numbers.Real) or not 0 < price < math.inf:
-            raise ValueError(f"cost={price!r} of {name} must be a positive number, the cost of one element")
+        check_number(f"cost[{name!r}]", price, "a positive number, the cost of one element", above=0)
         value = score.value.flatten().double()  # [blocks]
         size = block_elements(score.grid, device=value.device).flatten()
         total = float((value * size)[value.isfinite()].sum()) if relative else 1.0

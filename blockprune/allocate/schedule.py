@@ -1,8 +1,12 @@
-"""Schedules: step -> sparsity (or fraction), for a loop that prunes step by step. Bind the options with ``functools.partial``."""
+"""Schedules: step -> sparsity (or fraction), for a loop that prunes step by step. Bind the options with ``functools.partial``.
+
+What a schedule gives is from 0 to 1, and so are the numbers that it is made of.
+"""
 
 import bisect
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from blockprune.core.arguments import check_number
 
@@ -10,10 +14,14 @@ from blockprune.core.arguments import check_number
 def constant(step: int, *, value: float) -> float:
     """The same sparsity at every step.
 
+    Raises:
+        TypeError, ValueError: a value that is no number from 0 to 1.
+
     Example:
         >>> bp.schedule.constant(7, value=0.5)
         0.5
     """
+    _check_constant("value", value)
     return value
 
 
@@ -21,7 +29,7 @@ def linear(step: int, *, final: float, end: int, begin: int = 0, initial: float 
     """From ``initial`` at step ``begin`` to ``final`` at step ``end``, in equal increments; constant before and after.
 
     Raises:
-        ValueError: ``begin`` after ``end``.
+        TypeError, ValueError: ``begin`` after ``end``, a step that is no number, a sparsity that is no number from 0 to 1.
 
     Example:
         >>> [bp.schedule.linear(step, final=0.8, begin=100, end=300) for step in (0, 200, 1000)]
@@ -35,7 +43,7 @@ def cubic(step: int, *, final: float, end: int, begin: int = 0, initial: float =
     """As `linear`, but fast at first: ``final + (initial - final) (1 - t)^3`` (AGP, Zhu & Gupta 1710.01878, eq. 1).
 
     Raises:
-        ValueError: ``begin`` after ``end``.
+        TypeError, ValueError: ``begin`` after ``end``, a step that is no number, a sparsity that is no number from 0 to 1.
 
     Example:
         >>> [bp.schedule.cubic(step, final=0.8, begin=100, end=300) for step in (0, 200, 1000)]
@@ -51,7 +59,7 @@ def cosine(step: int, *, final: float, end: int, begin: int = 0, initial: float 
     RigL's fraction of exchanged blocks falls from ``initial=0.3`` to ``final=0``.
 
     Raises:
-        ValueError: ``begin`` after ``end``.
+        TypeError, ValueError: ``begin`` after ``end``, a step that is no number, a sparsity that is no number from 0 to 1.
 
     Example:
         >>> [round(bp.schedule.cosine(step, initial=0.3, final=0.0, end=100), 3) for step in (0, 25, 50, 100)]
@@ -65,7 +73,7 @@ def exponential(step: int, *, final: float, end: int, begin: int = 0, initial: f
     """As `linear`, but every step prunes the same fraction of what the one before kept (lottery tickets, Frankle & Carbin 1803.03635).
 
     Raises:
-        ValueError: ``begin`` after ``end``; ``initial`` or ``final`` of 1, which cannot be reached by fractions of what is kept.
+        TypeError, ValueError: as `linear`; ``initial`` or ``final`` of 1, which cannot be reached by fractions of what is kept.
 
     Example:
         >>> [round(bp.schedule.exponential(step, final=0.75, end=2), 3) for step in (0, 1, 2)]
@@ -87,18 +95,41 @@ def steps(step: int, *, milestones: Mapping[int, float], initial: float = 0.0) -
         milestones: sparsities by the step from which they apply.
         initial: the sparsity before the first milestone.
 
+    Raises:
+        TypeError, ValueError: a step that is no number, a sparsity that is no number from 0 to 1.
+
     Example:
         >>> [bp.schedule.steps(step, milestones={100: 0.5, 200: 0.8}) for step in (0, 150, 200)]
         [0.0, 0.5, 0.8]
     """
+    check_number("step", step, finite=False)
+    if not isinstance(milestones, Mapping):
+        raise TypeError(f"milestones={milestones!r} must be a mapping from steps to sparsities, such as {{100: 0.5, 200: 0.8}}")
+    for milestone, value in milestones.items():
+        check_number("a step of milestones", milestone)
+        _check_constant(f"milestones[{milestone}]", value)
+    _check_constant("initial", initial)
     reached = bisect.bisect_right(sorted(milestones), step)
     return milestones[sorted(milestones)[reached - 1]] if reached else initial
 
 
 def _progress(step: int, begin: int, end: int, **sparsities: float) -> float:
     """0 until begin, 1 from end on."""
-    for name, value in {"step": step, "begin": begin, "end": end, **sparsities}.items():
-        check_number(name, value)
+    for name, value in {"step": step, "begin": begin, "end": end}.items():
+        check_number(name, value, finite=False)
+    for name, share in sparsities.items():
+        _check_share(name, share)
     if not begin <= end:
         raise ValueError(f"begin={begin} is after end={end}; give an end from {begin} on, or an earlier begin")
     return min(1.0, max(0.0, (step - begin) / (end - begin))) if end > begin else float(step >= end)
+
+
+def _check_share(name: str, share: Any) -> None:
+    """Raise for a sparsity or fraction that is no number from 0 to 1."""
+    check_number(name, share, "a number from 0 to 1; 50 % is 0.5", lowest=0, highest=1)
+
+
+def _check_constant(name: str, share: Any) -> None:
+    """As `_check_share`; a sparsity that is not computed with may also be a mapping by parameter name."""
+    for what, value in {f"{name}[{key!r}]": x for key, x in share.items()}.items() if isinstance(share, Mapping) else [(name, share)]:
+        _check_share(what, value)

@@ -42,7 +42,7 @@ def shared_masks(scores: Scores, coupled: Coupled) -> list[SharedMask]:
     """The masks that the parameters need, each with its parameters, in the order of their first ones; those of hidden axes come first.
 
     Raises:
-        TypeError: scores that are not floating point, a coupled set that is a string.
+        TypeError: scores that are not floating point or of 8 bits, a coupled set that is a string.
         ValueError: NaN scores, a parameter in two sets, parameters of a set with different numbers of blocks, an axis whose units cannot
             be removed, two axes that share an axis of a parameter, blocks that join units.
         KeyError: a name or pattern that matches no parameter, axes of which no parameter has scores.
@@ -51,6 +51,10 @@ def shared_masks(scores: Scores, coupled: Coupled) -> list[SharedMask]:
     for name, score in scores.items():
         if not score.value.is_floating_point():
             raise TypeError(f"{name}: scores {tuple(score.value.shape)} are {score.value.dtype}; they must be floating point")
+        if score.value.dtype.itemsize < 2:
+            raise TypeError(
+                f"{name}: scores {tuple(score.value.shape)} are {score.value.dtype}, which torch cannot compare; give score.value.float()"
+            )
         if score.value.amin().isnan():
             raise ValueError(
                 f"{name}: {int(score.value.isnan().sum())} of the scores {tuple(score.value.shape)} are NaN and cannot be ranked; "
@@ -125,7 +129,7 @@ def _part_of_block(axis: UnitPermutation, name: str, score: BlockScore, tensor_a
             f"{name}: blocks of {score.grid.block} in {score.grid.shape} join units of a hidden axis, of which each has {run} consecutive "
             f"entries along axis {tensor_axis}; choose the blocks with where=bp.units(axes)"
         )
-    return torch.arange(0, length, block) // run % axis.parts
+    return torch.arange(0, length, block, device="cpu") // run % axis.parts
 
 
 def _coupled_names(scores: Scores, coupled: Iterable[Iterable[str]]) -> list[tuple[str, ...]]:

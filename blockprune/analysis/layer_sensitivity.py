@@ -107,7 +107,8 @@ def sensitivity(
         model: any module; it is run in the mode that it is in, so put it in evaluation mode. Each evaluation begins with the same buffers.
         pipeline: its scores are computed once and allocated at every sparsity.
         sparsities: fractions of the parameter to remove.
-        evaluate: (model) -> loss, one number, as a tensor rather than a float; it is called with a function in the model's place.
+        evaluate: (model) -> loss, one number, as a tensor rather than a float; it is called with a function in the model's place, which
+            has no attributes of the model, such as ``eval()``. `sweep` gives it a copy of the model.
         chunk_size: sparsities at a time under vmap; 1 evaluates them one after the other.
         progress: show a progress bar; by default in a terminal and in a notebook.
 
@@ -150,7 +151,7 @@ def sensitivity(
 
     def loss_with(parameters: dict[str, Tensor]) -> Tensor:
         with replaced_shards(model, {**unmasked, **parameters}) as others:
-            return _as_number(evaluate(lambda *args, **kwargs: functional_call(model, others, args, kwargs, tie_weights=False)))
+            return _as_number(evaluate(_Replaced(model, others)))
 
     def loss_of(parameters: dict[str, Tensor]) -> float:
         return loss_with(parameters).item()
@@ -180,6 +181,24 @@ def sensitivity(
                     )
             losses[name] = tuple(measured(partial(loss_of, parameters)) for parameters in masked)
     return Sensitivity(tuple(sparsities), dense, losses)
+
+
+class _Replaced:
+    """What stands in the model's place: a function that runs it with other parameters."""
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+        self._model, self._parameters = model, parameters
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self._model, dict(self._parameters), args, kwargs, tie_weights=False)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"evaluate asks for model.{name}, but sensitivity calls it with a function in the model's place, which can only be called, "
+            "model(x): put the model in evaluation mode before the call, or evaluate with bp.sweep, which gives copies of the model",
+            name=name,
+            obj=self,
+        )
 
 
 def _allocated_alone(pipeline: Pipeline, scores: Scores, name: str, sparsity: float) -> BlockMask:

@@ -5,7 +5,7 @@ import json
 import math
 import numbers
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import attrs
 from torch import Tensor, nn
 
 from blockprune.analysis.drawing import COLOURS, MARKERS, legend_beside, new_axes, percent_axis, plain_frame, set_title
+from blockprune.core.arguments import check_function, check_model
 from blockprune.core.masks import sparsity as sparsity_of
 from blockprune.core.progress import progress_bar
 from blockprune.core.table import Rows, Table
@@ -144,7 +145,7 @@ class Sweep(Table):
 def sweep(
     model: nn.Module,
     recipes: Mapping[str, Recipe],
-    sparsities: Sequence[float],
+    sparsities: Iterable[float],
     evaluate: Evaluate,
     *,
     resume: Sweep | None = None,
@@ -168,7 +169,8 @@ def sweep(
 
     Raises:
         ValueError: no recipes or sparsities, a sparsity outside [0, 1] or twice, an evaluation that returns different scores than before.
-        TypeError: a sparsity that is no number; a recipe returns neither masks nor a result, an evaluation no number.
+        TypeError: a model that is no module, a sparsity that is no number, a function that is none; a recipe returns neither masks nor a
+            result, an evaluation no number.
 
     Example:
         >>> model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(32, 8)
@@ -180,11 +182,17 @@ def sweep(
         >>> table.dense
         {'error': 0.0}
     """
-    _check_cells(recipes, sparsities)
+    check_model(model)
+    check_function("evaluate", evaluate, "(model) -> a number, or a mapping from names to numbers")
+    if callback is not None:
+        check_function("callback", callback, "(Sweep) -> None, such as lambda table: table.save('sweep.json')")
+    if resume is not None and not isinstance(resume, Sweep):
+        raise TypeError(f"resume has the type {type(resume).__name__}; give a Sweep, such as bp.Sweep.load('sweep.json')")
+    sparsities = _checked_cells(recipes, sparsities)
     check_not_fully_sharded(model, "sweep prunes copies of the model")
     finished = {} if resume is None else {(row.recipe, row.sparsity): row for row in resume.rows}
     table = Sweep((), _as_scores(evaluate(copy.deepcopy(model)))) if resume is None else Sweep((), resume.dense)
-    if callback and resume is None:
+    if callback is not None and resume is None:
         callback(table)
     cells = [(name, float(sparsity)) for name in recipes for sparsity in sparsities]
     for name, sparsity in progress_bar(cells, "sweep", progress):
@@ -196,7 +204,7 @@ def sweep(
                 error.add_note(f"This happened in sweep, recipe {name!r} at sparsity {sparsity:g}, after {len(table.rows)} finished rows.")
                 raise
         table = Sweep((*table.rows, row), table.dense)
-        if callback and (name, sparsity) not in finished:
+        if callback is not None and (name, sparsity) not in finished:
             callback(table)
     return table
 
@@ -223,14 +231,18 @@ def _as_scores(value: float | Tensor | Mapping[str, float | Tensor]) -> dict[str
     return scores
 
 
-def _check_cells(recipes: Mapping[str, Recipe], sparsities: Sequence[float]) -> None:
+def _checked_cells(recipes: Mapping[str, Recipe], sparsities: Iterable[float]) -> list[float]:
+    """The sparsities as a list, if these and the recipes are what they should be."""
     if not isinstance(recipes, Mapping) or not recipes or not all(map(callable, recipes.values())):
         raise ValueError('recipes must be a mapping from names to recipes, such as {"magnitude": bp.recipes.magnitude(where)}')
-    if not isinstance(sparsities, Iterable) or not all(isinstance(s, (numbers.Real, Tensor)) for s in sparsities):
+    values = list(sparsities) if isinstance(sparsities, Iterable) else None
+    if values is None or not all(isinstance(s, (numbers.Real, Tensor)) and not isinstance(s, bool) for s in values):
         raise TypeError(
-            f"sparsities={sparsities!r} must be a list of numbers from 0 to 1, such as [0.25, 0.5]; for sparsities by parameter, give a "
-            "recipe that makes them of one number: lambda model, s: recipe(model, {'*.attn.*': s / 2, '*': s})"
+            f"sparsities={sparsities if values is None else values!r} must be a list of numbers from 0 to 1, such as [0.25, 0.5]; for "
+            "sparsities by parameter, give a recipe that makes them of one number: lambda model, s: "
+            "recipe(model, {'*.attn.*': s / 2, '*': s})"
         )
-    bad = [s for s in sparsities if not 0 <= s <= 1]
-    if bad or not len(sparsities) or len(set(sparsities)) != len(sparsities):
-        raise ValueError(f"sparsities={list(sparsities)} must hold one or more different fractions from 0 to 1, such as [0.25, 0.5]")
+    bad = [s for s in values if not 0 <= s <= 1]
+    if bad or not values or len(set(values)) != len(values):
+        raise ValueError(f"sparsities={values} must hold one or more different fractions from 0 to 1, such as [0.25, 0.5]")
+    return values

@@ -43,7 +43,10 @@ def with_statistics(
         ValueError: no batches, a chosen layer that the forward never calls, NaN or inf in an activation or gradient, a loss that is not
             one number with a gradient, no statistics, two statistics of the same name, and what `weights` raises.
         TypeError: no calibration, or both ``calibration`` and its fields; batches that are one tensor or mapping; statistics that are none.
-        NotImplementedError: a statistic that cannot be collected from a chosen parameter.
+        NotImplementedError: a statistic that cannot be collected from a chosen parameter; ``input_gram`` of a Linear or convolution whose
+            weight the forward also uses by itself, as in ``F.linear(self.layer(x), self.layer.weight.T)``: it would describe the calls of
+            the layer alone. Other statistics of inputs, and of gradients of outputs, give a warning. (This is checked on the first batch;
+            an operation that takes no part in ``__torch_function__``, such as an autograd.Function, is not seen.)
         RuntimeError: an operation that vmap cannot run; with ``reduce``, an error on another rank.
 
     Example:

@@ -1,5 +1,6 @@
 """One pass over batches: hooks on the layers and gradients of the loss provide the inputs of each statistic."""
 
+import contextlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,6 +25,7 @@ from blockprune.model.product_check import check_product
 from blockprune.model.running import disable_attention_fastpath, preserve_state, to_model_device
 from blockprune.model.sharding import in_step, without_broadcasts
 from blockprune.model.token_streams import TokenStreams, token_streams
+from blockprune.model.weight_reads import WeightReads
 from blockprune.statistics import Call, Source
 
 
@@ -53,7 +55,8 @@ def add_batches(model: nn.Module, fold: Fold, calibration: Calibration) -> Fold:
                 running.count(name, batches=1)
             if sources - {"gates"}:
                 observer = _LayerObserver(running, batch, number, token_streams(model, observed, calibration, batch), unweighted)
-                observer.run(model, observed, calibration, of_loss)
+                reads = WeightReads(hooks) if number == 0 and sources & {"inputs", "output_grad"} else None  # it takes some time
+                observer.run(model, observed, calibration, of_loss, reads)
             if "gates" in sources:
                 derivatives = gate_derivatives(model, grids, fold.refs, hooks, batch, calibration, needs=of_gates)
                 for name, gates in derivatives.items():
@@ -78,9 +81,15 @@ class _LayerObserver:
         self.outputs: list[GradientEdge] = []  # of layer outputs whose gradients the statistics need
         self.last_inputs: tuple[Any, Call] | None = None
 
-    def run(self, model: nn.Module, hooks: InputHooks, calibration: Calibration, needs_loss: Sequence[str]) -> None:
+    def run(
+        self, model: nn.Module, hooks: InputHooks, calibration: Calibration, needs_loss: Sequence[str], reads: WeightReads | None
+    ) -> None:
+        """Add a batch; ``reads`` are to be checked."""
         try:
-            loss = self._forward(model, hooks, calibration, needs_loss)
+            with reads or contextlib.nullcontext():
+                loss = self._forward(model, hooks, calibration, needs_loss)
+            if reads is not None:
+                reads.check(self.calls, [s.name for s in self.fold.statistics if s.source in ("inputs", "output_grad")])
             if loss is not None:
                 self._backward(loss)
         finally:

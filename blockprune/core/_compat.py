@@ -9,7 +9,7 @@ A class can override a private method of torch only in its own body, so these st
 
 * ``nn.Module._apply``: model/gates.py, model/parametrization.py, export/sparse_layers.py, export/semi_structured.py
 * ``nn.Module._load_from_state_dict``: model/masked_class.py, model/parametrization.py, export/sparse_layers.py, export/semi_structured.py
-* ``nn.Module._save_to_state_dict``: export/sparse_layers.py, export/semi_structured.py
+* ``nn.Module._save_to_state_dict``: model/masked_class.py, export/sparse_layers.py, export/semi_structured.py
 * ``nn.Module.__prepare_scriptable__``: model/gates.py, model/parametrization.py, export/semi_structured.py, export/sparse_layers.py
 
 This module imports nothing of blockprune, so that every other module can import it.
@@ -18,6 +18,7 @@ This module imports nothing of blockprune, so that every other module can import
 import contextlib
 import ctypes
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -62,6 +63,7 @@ __all__ = [
     "disabled_torch_function",
     "dispatch_mode_is_active",
     "forward_ad_is_active",
+    "functional_call_assigns",
     "functorch_is_active",
     "gomp_parallel",
     "has_hooks",
@@ -167,6 +169,14 @@ def is_zero_tensor(x: Tensor) -> bool:
 def is_functorch_tensor(x: Tensor) -> bool:
     """Whether `torch.func` wraps a tensor, which then has no memory of its own (torch 2.0)."""
     return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def functional_call_assigns() -> bool:
+    """Whether `torch.func.functional_call` sets the attribute whose ``__setattr__`` asks; it then sets the old value again (torch 2.0)."""
+    frame = sys._getframe(2)
+    while frame.f_code.co_name in ("__setattr__", "_setattr") and frame.f_back is not None:  # of a subclass
+        frame = frame.f_back
+    return frame.f_globals.get("__name__") == "torch.nn.utils._named_member_accessor"
 
 
 def functorch_is_active() -> bool:

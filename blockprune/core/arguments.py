@@ -8,7 +8,16 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def check_number(what: str, value: Any, meaning: str = "a number", *, above: float = -math.inf, lowest: float = -math.inf) -> None:
+def check_number(
+    what: str,
+    value: Any,
+    meaning: str = "a number",
+    *,
+    above: float = -math.inf,
+    lowest: float = -math.inf,
+    highest: float = math.inf,
+    finite: bool = True,
+) -> None:
     """Raise unless a value is a number, or a tensor without axes, within the limits.
 
     Args:
@@ -17,6 +26,8 @@ def check_number(what: str, value: Any, meaning: str = "a number", *, above: flo
         meaning: the numbers that would do, for the error message, such as "a number above 0".
         above: the number that the value must be above.
         lowest: the lowest number that it may be.
+        highest: the highest number that it may be.
+        finite: whether infinity is refused.
 
     Raises:
         TypeError: no number.
@@ -29,7 +40,7 @@ def check_number(what: str, value: Any, meaning: str = "a number", *, above: flo
     is_number = isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex())
     if isinstance(value, bool) or not is_number:
         raise TypeError(f"{what}={_shown(value)} must be {meaning}")
-    if not (value > above and value >= lowest):
+    if not (value > above and lowest <= value <= highest) or (finite and not math.isfinite(value)):
         raise ValueError(f"{what}={value!r} must be {meaning}")
 
 
@@ -115,6 +126,20 @@ def check_model(model: Any, what: str = "model") -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{what} has the type {type(model).__name__}; give a torch.nn.Module")
+
+
+def check_tensor(what: str, value: Any) -> None:
+    """Raise unless this is a tensor.
+
+    Raises:
+        TypeError: anything else, such as a list or a NumPy array.
+
+    Example:
+        >>> from blockprune.core.arguments import check_tensor
+        >>> check_tensor("keep", torch.ones(2))
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{what} is a {type(value).__name__}, not a tensor; convert it: torch.as_tensor(...)")
 
 
 def _shown(value: Any) -> str:

@@ -3,12 +3,14 @@
 import math
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
 from blockprune import native
+from blockprune.core.arguments import check_function, check_tensor
 
 BlockShape = Sequence[int]
 
@@ -91,7 +93,21 @@ def int_tuple(name: str, values: Sequence[int]) -> tuple[int, ...]:
         raise TypeError(f"{name}={text} must be a sequence of integers, such as (4, 4)") from None
 
 
-def block_elements(grid: BlockGrid, *, device: torch.device | str | None = None) -> Tensor:
+def check_grid(grid: Any) -> None:
+    """Raise unless these are blocks.
+
+    Raises:
+        TypeError: anything else, such as the shape of a block.
+
+    Example:
+        >>> from blockprune.core.grid import check_grid
+        >>> check_grid(bp.BlockGrid((4, 4), (2, 2)))
+    """
+    if not isinstance(grid, BlockGrid):
+        raise TypeError(f"grid={grid!r} must be a BlockGrid; build one: bp.BlockGrid(shape, block)")
+
+
+def block_elements(grid: BlockGrid, *, device: torch.device | str = "cpu") -> Tensor:
     """The number of elements of each block: int64 ``[*grid.size]``.
 
     Without ragged blocks the result is an expanded view of a single number.
@@ -102,6 +118,7 @@ def block_elements(grid: BlockGrid, *, device: torch.device | str | None = None)
                 [4, 4],
                 [2, 2]])
     """
+    check_grid(grid)
     rank = len(grid.shape)
     elements = torch.ones((1,) * rank, dtype=torch.int64, device=device)
     for axis, (s, b, n) in enumerate(zip(grid.shape, grid.block, grid.size, strict=True)):
@@ -121,7 +138,7 @@ def expand(keep: Tensor, grid: BlockGrid) -> Tensor:
         tensor([[ True,  True, False],
                 [ True,  True, False]])
     """
-    _check_shape("keep", keep, grid.size, grid)
+    _check_shape("keep", keep, grid, "size")
     for axis, (s, b, n) in enumerate(zip(grid.shape, grid.block, grid.size, strict=True)):
         if n == 1:
             keep = keep.expand(*keep.shape[:axis], s, *keep.shape[axis + 1 :])
@@ -151,7 +168,9 @@ def pool(x: Tensor, grid: BlockGrid, *, reduce: str = "sum", elementwise: Callab
         >>> bp.pool(torch.arange(5.), bp.BlockGrid((5,), (2,)), reduce="mean")
         tensor([0.5000, 2.5000, 4.0000])
     """
-    _check_shape("x", x, grid.shape, grid)
+    _check_shape("x", x, grid, "shape")
+    if elementwise is not None:
+        check_function("elementwise", elementwise, "from a tensor to a tensor of the same shape, such as torch.abs")
     if reduce == "mean":
         total = pool(x, grid, elementwise=elementwise)
         total = total if total.is_floating_point() or total.is_complex() else total.to(torch.get_default_dtype())
@@ -259,6 +278,9 @@ def _accumulator(dtype: torch.dtype, reduce: str) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
-def _check_shape(name: str, x: Tensor, shape: tuple[int, ...], grid: BlockGrid) -> None:
+def _check_shape(name: str, x: Tensor, grid: BlockGrid, of_grid: str) -> None:
+    check_tensor(name, x)
+    check_grid(grid)
+    shape = getattr(grid, of_grid)
     if tuple(x.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, but {grid} needs shape {shape}")

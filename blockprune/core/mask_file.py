@@ -22,7 +22,7 @@ def save_masks(masks: Masks, path: str | os.PathLike[str]) -> None:
 
     Raises:
         OSError: the disk is full, or the folder is missing or cannot be written to. An existing file is as it was.
-        TypeError: something else than masks, such as the result of a recipe.
+        TypeError: something else than masks, such as the result of a recipe, or a name that is no string.
         ValueError: a mask on the meta device, or the name ``__metadata__``.
 
     Example:
@@ -34,6 +34,8 @@ def save_masks(masks: Masks, path: str | os.PathLike[str]) -> None:
     """
     check_masks(masks)
     for name, mask in masks.items():
+        if not isinstance(name, str):
+            raise TypeError(f"masks has the name {name!r}, which is no string; give the names of parameters, such as 'layers.0.weight'")
         if name == RESERVED:
             raise ValueError(f"masks has the name {RESERVED!r}, which safetensors files use for their own data; give it another name")
         if mask.keep.is_meta:
@@ -89,7 +91,7 @@ def pack_bits(keep: Tensor) -> Tensor:
     """``[*size]`` bool -> ``[blocks / 8]`` uint8; the first block is in the lowest bit."""
     bits = keep.flatten().cpu().to(torch.uint8)
     bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(1, dtype=torch.uint8)
 
 
 def unpack_bits(path: Any, name: str, packed: Tensor, grid: BlockGrid) -> Tensor:
@@ -99,7 +101,7 @@ def unpack_bits(path: Any, name: str, packed: Tensor, grid: BlockGrid) -> Tensor
             f"{path} is corrupt: {name} has {grid.blocks} blocks and needs {-(-grid.blocks // 8)} bytes, "
             f"but has a tensor of shape {tuple(packed.shape)} and type {packed.dtype}"
         )
-    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1  # [blocks / 8, 8]
+    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1  # [blocks / 8, 8]
     keep = bits.flatten().bool()
     if keep[grid.blocks :].any():
         raise ValueError(f"{path} is corrupt: {name} has bits set behind its {grid.blocks} blocks")

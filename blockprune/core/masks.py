@@ -100,7 +100,7 @@ def restrict(scores: Scores, masks: Masks) -> Scores:
     Raises:
         ValueError: a parameter has different grids in ``scores`` and ``masks``.
         KeyError: a parameter with a mask has no scores.
-        TypeError: something else than scores and masks, such as the result of a recipe.
+        TypeError: something else than scores and masks, such as the result of a recipe; scores that are not floating point.
 
     Example:
         >>> grid = bp.BlockGrid((3,), (1,))
@@ -115,6 +115,11 @@ def restrict(scores: Scores, masks: Masks) -> Scores:
         if name not in scores:
             raise KeyError(f"masks has the parameter {name!r}, which has no scores; there are scores of {', '.join(map(repr, scores))}")
         _check_same_grid(name, scores[name].grid, mask.grid)
+        if not restricted[name].is_floating_point():
+            raise TypeError(
+                f"{name}: scores {tuple(restricted[name].shape)} are {restricted[name].dtype} and cannot hold -inf; give floating-point "
+                "numbers, such as score.value.float()"
+            )
         restricted[name].masked_fill_(~mask.keep.to(restricted[name].device), -math.inf)
     return {name: attrs.evolve(score, value=restricted[name]) for name, score in scores.items()}
 

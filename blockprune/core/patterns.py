@@ -4,7 +4,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 V = TypeVar("V")
 Pattern = str | re.Pattern[str]
@@ -13,6 +13,22 @@ Pattern = str | re.Pattern[str]
 def matches(pattern: Pattern, name: str) -> bool:
     """Whether a name matches a glob (a string), or contains a match of a regular expression (``re.compile(...)``)."""
     return fnmatch.fnmatchcase(name, pattern) if isinstance(pattern, str) else pattern.search(name) is not None
+
+
+def check_pattern(pattern: Any) -> None:
+    """Raise unless this is a glob or a regular expression for strings.
+
+    Raises:
+        TypeError: anything else, such as a list of them.
+
+    Example:
+        >>> from blockprune.core.patterns import check_pattern
+        >>> check_pattern("layers.*.weight")
+    """
+    if isinstance(pattern, (list, tuple, set, frozenset)):
+        raise TypeError(f"pattern={pattern!r} must be one pattern; give several one after the other, such as excluding(rule, 'a.*', 'b.*')")
+    if not isinstance(pattern, str) and not (isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str)):
+        raise TypeError(f'pattern={pattern!r} must be a glob such as "*.mlp.*.weight" or re.compile(...) of a string')
 
 
 def resolve_by_name(values: Mapping[str, V], names: Iterable[str], *, what: str, default: V | None = None) -> dict[str, V]:
@@ -36,7 +52,7 @@ def resolve_by_name(values: Mapping[str, V], names: Iterable[str], *, what: str,
         raise TypeError(f"{what}={values!r} must be a mapping from parameter names or patterns to values, such as {{'*': 1.0}}")
     names = dict.fromkeys(names)
     for key in values:
-        if not isinstance(key, (str, re.Pattern)):
+        if not isinstance(key, (str, re.Pattern)) or (isinstance(key, re.Pattern) and not isinstance(key.pattern, str)):
             raise KeyError(f"{what} has a key {key!r} that is not a parameter name or pattern{suggest(str(key), names)}")
         if key not in names and key != "*" and not (_is_pattern(key) and any(matches(key, name) for name in names)):
             raise KeyError(f"{what} has a key {key!r} that matches no parameter{suggest(str(key), names)}")

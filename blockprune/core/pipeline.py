@@ -33,6 +33,18 @@ V = TypeVar("V")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+_STAGES = {
+    "collect": "(model) -> data, such as partial(bp.collect.weights, where=bp.linears((4, 4)))",
+    "metric": "(data) -> scores, such as bp.metric.l1",
+    "allocate": "(scores, sparsity) -> masks, such as bp.allocate.per_layer",
+}
+
+
+def _check_stage(_: Any, field: Any, value: Any) -> None:
+    if not callable(value):
+        raise TypeError(f"{field.name!r} must be callable, but is a {type(value).__name__}; give a function {_STAGES[field.name]}")
+
+
 @attrs.frozen(repr=False)
 class Pipeline:
     """``collect`` -> ``metric`` -> ``allocate``: called with a model and a sparsity, it returns masks and changes nothing.
@@ -43,6 +55,9 @@ class Pipeline:
         collect: model -> data.
         metric: data -> scores.
         allocate: (scores, sparsity) -> masks.
+
+    Raises:
+        TypeError: a stage that is no function, such as the data that a collector returned.
 
     Example:
         >>> prune = bp.Pipeline(partial(bp.collect.weights, where=bp.linears((2, 2))), bp.metric.l1, bp.allocate.per_layer)
@@ -57,9 +72,9 @@ class Pipeline:
         >>> one_of_two = attrs.evolve(prune, allocate=partial(bp.allocate.n_of_m, m=2))
     """
 
-    collect: Collect = attrs.field(validator=attrs.validators.is_callable())
-    metric: Metric = attrs.field(validator=attrs.validators.is_callable())
-    allocate: Allocate = attrs.field(validator=attrs.validators.is_callable())
+    collect: Collect = attrs.field(validator=_check_stage)
+    metric: Metric = attrs.field(validator=_check_stage)
+    allocate: Allocate = attrs.field(validator=_check_stage)
 
     def __call__(self, model: nn.Module, sparsity: Sparsity) -> Masks:
         masks = self.allocate(self.scores(model, sparsity), sparsity)

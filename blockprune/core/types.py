@@ -7,7 +7,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from blockprune.core.grid import BlockGrid, BlockShape
+from blockprune.core.arguments import check_tensor
+from blockprune.core.grid import BlockGrid, BlockShape, check_grid
 from blockprune.core.sharded_tensor import whole
 
 
@@ -40,7 +41,13 @@ def solve_all(count: int, solve: Callable[[slice], Sequence[Tensor]]) -> Sequenc
     return solve(slice(0, count))
 
 
-_by_value = attrs.cmp_using(eq=torch.equal)  # so that `mask == other_mask` is one bool and not a tensor
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a.is_meta or b.is_meta:
+        return a is b  # no values to compare
+    return torch.equal(a, b.to(a.device))
+
+
+_by_value = attrs.cmp_using(eq=_equal)  # so that `mask == other_mask` is one bool and not a tensor
 
 
 @attrs.frozen(unsafe_hash=False)
@@ -52,6 +59,10 @@ class Param:
         grid: the parameter's shape and its blocks.
         stats: statistics by name, in the shapes that `blockprune.statistics` documents.
 
+    Raises:
+        ValueError: ``weight`` of another shape.
+        TypeError: no tensor, or no grid.
+
     Example:
         >>> bp.Param(torch.ones(4, 4), bp.BlockGrid((4, 4), (2, 2))).grid.size
         (2, 2)
@@ -60,6 +71,12 @@ class Param:
     stored: Tensor = attrs.field(alias="weight", eq=_by_value, repr=in_short)  # [*grid.shape], maybe a DTensor
     grid: BlockGrid
     stats: Mapping[str, Tensor] = attrs.field(factory=dict, eq=False, repr=in_short)
+
+    def __attrs_post_init__(self) -> None:
+        check_tensor("Param.weight", self.stored)
+        check_grid(self.grid)
+        if tuple(self.stored.shape) != self.grid.shape:
+            raise ValueError(f"Param.weight has shape {tuple(self.stored.shape)}, but {self.grid} needs shape {self.grid.shape}")
 
     @property
     def weight(self) -> Tensor:
@@ -77,6 +94,7 @@ class BlockScore:
 
     Raises:
         ValueError: ``value`` of another shape.
+        TypeError: no tensor, or no grid.
 
     Example:
         >>> bp.BlockScore(torch.tensor([[1.0, 2.0]]), bp.BlockGrid((2, 4), (2, 2))).value.shape
@@ -92,7 +110,7 @@ class BlockScore:
 
 @attrs.frozen(unsafe_hash=False)
 class BlockMask:
-    """Which blocks of a parameter are kept; two masks are equal if their grids and all their blocks are.
+    """Which blocks of a parameter are kept; two masks are equal if their grids and all their blocks are, on any device.
 
     Args:
         keep: for each block whether it is kept (True) or pruned (False), ``[*grid.size]``.
@@ -100,7 +118,7 @@ class BlockMask:
 
     Raises:
         ValueError: ``keep`` of another shape.
-        TypeError: ``keep`` that is not bool.
+        TypeError: ``keep`` that is no tensor of bool, or no grid.
 
     Example:
         >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
@@ -118,6 +136,8 @@ class BlockMask:
 
 
 def _check_shape(name: str, value: Tensor, grid: BlockGrid) -> None:
+    check_tensor(name, value)
+    check_grid(grid)
     if tuple(value.shape) != grid.size:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, but {grid} has {grid.size} blocks")
 

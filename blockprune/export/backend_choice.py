@@ -68,8 +68,8 @@ def choose(
         dtype: "int8", or None for the type of the weights.
         max_error: for int8: a layer stays in the type of its weight if ``|y_int8 - y| / |y|`` is larger, with y its product with ``inputs``
             (or with normal random numbers), without the bias. If it is called several times, its largest error counts.
-        inputs: one batch for ``forward``; if it calls a layer several times, the last call counts. Without it, every Linear is timed on
-            ``rows`` rows, and convolutions stay dense.
+        inputs: one batch for ``forward``; if it calls a layer several times, the last call counts, and a call without rows, as of an expert
+            that gets no token, never does. Without it, every Linear is timed on ``rows`` rows, and convolutions stay dense.
         rows: input rows of a layer in one call, such as batch x tokens.
         forward: (model, batch) -> output, as in `Calibration`.
         training: time a step of training instead of the forward pass.
@@ -179,7 +179,8 @@ def fixed_backend(
 
 
 def _int8_option(dtype: str | torch.dtype | None, max_error: float) -> bool:
-    check_number("max_error", max_error, f"a number above 0, the largest relative error of a layer's outputs in int8: {MAX_ERROR}", above=0)
+    meaning = f"a number above 0, the largest relative error of a layer's outputs in int8: {MAX_ERROR}"
+    check_number("max_error", max_error, meaning, above=0, finite=False)
     return wants_int8(dtype)
 
 
@@ -215,7 +216,8 @@ def _record_inputs(
     """Random inputs of the shape that each layer gets, by the layer's name; the layers whose weight the model also reads itself; and, if
     asked for, the errors in int8.
 
-    Of several calls the last one counts: after a prompt, that is the call for the next token. Of errors the largest counts.
+    Of several calls the last one counts: after a prompt, that is the call for the next token. Of errors the largest counts, and one that is
+    not known does not. Calls without rows do not count.
     """
     recorded: dict[str, Tensor] = {}
     errors: dict[str, float | None] = {}
@@ -225,12 +227,13 @@ def _record_inputs(
     def record_call(candidate: Candidate, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         name, x = candidate.layer, args[0] if args else kwargs["input"]
         calls[name] += 1
-        if candidate.unsupported_reason:  # such as an Embedding, whose inputs are integers
+        if candidate.unsupported_reason or not x.numel():  # such as an Embedding, whose inputs are integers; an expert without tokens
             return
         recorded[name] = torch.empty_like(x, dtype=candidate.ref.stored.dtype)  # under autocast inputs may have another type
         if int8:
-            error, before = _int8_error(candidate, x), errors.get(name)
-            errors[name] = error if error is None or before is None else max(before, error)
+            error = _int8_error(candidate, x)
+            known = [e for e in (errors.get(name), error) if e is not None and not math.isnan(e)]
+            errors[name] = max(known, default=error)
             reads[name] = max(0, reads[name] - 1)  # that was the read of `_int8_error`
 
     def record_read(name: str, *_: Any) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from blockprune.core._compat import FAST_PATH_MODULES, has_hooks
+from blockprune.core.sharded_tensor import is_sharded
 from blockprune.core.types import BlockMask
 from blockprune.model.mask_reading import parameter_masks
 from blockprune.model.parameters import ParameterRef, is_exported, parameter_refs
@@ -111,6 +112,11 @@ def _unsupported_reason(shared: list[ParameterRef], of_owner: list[ParameterRef]
     attribute = "" if shared[0].attr == "weight" else f".{shared[0].attr}"
     base = next((base.__name__ for base in LAYER_TYPES if issubclass(layer_type, base) and layer_type is not base), None)
     conditions = [
+        (
+            is_sharded(stored),
+            "sharded by parallelize_module or fully_shard; load bp.distributed.full_state_dict(model) into a plain model, and give that "
+            "the masks: bp.apply_masks(plain, bp.read_masks(model))",
+        ),
         (len({id(ref.owner) for ref in shared}) > 1, f"tied: {', '.join(ref.name for ref in shared[1:])} has the same weight"),
         (not shared[0].is_plain, "another parametrization computes the weight; remove_parametrizations first"),
         (

@@ -27,6 +27,7 @@ from blockprune.model.checkpoint import exported_layers, masks_in_state, without
 from blockprune.model.hf_checkpoint import prepare_checkpoints
 from blockprune.model.mask_reading import parameter_masks
 from blockprune.model.parameters import parameter_refs
+from blockprune.model.sharding import check_not_fully_sharded
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -192,6 +193,7 @@ def load_state_dict(model: M, state: Mapping[str, Tensor], *, strict: bool = Tru
         KeyError: a block-sparse layer that the model does not have.
         ValueError: tensors that are not a block-sparse weight (indices out of range, other lengths) or have another shape than the layer;
             a mask that does not fit; a tensor of a model on the meta device that the state dict does not have.
+        TypeError: no state dict, or a part of a block-sparse weight or a mask that is no tensor.
         RuntimeError: everything else that does not fit, as torch reports it.
 
     Example:
@@ -202,6 +204,7 @@ def load_state_dict(model: M, state: Mapping[str, Tensor], *, strict: bool = Tru
         >>> torch.allclose(loaded(x), sparse(x), atol=1e-6)
         True
     """
+    _check_state(state)
     plain = finalize(model)
     modules = dict(plain.named_modules(remove_duplicate=False))
     new: dict[nn.Module, nn.Module] = {}
@@ -228,6 +231,15 @@ def load_state_dict(model: M, state: Mapping[str, Tensor], *, strict: bool = Tru
         )
     prepare_checkpoints(plain)
     return plain
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state has the type {type(state).__name__}; give a state dict, such as safetensors.torch.load_file(path) returns")
+    parts = {*STATE_KEYS, "scale", "keep"}
+    for name, value in state.items():
+        if name.rpartition(".")[2] in parts and not isinstance(value, Tensor):
+            raise TypeError(f"state[{name!r}] is a {type(value).__name__}, not a tensor; give the state dict of an exported model")
 
 
 def _loaded_layer(name: str, template: nn.Module, tensors: Mapping[str, Tensor], trainable: bool | None) -> BlockSparseLinear:
@@ -308,6 +320,7 @@ def onnx(model: nn.Module, args: tuple[Any, ...], path: str | Path, **options: A
 
     Raises:
         ImportError: onnx and onnxscript are not installed: ``pip install "blockprune[onnx]"``.
+        ValueError: a model that ``fully_shard`` or ``parallelize_module`` has sharded.
 
     Example:
         >>> from blockprune import export
@@ -315,5 +328,6 @@ def onnx(model: nn.Module, args: tuple[Any, ...], path: str | Path, **options: A
     """
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
         raise ImportError(f'ONNX files need {" and ".join(missing)}: pip install "blockprune[onnx]"')
+    check_not_fully_sharded(model, "an ONNX file holds whole weights", nor_dtensors=True)
     warnings.warn("ONNX has no block-sparse product: the file holds dense weights, zero where blocks were pruned", stacklevel=2)
     torch.onnx.export(dense(model), args, path, dynamo=True, verbose=False, **options)

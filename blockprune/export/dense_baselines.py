@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blockprune.core._compat import has_hooks, has_packed_linear, pack_linear_weight, packed_linear, packs_bfloat16
+from blockprune.core.sharded_tensor import is_sharded
 from blockprune.export.module_replacement import replace_modules
 from blockprune.export.ops import int8_backend
 from blockprune.export.packing import pack_int8
 from blockprune.export.sparse_layers import Int8BlockSparseLinear
 from blockprune.model.apply import finalize
 from blockprune.model.hf_checkpoint import prepare_checkpoints
+from blockprune.model.sharding import check_not_fully_sharded
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -93,10 +95,11 @@ def dynamic_int8(model: nn.Module) -> nn.Module:
     little, unlike the other dense forms.
 
     Args:
-        model: masked or not; it is not changed. The result has no parameters in its Linears and cannot be trained.
+        model: masked or not; it is not changed. The result has no parameters in its Linears and cannot be trained. Linears with hooks or
+            with a forward of their own, which a new layer would not have, stay as they are; a warning names them.
 
     Raises:
-        ValueError: a weight on the meta device, which has no values.
+        ValueError: a weight on the meta device, which has no values; a model that ``fully_shard`` or ``parallelize_module`` has sharded.
 
     Example:
         >>> from blockprune.export import dynamic_int8
@@ -104,13 +107,16 @@ def dynamic_int8(model: nn.Module) -> nn.Module:
         >>> (dynamic_int8(model)(x) - model(x)).abs().max().item() < 0.1
         True
     """
-    plain = finalize(model)
-    _check_has_values(plain)
+    check_not_fully_sharded(model, "dynamic_int8 rounds whole weights", nor_dtensors=True)
+    plain = nn.Sequential(finalize(model))
+    _check_has_values(plain[0])
+    kept = _irreplaceable(plain[0])
+    forms: dict[Any, Any] = {nn.Linear: torch.ao.quantization.default_dynamic_qconfig}
+    forms |= {name: None for name, module in plain.named_modules(remove_duplicate=False) if module in kept}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces that torchao, a package of its own, will take this over
-        quantized: Any = torch.ao.quantization.quantize_dynamic(
-            nn.Sequential(plain.to(torch.float32)), {nn.Linear}, dtype=torch.qint8, inplace=True
-        )
+        quantized: Any = torch.ao.quantization.quantize_dynamic(plain.to(torch.float32), forms, dtype=torch.qint8, inplace=True)
+    _warn_of_kept(kept)
     return cast(nn.Module, quantized[0])
 
 
@@ -132,27 +138,37 @@ def rowwise_int8(model: M) -> M:
     """
     plain = finalize(model)
     _check_has_values(plain)
-    names = {module: name for name, module in plain.named_modules()}
-    unsupported: dict[str, str] = {}
+    names, kept = {module: name for name, module in plain.named_modules()}, _irreplaceable(plain)
 
     def replacement(module: nn.Module) -> nn.Module | None:
-        if type(module) is not nn.Linear:
-            return None
-        if has_hooks(module) or "forward" in vars(module):
-            unsupported[names[module] or "the layer"] = "it has hooks" if has_hooks(module) else "its forward was replaced"
-            return None
-        if not bool(module.weight.isfinite().all()):
+        if type(module) is not nn.Linear or module in kept or not bool(module.weight.isfinite().all()):
             return None
         layer = Int8BlockSparseLinear(pack_int8(module.weight), module.bias, "native", module.weight.dtype)
         layer.name = names[module]
         return layer
 
     result = replace_modules(plain, replacement)
-    if unsupported:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in [*unsupported.items()][:3])
-        warnings.warn(f"Linears that a layer of int8 cannot replace stay as they are ({reasons}); {len(unsupported)} in all", stacklevel=2)
+    _warn_of_kept(kept)
     prepare_checkpoints(result)
     return result
+
+
+def _irreplaceable(model: nn.Module) -> dict[nn.Module, str]:
+    """The Linears that do more than a product which a new layer would do, each with its name and the reason."""
+    reasons: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear:
+            sharded = "parallelize_module has sharded its weight" if is_sharded(module.weight) else ""
+            hooks, forward = "it has hooks" * has_hooks(module), "its forward was replaced" * ("forward" in vars(module))
+            if reason := sharded or hooks or forward:
+                reasons[module] = f"{name or 'the layer'}: {reason}"
+    return reasons
+
+
+def _warn_of_kept(kept: dict[nn.Module, str]) -> None:
+    if kept:
+        reasons = "; ".join([*kept.values()][:3])
+        warnings.warn(f"Linears that a layer of int8 cannot replace stay as they are ({reasons}); {len(kept)} in all", stacklevel=3)
 
 
 def _check_has_values(model: nn.Module) -> None:

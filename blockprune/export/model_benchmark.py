@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.core._compat import tree_leaves, tree_map_only
+from blockprune.core.arguments import check_counts
 from blockprune.core.precision import multiplies_bfloat16
 from blockprune.core.table import Rows, Table
 from blockprune.core.types import BlockMask
@@ -26,6 +27,7 @@ from blockprune.model.apply import apply_masks
 from blockprune.model.calibration import Forward, default_forward
 from blockprune.model.mask_reading import parameter_masks
 from blockprune.model.parameters import is_exported
+from blockprune.model.sharding import check_not_fully_sharded
 
 INT8_FORMS = ("dense int8", "dense int8, row by row")  # torch's, and that of block-sparse layers
 SPARSITIES = (0.5, 0.75, 0.9, 0.95)  # tried, with the same blocks, where a model is not faster than dense
@@ -116,7 +118,8 @@ def benchmark(
         rounds: of measurement, of which the median counts.
 
     Raises:
-        ValueError: another number of names than of others, or a type that a dense form cannot have.
+        ValueError: another number of names than of others, a type that a dense form cannot have, rounds below 1, or a model that
+            ``fully_shard`` or ``parallelize_module`` has sharded.
 
     Example:
         >>> from blockprune import export
@@ -128,6 +131,8 @@ def benchmark(
     """
     if names and len(names) != len(others):
         raise ValueError(f"names has {len(names)} entries for {len(others)} models; give one name for each, or none")
+    check_counts(1, rounds=rounds)
+    check_not_fully_sharded(model, "benchmark times copies of the model", nor_dtensors=True)
     plain = dense(model)
     baselines = _dense_baselines(plain, dtypes, compiled)
     if dtypes is None:
@@ -160,8 +165,10 @@ def _dense_baselines(plain: nn.Module, dtypes: Sequence[str] | None, compiled: b
     wanted = _default_dtypes(own, on_cpu) if dtypes is None else tuple(dtypes)
     if not wanted:
         raise ValueError(f"dtypes is empty; give at least one type of a dense form, such as {own!r}")
-    if unknown := [dtype for dtype in wanted if dtype not in {own, "float32", "bfloat16", "int8"}]:
-        raise ValueError(f"dtypes has {unknown[0]!r}; a dense form of this model is {own!r}, 'float32', 'bfloat16' or 'int8'")
+    *known, last = dict.fromkeys((own, "float32", "bfloat16", "int8"))
+    if unknown := [dtype for dtype in wanted if dtype not in (*known, last)]:
+        listed = ", ".join(map(repr, known))
+        raise ValueError(f"dtypes has {unknown[0]!r}; a dense form of this model is {listed} or {last!r}")
     eager = {"dense": plain} if own in wanted else {}
     eager |= {f"dense {name}": copy.deepcopy(plain).to(getattr(torch, name)) for name in wanted if name not in {own, "int8"}}
     baselines: dict[str, nn.Module] = {}

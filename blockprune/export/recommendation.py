@@ -1,17 +1,19 @@
 """Which blocks make layers faster on this machine, and what a block costs: timed on single layers with random masks."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import attrs
 import torch
 from torch import nn
 
+from blockprune.core.arguments import check_counts
 from blockprune.core.grid import BlockGrid, BlockShape
 from blockprune.core.progress import progress_bar
 from blockprune.core.table import Rows, Table
-from blockprune.core.types import Masks, Scores
+from blockprune.core.types import BlockScore, Masks, Scores, check_masks, check_scores
 from blockprune.export.timed_layers import TimedLayer, layers_of_model, layers_without_model
 from blockprune.model.calibration import Forward, default_forward
 
@@ -187,7 +189,9 @@ def recommend_blocks(
     Raises:
         KeyError: a name that is no parameter of the model.
         ValueError: no layers, no input rows, inputs that do not fit or reach a layer, a layer that has no block-sparse form, a convolution
-            without its model, options that exclude each other, a block with too many axes, or a sparsity outside (0, 1).
+            without its model, options that exclude each other, a block with too many axes, no sparsities or one outside (0, 1), or rounds
+            below 1.
+        TypeError: layers that are neither masks nor scores, such as a model; a block that is no shape, or a sparsity that is no number.
 
     Example:
         >>> from blockprune import export
@@ -197,9 +201,8 @@ def recommend_blocks(
         >>> [(row.shape, row.inputs, row.block, list(row.speedup)) for row in speed.rows]
         [((256, 256), (32, 256), (16, 16), [0.5, 0.9])]
     """
-    if not all(0 < s < 1 for s in sparsities):
-        raise ValueError(f"sparsities={list(sparsities)} must be above 0 and below 1")
-    timed, int8 = _timed_layers(layers, model, inputs, forward=forward, rows=rows, dtype=dtype)
+    _check_lists(blocks, sparsities)
+    timed, int8 = _timed_layers(layers, model, inputs, forward=forward, rows=rows, dtype=dtype, rounds=rounds)
     grids: dict[TimedLayer, list[BlockGrid]] = {}
     names: dict[TimedLayer, list[str]] = {}
     for name, layer in timed.items():
@@ -239,7 +242,7 @@ def cost_table(
         model, inputs, forward, rows, dtype, graph, rounds, progress: as in `recommend_blocks`.
 
     Raises:
-        KeyError, ValueError: as `recommend_blocks`.
+        KeyError, ValueError, TypeError: as `recommend_blocks`.
 
     Example:
         >>> from blockprune import export
@@ -249,7 +252,7 @@ def cost_table(
         >>> list(budget)
         ['fc.weight']
     """
-    timed, int8 = _timed_layers(layers, model, inputs, forward=forward, rows=rows, dtype=dtype)
+    timed, int8 = _timed_layers(layers, model, inputs, forward=forward, rows=rows, dtype=dtype, rounds=rounds)
     keys = {name: (layer, layers[name].grid) for name, layer in timed.items()}
     costs: dict[Any, tuple[float, float]] = {}  # milliseconds of one block, and without any block
     for layer, grid in progress_bar(dict.fromkeys(keys.values()), "cost_table", progress):
@@ -268,12 +271,29 @@ def _timed_layers(
     forward: Forward,
     rows: int | None,
     dtype: torch.dtype | str | None,
+    rounds: int,
 ) -> tuple[dict[str, TimedLayer], bool]:
+    if isinstance(layers, Mapping) and any(isinstance(layer, BlockScore) for layer in layers.values()):
+        check_scores(layers, "layers")
+    else:
+        check_masks(layers, "layers", remedy="give masks or scores, such as bp.read_masks(model), and the model as model=")
+    check_counts(1, rounds=rounds)
     if model is None:
         return layers_without_model(layers, rows, inputs, dtype)
     if rows is not None:
         raise ValueError(f"rows={rows} is given beside a model, whose inputs decide it; leave it out")
     return layers_of_model(layers, model, inputs, forward, dtype)
+
+
+def _check_lists(blocks: Any, sparsities: Any) -> None:
+    for block in blocks if isinstance(blocks, Iterable) else [blocks]:
+        if not isinstance(block, Sequence) or not all(isinstance(side, Integral) for side in block):
+            raise TypeError(f"blocks has {block!r}, which is no shape of a block; give a list of shapes, such as blocks=[(16, 1), (8, 8)]")
+    listed = list(sparsities) if isinstance(sparsities, Iterable) else [sparsities]
+    if not isinstance(sparsities, Iterable) or not all(isinstance(s, Real) for s in listed):
+        raise TypeError(f"sparsities={sparsities!r} must be a list of numbers above 0 and below 1, such as [0.5, 0.9]")
+    if not listed or not all(0 < s < 1 for s in listed):
+        raise ValueError(f"sparsities={listed} must be above 0 and below 1, and at least one")
 
 
 def _clipped_grid(block: BlockShape, name: str, shape: Sequence[int]) -> BlockGrid:

@@ -30,6 +30,7 @@ from blockprune.model.calibration import Forward, default_forward
 from blockprune.model.hf_checkpoint import model_config
 from blockprune.model.mask_reading import read_masks
 from blockprune.model.running import disable_attention_fastpath, float64_copy, preserve_state, to_model_device
+from blockprune.model.sharding import check_not_fully_sharded
 
 TOLERANCE = 1e-5  # relative to the largest output; outputs are compared in float64, so rounding does not matter
 
@@ -124,7 +125,8 @@ def shrink(model: nn.Module, example: Any, *, forward: Forward = default_forward
     Raises:
         ImportError: Torch-Pruning is not installed.
         TypeError: a model that is not a module.
-        ValueError: a model without masks, an example that the model cannot run, or an output without tensors.
+        ValueError: a model without masks, one that ``fully_shard`` or ``parallelize_module`` has sharded, an example that the model cannot
+            run, or an output without tensors.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -141,6 +143,7 @@ def shrink(model: nn.Module, example: Any, *, forward: Forward = default_forward
         raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module; give the masked model")
     if not read_masks(model):
         raise ValueError("the model has no masks, so none of its units are empty; apply_masks(model, masks) first")
+    check_not_fully_sharded(model, "shrink runs smaller copies of the model", nor_dtensors=True)
     plain = finalize(model)
     with preserve_state(plain):
         working, run = _float64_model(plain, example, forward)

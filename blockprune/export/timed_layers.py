@@ -204,11 +204,13 @@ def _check_layer(name: str, ref: ParameterRef, grid: BlockGrid) -> None:
 
 
 def _record_layers(refs: Mapping[str, Sequence[ParameterRef]], model: nn.Module, batch: Any, forward: Forward) -> dict[str, TimedLayer]:
-    """The layers that a batch reaches; of several calls of a layer the last one counts, and under autocast its type."""
+    """The layers that a batch reaches; of several calls of a layer the last one with rows counts, and under autocast its type."""
     recorded: dict[str, TimedLayer] = {}
 
     def record(name: str, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         x = args[0] if args else kwargs["input"]
+        if name in recorded and not x.numel():
+            return
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         names = ("stride", "padding", "dilation", "padding_mode") if isinstance(module, nn.Conv2d) else ()

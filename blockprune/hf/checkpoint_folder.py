@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from blockprune.core._compat_hf import float32_patterns, model_keys
 from blockprune.model.experts import is_stacked
+from blockprune.model.hf_checkpoint import QUANT_METHOD
 from blockprune.model.parameters import ParameterRef, parameter_refs
 from blockprune.repair.transformer_layers import Layer
 
@@ -215,11 +216,11 @@ class Skeleton:
         """Make the model that the configuration describes, in the dtype in which ``from_pretrained(folder, dtype="auto")`` loads it.
 
         Raises:
-            ValueError: a quantized checkpoint; one that lacks a parameter of the model, or has it in another shape; an unknown class.
+            ValueError: a quantized checkpoint, or that of a masked or exported model; one that lacks a parameter of the model, or has it in
+                another shape; an unknown class.
         """
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
-        if getattr(config, "quantization_config", None) is not None:
-            raise ValueError(f"{checkpoint.folder} holds quantized weights (quantization_config in config.json); prune it before")
+        _check_plain(checkpoint.folder, getattr(config, "quantization_config", None))
         model_class = model_class or _model_class(checkpoint.folder, config)
         dtype = getattr(config, "dtype", None) or checkpoint.dtype
         model = _empty_model(model_class, config, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
@@ -286,6 +287,20 @@ class Skeleton:
                 name = f"{prefix}.{attr}" if prefix else attr
                 value = self.checkpoint.read(keys[name]).to(buffer.dtype) if name in keys else buffer
                 setattr(module, attr, value.to(self.device))
+
+
+def _check_plain(folder: Path, quantization: Any) -> None:
+    """Raise a ValueError if config.json says that the weights are not plain tensors."""
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else getattr(quantization, "quant_method", None)
+    if method == QUANT_METHOD:
+        raise ValueError(
+            f"{folder} holds a masked or exported model, as its save_pretrained wrote it (quant_method {method!r} in config.json); write "
+            "plain weights into another folder and prune that: model = from_pretrained(folder) after `import blockprune.hf`, then "
+            "bp.finalize(model).save_pretrained(other) if it is masked, or bp.export.dense(model).save_pretrained(other) if it is exported"
+        )
+    raise ValueError(f"{folder} holds quantized weights (quantization_config in config.json); prune it before")
 
 
 def _model_class(folder: Path, config: Any) -> Any:

@@ -5,6 +5,7 @@ index of the weights is written last.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -72,17 +73,17 @@ class PrunedFolder:
         return f"model-{number + 1:05d}-of-{len(self.parts):05d}.safetensors"
 
     def is_written(self, number: int) -> bool:
-        """Whether a file of weights is complete.
+        """Whether a file of weights and its masks are complete. The bytes of both are read, unless the whole folder is finished.
 
         Raises:
-            ValueError: the file has been damaged or is another one.
+            ValueError: a file has been damaged or is another one.
         """
         path = self.path / self.file(number)
-        if not path.exists() or not (self.is_finished or self._masks(number).exists()):
+        if not path.exists():
             return False
         if set(stored_tensors(path)) != set(self.parts[number]):
             raise ValueError(f"{path} has different tensors than this checkpoint; delete it, and it will be made again")
-        return True
+        return self.is_finished or (is_sealed(path, self.work) and is_sealed(self._masks(number), self.work))
 
     def write(self, number: int, tensors: Mapping[str, Tensor], *, masks: Masks) -> None:
         """Write a file of weights, after its masks.
@@ -90,8 +91,11 @@ class PrunedFolder:
         Raises:
             OSError: the disk is full, or the folder cannot be written to.
         """
+        path = self.path / self.file(number)
         save_masks(masks, self._masks(number))
-        write_tensors(tensors, self.path / self.file(number), {"format": "pt"})
+        write_tensors(tensors, path, {"format": "pt"})
+        seal(self._masks(number), self.work)
+        seal(path, self.work)
         if self.callback:
             self.callback(self.file(number))
 
@@ -118,6 +122,47 @@ class PrunedFolder:
 
     def _masks(self, number: int) -> Path:
         return self.work / f"masks-{number + 1:05d}.safetensors"
+
+
+def seal(path: Path, work: Path) -> None:
+    """Note in the work folder which bytes a complete file has.
+
+    Example:
+        >>> import tempfile
+        >>> from blockprune.hf.pruned_folder import is_sealed, seal
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path, work = Path(folder) / "a", Path(folder)
+        ...     path.write_text("5")
+        ...     before = is_sealed(path, work)
+        ...     seal(path, work)
+        ...     before, is_sealed(path, work)
+        1
+        (False, True)
+    """
+    digest = _digest(path)
+    replace_file(_seal(path, work), lambda unfinished: Path(unfinished).write_text(digest))
+
+
+def is_sealed(path: Path, work: Path) -> bool:
+    """Whether a file is complete: it is there, and has the bytes that `seal` noted.
+
+    Raises:
+        ValueError: it has other bytes.
+    """
+    if not path.exists() or not _seal(path, work).exists():
+        return False
+    if _seal(path, work).read_text() != _digest(path):
+        raise ValueError(f"{path} is damaged: it has other bytes than were written; delete it, and it will be made again")
+    return True
+
+
+def _seal(path: Path, work: Path) -> Path:
+    return work / f"{path.name}.sha256"
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def side_files(source: Path) -> list[Path]:
@@ -230,6 +275,8 @@ def opened(folder: PrunedFolder, state: Mapping[str, Any]) -> Iterator[None]:
 def _check_state(path: Path, state: Mapping[str, Any]) -> None:
     try:
         before = json.loads(path.read_text())
+        if not isinstance(before, dict):
+            raise ValueError(f"it holds a {type(before).__name__}")
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; delete the folder and begin again") from None
     for what, value in state.items():

@@ -11,6 +11,7 @@ import torch
 from blockprune.core.pipeline import as_code
 from blockprune.core.tensor_file import read_tensors, write_tensors
 from blockprune.core.types import BlockScore, Data, Param
+from blockprune.hf.pruned_folder import is_sealed, seal
 from blockprune.model.selection import select
 from blockprune.model.sharding import gather_from_ranks, rank_of
 from blockprune.recipes import LayerBudget
@@ -38,7 +39,7 @@ def layer_budget(
 
     Raises:
         ValueError: a collector that is not ``partial(collect.with_statistics, where=..., calibration=...)``; and what
-            `collect_layer_by_layer` raises.
+            `collect_layer_by_layer` raises; a file that has been damaged.
     """
     options = budget.collect.keywords if isinstance(budget.collect, partial) else {}
     if not {"where", "calibration"} <= options.keys():
@@ -48,7 +49,7 @@ def layer_budget(
         )
     grids = {name: grid for name, (_, grid) in select(model, options["where"]).items()}
     reduce = options["calibration"].reduce
-    if not gather_from_ranks(path.exists(), reduce)[0]:
+    if not gather_from_ranks(is_sealed(path, path.parent), reduce)[0]:
         scores: dict[str, BlockScore] = {}
         kept: dict[str, torch.Tensor] = {}
 
@@ -63,6 +64,7 @@ def layer_budget(
         metadata = {"format": "blockprune.budget", "version": VERSION, "shares": json.dumps(dict(shares))}
         if rank_of(reduce) == 0:
             write_tensors(kept, path, metadata)
+            seal(path, path.parent)
         gather_from_ranks(None, reduce)  # wait for the file
     tensors, metadata = read_tensors(path, content="budget", version=VERSION)
     stats: dict[str, dict[str, torch.Tensor]] = {name: {} for name in grids}

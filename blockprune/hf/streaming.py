@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from blockprune.collect.from_weights import weights as collect_weights
-from blockprune.core.arguments import check_fraction
+from blockprune.core.arguments import check_fraction, check_function
 from blockprune.core.grid import BlockGrid
 from blockprune.core.mask_file import load_masks, save_masks
 from blockprune.core.pipeline import Pipeline, as_code
 from blockprune.core.types import Masks, Param, Sparsity, check_finite, check_prunable
 from blockprune.hf.checkpoint_folder import Checkpoint, Skeleton
-from blockprune.hf.pruned_folder import MASKS, PrunedFolder, opened_by_first
+from blockprune.hf.pruned_folder import MASKS, PrunedFolder, is_sealed, opened_by_first, seal
 from blockprune.hf.recipe_hash import data_hash, recipe_hash
 from blockprune.hf.streamed_budget import layer_budget
 from blockprune.model.masking import mask_blocks
@@ -72,8 +72,9 @@ def prune_checkpoint(
     Raises:
         ValueError: a sparsity outside [0, 1] or NaN, a file that is damaged or does not fit config.json, stacked experts, a destination
             that holds something else or was begun with another recipe, sparsity, source or calibration data, a recipe that needs the whole
-            model, and what `sequential` raises.
-        TypeError: a sparsity that is no number, calibration batches that can be used once only or whose contents cannot be read.
+            model, a device that this machine does not have, and what `sequential` raises.
+        TypeError: a sparsity that is no number, a class or a callback that cannot be called, calibration batches that can be used once only
+            or whose contents cannot be read.
         BlockingIOError: another process is writing into the destination.
         OSError: a file is missing, the disk is full. What is written stays, and the same call goes on from there.
 
@@ -96,6 +97,11 @@ def prune_checkpoint(
         raise TypeError(
             f"recipe is a {type(recipe).__name__}; give a value of bp.recipes, such as bp.recipes.sparsegpt(where, calibration)"
         )
+    if model_class is not None:
+        check_function("model_class", model_class, "(config) -> model, such as transformers.AutoModelForCausalLM")
+    if callback is not None:
+        check_function("callback", callback, "(name of a file) -> None")
+    _check_device(device)
     if destination.exists() and destination.resolve() == source.resolve():
         raise ValueError(f"destination={str(destination)!r} is the source, which would be overwritten; give a new folder")
     checkpoint = Checkpoint.open(source)
@@ -127,6 +133,16 @@ def prune_checkpoint(
             folder.finish(source)
         gather_from_ranks(None, reduce)  # wait for the files
         return load_masks(destination / MASKS)
+
+
+def _check_device(device: torch.device | str) -> None:
+    """Raise a ValueError unless this machine can compute on a device."""
+    try:
+        problem = "it holds no values" if torch.empty(0, device=torch.device(device)).is_meta else ""
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA fails an assertion
+        problem = str(error).partition("\n")[0]
+    if problem:
+        raise ValueError(f"device={device!r} cannot be used: {problem}; give one that this machine has, such as 'cpu'")
 
 
 def _plain(sparsity: Sparsity) -> float | dict[str, float]:
@@ -198,8 +214,9 @@ class _WeightsOnDisk(Mapping[str, Param]):
 
 def _prune_at_once(skeleton: Skeleton, folder: PrunedFolder, pipeline: Pipeline, sparsity: Sparsity) -> None:
     path = folder.work / MASKS  # kept, because a metric may be random
-    if not path.exists():
+    if not is_sealed(path, folder.work):
         save_masks(_masks_of_weights(skeleton, pipeline, sparsity), path)
+        seal(path, folder.work)
     masks = load_masks(path)
     for number, keys in enumerate(folder.parts):
         if not folder.is_written(number):

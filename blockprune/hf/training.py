@@ -7,10 +7,12 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from blockprune.core.arguments import check_counts, check_function
 from blockprune.core.masks import sparsity
 from blockprune.core.types import Masks, Weights, masks_and_weights
-from blockprune.model.apply import apply_masks
+from blockprune.model.apply import apply_masks, finalize
 from blockprune.model.mask_reading import parameter_masks
+from blockprune.recipes import LayerByLayer
 
 
 class GradualPruning(TrainerCallback):
@@ -26,14 +28,17 @@ class GradualPruning(TrainerCallback):
     model at the end is less sparse than the last update made it.
 
     Args:
-        prune: (model, sparsity) -> masks, such as a `Pipeline`, or a result with ``masks`` and ``weights``, such as that of a recipe.
+        prune: (model, sparsity) -> masks, such as a `Pipeline`, or a result with ``masks`` and ``weights``, such as that of a recipe. A
+            recipe that works layer by layer (`recipes.obs`, `recipes.sparsegpt`) is called with a finalized copy of the model, in which the
+            blocks that are pruned at present are zeros.
         schedule: step -> sparsity; see `blockprune.schedule`. Steps count optimizer updates and go on after a resume.
         every: steps from one update of the masks to the next.
         end: the last step at which masks are updated; None for the whole training.
         straight_through, decay: as in `apply_masks`.
 
     Raises:
-        ValueError: ``every`` or ``end`` is not positive; in training, a checkpoint with masks was loaded into a model without.
+        TypeError: ``prune`` or ``schedule`` is no function.
+        ValueError: ``every`` or ``end`` is no integer from 1 on; in training, a checkpoint with masks was loaded into a model without.
 
     Example:
         >>> from blockprune.hf import GradualPruning
@@ -52,8 +57,9 @@ class GradualPruning(TrainerCallback):
         straight_through: bool = False,
         decay: float = 0.0,
     ) -> None:
-        if every < 1 or (end is not None and end < 1):
-            raise ValueError(f"every={every} and end={end} must be positive numbers of steps")
+        check_function("prune", prune, "(model, sparsity) -> masks, such as a Pipeline")
+        check_function("schedule", schedule, "step -> sparsity, such as partial(bp.schedule.cubic, final=0.5, end=1000)")
+        check_counts(1, every=every, **{} if end is None else {"end": end})
         self.prune, self.schedule, self.every, self.end = prune, schedule, every, end
         self.straight_through, self.decay = straight_through, decay
         self.last_sparsity = 0.0  # of the masks of the last update, or of the checkpoint from which training resumed
@@ -99,7 +105,9 @@ class GradualPruning(TrainerCallback):
         return step == self.end or (step % self.every == 0 and (self.end is None or step < self.end))
 
     def _update(self, model: nn.Module, step: int) -> None:
-        masks, weights = masks_and_weights(self.prune(model, self.schedule(step)), "prune")
+        needs_plain_model = isinstance(self.prune, LayerByLayer) and bool(parameter_masks(model))
+        result = self.prune(finalize(model) if needs_plain_model else model, self.schedule(step))
+        masks, weights = masks_and_weights(result, "prune")
         self._apply_masks(model, masks, weights)
 
     def _apply_masks(self, model: nn.Module, masks: Masks, weights: Weights | None = None) -> None:

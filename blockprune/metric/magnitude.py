@@ -56,7 +56,7 @@ def lp(data: Data, *, p: float) -> Scores:
         >>> bp.metric.lp({"w": bp.Param(w, bp.BlockGrid((1, 2), (1, 2)))}, p=math.inf)["w"].value
         tensor([[4.]])
     """
-    check_number("p", p, "a number above 0; use p=1 for l1, p=2 for l2, p=inf for the largest", above=0)
+    check_number("p", p, "a number above 0; use p=1 for l1, p=2 for l2, p=inf for the largest", above=0, finite=False)
     if p == math.inf:
         return score_parameters(data, lambda param: pool(param.weight, param.grid, reduce="amax", elementwise=torch.abs))
     return score_parameters(data, partial(_lp, p=p))

@@ -1,8 +1,6 @@
 """Put masks on a model and take them off again, with ``torch.nn.utils.parametrize``. `apply_masks` changes the model in place."""
 
 import copy
-import math
-import numbers
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from blockprune.core._compat import data_address, storage_id
+from blockprune.core.arguments import check_number
 from blockprune.core.grid import BlockGrid
 from blockprune.core.patterns import suggest
 from blockprune.core.sharded_tensor import is_sharded, sharded_like, whole
@@ -66,7 +65,8 @@ def apply_masks(
         ValueError: a mask or a weight does not have its parameter's shape, a weight has NaN or inf, accelerate has offloaded a parameter,
             masks would be added to or removed from a model in DistributedDataParallel, ``straight_through`` has different blocks than a
             mask, or a decay is negative or without ``straight_through``.
-        TypeError: ``masks`` is not a mapping of `BlockMask`, or a parameter cannot be masked (integer, complex, sparse).
+        RuntimeError: a weight is given for an expanded parameter, whose elements share memory.
+        TypeError: ``masks`` is not a mapping of `BlockMask`, or a parameter cannot be masked (integer, complex, sparse, scripted).
             After any error the model is as it was before the call.
 
     Example:
@@ -92,6 +92,7 @@ def apply_masks(
         try:
             _replace_masks([ref for ref, *_ in old_masks], new_masks)
             for ref, weight in new_weights:
+                _check_not_expanded(ref)
                 written.append((ref, ref.stored.detach().clone()))
                 ref.stored.copy_(weight)
             for name, _, users in new_masks:
@@ -118,8 +119,7 @@ def _copy(x: Tensor | None) -> Tensor | None:
 
 def _checked_reached(refs: Refs, masks: Masks, straight_through: bool | Masks, decay: float) -> dict[str, Tensor]:
     """The blocks of each masked parameter that gradients reach, by canonical name; none of a parameter that is not in the result."""
-    if isinstance(decay, bool) or not isinstance(decay, numbers.Real) or not 0 <= decay < math.inf:
-        raise ValueError(f"decay={decay!r} must be a number from 0 on")
+    check_number("decay", decay, "a number from 0 on", lowest=0)
     if decay and straight_through is False:
         raise ValueError(f"decay={decay} changes the gradients of pruned blocks, which reach none; give straight_through=True, too")
     if isinstance(straight_through, bool):
@@ -288,6 +288,8 @@ def _check_mask(name: str, mask: BlockMask, ref: ParameterRef) -> None:
         raise ValueError(f"{what} has a mask for shape {mask.grid.shape}; make the masks from this model")
     if stored.layout != torch.strided or not stored.is_floating_point():
         raise TypeError(f"{what} is {stored.dtype}, {stored.layout}; only dense floating-point parameters can be masked")
+    if isinstance(ref.owner, torch.jit.ScriptModule):
+        raise TypeError(f"{what} belongs to a scripted or traced module, which takes no mask; mask the model before torch.jit makes it")
     check_dense_gradients(name, ref)
 
 
@@ -323,6 +325,15 @@ def _checked_weight(name: str, ref: ParameterRef, weight: Any) -> Tensor:
     if new.device.type != "meta" and not whole(new.isfinite().all()):
         raise ValueError(f"{what} has a new weight with NaN or inf (as {stored.dtype}); give finite values")
     return new
+
+
+def _check_not_expanded(ref: ParameterRef) -> None:
+    stored = ref.stored
+    if stored.layout == torch.strided and any(b == 0 and n > 1 for n, b in zip(stored.shape, stored.stride(), strict=True)):
+        raise RuntimeError(
+            f"{ref.name}: the parameter {ref.shape} is expanded, so its elements share memory and take no new weight; replace it first: "
+            "layer.weight = nn.Parameter(weight.clone())"
+        )
 
 
 def _set_mask(ref: ParameterRef, mask: BlockMask) -> None:

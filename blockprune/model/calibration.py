@@ -87,9 +87,23 @@ def default_token_weights(batch: Any) -> Tensor | Mapping[str, Tensor | None] | 
     return {"decoder_*": decoder, "labels": decoder, **prefixed, "*": masks.get("attention_mask")}
 
 
-def _several_batches(batches: Any) -> Any:
+def several_batches(batches: Any, what: str = "batches") -> Any:
+    """The same batches, if there may be several.
+
+    Args:
+        batches: whatever a user gave.
+        what: the name of the argument.
+
+    Raises:
+        TypeError: one tensor or mapping, or nothing that can be iterated.
+
+    Example:
+        >>> from blockprune.model.calibration import several_batches
+        >>> several_batches([torch.ones(1)])
+        [tensor([1.])]
+    """
     if isinstance(batches, (str, Tensor, Mapping)) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches is one {type(batches).__name__}; give an iterable of batches, such as [batch]")
+        raise TypeError(f"{what} is one {type(batches).__name__}; give an iterable of batches, such as [batch]")
     return batches
 
 
@@ -132,7 +146,7 @@ class Calibration:
         Calibration(batches=list of 2)
     """
 
-    batches: Iterable[Any] = attrs.field(converter=_several_batches)
+    batches: Iterable[Any] = attrs.field(converter=several_batches)
     loss: Loss | None = attrs.field(default=None, kw_only=True)
     forward: Forward = attrs.field(default=default_forward, kw_only=True)
     token_weights: TokenWeights = attrs.field(default=default_token_weights, kw_only=True)

@@ -1,18 +1,20 @@
 """Masks from zeros in a model and from the state dict of a masked model."""
 
 import contextlib
+import copy
 import re
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from blockprune.core.arguments import check_model
 from blockprune.core.grid import BlockGrid, expand, pool
 from blockprune.core.sharded_tensor import sharded_like, whole
 from blockprune.core.types import BlockMask, Where, check_prunable
 from blockprune.model.apply import apply_masks
 from blockprune.model.mask_reading import parameter_masks
-from blockprune.model.parameters import STORED_NAME, distinct, parameter_refs
+from blockprune.model.parameters import STORED_NAME, check_not_lazy, distinct, parameter_refs
 from blockprune.model.parametrization import MaskBlocks
 from blockprune.model.selection import select
 
@@ -63,7 +65,9 @@ def load_masked(model: M, state: Mapping[str, Tensor]) -> M:
     Raises:
         ValueError: the state has a mask with different blocks than the model, lacks a tensor of the model, has another tensor,
             or one of another shape; the state of an exported model, which `export.load_state_dict` loads; a model on the meta device,
-            which has no memory for values. The model is as it was before the call.
+            which has no memory for values, or with a lazy layer that was never called.
+        TypeError: ``state`` is no mapping, or has something else than a tensor for a parameter or a buffer.
+            After any of these errors, and if a module refuses its extra state, the model is as it was before the call.
 
     Example:
         >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
@@ -71,6 +75,14 @@ def load_masked(model: M, state: Mapping[str, Tensor]) -> M:
         >>> bp.read_masks(bp.load_masked(nn.Linear(4, 2), state)) == {"weight": mask}
         True
     """
+    check_model(model)
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"state has the type {type(state).__name__}; give what masked_model.state_dict() returned, such as torch.load(path) or "
+            "safetensors.torch.load_file(path) read it from a file"
+        )
+    for name, (ref, *_) in parameter_refs(model).items():
+        check_not_lazy(name, ref.stored)
     before = parameter_masks(model)
     masks = masks_in_state(model, state)
     for name in masks.keys() & before.keys():
@@ -84,13 +96,28 @@ def load_masked(model: M, state: Mapping[str, Tensor]) -> M:
         if is_masked_anew:
             apply_masks(model, before | masks)
         try:
-            fitting = _fitting_state(model, state)
-        except ValueError:
+            _load_or_restore(model, _fitting_state(model, state))
+        except BaseException:
             if is_masked_anew:
                 apply_masks(model, before)
             raise
-    model.load_state_dict(fitting, strict=False)  # _fitting_state has compared the names; an alias of a tied tensor may be missing
     return model
+
+
+def _load_or_restore(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Load a state that fits; if a module refuses its extra state, all others get their former values back."""
+    may_be_refused = any(_is_extra(name) and not _MASK.fullmatch(name) for name in state)
+    former = copy.deepcopy(model.state_dict()) if may_be_refused else {}
+    try:
+        model.load_state_dict(state, strict=False)  # _fitting_state has compared the names; an alias of a tied tensor may be missing
+    except BaseException:
+        model.load_state_dict(former, strict=False)
+        raise
+
+
+def _is_extra(name: str) -> bool:
+    """Whether a name in a state dict is that of a module's extra state, which need not be a tensor."""
+    return name.rpartition(".")[2] == "_extra_state"
 
 
 @contextlib.contextmanager
@@ -183,7 +210,10 @@ def without_wrapper(state: Mapping[str, Tensor]) -> str:
     return f"its names begin with {match[0]!r}, of a wrapper; strip it: {{key.removeprefix({match[0]!r}): x for key, x in state.items()}}"
 
 
-def _mask_in_state(name: str, shape: tuple[int, ...], keep: Tensor, block: Tensor | None) -> BlockMask:
+def _mask_in_state(name: str, shape: tuple[int, ...], keep: Any, block: Any) -> BlockMask:
+    for part, value in (("mask", keep), ("shape of the blocks", block)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name}: the {part} in the state is a {type(value).__name__}, not a tensor; give the state as it was saved")
     if block is None:
         raise ValueError(
             f"{name}: the state has a mask, but not the shape of its blocks; apply the masks first, then model.load_state_dict"
@@ -194,7 +224,7 @@ def _mask_in_state(name: str, shape: tuple[int, ...], keep: Tensor, block: Tenso
         raise ValueError(f"{name}: the mask in the state does not fit this parameter {shape}: {error}") from None
 
 
-def _fitting_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _fitting_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """The state with shards for a sharded model. Raise unless it has exactly the tensors of the model, in their shapes."""
     expected = model.state_dict()
     aliases = {ref.stored_name: [ref.stored_name for ref in refs] for refs in parameter_refs(model).values() for ref in refs}
@@ -209,6 +239,11 @@ def _fitting_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
         remedy = without_wrapper(state) or remedy or "give the state dict of a masked model of the same class"
         raise ValueError(f"the state {problem}; {remedy}")
     for name, key in names.items():
+        if _is_extra(name):  # compared by the module that gets it
+            continue
+        if not isinstance(state[key], Tensor):
+            raise TypeError(f"{key}: the state has a {type(state[key]).__name__}, not a tensor; give the state as it was saved")
+        check_not_lazy(key, state[key])
         if tuple(state[key].shape) != tuple(expected[name].shape):
             raise ValueError(f"{key}: the state has the shape {tuple(state[key].shape)}, but the model has {tuple(expected[name].shape)}")
         if expected[name].is_meta and not state[key].is_meta:
@@ -216,4 +251,4 @@ def _fitting_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
                 f"{key} {tuple(expected[name].shape)}: the model has this tensor on the meta device, so no values can be loaded into it; "
                 "give the model memory first, with model.to_empty(device='cpu')"
             )
-    return {key: sharded_like(tensor, expected[stored_names.get(key, key)]) for key, tensor in state.items()}
+    return {key: value if _is_extra(key) else sharded_like(value, expected[stored_names.get(key, key)]) for key, value in state.items()}

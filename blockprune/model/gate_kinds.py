@@ -9,6 +9,8 @@ import attrs
 import torch
 from torch import Tensor
 
+from blockprune.core.arguments import check_number
+
 __all__ = ["Gate", "hard_concrete", "n_of_m", "soft_movement"]
 
 MOST_CHOICES = 1000  # of n of m blocks
@@ -46,13 +48,16 @@ def hard_concrete(*, temperature: float = 2 / 3, low: float = -0.1, high: float 
         low, high: the interval to which gates are stretched before they are clipped to [0, 1], gamma and zeta of the paper.
 
     Raises:
-        ValueError: a temperature that is not positive, or an interval that does not extend beyond [0, 1].
+        ValueError: a temperature that is not positive, an interval that does not extend beyond [0, 1], or NaN or inf.
+        TypeError: something else than a number.
 
     Example:
         >>> gate = bp.gates.hard_concrete()
         >>> gate.value(torch.tensor([-5.0, 0.0, 5.0]), False), gate.open_probability(torch.tensor([-5.0, 0.0, 5.0]))
         (tensor([0.0000, 0.5000, 1.0000]), tensor([0.0323, 0.8318, 0.9986]))
     """
+    for name, number in {"temperature": temperature, "low": low, "high": high}.items():
+        check_number(name, number, "a finite number")
     if not temperature > 0 or not low < 0 or not high > 1:
         raise ValueError(f"temperature={temperature} must be above 0, low={low} below 0 and high={high} above 1")
     value = partial(_hard_concrete, temperature=temperature, low=low, high=high)
@@ -81,11 +86,13 @@ def soft_movement(*, threshold: float = 0.5) -> Gate:
 
     Raises:
         ValueError: a threshold outside of that.
+        TypeError: something else than a number.
 
     Example:
         >>> bp.gates.soft_movement().value(torch.tensor([-1.0, 1.0]), True)
         tensor([0., 1.])
     """
+    check_number("threshold", threshold)
     if not 0 < threshold < 1:
         raise ValueError(f"threshold={threshold} must be above 0 and below 1")
     return Gate(partial(_step, threshold=threshold), partial(_sigmoid_step, threshold=threshold))
@@ -117,8 +124,9 @@ def n_of_m(n: int = 2, m: int = 4, *, axis: int = 1, temperature: float = 1.0) -
         temperature: tau of the paper, above 0.
 
     Raises:
-        ValueError: n that is not above 0 and below m, more than 1,000 choices, a temperature that is not positive; and, when a weight is
-            read, m that does not divide its blocks.
+        ValueError: n that is not above 0 and below m, more than 1,000 choices, a temperature that is not positive and finite; and, when a
+            weight is read, m that does not divide its blocks, or an axis that it does not have.
+        TypeError: an axis that is no integer, a temperature that is no number.
 
     Example:
         >>> gate = bp.gates.n_of_m(2, 4)
@@ -128,12 +136,15 @@ def n_of_m(n: int = 2, m: int = 4, *, axis: int = 1, temperature: float = 1.0) -
         >>> bp.gates.expected_sparsity(model).item()
         0.5
     """
-    if not (isinstance(n, int) and isinstance(m, int) and 0 < n < m):
+    if isinstance(n, bool) or not (isinstance(n, int) and isinstance(m, int) and 0 < n < m):
         raise ValueError(f"n={n!r} and m={m!r} must be whole numbers with 0 < n < m, such as n=2 and m=4")
     if (choices := math.comb(m, n)) > MOST_CHOICES:
         raise ValueError(
             f"n={n}, m={m} have {choices:,} choices, and every read computes all; take at most {MOST_CHOICES:,}, such as 2 of 4"
         )
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise TypeError(f"axis={axis!r} must be an integer, an axis of the blocks")
+    check_number("temperature", temperature)
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be above 0")
     return Gate(partial(_choice, temperature=temperature, n=n, m=m, axis=axis), partial(_choice_is_open, n=n, m=m, axis=axis))

@@ -4,8 +4,6 @@ A gate is a function of a `logit`, an ordinary Parameter. `add` puts gates on a 
 `scores` and an allocator turn them into masks, and `remove` takes them off.
 """
 
-import math
-import numbers
 from collections.abc import Callable, Mapping
 from typing import TypeVar, cast
 
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from blockprune.core.arguments import check_model
+from blockprune.core.arguments import check_model, check_number
 from blockprune.core.grid import BlockGrid, block_elements
 from blockprune.core.patterns import resolve_by_name
 from blockprune.core.precision import at_least_float32, no_autocast
@@ -121,8 +119,7 @@ def add(model: M, *, where: Where, gate: Gate | None = None, initial: float = 2.
     gate = hard_concrete() if gate is None else gate
     if not isinstance(gate, Gate):
         raise TypeError(f"gate is a {type(gate).__name__}; give a Gate, such as bp.gates.hard_concrete()")
-    if isinstance(initial, bool) or not isinstance(initial, numbers.Real) or not math.isfinite(initial):
-        raise ValueError(f"initial={initial!r} must be a finite number")
+    check_number("initial", initial, "a finite number")
     _check_not_wrapped(model)
     selected, refs = select(model, where), parameter_refs(model)
     for name, (ref, _) in selected.items():
@@ -287,8 +284,10 @@ def _costs(gates: Mapping[str, GateBlocks], costs: Mapping[str, float] | None) -
     if costs is None:
         return {name: float(gate.grid.elements) for name, gate in gates.items()}
     cost_of = resolve_by_name(costs, gates, what="costs")
-    if any(not 0 <= cost < math.inf for cost in cost_of.values()) or not sum(cost_of.values()):
-        raise ValueError(f"costs={dict(costs)} must be numbers from 0 on, not all of them 0")
+    for name, cost in cost_of.items():
+        check_number(f"costs[{name!r}]", cost, "a number from 0 on", lowest=0)
+    if not sum(cost_of.values()):
+        raise ValueError(f"costs={dict(costs)} must not all be 0")
     return cost_of
 
 
@@ -314,8 +313,7 @@ def penalty(model: nn.Module, *, sparsity: float, costs: Mapping[str, float] | N
         >>> bp.gates.penalty(model, sparsity=0.75).item()
         0.75
     """
-    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real) or not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity={sparsity!r} must be a number from 0 (all gates open) to 1 (all closed)")
+    check_number("sparsity", sparsity, "a number from 0 (all gates open) to 1 (all closed)", lowest=0, highest=1)
     return (expected_sparsity(model, costs=costs) - sparsity).abs()
 
 

@@ -1,5 +1,6 @@
 """The inputs of weights: which activations a weight multiplies, and which axis of the weight belongs to the input features."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,7 +77,7 @@ def weight_inputs(ref: ParameterRef, module: nn.Module, args: tuple[Any, ...], k
             x = x if x.ndim == len(owner.kernel_size) + 2 else x[None]
             return list(x.movedim(1, -1).split(owner.in_channels // owner.groups, dim=-1))
         if isinstance(owner, ConvNd):
-            return list(_unfold(owner, x).split(owner.weight[0].numel(), dim=-1))
+            return list(_unfold(owner, x).split(owner.in_channels // owner.groups * math.prod(owner.kernel_size), dim=-1))
     kind = nn.utils.parametrize.type_before_parametrizations(owner).__name__
     remedy = "convert it, bp.as_linears(model)" if is_transposed(owner) else "collect gate statistics (gate_grad, gate_fisher)"
     raise NotImplementedError(
@@ -94,7 +95,7 @@ def _unfold(conv: ConvNd, x: Tensor) -> Tensor:
     padding: Any = conv.padding
     if conv.padding_mode != "zeros":
         x, padding = F.pad(x, conv_padding(conv), mode=conv.padding_mode), 0
-    size = conv.weight[0, 0].numel()
+    size = math.prod(conv.kernel_size)  # not of the weight, which a read may compute anew
     one_hot = torch.eye(size, dtype=x.dtype, device=x.device).view(size, 1, *conv.kernel_size)
     one_hot = one_hot.repeat(conv.in_channels, *[1] * (spatial + 1))
     convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[spatial]

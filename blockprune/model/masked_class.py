@@ -5,16 +5,20 @@ Torch gives every parametrized module a class of its own, ``ParametrizedLinear``
 """
 
 import copy
-from collections.abc import Mapping
+import functools
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import attrs
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from blockprune.core._compat import RNN_CACHES, rebuild_rnn_caches
+from blockprune.core._compat import RNN_CACHES, functional_call_assigns, own_parametrizations, rebuild_rnn_caches
 from blockprune.core.sharded_tensor import is_sharded
-from blockprune.model.parameters import ParameterRef, parameter_refs
+from blockprune.model.masked_weight import MaskedWeight, is_masked_shard, write_pending
+from blockprune.model.parameters import ParameterRef, parameter_order, parameter_refs, restore_order
 from blockprune.model.parametrization import MaskBlocks
 
 _REPLACED = "_blockprune_replaced"
@@ -80,7 +84,59 @@ def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
     It has no ``__deepcopy__``: wrappers that pass attributes on, such as those of torch.compile and PEFT, would pass on this method, too,
     and `copy.deepcopy` of the wrapper would return a copy of the module inside it.
     """
-    return _NewObject(type(self)), (), {key: value for key, value in vars(self).items() if key not in RNN_CACHES}
+    _write_pending(self)
+    if _own_method(self, "__deepcopy__"):
+        masked = {attr: ref for attr in own_parametrizations(self) or () if (ref := ParameterRef(attr, self, attr)).mask}
+        plain = _unmasked(self, masked)
+        return functools.partial(_masked_copy, self, plain), (plain, {attr: ref.mask for attr, ref in masked.items()})
+    get_state = _own_method(self, "__getstate__")
+    state = vars(self) if get_state is None else get_state(self)
+    if isinstance(state, Mapping):
+        state = {key: value for key, value in state.items() if key not in RNN_CACHES}
+    return _NewObject(type(self)), (), state
+
+
+def _write_pending(self: nn.Module) -> None:
+    """Write into the stored weights what was changed through views of the masked ones."""
+    for attr in own_parametrizations(self) or ():
+        _ = ParameterRef(attr, self, attr).originals
+
+
+def _own_method(self: nn.Module, name: str) -> Callable[..., Any] | None:
+    """A method that a user's class defines, not torch's."""
+    ancestors = itertools.dropwhile(lambda ancestor: _REPLACED not in vars(ancestor), type(self).__mro__)
+    definer = next((ancestor for ancestor in itertools.islice(ancestors, 1, None) if name in vars(ancestor)), object)
+    return None if definer is object or definer.__module__.startswith("torch.") else vars(definer)[name]
+
+
+def _unmasked(self: nn.Module, masked: Mapping[str, ParameterRef]) -> nn.Module:
+    """A module of the class that the user wrote, which has the stored tensors as its own parameters, for the user's ``__deepcopy__``."""
+    if other := [attr for attr in own_parametrizations(self) or () if attr not in masked or not masked[attr].is_plain]:
+        raise RuntimeError(
+            f"{other[0]}: the __deepcopy__ of {type(self).__name__} cannot copy a masked module with another parametrization; remove "
+            "that, or the masks with bp.apply_masks(model, {})"
+        )
+    of_torch = vars(nn.Module())  # the names of the containers of parameters, modules and hooks
+    plain: nn.Module = object.__new__(parametrize.type_before_parametrizations(self))
+    vars(plain).update({k: copy.copy(v) if k in of_torch else v for k, v in vars(self).items() if k not in RNN_CACHES})
+    del plain.parametrizations
+    for attr, ref in masked.items():
+        plain.register_parameter(attr, cast(nn.Parameter, ref.stored))
+    restore_order(plain, parameter_order(self))
+    if isinstance(plain, nn.RNNBase):
+        rebuild_rnn_caches(plain)
+    return plain
+
+
+def _masked_copy(self: nn.Module, plain: nn.Module, copied: nn.Module, masks: Mapping[str, MaskBlocks]) -> nn.Module:
+    if copied is plain:  # the user's ``__deepcopy__`` returns the module itself
+        return self
+    for attr, mask in masks.items():
+        parametrize.register_parametrization(copied, attr, mask, unsafe=True)
+        add_mask_methods(copied)
+    if isinstance(copied, nn.RNNBase):
+        rebuild_rnn_caches(copied)
+    return copied
 
 
 def let_copy_rnn(owner: nn.RNNBase) -> None:
@@ -103,17 +159,28 @@ def _copy(self: nn.Module) -> nn.Module:
     raise RuntimeError("a shallow copy of a masked module would share the masks with it; use copy.deepcopy(model)")
 
 
-def _setstate(self: nn.Module, state: Mapping[str, Any]) -> None:
-    vars(self).update(state)
+def _setstate(self: nn.Module, state: Any) -> None:
+    if set_state := _own_method(self, "__setstate__"):
+        set_state(self, state)
+    else:
+        vars(self).update(state)
     if isinstance(self, nn.RNNBase):
         rebuild_rnn_caches(self)
 
 
 def _setattr(self: nn.Module, name: str, value: Any) -> None:
     """Let ``layer.weight = nn.Parameter(w)`` replace the stored dense weight, as it replaces the weight of a plain layer."""
-    if isinstance(value, nn.Parameter) and parametrize.is_parametrized(self, name):
-        ref = ParameterRef(name, self, name)
-        if ref.mask and ref.is_plain:
+    if isinstance(value, Tensor) and parametrize.is_parametrized(self, name) and (ref := ParameterRef(name, self, name)).mask:
+        if functional_call_assigns():
+            raise RuntimeError(
+                f"functional_call cannot replace {name} {ref.shape} of a {type(self).__name__}, because it is masked; give the weight "
+                f"under its stored name, {ref.stored_name!r} instead of {name!r} (as in model.named_parameters()), or the result of "
+                "bp.masked_parameters(model, masks)"
+            )
+        if isinstance(value, MaskedWeight) or is_masked_shard(value):
+            _assign_masked(self, ref, value)
+            return
+        if isinstance(value, nn.Parameter) and ref.is_plain:
             if type(value) is not nn.Parameter or tuple(value.shape) != ref.shape or not value.is_floating_point():
                 raise TypeError(
                     f"{name} {ref.shape} is masked and cannot be a {type(value).__name__} {tuple(value.shape)} of {value.dtype}; "
@@ -122,6 +189,25 @@ def _setattr(self: nn.Module, name: str, value: Any) -> None:
             cast(Any, self.parametrizations)[name].original = value
             return
     _super(self).__setattr__(name, value)
+
+
+def _assign_masked(self: nn.Module, ref: ParameterRef, value: Tensor) -> None:
+    """Let ``layer.weight = other.weight`` do what it does in plain modules: nothing for its own weight, else share the stored one."""
+    source = value.source if isinstance(value, MaskedWeight) else None
+    stored = None if source is None else source.stored
+    mask = cast(MaskBlocks, ref.mask)
+    if any(stored is own for own in ref.originals) or (source is not None and source.keep is mask.keep):
+        return
+    is_same_mask = source is not None and source.grid == mask.grid and torch.equal(source.keep.to(mask.keep.device), mask.keep)
+    if isinstance(stored, nn.Parameter) and ref.is_plain and is_same_mask and cast(MaskedWeight, value).is_read:
+        write_pending(stored)
+        cast(Any, self.parametrizations)[ref.attr].original = stored
+        return
+    raise ValueError(
+        f"{ref.attr} {ref.shape} of a {type(self).__name__} is masked and cannot become the masked weight {tuple(value.shape)} of another "
+        "module with another mask; tie the weights before bp.apply_masks (bp.apply_masks(model, {}) takes the masks off), or copy "
+        "the values into layer.weight.data"
+    )
 
 
 def _load_from_state_dict(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -136,6 +222,11 @@ def _load_from_state_dict(self: nn.Module, state_dict: dict[str, Any], prefix: s
                 state_dict.setdefault(f"{stored}{mask_index(ref)}.keep", ref.mask.keep)
                 state_dict.setdefault(f"{stored}{mask_index(ref)}._extra_state", ref.mask.get_extra_state())
     _super(self)._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _save_to_state_dict(self: nn.Module, *args: Any) -> None:
+    _write_pending(self)
+    _super(self)._save_to_state_dict(*args)
 
 
 def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -156,5 +247,6 @@ _METHODS: Mapping[str, Any] = {
     "__setstate__": _setstate,
     "__setattr__": _setattr,
     "_load_from_state_dict": _load_from_state_dict,
+    "_save_to_state_dict": _save_to_state_dict,
     "register_parameter": _register_parameter,
 }

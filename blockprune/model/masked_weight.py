@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import sys
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -12,21 +14,24 @@ from torch import Tensor, nn
 
 from blockprune.core._compat import disabled_torch_function, version_counter, without_base
 from blockprune.core.grid import BlockGrid, expand
+from blockprune.core.sharded_tensor import is_sharded
 from blockprune.model.masking import mask_blocks
 
 
 @attrs.define(eq=False)
 class _Source:
-    """What a masked weight was computed from. Tensors that share the memory of one masked weight share this record."""
+    """What a masked weight was computed from, and its memory. All tensors that share this memory and can be written share this record."""
 
     stored: Tensor | None  # None: other operations compute the weight, so there is no stored tensor of its values
     keep: Tensor
     grid: BlockGrid
+    values: Tensor  # a plain tensor in the memory of the masked weight, which counts the writes into it
     versions: tuple[int, ...] = ()  # of `stored` and `keep` when the masked weight was computed from them
-    masked_version: int = 0  # of the masked weight at that time
+    written_version: int = 0  # of `values` when it was last equal to what is stored
+    is_shared: bool = False  # whether other tensors than the one that was read may be written
 
-    def record(self, masked: Tensor) -> None:
-        self.versions, self.masked_version = self.current_versions(), _version(masked)
+    def record(self) -> None:
+        self.versions, self.written_version = self.current_versions(), _version(self.values)
 
     def current_versions(self) -> tuple[int, ...]:
         return tuple(_version(x) for x in (self.stored, self.keep) if x is not None)
@@ -38,6 +43,82 @@ class _Source:
         """The written values, and the stored ones where the mask has its zeros."""
         keep = expand(self.keep.to(written.device), self.grid)
         return torch.where(keep | (written != 0), written, stored.to(written))
+
+    def write_back(self) -> None:
+        """Change the stored weight as the memory of the masked weight was changed.
+
+        Raises:
+            RuntimeError: another parametrization computes the weight, or the stored weight or the mask has changed since it was read.
+        """
+        if self.is_unchanged():
+            return
+        stored = self.writable()
+        with torch.no_grad():
+            stored.copy_(self.merged(self.values, stored.detach()))
+        self.record()
+
+    def is_unchanged(self) -> bool:
+        if not self.values.is_inference():
+            return _version(self.values) == self.written_version
+        return self.stored is not None and torch.equal(self.values, self.masked(self.stored.detach()))
+
+    def writable(self) -> Tensor:
+        """The stored tensor; raise if a change cannot be passed on to it."""
+        if self.stored is None:
+            raise RuntimeError(
+                f"a change in place of this masked weight {self.grid.shape} would be lost, because other operations compute the "
+                "weight (another parametrization, or functional_call); change the tensors that it is computed from, or call "
+                "bp.finalize(model) first"
+            )
+        if self.versions != self.current_versions():
+            raise RuntimeError(
+                f"a change in place of this masked weight {self.grid.shape} would be lost, because its stored values or its mask "
+                "have changed since it was read; read it again, as layer.weight, before you change it"
+            )
+        return self.stored
+
+    def __del__(self) -> None:
+        if sys.is_finalizing() or not hasattr(self, "values"):
+            return  # the process ends, and with it the stored weight
+        if self.values.is_inference():
+            return
+        try:
+            self.write_back()
+        except RuntimeError as error:  # Python ignores exceptions here
+            warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+
+
+_FOLLOWED: dict[int, list[weakref.ref[_Source]]] = {}  # by the id of the stored tensor: what may have been written since it was read
+
+
+def _follow(source: _Source) -> None:
+    """Let `write_pending` see the writes of this read, and of earlier ones that were detached; others live in graphs of gradients."""
+    followed = source.stored if source.stored is not None else source.keep
+    key = id(followed)
+    earlier = [reference for reference in _FOLLOWED.get(key, ()) if (other := reference()) is not None and other.is_shared]
+
+    def forget(reference: weakref.ref[_Source]) -> None:
+        remaining = [other for other in _FOLLOWED.get(key, ()) if other is not reference]
+        if remaining:
+            _FOLLOWED[key] = remaining
+        else:
+            _FOLLOWED.pop(key, None)
+
+    _FOLLOWED[key] = [*earlier, weakref.ref(source, forget)]
+
+
+def write_pending(followed: Tensor) -> None:
+    """Write into a stored weight what was changed through views of its reads that are still in use.
+
+    Args:
+        followed: the stored weight; the mask, if other operations compute the weight.
+
+    Raises:
+        RuntimeError: the stored weight or the mask has changed since the weight was read.
+    """
+    for reference in _FOLLOWED.get(id(followed), ()):
+        if (source := reference()) is not None:
+            source.write_back()
 
 
 def _version(x: Tensor) -> int:
@@ -52,21 +133,28 @@ class MaskedWeight(Tensor):
     weight: the entries that the mask keeps, and pruned entries that are no longer zero. All other operations return plain tensors. This
     tensor keeps what was written; reading the weight again gives zeros in the pruned blocks.
 
-    A change through a view or an ``out`` argument reaches the stored weight when the weight is read again or the view is deleted. Changes
-    through a memory address (DLPack, ``data_ptr``), and through a view in inference mode, cannot be noticed: they are lost. NumPy arrays of
-    the weight are read-only.
+    A change through an ``out`` argument, an operation on lists (``torch._foreach_mul_``), or a view of this tensor, of its ``data`` or of
+    its ``detach()`` reaches the stored weight when the weight is read again, when the model is copied, finalized, saved or pruned, or when
+    the view is deleted. An optimizer does not wait for it: a step before that makes the change raise, or warn that it is lost.
+    Changes through a memory address (DLPack, ``data_ptr``), through the ``data`` or ``detach()`` of a view, and through a view in
+    inference mode, cannot be noticed: they are lost. NumPy arrays of the weight are read-only.
+
+    ``requires_grad``, ``grad`` and hooks are those of the stored parameter.
     """
 
     source: _Source
+    is_read: bool  # whether it stands for the parameter; not what `data` and `detach` return
 
     __torch_function__ = disabled_torch_function
 
     @staticmethod
     def read(masked: Tensor, *, stored: Tensor | None, keep: Tensor, grid: BlockGrid) -> "MaskedWeight":
         """A masked weight, just computed, that belongs to this stored tensor."""
-        source, masked = _Source(stored, keep, grid), without_base(masked)
-        source.record(masked)
-        return _with_source(masked, source)
+        masked = without_base(masked)
+        source = _Source(stored, keep, grid, Tensor.detach(masked))
+        source.record()
+        _follow(source)
+        return _with_source(masked, source, is_read=True)
 
     @property
     def data(self) -> "MaskedWeight":
@@ -82,15 +170,17 @@ class MaskedWeight(Tensor):
             )
         if value.device.type != "meta" and value.data_ptr() == self.data_ptr():
             return  # `weight.data += x` assigns the tensor that it has changed already
-        stored = self._writable()
+        stored = self.source.writable()
         with torch.no_grad():
             stored.data = self.source.merged(value.detach().as_subclass(Tensor), stored.detach())
             _assign_data(self, self.source.masked(stored.detach()))
-        self.source.record(self)
+        self.source.values = Tensor.detach(self).as_subclass(Tensor)
+        self.source.record()
 
     def detach(self) -> "MaskedWeight":
         """The values without autograd, in the same memory."""
-        return _with_source(Tensor.detach(self), self.source)
+        self.source.is_shared = True
+        return _with_source(Tensor.detach(self), self.source, is_read=False)
 
     def numpy(self, *, force: bool = False) -> Any:
         """A read-only array, because torch cannot notice a change of it."""
@@ -98,47 +188,52 @@ class MaskedWeight(Tensor):
         array.flags.writeable = False
         return array
 
-    def write_back(self) -> None:
-        """Change the stored weight as this tensor was changed.
-
-        Raises:
-            RuntimeError: another parametrization computes the weight, or the stored weight or the mask has changed since it was read.
-        """
-        if self._is_unchanged():
-            return
-        stored, plain = self._writable(), Tensor.detach(self).as_subclass(Tensor)
-        with torch.no_grad():
-            stored.copy_(self.source.merged(plain, stored.detach()))
-        self.source.record(self)
-
-    def _is_unchanged(self) -> bool:
-        if not self.is_inference():
-            return _version(self) == self.source.masked_version
-        stored = self.source.stored
-        return stored is not None and torch.equal(self, self.source.masked(stored.detach()))
-
-    def _writable(self) -> Tensor:
-        """The stored tensor; raise if a change cannot be passed on to it."""
-        stored = self.source.stored
-        if stored is None:
+    def _parameter(self, change: str) -> Tensor:
+        """The tensor that has the gradient: the stored parameter, or this tensor if it is detached; raise if several compute the weight."""
+        if not self.is_read:
+            return self
+        if self.source.stored is None:
             raise RuntimeError(
-                f"a change in place of this masked weight {tuple(self.shape)} would be lost, because other operations compute the "
-                "weight (another parametrization, or functional_call); change the tensors that it is computed from, or call "
-                "bp.finalize(model) first"
+                f"{change} of this masked weight {tuple(self.shape)} would be lost, because other operations compute the weight; use the "
+                "stored parameters that it is computed from (their names are in model.named_parameters())"
             )
-        if self.source.versions != self.source.current_versions():
-            raise RuntimeError(
-                f"a change in place of this masked weight {tuple(self.shape)} would be lost, because its stored values or its mask "
-                "have changed since it was read; read it again, as layer.weight, before you change it"
-            )
-        return stored
+        return self.source.stored
 
-    def __del__(self) -> None:
-        if hasattr(self, "source") and not self.is_inference():
-            try:
-                self.write_back()
-            except RuntimeError as error:  # Python ignores exceptions here
-                warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients are recorded for this tensor; setting it sets it for the stored parameter."""
+        return bool(_REQUIRES_GRAD.__get__(self))
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        _REQUIRES_GRAD.__set__(self._parameter("a change of requires_grad"), value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "MaskedWeight":
+        """Set ``requires_grad`` of the stored parameter."""
+        self.requires_grad = requires_grad
+        return self
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradient of the stored parameter; of this tensor after ``retain_grad()``."""
+        has_own = not self.is_read or self.source.stored is None or self.retains_grad
+        return cast("Tensor | None", _GRAD.__get__(self if has_own else self.source.stored))
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        _GRAD.__set__(self._parameter("a gradient"), value)
+
+    @grad.deleter
+    def grad(self) -> None:
+        _GRAD.__delete__(self._parameter("a change of the gradient"))
+
+    def register_hook(self, hook: Callable[[Tensor], Any]) -> Any:
+        """Call a function with each gradient of the stored parameter."""
+        return Tensor.register_hook(self._parameter("a hook"), hook)  # type: ignore[no-untyped-call]
+
+    def register_post_accumulate_grad_hook(self, hook: Callable[[Tensor], Any]) -> Any:
+        """Call a function whenever the stored parameter has got a gradient."""
+        return Tensor.register_post_accumulate_grad_hook(self._parameter("a hook"), hook)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self.as_subclass(Tensor), memo)
@@ -147,20 +242,22 @@ class MaskedWeight(Tensor):
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
     def _become_parameter(self, _: bool) -> None:
-        del self.source
+        del self.source, self.is_read
         self.__class__ = nn.Parameter  # type: ignore[assignment]
 
     # nn.Parameter(weight) sets this attribute; the result is then a plain nn.Parameter with the same memory
     _is_param = property(lambda self: False, _become_parameter)
 
 
+_REQUIRES_GRAD: Any = Tensor.requires_grad
+_GRAD: Any = Tensor.grad
 _assign_data: Callable[[Tensor, Tensor], None] = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
-def _with_source(masked: Tensor, source: _Source) -> MaskedWeight:
+def _with_source(masked: Tensor, source: _Source, *, is_read: bool) -> MaskedWeight:
     masked.__class__ = MaskedWeight  # `as_subclass` would make a view, which may be deleted before the views of it
     weight = cast(MaskedWeight, masked)
-    weight.source = source
+    weight.source, weight.is_read = source, is_read
     return weight
 
 
@@ -174,9 +271,9 @@ def _passed_on(method: Callable[..., Any]) -> Callable[..., Any]:
                 f"a masked weight {tuple(self.shape)} that requires gradients cannot be changed in place by {method.__name__}; "
                 "change it within torch.no_grad()"
             )
-        self._writable()
+        self.source.writable()
         result = method(self, *args, **kwargs)
-        self.write_back()
+        self.source.write_back()
         return result
 
     return change
@@ -215,3 +312,8 @@ def as_masked_shard(masked: Tensor) -> Tensor:
     """A masked DTensor, just computed, that raises where it would be changed in place: the change would be lost."""
     masked.__class__ = _masked_shard()
     return masked
+
+
+def is_masked_shard(x: Tensor) -> bool:
+    """Whether a tensor is a masked DTensor."""
+    return is_sharded(x) and isinstance(x, _masked_shard())

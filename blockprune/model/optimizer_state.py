@@ -1,7 +1,7 @@
 """What changes with the masks of a model in training: the values of new blocks, and what the optimizer remembers of blocks."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -82,7 +82,7 @@ def reset_state(optimizer: Optimizers, model: nn.Module, before: Masks, after: M
         ValueError: optimizers that have none of these parameters, that hold tensors of other shapes (Adafactor), or lists for all
             parameters together (LBFGS); a parameter with different blocks in the two masks, or that another parametrization computes from
             several tensors (weight_norm). The optimizer is as it was before the call.
-        TypeError: ``before`` or ``after`` are no masks, such as the result of a recipe.
+        TypeError: ``before`` or ``after`` are no masks, such as the result of a recipe; something that is no optimizer.
 
     Example:
         >>> model, grid = nn.Linear(2, 1, bias=False), bp.BlockGrid((1, 2), (1, 1))
@@ -125,8 +125,16 @@ def reset_state(optimizer: Optimizers, model: nn.Module, before: Masks, after: M
 
 
 def list_of(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
-    """The optimizers of an argument that is one, several or None."""
-    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    """The optimizers of an argument that is one, several or None.
+
+    Raises:
+        TypeError: something that is no optimizer.
+    """
+    optimizers = list(optimizer or ()) if optimizer is None or isinstance(optimizer, Iterable) else [optimizer]
+    for held in optimizers:
+        if not hasattr(held, "param_groups") or not hasattr(held, "state"):
+            raise TypeError(f"optimizer has the type {type(held).__name__}; give a torch.optim.Optimizer, or a list of them")
+    return optimizers
 
 
 def trained_ids(optimizers: Sequence[Optimizer]) -> set[int]:

@@ -21,6 +21,7 @@ from blockprune.core._compat_hf import is_offloaded
 from blockprune.core.arguments import check_model
 from blockprune.core.patterns import suggest
 from blockprune.core.sharded_tensor import is_sharded
+from blockprune.model.masked_weight import write_pending
 from blockprune.model.parametrization import MaskBlocks
 
 
@@ -67,9 +68,14 @@ class ParameterRef:
 
     @property
     def originals(self) -> list[Tensor]:
-        """All stored tensors from which the weight is computed."""
+        """All stored tensors from which the weight is computed, with what was written through views of a masked weight."""
         parametrizations = self.parametrizations
-        return [getattr(self.owner, self.attr)] if parametrizations is None else originals(parametrizations)
+        if parametrizations is None:
+            return [getattr(self.owner, self.attr)]
+        stored = originals(parametrizations)
+        for tensor in stored:
+            write_pending(tensor)
+        return stored
 
     @property
     def parametrized_name(self) -> str:

@@ -1,6 +1,5 @@
 """`MaskBlocks`, the torch parametrization that sets pruned blocks to zero whenever a weight is read."""
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from blockprune.core._compat import functorch_is_active, is_tracing
 from blockprune.core.grid import BlockGrid
 from blockprune.core.sharded_tensor import is_sharded
-from blockprune.model.masked_weight import MaskedWeight, as_masked_shard
+from blockprune.model.masked_weight import MaskedWeight, as_masked_shard, write_pending
 from blockprune.model.masking import mask_blocks, straight_through
 
 
@@ -42,7 +41,6 @@ class MaskBlocks(nn.Module):
         self.decay = 0.0
         self.grid = grid
         self.order = order
-        self._last_read: weakref.ref[MaskedWeight] | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -56,13 +54,9 @@ class MaskBlocks(nn.Module):
             return as_masked_shard(self._masked(weight))
         if functorch_is_active() or type(weight) not in (Tensor, nn.Parameter):
             return self._masked(weight)
-        if self._last_read is not None and (last_read := self._last_read()) is not None:
-            last_read.write_back()
-        masked = MaskedWeight.read(
-            self._masked(weight), stored=weight if isinstance(weight, nn.Parameter) else None, keep=self.keep, grid=self.grid
-        )
-        self._last_read = weakref.ref(masked)
-        return masked
+        stored = weight if isinstance(weight, nn.Parameter) else None
+        write_pending(self.keep if stored is None else stored)
+        return MaskedWeight.read(self._masked(weight), stored=stored, keep=self.keep, grid=self.grid)
 
     def _masked(self, weight: Tensor) -> Tensor:
         keep = self.keep if self.keep.device == weight.device else self.keep.to(weight.device)
@@ -99,12 +93,9 @@ class MaskBlocks(nn.Module):
             "of masks"
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_last_read": None}  # a weak reference cannot be pickled
-
     def get_extra_state(self) -> Tensor:
         """The shape of a block, as a tensor, which safetensors can save."""
-        return torch.tensor(self.grid.block)
+        return torch.tensor(self.grid.block, device="cpu")
 
     def set_extra_state(self, block: Tensor) -> None:
         """Raise ValueError if a state dict has different blocks than this mask."""

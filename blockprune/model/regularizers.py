@@ -3,8 +3,6 @@
 ``torch.compile`` leaves the penalties out of the compiled graph, so ``fullgraph=True`` raises an error.
 """
 
-import math
-import numbers
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -12,6 +10,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from blockprune.core.arguments import check_function, check_number
 from blockprune.core.grid import BlockGrid, block_elements, pool, tiles
 from blockprune.core.patterns import suggest
 from blockprune.core.precision import at_least_float32, no_autocast
@@ -165,6 +164,9 @@ def admm(model: nn.Module, *, where: Where, prune: Callable[[Data], Masks], prev
         >>> bp.sparsity(bp.read_masks(bp.apply_masks(model, state.masks)))
         0.5
     """
+    check_function("prune", prune, "data -> masks, a metric and an allocator")
+    if previous is not None:
+        _check_state("previous", previous)
     sums: dict[str, Param] = {}
     for name, (ref, grid) in select(model, where).items():
         if previous is not None and name not in previous.duals:
@@ -201,6 +203,7 @@ def admm_penalty(model: nn.Module, state: Admm, *, rho: float) -> Tensor:
     Raises:
         KeyError: the model does not have a parameter of the state.
         ValueError: a parameter of another shape, a negative rho.
+        TypeError: a state that is none.
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)
@@ -209,6 +212,7 @@ def admm_penalty(model: nn.Module, state: Admm, *, rho: float) -> Tensor:
         True
     """
     _check_not_negative("rho", rho)
+    _check_state("state", state)
     penalties: list[Tensor] = []
     with no_autocast():
         for (name, (ref, *_)), key in zip(find_parameters(model, state.targets, what="state").items(), state.targets, strict=True):
@@ -227,14 +231,17 @@ def _root_of_elements(grid: BlockGrid, like: Tensor) -> Tensor:
 
 def _total(penalties: list[Tensor]) -> Tensor:
     """Their sum, on the device of the first; 0 without any."""
-    return torch.stack([penalty.to(penalties[0].device) for penalty in penalties]).sum() if penalties else torch.zeros(())
+    return torch.stack([penalty.to(penalties[0].device) for penalty in penalties]).sum() if penalties else torch.zeros((), device="cpu")
+
+
+def _check_state(what: str, state: Admm) -> None:
+    if not isinstance(state, Admm):
+        raise TypeError(f"{what} has the type {type(state).__name__}; give what bp.regularizers.admm returned")
 
 
 def _check_ratio(l1_ratio: float) -> None:
-    if isinstance(l1_ratio, bool) or not isinstance(l1_ratio, numbers.Real) or not 0 <= l1_ratio <= 1:
-        raise ValueError(f"l1_ratio={l1_ratio!r} must be a number from 0 (group lasso) to 1 (l1 norm)")
+    check_number("l1_ratio", l1_ratio, "a number from 0 (group lasso) to 1 (l1 norm)", lowest=0, highest=1)
 
 
 def _check_not_negative(what: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
-        raise ValueError(f"{what}={value!r} must be a number from 0 on")
+    check_number(what, value, "a number from 0 on", lowest=0)

@@ -4,9 +4,9 @@ A rule is any function ``(name, module) -> block or None``; it is called with th
 rules in this file are ``functools.partial`` objects, so a pipeline that contains one can be pickled, and print as source code.
 """
 
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from types import MappingProxyType
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from blockprune.core._compat import BatchNorm, ConvNd, NormBase
 from blockprune.core.grid import BlockGrid, BlockShape, int_tuple
-from blockprune.core.patterns import Pattern, matches, suggest
+from blockprune.core.patterns import Pattern, check_pattern, matches, suggest
 from blockprune.core.pipeline import as_code
 from blockprune.core.types import Where, check_prunable
 from blockprune.core.unit_permutation import UnitPermutation
@@ -94,8 +94,7 @@ def named(pattern: Pattern, block: BlockShape) -> Where:
         >>> bp.named("layers.*.weight", (4, 4))("layers.0.weight", nn.Linear(8, 8))
         (4, 4)
     """
-    if not isinstance(pattern, (str, re.Pattern)):
-        raise TypeError(f'pattern={pattern!r} must be a glob such as "*.mlp.*.weight" or re.compile(...)')
+    check_pattern(pattern)
     return _Rule(_named, pattern=pattern, block=int_tuple("block", block))
 
 
@@ -138,6 +137,9 @@ def norms_and_biases(name: str, owner: nn.Module) -> BlockShape | None:
 def first_of(*rules: Where) -> Where:
     """Each parameter gets the block of the first rule that selects it.
 
+    Raises:
+        TypeError: something that is no rule.
+
     Example:
         >>> rule = bp.first_of(bp.named("head.*", (1, 16)), bp.linears((16, 16)))
         >>> rule
@@ -145,6 +147,8 @@ def first_of(*rules: Where) -> Where:
         >>> rule("head.weight", nn.Linear(32, 32)), rule("body.weight", nn.Linear(32, 32))
         ((1, 16), (16, 16))
     """
+    for rule in rules:
+        _check_rule("rule", rule)
     return _Rule(_first_of, *rules)
 
 
@@ -156,11 +160,16 @@ def including(rule: Where, pattern: Pattern, *others: Pattern) -> Where:
         pattern: a glob that fits the whole name, or a compiled regular expression that fits a part of it.
         others: more patterns.
 
+    Raises:
+        TypeError: something that is no rule, or no pattern.
+
     Example:
         >>> rule = bp.including(bp.linears((4, 4)), "model.layers.*")
         >>> rule("model.layers.0.mlp.weight", nn.Linear(8, 8)), rule("lm_head.weight", nn.Linear(8, 8))
         ((4, 4), None)
     """
+    _check_rule("rule", rule)
+    check_pattern(pattern)
     return _Rule(_including, rule=rule, pattern=pattern) if not others else first_of(*(including(rule, p) for p in (pattern, *others)))
 
 
@@ -174,10 +183,15 @@ def excluding(rule: Where, pattern: Pattern, *others: Pattern) -> Where:
         pattern: a glob that fits the whole name, or a compiled regular expression that fits a part of it.
         others: more patterns.
 
+    Raises:
+        TypeError: something that is no rule, or no pattern.
+
     Example:
         >>> bp.excluding(bp.linears((4, 4)), "head.*")("head.weight", nn.Linear(8, 8)) is None
         True
     """
+    _check_rule("rule", rule)
+    check_pattern(pattern)
     return _Rule(_excluding, rule=rule, pattern=pattern) if not others else excluding(excluding(rule, pattern), *others)
 
 
@@ -195,11 +209,30 @@ def including_names(rule: Where, names: Collection[str]) -> Where:
 def with_block(rule: Where, block: BlockShape) -> Where:
     """The parameters that a rule selects, with another block shape.
 
+    Raises:
+        TypeError: something that is no rule, or a block that is not whole numbers.
+
     Example:
         >>> bp.with_block(bp.linears((16, 16)), (1, 1))("weight", nn.Linear(32, 32))
         (1, 1)
     """
+    _check_rule("rule", rule)
     return _Rule(_with_block, rule=rule, block=int_tuple("block", block))
+
+
+def _check_rule(what: str, rule: Any) -> None:
+    """Raise a TypeError unless this is a function (parameter name, its module) -> block."""
+    if not callable(rule):
+        raise TypeError(f"{what}={rule!r} must be a rule that selects parameters; for blocks of this shape: {what}=bp.linears({rule!r})")
+    makers = (linears, convs, batchnorms, named, units, first_of, including, excluding, with_block)
+    if any(rule is maker for maker in makers):
+        raise TypeError(f"{what}={rule.__name__} makes rules and is none itself; call it, such as {what}=bp.linears((4, 4))")
+    try:
+        signature(rule).bind("name", None)
+    except TypeError:
+        raise TypeError(f"{what}={as_code(rule)} must be a function (parameter name, its module) -> block, or None") from None
+    except ValueError:  # some functions in C have no signature
+        return
 
 
 def _linears(name: str, owner: nn.Module, *, block: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -269,8 +302,7 @@ def select(model: nn.Module, where: Where) -> dict[str, tuple[ParameterRef, Bloc
         TypeError: ``where`` is no rule; the rule returns a block that is not a sequence of integers, or selects a weight that is quantized,
             sparse, of integers, or another tensor subclass with values of its own.
     """
-    if not callable(where):
-        raise TypeError(f"where={where!r} must be a rule that selects parameters; for blocks of this shape: where=bp.linears({where!r})")
+    _check_rule("where", where)
     refs = parameter_refs(model)
     owners = {ref.name: ref.owner for shared in refs.values() for ref in shared}
     for pattern, rule, names in _patterns(where, selecting=list(refs), excluding=list(owners)):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from blockprune.core._compat_fsdp import end_fsdp_forwards, follow_fsdp_parameters, is_fsdp_managed
 from blockprune.core.arguments import check_model
 from blockprune.core.sharded_tensor import is_sharded, sharded_like
-from blockprune.core.types import Masks
+from blockprune.core.types import Masks, check_masks
 from blockprune.model.parameters import is_replicated
 
 __all__ = [
@@ -261,6 +261,12 @@ def raised_together(model: nn.Module, reduce: Callable[..., Any] | None) -> Iter
     if any(map(is_fully_sharded, model.modules())) or any(map(is_sharded, model.parameters())):
         yield
         return
+    with _raised_by_all(reduce):
+        yield
+
+
+@contextlib.contextmanager
+def _raised_by_all(reduce: Callable[..., Any] | None) -> Iterator[None]:
     error: Exception | None = None
     try:
         yield
@@ -283,7 +289,8 @@ def agree(masks: Masks, *, group: dist.ProcessGroup | None = None) -> Masks:
         group: the ranks; by default all.
 
     Raises:
-        RuntimeError: there is no process group.
+        RuntimeError: there is no process group; an error of another rank.
+        TypeError: something else than masks.
         ValueError: on all ranks, if two ranks have masks of different parameters, with different blocks, or that keep different blocks.
 
     Example:
@@ -295,7 +302,9 @@ def agree(masks: Masks, *, group: dist.ProcessGroup | None = None) -> Masks:
         >>> dist.destroy_process_group()
     """
     check_process_group("agree")
-    grids = {name: masks[name].grid for name in sorted(masks)}
+    with _raised_by_all(partial(dist.all_reduce, group=group)):
+        check_masks(masks)
+        grids = {name: masks[name].grid for name in sorted(masks)}
     grids_of_ranks: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(grids_of_ranks, grids, group=group)
     for name in sorted(set().union(*grids_of_ranks)):

@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blockprune.allocate.ranking import to_common_device
-from blockprune.core.grid import BlockGrid, BlockShape, block_elements, pool
+from blockprune.core.arguments import check_counts, check_fraction
+from blockprune.core.grid import BlockGrid, BlockShape, block_elements, int_tuple, pool
 from blockprune.core.patterns import suggest
 from blockprune.core.progress import progress_bar
-from blockprune.core.types import BlockScore, Scores
+from blockprune.core.types import BlockScore, Scores, Where
 from blockprune.core.unit_permutation import UnitPermutation
+from blockprune.model.selection import select
 
 MAX_SWEEPS = 30  # in one round of the search
 CANDIDATES_PER_UNIT = 8  # partners of a unit for which the gain of an exchange is computed
@@ -70,7 +72,9 @@ def cluster(
                 [6., 9., 0., 0.],
                 [8., 9., 0., 0.]])
     """
-    block = _checked_block(block)
+    block = checked_block(block)
+    check_fraction("sparsity", sparsity)
+    check_counts(0, rounds=rounds)
     names = [name for permutation in plan for name in (*permutation.rows, *permutation.columns)]
     values = {
         name: _score_matrix(name, score)
@@ -90,10 +94,41 @@ def cluster(
     return clustered
 
 
-def _checked_block(block: BlockShape) -> tuple[int, int]:
+def checked_block(block: BlockShape) -> tuple[int, int]:
+    """The block shape of `cluster`, checked.
+
+    Raises:
+        TypeError: no sequence of integers.
+        ValueError: not two positive ones.
+
+    Example:
+        >>> from blockprune.reorder.clustering import checked_block
+        >>> checked_block([16, 8])
+        (16, 8)
+    """
+    block = int_tuple("block", block)
     if len(block) != 2 or min(block) < 1:
-        raise ValueError(f"block={tuple(block)} must be two positive numbers, the rows and the inputs of a block, such as (16, 16)")
+        raise ValueError(f"block={block} must be two positive numbers, the rows and the inputs of a block, such as (16, 16)")
     return block[0], block[1]
+
+
+def common_block(model: nn.Module, where: Where) -> tuple[int, int]:
+    """The block shape of a rule, along outputs and inputs; whole axes count as 64.
+
+    Raises:
+        ValueError: the rule has several.
+
+    Example:
+        >>> from blockprune.reorder.clustering import common_block
+        >>> common_block(nn.Linear(128, 8), bp.linears((4, -1)))
+        (4, 64)
+    """
+    grids = [grid for _, grid in select(model, where).values()]
+    blocks = {tuple(min(64, b) if b == s else b for b, s in zip(grid.block[:2], grid.shape[:2], strict=True)) for grid in grids}
+    if len(blocks) != 1 or len(next(iter(blocks))) != 2:
+        raise ValueError(f"where gives blocks of several shapes, {sorted(blocks)}; say which to sort for: block=(16, 16)")
+    height, width = blocks.pop()
+    return height, width
 
 
 def _score_matrix(name: str, score: BlockScore) -> Tensor:

@@ -6,7 +6,7 @@ the dense layer first, which notes the inputs of each weight and the residual st
 
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from blockprune.model.experts import experts_in, record_routing
 from blockprune.model.inputs import InputHooks, value_key, weight_inputs
 from blockprune.model.parameters import ParameterRef
 from blockprune.model.running import cuda_devices, seeded
+from blockprune.model.weight_reads import WeightReads
 from blockprune.repair.transformer_layers import CapturedBatch, Layer, StopForward
 from blockprune.statistics import Statistic, input_cross, residual_cross
 
@@ -215,11 +216,14 @@ def _token_rows(x: Tensor) -> Tensor:
     return x.detach().clone().reshape(-1, x.shape[-1])
 
 
-def trace_layer(batch: LayerBatch, hooks: InputHooks) -> LayerTrace:
+def trace_layer(batch: LayerBatch, hooks: InputHooks, statistics: Collection[str] = ()) -> LayerTrace:
     """The order in which a layer uses its weights, from one forward.
 
     An output is added to a residual stream if some later module (or the layer's own result) shows the sum of it and what an earlier module
     was given.
+
+    Raises:
+        NotImplementedError: these statistics of inputs do not describe all uses of a weight, as `WeightReads` finds.
 
     Example:
         >>> from blockprune.model.inputs import input_hooks
@@ -262,9 +266,11 @@ def trace_layer(batch: LayerBatch, hooks: InputHooks) -> LayerTrace:
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for name, ref, module in hooks:
             stack.callback(module.register_forward_hook(partial(after, name, ref), with_kwargs=True).remove)
+        reads = stack.enter_context(WeightReads(hooks))
         result = batch.run()
     note_input("", result)
     counts = Counter(name for name, _ in uses)
+    reads.check(counts, statistics)
     uses += [(name, expert_keys.get(name, name)) for name in layer.parameters]  # those that are never called: collecting will say so
     residual_inputs = {
         name: source

@@ -1,7 +1,7 @@
 """What the options of `distill` must be."""
 
 import inspect
-import math
+import itertools
 import numbers
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sized
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from blockprune.core.arguments import check_counts, check_function
+from blockprune.core.arguments import check_counts, check_function, check_number
 from blockprune.model.mask_reading import parameter_masks
+from blockprune.model.parameters import check_not_lazy
 
 SIGNATURES = {
     "loss": "of the student's output, the teacher's output and the batch, such as losses.kl",
@@ -45,10 +46,9 @@ def check_schedule(steps: int, *, warmup: int, final_lr: float, clip: float | No
     check_counts(0, warmup=warmup)
     if warmup > steps:
         raise ValueError(f"warmup={warmup} must be at most the number of steps, which is {steps}")
-    if isinstance(final_lr, bool) or not isinstance(final_lr, numbers.Real) or not 0 <= final_lr <= 1:
-        raise ValueError(f"final_lr={final_lr!r} must be a number from 0 to 1, the share of the highest learning rate")
-    if clip is not None and (isinstance(clip, bool) or not isinstance(clip, numbers.Real) or not 0 < clip < math.inf):
-        raise ValueError(f"clip={clip!r} must be a positive number, or None for no limit")
+    check_number("final_lr", final_lr, "a number from 0 to 1, the share of the highest learning rate", lowest=0, highest=1)
+    if clip is not None:
+        check_number("clip", clip, "a positive number, or None for no limit", above=0)
 
 
 def check_functions(**functions: Any) -> None:
@@ -60,7 +60,12 @@ def check_functions(**functions: Any) -> None:
 def check_options(
     model: nn.Module, teacher: nn.Module | None, *, seed: int, train: bool, autocast: torch.dtype | None, checkpointing: bool
 ) -> None:
-    """Raise for a teacher, a seed or modes that do not fit the model."""
+    """Raise for a teacher, a seed or modes that do not fit the model, or for a model whose parameters have no shapes yet."""
+    for name, p in itertools.chain(model.named_parameters(), teacher.named_parameters() if isinstance(teacher, nn.Module) else ()):
+        check_not_lazy(name, p)
+    for name, mode in {"train": train, "checkpointing": checkpointing}.items():
+        if not isinstance(mode, bool):
+            raise TypeError(f"{name} is a {type(mode).__name__}; it must be True or False")
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
         raise TypeError(f"seed={seed!r} must be an integer")
     if teacher is not None and not isinstance(teacher, nn.Module):

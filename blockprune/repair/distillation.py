@@ -17,7 +17,7 @@ from blockprune.core.arguments import check_counts, check_model
 from blockprune.core.patterns import Pattern
 from blockprune.core.progress import progress_bar, show_values
 from blockprune.core.types import Masks, Weights, Where
-from blockprune.model.calibration import Calibration, Forward, default_forward
+from blockprune.model.calibration import Forward, default_forward, several_batches
 from blockprune.model.mask_reading import read_masks
 from blockprune.model.running import PutBack, cuda_devices, preserve_state, to_model_device
 from blockprune.repair.batch_stream import BatchStream, keep_generators, size_of
@@ -176,11 +176,11 @@ def distill(
         True
     """
     check_model(model)
-    check_functions(loss=loss, optimizer=optimizer, forward=forward, **{"callback": callback} if callback else {})
+    check_functions(loss=loss, optimizer=optimizer, forward=forward, **{} if callback is None else {"callback": callback})
     check_options(model, teacher, seed=seed, train=train, autocast=autocast, checkpointing=checkpointing)
     check_counts(1, accumulate=accumulate, every=every)
     check_counts(1, **{name: x for name, x in {"steps": steps, "lora_rank": lora_rank}.items() if x is not None})
-    batches = Calibration(batches).batches
+    batches = several_batches(batches)
     if length(batches) == 0:
         raise ValueError("batches has no batches; give a list or a DataLoader that has at least one")
     steps = steps_of_one_pass(batches, accumulate) if steps is None else steps
@@ -190,7 +190,7 @@ def distill(
         check_counts(0, patience=patience)
         if held_out is None:
             raise ValueError(f"patience={patience} compares losses on held-out batches; give held_out=, too, or patience=None")
-    held_out = None if held_out is None else Calibration(held_out).batches
+    held_out = None if held_out is None else several_batches(held_out, "held_out")
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(cuda_devices(model)), keep_generators(batches):
         torch.manual_seed(seed)
         student = make_student(model, masks, weights, where=where, lora_rank=lora_rank)
@@ -216,7 +216,7 @@ def distill(
                 show_values(bar, {"loss": f"{training.losses[-1]:.4g}", f"{training.unit}/s": f"{speed:,.0f}"})
                 if training.step % every == 0 or training.step == steps:
                     training.compare(held_out)
-                    if callback:
+                    if callback is not None:
                         with torch.random.fork_rng(cuda_devices(student.module)):
                             callback(training.state())
             return dict(training.best())

@@ -6,6 +6,7 @@ from typing import Any, Literal, Unpack
 import attrs
 from torch import nn
 
+from blockprune.core.arguments import check_function
 from blockprune.core.grid import BlockGrid
 from blockprune.core.masks import sparsity as sparsity_of
 from blockprune.core.pipeline import Pipeline, required_statistics
@@ -100,7 +101,8 @@ def sequential(
         KeyError: a layer or a parameter in ``extra_data`` that the model does not have, a module in ``finetune`` that no layer has, a
             sparsity for a parameter that is not chosen, or none for one that is.
         TypeError: a recipe instead of a pipeline, a collector without the three options, or with batches of its own; batches that are one
-            tensor or mapping.
+            tensor or mapping; arguments of other types.
+        NotImplementedError: what `collect.with_statistics` raises.
 
     Example:
         >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(64, 8)
@@ -111,6 +113,10 @@ def sequential(
         >>> round(bp.sparsity(result.masks), 2)
         0.5
     """
+    if callback is not None:
+        check_function("callback", callback, "(PruningResult) -> None, such as partial(bp.save_repair, path='repair.safetensors')")
+    if resume is not None and not isinstance(resume, PruningResult):
+        raise TypeError(f"resume has the type {type(resume).__name__}; give a PruningResult, such as bp.load_repair('repair.safetensors')")
     calibration = as_calibration(batches, options) if isinstance(batches, Calibration) else Calibration(batches, **options)
     pruning = LayerPruning.of(
         model, pipeline, reconstruct, sparsity, layers=layers, extra_data=extra_data, target=target, finetune=finetune
@@ -120,13 +126,13 @@ def sequential(
             f"{meta[0]} is on the meta device and has no values; give a model with weights, or prune the folder of a checkpoint, which "
             "needs memory for one layer: blockprune.hf.prune_checkpoint(source, destination, recipe, sparsity)"
         )
-    result = _checked_resume(resume or PruningResult({}, {}), pruning, reconstruct)
+    result = _checked_resume(PruningResult({}, {}) if resume is None else resume, pruning, reconstruct)
     finished, given = result.layers, LayerResult(result.masks, result.weights)
 
     def receive(layer: Layer, new: LayerResult) -> None:
         nonlocal result
         result = PruningResult({**result.masks, **new.masks}, {**result.weights, **new.weights}, (*result.layers, layer.name))
-        if callback:
+        if callback is not None:
             callback(result)
 
     pruning.run(model, calibration, done=lambda layer: given.only(layer.local_names) if layer.name in finished else None, receive=receive)

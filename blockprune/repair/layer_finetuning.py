@@ -1,5 +1,6 @@
 """Repair by gradients, one layer or part of a layer at a time: the kept weights learn the dense module's outputs."""
 
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from blockprune.core.arguments import check_counts, check_function, check_number
 from blockprune.core.patterns import suggest
 from blockprune.core.types import BlockMask, Masks
 from blockprune.model.masking import mask_blocks
@@ -52,7 +54,9 @@ def finetune_layer(
         seed: of the order of the batches.
 
     Raises:
-        ValueError: a held_out share that leaves no batch to learn from; NaN or inf in the error of a batch.
+        ValueError: a held_out share that leaves no batch to learn from; NaN or inf in the error of a batch; a count that is no integer
+            from 0 on.
+        TypeError: a function, number or seed that is none.
 
     Example:
         >>> x, dense = torch.randn(8, 16, 4), torch.randn(4, 4)
@@ -63,6 +67,12 @@ def finetune_layer(
         >>> tuned["weight"][:2, 2:].count_nonzero().item()
         0
     """
+    check_function("run", run, "(parameters, batch) -> output")
+    check_counts(0, epochs=epochs, patience=patience)
+    check_number("lr", lr, "a finite number from 0 on", lowest=0)
+    check_number("held_out", held_out, "a number from 0 to 1, the share of the batches")
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise TypeError(f"seed={seed!r} must be an integer")
     count = _training_batches(len(targets), held_out)
     layer = _MaskedLayer(run, parameters, masks)
     values = layer.trainable()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.core._compat_hf import is_offloaded
+from blockprune.core.arguments import check_function
 from blockprune.core.patterns import resolve_by_name, suggest
 from blockprune.core.pipeline import Pipeline, required_statistics
 from blockprune.core.progress import progress_bar
@@ -116,9 +117,11 @@ class LayerPruning:
                 f"pipeline is a {type(pipeline).__name__}; give a Pipeline, such as that of a recipe, recipe.pipeline, or call the recipe "
                 "itself: recipe(model, sparsity)"
             )
+        check_function("reconstruct", reconstruct, "(data, masks) -> weights, such as reconstruct.least_squares")
         where, statistics = _collector_options(pipeline, reconstruct)
         names = _prunable(model, where)
-        _check_extra_data(model, extra_data or {})
+        extra_data = {} if extra_data is None else extra_data
+        _check_extra_data(model, extra_data)
         order = find_layers(model, layers, names)
         shares = resolve_by_name(sparsity, names, what="sparsity") if isinstance(sparsity, Mapping) else sparsity
         if finetune is not None and not callable(finetune) and not isinstance(finetune, Mapping):
@@ -127,7 +130,7 @@ class LayerPruning:
         check_parts(parts, order)
         if parts:
             check_not_fully_sharded(model, "finetune tunes plain parameters of a layer")
-        return cls(order, pipeline, reconstruct, where, statistics, shares, extra_data or {}, target, parts)
+        return cls(order, pipeline, reconstruct, where, statistics, shares, extra_data, target, parts)
 
     def run(
         self,
@@ -213,7 +216,7 @@ class LayerPruning:
         ]
         first = next(iter(states.batches(layer, {})), None)
         with raised_together(layer.module, states.reduce):
-            own = None if first is None else trace_layer(first, hooks)
+            own = None if first is None else trace_layer(first, hooks, [s.name for s in self.statistics if s.source == "inputs"])
         traces = gather_from_ranks(own, states.reduce)
         trace = next(trace for trace in traces if trace is not None)  # the same one on all ranks
         return [(names, [hook for hook in hooks if hook[0] in names], trace) for names in trace.groups]
@@ -262,6 +265,10 @@ def _collector_options(pipeline: Pipeline, reconstruct: Reconstruct) -> tuple[Wh
 
 def _check_extra_data(model: nn.Module, extra_data: Data) -> None:
     """Raise if there is data of a parameter that the model does not have; data of one that is not chosen is not used."""
+    if not isinstance(extra_data, Mapping):
+        raise TypeError(
+            f"extra_data is a {type(extra_data).__name__}; give data by parameter name, such as collect.with_statistics returns"
+        )
     known = parameter_refs(model)
     for name in extra_data:
         if name not in known:

@@ -4,6 +4,7 @@ They read Hugging Face outputs (``logits``, ``hidden_states``, ``last_hidden_sta
 leave out padding: positions whose ``attention_mask`` is 0 and positions whose label is -100.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -12,15 +13,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blockprune.core.arguments import check_counts, check_number
+from blockprune.core.arguments import check_counts, check_function, check_number
 from blockprune.core.precision import SMALLEST, at_least_float32
-from blockprune.model.calibration import inputs_of
 from blockprune.repair import divergence
+from blockprune.repair.loss_positions import (
+    IGNORED,
+    are_next_tokens,
+    attention_of,
+    check_shift,
+    decoder_batch,
+    encoder_batch,
+    entry,
+    labels_of,
+    mean,
+    mean_of_counted,
+    own_labels,
+)
 
 __all__ = ["cosine", "cross_entropy", "hidden_states", "kl", "weighted"]
 
 DistillLoss = Callable[[Any, Any, Any], Tensor]  # (student's output, teacher's output, batch) -> one number
-IGNORED = -100  # the label that Hugging Face and `F.cross_entropy` leave out
 
 
 def kl(
@@ -38,7 +50,7 @@ def kl(
     is -inf in the teacher adds nothing.
 
     Args:
-        student: logits ``[batch, classes]`` or ``[batch, positions, classes]``, or an output that has ``logits``.
+        student: logits ``[classes]``, ``[batch, classes]`` or ``[batch, positions, classes]``, or an output that has ``logits``.
         teacher: the same of the teacher.
         batch: what the models were called with; it tells which positions are padding, and with labels which positions count.
         temperature: T; higher temperatures give more weight to unlikely classes.
@@ -58,21 +70,19 @@ def kl(
         >>> round(bp.losses.kl(torch.zeros(1, 3), logits).item(), 3), round(bp.losses.kl(torch.zeros(1, 3), logits, top_k=1).item(), 3)
         (0.574, 0.557)
     """
-    check_number("temperature", temperature, "a number above 0", above=0)
+    check_number("temperature", temperature, "a finite number above 0", above=0)
+    if temperature == math.inf:
+        raise ValueError("temperature=inf must be a finite number above 0")
     if top_k is not None:
         check_counts(1, top_k=top_k)
     q, p = _logits(student, "student"), _logits(teacher, "teacher")
     _check_shapes("kl", "logits", q, p)
-    if q.ndim > 3:
-        raise ValueError(
-            f"kl: the logits have shape {tuple(q.shape)}, and which axis is that of the classes is not known; give a forward that returns "
-            "logits [batch, positions, classes], for an image model model(batch).flatten(2).mT"
-        )
-    batch = _decoder_batch(student, batch)
-    _check_shift("kl", _own_labels(batch), batch, shift)
+    _check_axes("kl", q)
+    batch = decoder_batch(student, batch)
+    check_shift("kl", own_labels(batch), batch, shift)
     p = p.to(q.device)
     top_k = None if top_k is None or top_k >= p.shape[-1] else top_k
-    return temperature**2 * _mean(divergence.of_logits(q, p, temperature, top_k), batch, shift)
+    return temperature**2 * mean(divergence.of_logits(q, p, temperature, top_k), batch, shift)
 
 
 def hidden_states(student: Any, teacher: Any, batch: Any = None) -> Tensor:
@@ -82,7 +92,8 @@ def hidden_states(student: Any, teacher: Any, batch: Any = None) -> Tensor:
 
     Args:
         student: an output that has ``hidden_states`` (call the model with ``output_hidden_states=True``), hidden states
-            ``[batch, positions, width]``, or a sequence of them.
+            ``[batch, positions, width]``, or a sequence of them. Of an encoder and a decoder, ``encoder_hidden_states`` and
+            ``decoder_hidden_states`` are compared, each with its own padding.
         teacher: the same of the teacher.
         batch: what the models were called with; it tells which positions are padding.
 
@@ -95,11 +106,10 @@ def hidden_states(student: Any, teacher: Any, batch: Any = None) -> Tensor:
         >>> bp.losses.hidden_states([0.5 * x for x in teacher], teacher).item()
         0.25
     """
-    xs, ys = _hidden_states(student, "student"), _hidden_states(teacher, "teacher")
+    xs, ys = _hidden_states(student, batch, "student"), _hidden_states(teacher, batch, "teacher")
     if len(xs) != len(ys) or not xs:
         raise ValueError(f"hidden_states: the student has {len(xs)} hidden states and the teacher {len(ys)}; choose the layers to compare")
-    batch = _decoder_batch(student, batch)
-    return torch.stack([_relative_error(x, y, batch) for x, y in zip(xs, ys, strict=True)]).mean()
+    return torch.stack([_relative_error(x, y, own_batch) for (x, own_batch), (y, _) in zip(xs, ys, strict=True)]).mean()
 
 
 def _relative_error(student: Tensor, teacher: Tensor, batch: Any) -> Tensor:
@@ -107,7 +117,7 @@ def _relative_error(student: Tensor, teacher: Tensor, batch: Any) -> Tensor:
     x, y = at_least_float32(student), at_least_float32(teacher.to(student.device))
     if x.ndim < 2:  # one vector
         x, y = x.view(1, -1), y.view(1, -1)
-    return _mean((x - y).square().mean(-1), batch) / _mean(y.square().mean(-1), batch).clamp_min(SMALLEST)
+    return mean((x - y).square().mean(-1), batch) / mean(y.square().mean(-1), batch).clamp_min(SMALLEST)
 
 
 def cross_entropy(student: Any, teacher: Any, batch: Any, *, shift: bool | None = None) -> Tensor:
@@ -117,7 +127,7 @@ def cross_entropy(student: Any, teacher: Any, batch: Any, *, shift: bool | None 
     it nor the position that predicts it is padding.
 
     Args:
-        student: logits ``[..., classes]``, or an output that has ``logits``.
+        student: logits ``[classes]``, ``[batch, classes]`` or ``[batch, positions, classes]``, or an output that has ``logits``.
         teacher: anything.
         batch: what the model was called with.
         shift: True compares labels with the logits of the position before them (causal language models), False with those of their own
@@ -125,34 +135,48 @@ def cross_entropy(student: Any, teacher: Any, batch: Any, *, shift: bool | None 
             are not padding have a label. Labels that equal the input tokens at fewer positions could be either, which is an error.
 
     Raises:
-        TypeError: an output without logits, or a batch without labels or tokens.
-        ValueError: labels of another shape than the positions, only labels of -100, or labels that need ``shift``.
+        TypeError: an output without logits, a batch without labels or tokens, or labels that are bool.
+        ValueError: logits with four or more axes, labels of another shape than the positions, a label that is no class, only labels of
+            -100, or labels that need ``shift``.
 
     Example:
         >>> logits = torch.zeros(1, 3, 50)
         >>> round(bp.losses.cross_entropy(logits, None, {"input_ids": torch.tensor([[4, 7, 9]])}).exp().item(), 3)
         50.0
     """
-    logits, batch = _logits(student, "student"), _decoder_batch(student, batch)
-    labels = _labels(batch)
+    logits, batch = _logits(student, "student"), decoder_batch(student, batch)
+    labels = labels_of(batch)
     if labels is None:
         raise TypeError(
             f"cross_entropy: the batch has the type {type(batch).__name__} and no labels; give a mapping with 'labels' or 'input_ids', or "
             "a tuple (inputs, labels)"
         )
+    _check_axes("cross_entropy", logits)
+    if labels.dtype == torch.bool:
+        raise TypeError("cross_entropy: the labels are bool; give the numbers of the classes, such as labels.long()")
     if labels.shape != logits.shape[:-1]:
+        is_other_axis = logits.ndim == 3 and labels.shape == (logits.shape[0], logits.shape[2])
         raise ValueError(
             f"cross_entropy: the logits {tuple(logits.shape)} need labels {tuple(logits.shape[:-1])}, not {tuple(labels.shape)}"
+            + ("; the classes must be the last axis: give a forward that returns model(batch).mT" if is_other_axis else "")
         )
-    labels = labels.to(logits.device)
-    _check_shift("cross_entropy", labels, batch, shift)
-    is_shifted = _are_next_tokens(labels, batch) if shift is None else shift
-    if (attention := _attention(labels, batch, must_fit=is_shifted)) is not None:
+    labels = labels.to(logits.device, torch.long)
+    check_shift("cross_entropy", labels, batch, shift)
+    is_shifted = are_next_tokens(labels, batch) if shift is None else shift
+    if (attention := attention_of(labels, batch, must_fit=is_shifted)) is not None:
         is_padding = attention.to(labels.device) == 0
         labels = labels.masked_fill(is_padding | F.pad(is_padding[:, :-1], (1, 0)) if is_shifted else is_padding, IGNORED)
     if is_shifted:
         logits, labels = logits[:, :-1], labels[:, 1:]
-    loss = F.cross_entropy(at_least_float32(logits).flatten(0, -2), labels.flatten(), reduction="none", ignore_index=IGNORED)
+    try:
+        rows = at_least_float32(logits).reshape(-1, logits.shape[-1])
+        loss = F.cross_entropy(rows, labels.flatten(), reduction="none", ignore_index=IGNORED)
+    except IndexError as error:
+        wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= logits.shape[-1]))]
+        raise ValueError(
+            f"cross_entropy: the label {wrong[0].item() if len(wrong) else error} is none of the {logits.shape[-1]} classes of the logits "
+            f"{tuple(logits.shape)}; labels are from 0 to {logits.shape[-1] - 1}, or {IGNORED} for what does not count"
+        ) from error
     counted = labels.flatten() != IGNORED
     if not counted.any():
         raise ValueError("cross_entropy: no label of this batch counts; all are -100 or padding")
@@ -160,7 +184,7 @@ def cross_entropy(student: Any, teacher: Any, batch: Any, *, shift: bool | None 
 
 
 def cosine(student: Any, teacher: Any, batch: Any = None) -> Tensor:
-    """One minus the cosine between the student's and the teacher's embeddings, mean over the samples.
+    """One minus the cosine between the student's and the teacher's embeddings, mean over the samples that are not all padding.
 
     Args:
         student: embeddings ``[samples, width]`` (with three axes, each vector along the last counts), or an output that has
@@ -170,25 +194,31 @@ def cosine(student: Any, teacher: Any, batch: Any = None) -> Tensor:
 
     Raises:
         TypeError: an output without ``last_hidden_state``.
-        ValueError: embeddings of different shapes, or with four or more axes, as those of image models.
+        ValueError: embeddings of different shapes, or with four or more axes, as those of image models; only padding.
 
     Example:
         >>> bp.losses.cosine(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])).item()
         1.0
     """
-    x, y = _embeddings(student, batch, "student"), _embeddings(teacher, batch, "teacher")
+    (x, own), (y, other) = _embeddings(student, batch, "student"), _embeddings(teacher, batch, "teacher")
     _check_shapes("cosine", "embeddings", x, y)
     if x.ndim > 3:
         raise _no_embeddings("student", x)
     distance = 1 - F.cosine_similarity(at_least_float32(x), at_least_float32(y.to(x.device)), dim=-1)
-    return _mean(distance, batch)
+    if own is None and other is None:
+        return mean(distance, batch)
+    return mean_of_counted(distance, torch.stack([has.to(x.device) for has in (own, other) if has is not None]).all(0))
 
 
 def weighted(terms: Mapping[DistillLoss, float]) -> DistillLoss:
     """A loss that is the weighted sum of others.
 
+    Args:
+        terms: the weight of each loss.
+
     Raises:
-        ValueError: no terms.
+        ValueError: no terms, a weight that is NaN.
+        TypeError: terms that are no mapping, a loss that is no function, a weight that is no number.
 
     Example:
         >>> loss = bp.losses.weighted({bp.losses.kl: 1.0, bp.losses.cross_entropy: 0.5})
@@ -196,6 +226,11 @@ def weighted(terms: Mapping[DistillLoss, float]) -> DistillLoss:
         >>> loss(logits, logits, batch).item() == 0.5 * bp.losses.cross_entropy(logits, None, batch).item()
         True
     """
+    if not isinstance(terms, Mapping):
+        raise TypeError(f"weighted: terms is a {type(terms).__name__}; give a mapping from losses to weights, such as {{losses.kl: 1.0}}")
+    for loss, weight in terms.items():
+        check_function("a loss of terms", loss, "of the student's output, the teacher's output and the batch, such as losses.kl")
+        check_number(f"terms[{getattr(loss, '__name__', loss)}]", weight)
     if not terms:
         raise ValueError("weighted: terms is empty; give at least one loss and its weight, such as {losses.kl: 1.0}")
     return partial(_weighted_sum, terms=tuple(terms.items()))
@@ -205,15 +240,11 @@ def _weighted_sum(student: Any, teacher: Any, batch: Any, *, terms: Sequence[tup
     return torch.stack([weight * loss(student, teacher, batch) for loss, weight in terms]).sum()
 
 
-# What outputs and batches hold
-
-
-def _entry(output: Any, name: str) -> Any:
-    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+# What outputs hold
 
 
 def _logits(output: Any, who: str) -> Tensor:
-    logits = output if isinstance(output, Tensor) else _entry(output, "logits")
+    logits = output if isinstance(output, Tensor) else entry(output, "logits")
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"the {who}'s output ({_kind(output)}) has no logits; use a model with a head, or a forward that returns the logits as a tensor"
@@ -221,33 +252,40 @@ def _logits(output: Any, who: str) -> Tensor:
     return logits
 
 
-def _hidden_states(output: Any, who: str) -> Sequence[Tensor]:
+def _hidden_states(output: Any, batch: Any, who: str) -> list[tuple[Tensor, Any]]:
+    """The hidden states of an output, each with the batch that tells its padding."""
     if isinstance(output, Tensor):
-        return [output]
-    states = output if type(output) in (tuple, list) else _entry(output, "hidden_states")
-    if not isinstance(states, (tuple, list)) or not all(isinstance(x, Tensor) for x in states):
+        return [(output, batch)]
+    own, of_encoder, of_decoder = (entry(output, f"{part}hidden_states") for part in ("", "encoder_", "decoder_"))
+    states = output if type(output) in (tuple, list) else own
+    parts = [(states, decoder_batch(output, batch))]
+    if states is None and of_decoder is not None:
+        parts = [(of_encoder or (), encoder_batch(batch)), (of_decoder, decoder_batch(output, batch))]
+    if not all(isinstance(part, (tuple, list)) and all(isinstance(x, Tensor) for x in part) for part, _ in parts):
         raise TypeError(
-            f"the {who}'s output ({_kind(output)}) has no hidden_states; call the model with output_hidden_states=True, in distill with "
+            f"the {who}'s output ({_kind(output)}) has no hidden states; call the model with output_hidden_states=True, in distill with "
             "forward=lambda model, batch: model(**batch, output_hidden_states=True)"
         )
-    return states
+    return [(x, own_batch) for part, own_batch in parts for x in part]
 
 
-def _embeddings(output: Any, batch: Any, who: str) -> Tensor:
+def _embeddings(output: Any, batch: Any, who: str) -> tuple[Tensor, Tensor | None]:
+    """The embeddings, and which samples have any position that is not padding; None if all do."""
     if isinstance(output, Tensor):
-        return output
-    hidden = _entry(output, "last_hidden_state")
+        return output, None
+    hidden = entry(output, "last_hidden_state")
     if not isinstance(hidden, Tensor):
         raise TypeError(
             f"the {who}'s output ({_kind(output)}) has no last_hidden_state; give a forward that returns the embeddings as a tensor"
         )
     if hidden.ndim != 3:
         raise _no_embeddings(who, hidden)
-    weights = _attention(hidden[..., 0], _decoder_batch(output, batch))
-    if weights is None:
-        return at_least_float32(hidden).mean(1)
-    weights = weights.to(hidden.device)[..., None]
-    return (at_least_float32(hidden).masked_fill(weights == 0, 0) * weights).sum(1) / weights.sum(1).clamp_min(1)
+    attention = attention_of(hidden[..., 0], decoder_batch(output, batch))
+    if attention is None:
+        return at_least_float32(hidden).mean(1), None
+    weights = attention.to(hidden.device)[..., None]
+    sums = (at_least_float32(hidden).masked_fill(weights == 0, 0) * weights).sum(1)
+    return sums / weights.sum(1).clamp_min(1), (attention != 0).any(1)
 
 
 def _no_embeddings(who: str, x: Tensor) -> ValueError:
@@ -261,121 +299,17 @@ def _kind(output: Any) -> str:
     return "None; give distill a teacher" if output is None else type(output).__name__
 
 
-def _decoder_batch(output: Any, batch: Any) -> Any:
-    """The batch as the decoder sees it, where the output is that of an encoder and a decoder."""
-    inputs = inputs_of(batch)
-    if not isinstance(inputs, Mapping) or isinstance(output, Tensor) or _entry(output, "encoder_last_hidden_state") is None:
-        return batch
-    renamed = {name: inputs[f"decoder_{name}"] for name in ("input_ids", "attention_mask") if f"decoder_{name}" in inputs}
-    return {**renamed, **{name: x for name, x in inputs.items() if name == "labels"}}
-
-
-def _labels(batch: Any) -> Tensor | None:
-    """The labels of a batch: its own, or the input tokens."""
-    labels = _own_labels(batch)
-    if labels is not None:
-        return labels
-    inputs = inputs_of(batch)
-    has_target = (inputs is not batch and len(batch) > 1) or (isinstance(inputs, Mapping) and inputs.get("labels") is not None)
-    return None if has_target else _tokens(batch)  # a target of other numbers is no label
-
-
-def _own_labels(batch: Any) -> Tensor | None:
-    """The labels of a batch, not its input tokens."""
-    inputs = inputs_of(batch)
-    labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
-    if labels is None and inputs is not batch and len(batch) > 1:
-        labels = batch[1]
-    return labels if isinstance(labels, Tensor) and not labels.is_floating_point() else None
-
-
-def _tokens(batch: Any) -> Tensor | None:
-    inputs = inputs_of(batch)
-    tokens = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
-    return tokens if isinstance(tokens, Tensor) and not tokens.is_floating_point() else None
-
-
-def _are_next_tokens(labels: Tensor, batch: Any) -> bool:
-    """Whether labels repeat the input tokens at half of all positions, so that logits predict the label of the next position."""
-    if not _are_tokens(labels, batch):
-        return False
-    attention = _attention(labels, batch)
-    attended = torch.ones_like(labels, dtype=torch.bool) if attention is None else attention.to(labels.device) != 0
-    return bool(2 * ((labels != IGNORED) & attended).sum() >= attended.sum())
-
-
-def _check_shift(loss: str, labels: Tensor | None, batch: Any, shift: bool | None) -> None:
-    """Raise if nobody said whether labels belong to the next position, and the labels do not tell."""
-    if shift not in (None, True, False):
-        raise ValueError(f"{loss}: shift={shift!r} must be True, False or None")
-    if labels is None:
-        return
-    if shift and labels.ndim < 2:
-        raise ValueError(f"{loss}: shift=True needs labels [batch, positions], not {tuple(labels.shape)}")
-    is_unclear = shift is None and _are_tokens(labels, batch) and not _are_next_tokens(labels, batch)
-    if is_unclear and (labels != IGNORED).any():
-        raise ValueError(
-            f"{loss}: the labels equal the input tokens, but fewer than half of the positions have a label; give shift=True for a causal "
-            f"language model whose prompts have no labels, or shift=False for a masked one: partial(losses.{loss}, shift=True)"
-        )
-
-
-def _are_tokens(labels: Tensor, batch: Any) -> bool:
-    """Whether labels equal the input tokens wherever there is a label."""
-    tokens = _tokens(batch)
-    if tokens is None or tokens.shape != labels.shape or labels.ndim < 2:
-        return False
-    return bool(((labels == tokens.to(labels.device)) | (labels == IGNORED)).all())
-
-
-def _attention(x: Tensor, batch: Any, *, must_fit: bool = True) -> Tensor | None:
-    """The attention mask of a batch for numbers by position, ``[batch, positions, ...]``; None if there is none for them.
-
-    A mask of other positions than the numbers is an error if it must fit. Otherwise it is ignored, as for labels of words and a mask of
-    speech frames.
-    """
-    inputs = inputs_of(batch)
-    if not isinstance(inputs, Mapping) or x.ndim < 2:  # numbers by sample have no padding
-        return None
-    mask = inputs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        return None
-    if mask.shape != x.shape[:2]:
-        if not must_fit:
-            return None
-        raise ValueError(
-            f"the attention mask {tuple(mask.shape)} has different positions than the output {tuple(x.shape[:2])}, so its padding cannot "
-            "be left out; compare outputs of these positions, or give a batch without the mask"
-        )
-    return mask
-
-
-def _mean(values: Tensor, batch: Any, shift: bool | None = None) -> Tensor:
-    """The mean of numbers by position over all positions that count."""
-    counted = _counted(values, batch, shift)
-    if counted is None:
-        return values.mean()
-    counted = counted.to(values.device).reshape(*counted.shape, *[1] * (values.ndim - counted.ndim)).expand_as(values)
-    if not counted.any():
-        raise ValueError("no position of this batch counts: each is padding (attention_mask 0) or has the label -100")
-    return values.masked_fill(~counted, 0).sum() / counted.sum()
-
-
-def _counted(values: Tensor, batch: Any, shift: bool | None) -> Tensor | None:
-    """Which positions count, ``[batch, positions]`` bool; None if all do."""
-    attention = _attention(values, batch)
-    counted = None if attention is None else attention != 0
-    labels = _own_labels(batch)
-    if labels is not None and labels.shape == values.shape:
-        has_label = labels != IGNORED
-        if _are_next_tokens(labels, batch) if shift is None else shift:  # a position counts if the next one has a label
-            has_label = F.pad(has_label[:, 1:], (0, 1), value=False)
-        counted = has_label if counted is None else counted.to(has_label.device) & has_label
-    return counted
-
-
 def _check_shapes(loss: str, what: str, student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape:
         raise ValueError(
             f"{loss}: the student's {what} have shape {tuple(student.shape)} and the teacher's {tuple(teacher.shape)}; both need one shape"
+        )
+
+
+def _check_axes(loss: str, logits: Tensor) -> None:
+    """Raise where the axis of the classes is not the last one, or not known."""
+    if not 1 <= logits.ndim <= 3:
+        raise ValueError(
+            f"{loss}: the logits have shape {tuple(logits.shape)}, and which axis is that of the classes is not known; give a forward that "
+            "returns logits [batch, positions, classes], for an image model model(batch).flatten(2).mT"
         )

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -119,6 +119,9 @@ def find_layers(model: nn.Module, layers: Sequence[str] | None, names: Sequence[
             )
         largest = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
         layers = [f"{largest}.{child}".removeprefix(".") for child, _ in lists[largest].named_children()]
+    layers = list(layers) if isinstance(layers, Iterable) else [layers]
+    if other := [layer for layer in layers if not isinstance(layer, str)]:
+        raise TypeError(f"layers has {other[0]!r}; give a sequence of the layers' names, such as ['layers.0', 'layers.1']")
     for layer in layers:
         if layer not in modules:
             raise KeyError(f"layers names {layer!r}, which is not a module of the model{suggest(layer, modules)}")

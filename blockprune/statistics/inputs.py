@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ def _cross_init(ref: ParameterRef, param: Param) -> Sums:
 
 
 def _cross_update(sums: Sums, call: Call) -> Sums:
-    calls = call.batch.dense_inputs.get(call.name, [])
+    calls = _of_two_models(call, "dense_inputs").get(call.name, [])
     dense = calls[call.index] if call.index < len(calls) else []
     if [len(x) for x in dense] != [len(y) for y in call.inputs]:
         raise ValueError(
@@ -127,6 +128,13 @@ input_cross = Statistic("input_cross", "inputs", _cross_init, _cross_update, lam
 If the data has it, `reconstruct.least_squares` and `metric.obs` aim at the outputs of the dense layer on its own inputs. `sequential`
 collects it: its batches have an attribute ``dense_inputs``, which holds by parameter name and call the dense rows ``[n, k]`` of each group.
 """
+
+
+def _of_two_models(call: Call, attribute: str) -> Any:
+    """What a batch of `sequential` knows of the dense model."""
+    if not hasattr(call.batch, attribute):
+        raise ValueError("input_cross and residual_cross compare two models; leave them out of the statistics: target='dense' adds them")
+    return getattr(call.batch, attribute)
 
 
 def residual_cross(names: Collection[str]) -> Statistic:
@@ -152,7 +160,7 @@ def residual_cross(names: Collection[str]) -> Statistic:
         if not sums:
             return sums
         x = _append_ones(call, call.inputs[0])
-        error = at_least_float32(call.batch.residual_error[call.name][call.index])  # [n, outputs], on the device of the stream
+        error = at_least_float32(_of_two_models(call, "residual_error")[call.name][call.index])  # [n, outputs], on the device of the stream
         return {"sum": sums["sum"] + error.to(x.device).mT @ x, "n": sums["n"] + count_output_rows(call, sums["n"])}
 
     def compute(sums: Sums, ref: ParameterRef, param: Param) -> Tensor:

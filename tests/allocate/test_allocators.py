@@ -521,6 +521,7 @@ def test_the_error_for_scores_that_cannot_be_ranked_names_the_parameter_and_shap
         (torch.full((4, 6), math.nan), ValueError, ["24 of the scores", "NaN", "metric"]),
         (torch.ones(4, 6).long(), TypeError, ["torch.int64", "floating point"]),
         (torch.ones(4, 6, dtype=torch.complex64), TypeError, ["torch.complex64", "floating point"]),
+        (torch.ones(4, 6).to(torch.float8_e4m3fn), TypeError, ["torch.float8_e4m3fn", "score.value.float()"]),
     ):
         with pytest.raises(error) as caught:
             allocator({**BAD, "fc.weight": bp.BlockScore(value, bp.BlockGrid((4, 6), (1, 1)))}, 0.5)

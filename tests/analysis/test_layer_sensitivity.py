@@ -198,6 +198,19 @@ def test_sparsities_that_are_none_are_named(sparsities: Any, error: type[Excepti
         bp.sensitivity(nn.Linear(4, 4), PRUNE, sparsities, lambda m: 0.0, progress=False)
 
 
+@pytest.mark.parametrize("name", ["eval", "config", "weight"])
+def test_the_function_in_the_models_place_says_that_it_has_no_attributes(name: str) -> None:
+    with pytest.raises(AttributeError, match=rf"evaluate asks for model\.{name}, but sensitivity calls it with a function.*bp\.sweep"):
+        bp.sensitivity(nn.Linear(4, 4), PRUNE, [0.25, 0.5], lambda m: getattr(m, name)(), progress=False)  # type: ignore[attr-defined]
+
+
+def test_a_generator_of_sparsities() -> None:
+    evaluate: Callable[..., Any] = lambda m: m(torch.ones(1, 4)).sum() if callable(m) and not hasattr(m, "config") else 0.0  # noqa: E731
+    model = nn.Linear(4, 4)
+    tables = [bp.sensitivity(model, PRUNE, values, evaluate, progress=False) for values in ([0.25, 0.5], (s / 4 for s in (1, 2)))]  # type: ignore[arg-type]
+    assert tables[0] == tables[1]
+
+
 @pytest.mark.parametrize(
     ("result", "kind"),
     [(torch.ones(2), r"tensor of shape \(2,\)"), ({"loss": 1.0}, "dict"), (None, "NoneType"), ([1.0, 2.0], "list")],

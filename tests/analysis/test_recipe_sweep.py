@@ -166,6 +166,8 @@ def test_the_table_prints_and_chooses_a_score_to_draw() -> None:
         ({"sparsities": 0.5}, TypeError, r"sparsities=0.5 must be a list of numbers from 0 to 1, such as \[0.25, 0.5\]"),
         ({"sparsities": ["half"]}, TypeError, r"sparsities=\['half'\] must be a list of numbers"),
         ({"sparsities": [{"0.*": 0.5}]}, TypeError, "for sparsities by parameter, give a recipe that makes them of one number"),
+        ({"sparsities": (s for s in (0.5, 0.5))}, ValueError, r"sparsities=\[0.5, 0.5\] must hold"),
+        ({"sparsities": [True]}, TypeError, r"sparsities=\[True\] must be a list of numbers"),
         ({"sparsities": [float("nan")]}, ValueError, "one or more different fractions"),
         ({"recipes": {"mine": lambda model, sparsity: 0.5}}, TypeError, "recipe 'mine' returned a float; it must return masks"),
         ({"evaluate": lambda model: "good"}, TypeError, "evaluate must return a number"),
@@ -178,6 +180,16 @@ def test_wrong_input_is_an_error(changes: dict[str, Any], error: type[Exception]
     options: dict[str, Any] = {"recipes": {"pipeline": recipes()["pipeline"]}, "sparsities": [0.5], "evaluate": evaluate} | changes
     with pytest.raises(error, match=message):
         bp.sweep(small(), **options)
+
+
+def test_a_generator_of_sparsities() -> None:
+    chosen = {name: recipes()[name] for name in ("magnitude", "pipeline")}
+    assert untimed(bp.sweep(small(), chosen, (s for s in SPARSITIES), evaluate)) == untimed(bp.sweep(small(), chosen, SPARSITIES, evaluate))
+
+
+def test_an_evaluation_may_use_the_model_as_a_module() -> None:
+    table = bp.sweep(small().train(), {"p": recipes()["pipeline"]}, [0.5], lambda model: float(model.eval().training))
+    assert table.dense == {"score": 0.0}
 
 
 def test_a_tensor_that_requires_gradients_is_a_number() -> None:

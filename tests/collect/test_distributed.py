@@ -84,6 +84,14 @@ def other_parameters(rank: int) -> Any:
     return bp.distributed.agree(masks(**{"c.weight": masks()["a.weight"]} if rank else {}))
 
 
+def no_masks_on_a_rank(rank: int) -> Any:
+    return bp.distributed.agree({"a.weight": torch.ones(2, 2)} if rank else masks())  # type: ignore[dict-item]
+
+
+def something_else_than_masks(rank: int) -> Any:
+    return bp.distributed.agree(masks() if rank else None)  # type: ignore[arg-type]
+
+
 def sharded() -> Any:
     built: Any = model()
     for layer in (built[0], built[2]):
@@ -231,6 +239,8 @@ RAISES: dict[Callable[[int], Any], str] = {
     other_blocks_kept: r"a\.weight \(4, 4\): the ranks keep different blocks, 2 of 4 differ; collect with reduce=",
     other_grids: r"a\.weight: the ranks have different masks: .*\(2, 2\)\) on rank 0, .*\(4, 1\)\) on rank 1; prune with the same",
     other_parameters: r"c\.weight: the ranks have different masks: no mask on rank 0, .* on rank 1",
+    no_masks_on_a_rank: r"^(rank 1 raised TypeError: )?masks\['a\.weight'\] is a Tensor, not a BlockMask",
+    something_else_than_masks: r"^(rank 0 raised TypeError: )?masks is a NoneType, not a mapping from parameter names to BlockMask",
     sharded_and_a_rank_without_batches: r"batch 0: 1 of 2 ranks have one, .* give every rank as many batches",
     sharded_and_fewer_batches: r"batch 2: 1 of 2 ranks have one, .* give every rank as many batches",
     sharded_and_fewer_batches_for_layers: r"batch 2: 1 of 2 ranks have one, .* give every rank as many batches",

@@ -157,6 +157,27 @@ def recorded_in_vmap(question: Callable[[Tensor], bool]) -> list[bool]:
     return answers
 
 
+class Asked(nn.Module):
+    """Notes for each attribute that is set, but those of a module itself, whether functional_call sets it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scale":
+            self.answers.append(_compat.functional_call_assigns())
+        super().__setattr__(name, value)
+
+    def forward(self) -> Tensor:
+        return self.scale  # type: ignore[return-value]
+
+
+def test_attributes_that_functional_call_sets_are_recognised() -> None:
+    with private("torch.nn.utils._named_member_accessor", "to keep functional_call from overwriting a masked weight"):
+        model = Asked()
+        model.answers = []
+        model.scale = torch.ones(1)
+        assert torch.func.functional_call(model, {"scale": torch.zeros(1)}, ()) == 0
+        assert model.answers == [False, True, True]
+
+
 def test_legacy_batched_gradients_are_recognised() -> None:
     with private("torch._C._functorch.is_legacy_batchedtensor", "to mask a weight under autograd.grad(is_grads_batched=True)"):
         answers: list[bool] = []
@@ -835,7 +856,7 @@ OVERRIDES = {
         *("model/masked_class.py", "model/parametrization.py"),
         *("export/sparse_layers.py", "export/semi_structured.py"),
     },
-    "_save_to_state_dict": {"export/sparse_layers.py", "export/semi_structured.py"},
+    "_save_to_state_dict": {"model/masked_class.py", "export/sparse_layers.py", "export/semi_structured.py"},
     "__prepare_scriptable__": {"model/gates.py", "model/parametrization.py", "export/semi_structured.py", "export/sparse_layers.py"},
 }
 NAMEDTUPLE = {"_fields", "_replace"}  # documented by Python

@@ -3,7 +3,7 @@
 import copy
 import math
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -202,3 +202,21 @@ def test_pool_and_expand_refuse_another_shape_and_an_unknown_reduction() -> None
         bp.expand(torch.ones(5, 4), grid)
     with pytest.raises(ValueError, match=r'median.*"sum".*"mean"'):
         bp.pool(torch.ones(5, 4), grid, reduce="median")
+
+
+GRID = bp.BlockGrid((4, 4), (2, 2))
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: bp.pool(torch.ones(4, 4), (2, 2)), r"grid=\(2, 2\) must be a BlockGrid; build one: bp.BlockGrid"),
+        (lambda: bp.pool([1.0], GRID), "x is a list, not a tensor"),
+        (lambda: bp.pool(torch.ones(4, 4), GRID, elementwise="abs"), "elementwise='abs' must be a function"),
+        (lambda: bp.expand(bp.BlockMask(torch.ones(2, 2).bool(), GRID), GRID), "keep is a BlockMask, not a tensor"),
+        (lambda: bp.block_elements((4, 4)), r"grid=\(4, 4\) must be a BlockGrid"),
+    ],
+)  # fmt: skip
+def test_what_is_no_tensor_or_grid_is_refused_by_name(call: Callable[[], object], text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        call()

@@ -202,3 +202,10 @@ def test_a_damaged_file_never_loads_as_anything_but_masks(masks_: bp.Masks, data
             message = str(error)
         assert str(path) in message
         assert all(isinstance(mask, bp.BlockMask) and mask.keep.shape == mask.grid.size for mask in loaded.values())
+
+
+def test_a_name_that_is_no_string_is_refused(tmp_path: Path) -> None:
+    mask: Any = {0: bp.BlockMask(torch.ones(1).bool(), bp.BlockGrid((1,), (1,)))}
+    with pytest.raises(TypeError, match="masks has the name 0, which is no string; give the names of parameters"):
+        bp.save_masks(mask, tmp_path / "masks.safetensors")
+    assert not list(tmp_path.iterdir())

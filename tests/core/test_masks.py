@@ -232,3 +232,38 @@ def test_a_metric_or_data_where_scores_are_expected_is_an_error_with_the_scores_
     assert str(caught.value) == f"{said}, such as {what}=bp.metric.l1(data)"
     with pytest.raises(TypeError, match=rf"^{what}\['w'\] is a Param, not a BlockScore; build one: BlockScore\(value, grid\)$"):
         call({"w": bp.Param(torch.ones(4), MASK.grid)})
+
+
+@pytest.mark.parametrize("kind", [bp.BlockMask, bp.BlockScore, bp.Param])
+@pytest.mark.parametrize(
+    ("value", "grid", "text"),
+    [
+        ([True, False], bp.BlockGrid((2,), (1,)), r"(keep|value|weight) is a list, not a tensor; convert it: torch.as_tensor"),
+        (torch.ones(2).bool().numpy(), bp.BlockGrid((2,), (1,)), r"(keep|value|weight) is a ndarray, not a tensor"),
+        (torch.ones(2).bool(), (1,), r"grid=\(1,\) must be a BlockGrid"),
+    ],
+)
+def test_a_value_of_something_else_than_a_tensor_and_a_grid_is_refused(kind: Any, value: Any, grid: Any, text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        kind(value, grid)
+
+
+def test_the_weight_of_data_has_the_shape_of_its_grid() -> None:
+    with pytest.raises(ValueError, match=r"Param.weight has shape \(4, 5\), but .* needs shape \(4, 4\)"):
+        bp.Param(torch.ones(4, 5), bp.BlockGrid((4, 4), (2, 2)))
+
+
+def test_masks_without_values_equal_themselves_alone() -> None:
+    grid = bp.BlockGrid((2,), (1,))
+    there = bp.BlockMask(torch.ones(2).bool(), grid)
+    nowhere = bp.BlockMask(there.keep.to("meta"), grid)
+    assert there != nowhere
+    assert nowhere != there
+    assert nowhere == nowhere  # noqa: PLR0124
+
+
+def test_scores_that_cannot_hold_infinity_are_not_restricted() -> None:
+    grid = bp.BlockGrid((2,), (1,))
+    mask = {"w": bp.BlockMask(torch.tensor([True, False]), grid)}
+    with pytest.raises(TypeError, match=r"w: scores \(2,\) are torch.int64 and cannot hold -inf; give .* score.value.float\(\)"):
+        bp.restrict({"w": bp.BlockScore(torch.tensor([1, 2]), grid)}, mask)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockprune.core.patterns import matches, matching_keys, resolve_by_name, suggest
+from blockprune.core.patterns import check_pattern, matches, matching_keys, resolve_by_name, suggest
 
 names_ = st.text("ab.", min_size=1, max_size=5)
 keys = st.one_of(names_, st.sampled_from(["*", "a*", "*.b", "?"]))
@@ -81,3 +81,19 @@ def test_a_key_that_is_no_name_is_an_error() -> None:
 )
 def test_an_error_suggests_names(name: str, names: list[str], text: str) -> None:
     assert suggest(name, names) == text
+
+
+@pytest.mark.parametrize("pattern", ["a.*", re.compile("a")])
+def test_globs_and_regular_expressions_are_patterns(pattern: Any) -> None:
+    check_pattern(pattern)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"), [(["a", "b"], "must be one pattern; give several"), (re.compile(b"a"), "must be a glob"), (None, "must be a glob")]
+)
+def test_what_is_no_pattern_is_refused(pattern: Any, text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        check_pattern(pattern)
+    if not isinstance(pattern, list):
+        with pytest.raises(KeyError, match="is not a parameter name or pattern"):
+            resolve_by_name({pattern: 1}, ["a"], what="sparsity")

@@ -338,3 +338,8 @@ def test_a_metric_that_needs_the_sparsity_says_so() -> None:
     with pytest.raises(TypeError, match=r"metric=sparsegpt scores for one sparsity: .*pipeline\.scores\(model, sparsity\)"):
         prune.scores(net())
     assert prune.allocate(prune.scores(net(), 0.5), 0.5) == prune(net(), 0.5)
+
+
+def test_a_stage_that_was_called_already_is_refused_without_its_values() -> None:
+    with pytest.raises(TypeError, match=r"^'collect' must be callable, but is a dict; give a function \(model\) -> data, such as partial"):
+        attrs.evolve(PRUNE, collect=collect.weights(net(), where=bp.linears((1, 1))))

@@ -3,6 +3,7 @@
 import copy
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import reference
@@ -551,9 +552,99 @@ def test_the_error_of_int8_is_that_of_the_inputs_or_says_that_they_are_random() 
     assert choice.reason.endswith("; error on random inputs: give inputs= for that on real ones")
     (choice,) = backend_choice.fixed_backend(model, "torch", dtype="int8").rows
     assert (choice.dtype, "on random inputs" in choice.reason) == ("int8", True)
-    for inputs in (torch.full((4, 24), torch.nan), torch.randn(0, 24)):
+    not_finite = "its weight or all its inputs are not finite, so its error in int8 is not known"
+    for inputs, reason in ((torch.full((4, 24), torch.nan), not_finite), (torch.randn(0, 24), "inputs do not reach it")):
         (choice,) = backend_choice.fixed_backend(model, "torch", dtype="int8", inputs=inputs).rows
-        assert (choice.dtype, choice.reason) == ("", "its weight or all its inputs are not finite, so its error in int8 is not known")
+        assert (choice.dtype, choice.reason) == ("", reason)
+
+
+CALLS = {"rows": lambda x: x, "larger rows": lambda x: x * 3 + x[:1], "none": lambda x: x[:0], "nan": lambda x: x * torch.nan}
+
+
+class Called(nn.Module):
+    """A layer that is called several times, as an expert is."""
+
+    def __init__(self, calls: tuple[str, ...]) -> None:
+        super().__init__()
+        self.calls, self.layer = calls, nn.Linear(24, 24)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [self.layer(CALLS[call](x)) for call in self.calls]
+
+
+@MAY_STAY_DENSE
+def test_neither_calls_without_rows_nor_the_order_of_calls_count() -> None:
+    torch.manual_seed(0)
+    x, layer, errors = torch.randn(8, 24), masked(nn.Sequential(nn.Linear(24, 24)))[0], {}
+    for calls in (("rows",), *itertools.permutations(("rows", "none")), *itertools.permutations(("rows", "nan", "none"))):
+        model = Called(calls)
+        model.layer = layer
+        (choice,) = export.choose(model, dtype="int8", inputs=x, max_error=1, rounds=1, progress=False).rows
+        (fixed,) = backend_choice.fixed_backend(model, "torch", dtype="int8", inputs=x, max_error=1).rows
+        assert (fixed.dtype, fixed.backend) == ("int8", "torch")
+        assert "(8, 24)" in choice.reason
+        errors[calls] = (choice.error, fixed.error)
+        layers = timed_layers.layers_of_model(bp.read_masks(model), model, x, lambda model, x: model(x), None)[0]
+        assert layers["layer.weight"].inputs == (8, 24)
+    assert len(set(errors.values())) == 1
+    model.calls = ("none",)
+    (choice,) = export.choose(model, dtype="int8", inputs=x, progress=False).rows
+    assert (choice.backend, choice.reason) == ("dense", "inputs do not reach it")
+    assert isinstance(export.block_sparse(model, dtype="int8", inputs=x, progress=False).layer, nn.Linear)
+    model.calls = ("none", "nan")
+    (choice,) = export.choose(model, dtype="int8", inputs=x, rounds=1, progress=False).rows
+    assert choice.reason.startswith("its weight or all its inputs are not finite")
+
+
+def test_of_several_errors_the_largest_counts() -> None:
+    x, layer = torch.randn(8, 24), masked(nn.Sequential(nn.Linear(24, 24)))[0]
+    model, errors = Called(("rows",)), {}
+    model.layer = layer
+    for calls in (("rows",), ("larger rows",), *itertools.permutations(("rows", "larger rows"))):
+        model.calls = calls
+        errors[calls] = backend_choice.fixed_backend(model, "torch", dtype="int8", inputs=x).rows[0].error
+    single = [errors["rows",], errors["larger rows",]]
+    assert set(list(errors.values())[2:]) == {max(e for e in single if e is not None)}
+
+
+LAYERS = {"0.weight": bp.BlockMask(torch.ones(2, 2, dtype=torch.bool), bp.BlockGrid((8, 8), (4, 4)))}
+
+
+@pytest.mark.parametrize("function", [export.recommend_blocks, export.cost_table])
+def test_what_is_to_be_timed_is_checked(function: Any) -> None:
+    with pytest.raises(TypeError, match=r"layers is a Sequential, not a mapping .*give masks or scores, such as bp\.read_masks\(model\)"):
+        function(nn.Sequential(nn.Linear(8, 8)), inputs=torch.randn(2, 8))
+    with pytest.raises(TypeError, match=r"layers\['w'\] is a int, not a BlockMask"):
+        function({"w": 5})
+    for rounds in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=rf"rounds={rounds} must be an integer, at least 1"):
+            function(LAYERS, rounds=rounds)
+
+
+def test_lists_of_blocks_and_sparsities_are_checked() -> None:
+    for sparsities in ([], (0.5, 1.0), [0.0]):
+        with pytest.raises(ValueError, match=r"sparsities=\[.*\] must be above 0 and below 1, and at least one"):
+            export.recommend_blocks(LAYERS, sparsities=sparsities)
+    for wrong in (0.5, ["half"], [None]):
+        with pytest.raises(TypeError, match=r"sparsities=.* must be a list of numbers above 0 and below 1, such as \[0\.5, 0\.9\]"):
+            export.recommend_blocks(LAYERS, sparsities=wrong)  # type: ignore[arg-type]
+    for blocks in ([8], 8, (4, 4), ["ab"], [(4.0, 4)]):
+        with pytest.raises(
+            TypeError, match=r"blocks has .*, which is no shape of a block; give a list of shapes, such as blocks=\[\(16, 1\)"
+        ):
+            export.recommend_blocks(LAYERS, blocks=blocks)  # type: ignore[arg-type]
+
+
+def test_a_benchmark_of_no_rounds_or_of_an_unknown_type_is_refused() -> None:
+    for rounds in (0, 2.5):
+        with pytest.raises(ValueError, match=rf"rounds={rounds} must be an integer, at least 1"):
+            export.benchmark(mlp(), inputs=torch.randn(8, 24), rounds=rounds)  # type: ignore[arg-type]
+    for dtype, listed in (
+        (torch.float32, "'float32', 'bfloat16' or 'int8'"),
+        (torch.float64, "'float64', 'float32', 'bfloat16' or 'int8'"),
+    ):
+        with pytest.raises(ValueError, match=rf"dtypes has 'foo'; a dense form of this model is {listed}$"):
+            export.benchmark(mlp().to(dtype), inputs=torch.randn(8, 24), dtypes=["foo"])
 
 
 def test_a_layer_that_inputs_do_not_reach_stays_in_its_type() -> None:

@@ -63,12 +63,33 @@ def hooked(layer: Any) -> None:
     layer.register_forward_hook(triple)
 
 
-@pytest.mark.parametrize(("change", "reason"), [(hooked, "it has hooks"), (tripled, "its forward was replaced")])
-def test_a_linear_that_does_more_than_a_product_stays_as_it_is(change: Callable[[Any], None], reason: str) -> None:
+def hooked_with_kwargs(layer: Any) -> None:
+    layer.register_forward_pre_hook(lambda module, args, kwargs: ((args[0] * 3,), kwargs), with_kwargs=True)
+
+
+CHANGES = [(hooked, "it has hooks"), (hooked_with_kwargs, "it has hooks"), (tripled, "its forward was replaced")]
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize(("change", "reason"), CHANGES)
+def test_a_linear_that_does_more_than_a_product_stays_as_it_is(
+    change: Callable[[Any], None], reason: str, int8: Callable[[nn.Module], Any]
+) -> None:
     model = mlp()
     change(model[0])
     with pytest.warns(UserWarning, match=rf"stay as they are \(0: {reason}\); 1 in all"):
-        result = export.rowwise_int8(model)
+        result = int8(model)
     assert type(result[0]) is nn.Linear
-    assert isinstance(result[2], export.Int8BlockSparseLinear)
-    torch.testing.assert_close(result(X), model(X), atol=0.05, rtol=0.05)
+    assert export.dense_baselines.is_int8(result[2])
+    torch.testing.assert_close(result(X), model(X), atol=0.1, rtol=0.1)
+
+
+@BOTH_KINDS
+def test_a_layer_with_hooks_stays_wherever_the_model_has_it(int8: Callable[[nn.Module], Any]) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    hooked(model[0])
+    model.append(model[0])
+    with pytest.warns(UserWarning, match="1 in all"):
+        result = int8(model)
+    assert result[0] is result[2]
+    assert [export.dense_baselines.is_int8(layer) for layer in result] == [False, True, False]

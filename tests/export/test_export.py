@@ -932,3 +932,16 @@ def test_warnings_count_layers_and_not_their_biases() -> None:
     with pytest.warns(UserWarning, match="0 of 0 masked layers became block-sparse .all masks are on biases and norms, which keep"):
         dense = export.block_sparse(only_biases, backend="torch")
     close(dense(torch.arange(8)), only_biases(torch.arange(8)))
+
+
+def test_what_is_no_state_dict_is_refused() -> None:
+    state = export.block_sparse(masked(mlp()), backend="torch").state_dict()
+    for wrong in (None, [*state.items()], mlp()):
+        with pytest.raises(TypeError, match=rf"state has the type {type(wrong).__name__}; give a state dict, such as safetensors"):
+            export.load_state_dict(mlp(), wrong)  # type: ignore[arg-type]
+    for key, value in {"0.values": 5, "0.layout": [1, 2], "2.col": None}.items():
+        with pytest.raises(TypeError, match=rf"state\['{key}'\] is a {type(value).__name__}, not a tensor; give the state dict of"):
+            export.load_state_dict(mlp(), {**state, key: value})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match=r"keep'\] is a bool, not a tensor"):
+        export.load_state_dict(mlp(), {"0.parametrizations.weight.0.keep": True})  # type: ignore[dict-item]
+    assert isinstance(export.load_state_dict(mlp(), {**state, "epoch": 3}, strict=False)[0], export.BlockSparseLinear)  # type: ignore[dict-item]

@@ -497,6 +497,70 @@ def test_a_damaged_file_of_the_result_is_refused_and_made_again_once_deleted(tmp
     assert contents(tmp_path / "again") == contents(tmp_path / "whole")
 
 
+FILES = {
+    "again/model-00002-of-00004.safetensors": "sparsegpt",
+    "again/unfinished/masks-00002.safetensors": "sparsegpt",
+    "again/unfinished/masks.safetensors": "magnitude",
+    "again/unfinished/budget.safetensors": "obs with a budget",
+    "again/unfinished/masks-00001.safetensors": "magnitude",
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_flipped_byte_is_noticed_on_resume_and_the_file_made_again_once_deleted(file: str, tmp_path: Path) -> None:
+    source, damaged = saved(tmp_path), tmp_path / file
+    go = partial(prune_checkpoint, source, recipe=RECIPES[FILES[file]](), sparsity=0.5)
+    go(destination=tmp_path / "whole")
+    with pytest.raises(Stopped):
+        go(destination=tmp_path / "again", callback=stop_after(3))
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{file} is damaged: it has other bytes than were written; delete it"):
+        go(destination=tmp_path / "again")
+    damaged.unlink()
+    go(destination=tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "{"])
+def test_a_damaged_state_is_refused(text: str, tmp_path: Path) -> None:
+    source = saved(tmp_path)
+    go = partial(prune_checkpoint, source, tmp_path / "again", RECIPES["magnitude"](), 0.5)
+    with pytest.raises(Stopped):
+        go(callback=stop_after(1))
+    (tmp_path / "again" / "pruning.json").write_text(text)
+    with pytest.raises(ValueError, match=r"again/pruning.json is damaged: .*; delete the folder and begin again"):
+        go()
+
+
+@pytest.mark.parametrize("kind", ["masked", "exported"])
+def test_a_folder_of_a_masked_or_exported_model_is_refused_with_what_to_do_which_works(kind: str, tmp_path: Path) -> None:
+    source, recipe = saved(tmp_path), RECIPES["magnitude"]()
+    model = loaded(source)
+    bp.apply_masks(model, recipe(model, 0.5).masks)
+    (model if kind == "masked" else bp.export.block_sparse(model, backend="torch")).save_pretrained(tmp_path / kind)
+    message = rf"{kind} holds a masked or exported model.* bp\.finalize\(model\)\.save_pretrained.* bp\.export\.dense\(model\)"
+    with pytest.raises(ValueError, match=message):
+        prune_checkpoint(tmp_path / kind, tmp_path / "pruned", recipe, 0.75)
+    assert not (tmp_path / "pruned").exists()
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / kind)
+    (bp.finalize(again) if kind == "masked" else bp.export.dense(again)).save_pretrained(tmp_path / "other")
+    assert prune_checkpoint(tmp_path / "other", tmp_path / "pruned", recipe, 0.75) == recipe(loaded(source), 0.75).masks
+
+
+def test_a_class_a_callback_or_a_device_that_cannot_be_used_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+    go = partial(prune_checkpoint, saved(tmp_path), tmp_path / "pruned", RECIPES["magnitude"](), 0.5)
+    with pytest.raises(TypeError, match=r"model_class='Llama' must be a function \(config\) -> model, such as transformers\.Auto"):
+        go(model_class="Llama")
+    with pytest.raises(TypeError, match=r"callback=5 must be a function \(name of a file\) -> None"):
+        go(callback=5)  # type: ignore[arg-type]
+    for device in ("nonsense", "meta", 5.5, *([] if torch.cuda.is_available() else ["cuda"])):
+        with pytest.raises(ValueError, match=rf"device={device!r} cannot be used: .*; give one that this machine has, such as 'cpu'"):
+            go(device=device)  # type: ignore[arg-type]
+    assert not (tmp_path / "pruned").exists()
+
+
 def test_what_cannot_be_streamed_is_refused_with_what_to_do(tmp_path: Path) -> None:
     source = saved(tmp_path)
     go = partial(prune_checkpoint, source, tmp_path / "pruned")

@@ -22,6 +22,7 @@ pytestmark = [
 
 WHERE = bp.including(bp.linears((4, 4)), "bert.encoder.*")
 MAGNITUDE = bp.Pipeline(partial(bp.collect.weights, where=WHERE), bp.metric.l1, bp.allocate.per_layer)
+CALIBRATION = bp.Calibration([{"input_ids": torch.arange(24).view(4, 6)}], progress=False)
 CUBIC = partial(bp.schedule.cubic, final=0.75, end=6)
 
 
@@ -63,6 +64,23 @@ def test_the_masks_follow_the_schedule(tmp_path: Path) -> None:
     assert bp.sparsity(bp.read_masks(model)) == 0.75
 
 
+def test_a_recipe_that_works_layer_by_layer_gets_a_plain_copy(tmp_path: Path) -> None:
+    """The twin: the recipe, called with a finalized copy."""
+    recipe, model, state = bp.recipes.sparsegpt(WHERE, CALIBRATION), tiny_bert(), transformers.TrainerState()
+    callback = GradualPruning(recipe, CUBIC, every=2)
+    callback.on_init_end(None, state, None, model=model)
+    for state.global_step in (2, 4):
+        plain = bp.finalize(model)
+        expected = recipe(plain, CUBIC(state.global_step))
+        callback.on_step_begin(None, state, None, model=model)
+        assert bp.read_masks(model) == expected.masks
+        twin = bp.finalize(bp.apply_masks(plain, expected.masks, expected.weights)).state_dict()
+        assert all(torch.equal(value, twin[name]) for name, value in bp.finalize(model).state_dict().items())
+    model, record = tiny_bert(), Record()
+    trainer(model, tmp_path, GradualPruning(recipe, CUBIC, every=2), record).train()
+    assert record.sparsities == pytest.approx([CUBIC(step // 2 * 2) for step in range(8)], abs=0.03)
+
+
 def test_the_last_sparsity_is_reached_between_two_updates(tmp_path: Path) -> None:
     for every, end in ((5, None), (5, 6), (100, 6)):
         model, record = tiny_bert(), Record()
@@ -73,8 +91,13 @@ def test_the_last_sparsity_is_reached_between_two_updates(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("prune", "schedule"),
-    [(MAGNITUDE, CUBIC), (bp.recipes.magnitude(WHERE), CUBIC), (random_masks, partial(bp.schedule.constant, value=0.5))],
-    ids=["gradual", "recipe", "dynamic"],
+    [
+        (MAGNITUDE, CUBIC),
+        (bp.recipes.magnitude(WHERE), CUBIC),
+        (bp.recipes.sparsegpt(WHERE, CALIBRATION), CUBIC),
+        (random_masks, partial(bp.schedule.constant, value=0.5)),
+    ],
+    ids=["gradual", "recipe", "layer by layer", "dynamic"],
 )
 def test_training_resumes_as_if_it_had_not_stopped(prune: Any, schedule: Any, tmp_path: Path) -> None:
     model, resumed = tiny_bert(), tiny_bert()
@@ -197,7 +220,15 @@ def test_a_callback_that_is_added_late_cannot_resume(tmp_path: Path) -> None:
         late.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
 
 
-@pytest.mark.parametrize("options", [{"every": 0}, {"end": 0}, {"every": -1}])
-def test_steps_must_be_positive(options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="must be positive"):
+@pytest.mark.parametrize("options", [{"every": 0}, {"end": 0}, {"every": -1}, {"every": 1.5}, {"end": "x"}])
+def test_steps_must_be_positive(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name}=.* must be an integer, at least 1"):
         GradualPruning(MAGNITUDE, CUBIC, **options)
+
+
+def test_what_is_called_must_be_a_function() -> None:
+    with pytest.raises(TypeError, match=r"prune=.* must be a function \(model, sparsity\)"):
+        GradualPruning({}, CUBIC)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"schedule=0.5 must be a function step -> sparsity"):
+        GradualPruning(MAGNITUDE, 0.5)  # type: ignore[arg-type]

@@ -612,3 +612,21 @@ def test_a_lazy_layer_is_named_with_the_remedy() -> None:
     mask = bp.BlockMask(torch.ones(2, 2).bool(), bp.BlockGrid((4, 4), (2, 2)))
     with pytest.raises(ValueError, match=r"0\.weight: this weight of a lazy layer has no shape yet; run the model on one batch first"):
         bp.apply_masks(nn.Sequential(nn.LazyLinear(4)), {"0.weight": mask})
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script.*:DeprecationWarning")
+def test_a_scripted_module_is_refused_by_name() -> None:
+    mask = bp.BlockMask(torch.ones(2, 2).bool(), bp.BlockGrid((4, 4), (2, 2)))
+    scripted = torch.jit.script(nn.Linear(4, 4))
+    with pytest.raises(TypeError, match=r"weight: the parameter \(4, 4\) belongs to a scripted or traced module.*before torch.jit"):
+        bp.apply_masks(scripted, {"weight": mask})
+
+
+def test_an_expanded_parameter_takes_a_mask_but_no_new_weight() -> None:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.ones(1, 4).expand(4, 4))
+    mask = {"weight": bp.BlockMask(torch.eye(2).bool(), bp.BlockGrid((4, 4), (2, 2)))}
+    with pytest.raises(RuntimeError, match=r"weight: the parameter \(4, 4\) is expanded.*nn.Parameter\(weight.clone\(\)\)"):
+        bp.apply_masks(layer, mask, {"weight": torch.ones(4, 4)})
+    assert not bp.read_masks(layer)
+    assert bp.finalize(bp.apply_masks(layer, mask)).weight.sum() == 8

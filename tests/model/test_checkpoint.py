@@ -395,3 +395,69 @@ def test_training_goes_on_if_the_optimizer_is_made_on_the_same_side_of_masking(f
     optimizer.load_state_dict(saved[1])
     train(again, optimizer, batches[2:])
     assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
+
+
+class Scaled(nn.Linear):
+    """Has an extra state that is no tensor, and refuses that of another scale."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__(4, 4)
+        self.scale, self.loaded = scale, 0
+
+    def get_extra_state(self) -> dict[str, float]:
+        return {"scale": self.scale}
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        if state["scale"] != self.scale:
+            raise OverflowError("another scale")
+        self.loaded += 1
+
+
+SCALED_MASK = bp.BlockMask(torch.eye(2).bool(), bp.BlockGrid((4, 4), (2, 2)))
+
+
+def test_an_extra_state_need_not_be_a_tensor() -> None:
+    state = bp.apply_masks(nn.Sequential(Scaled()), {"0.weight": SCALED_MASK}).state_dict()
+    model = bp.load_masked(nn.Sequential(Scaled()), state)
+    assert bp.read_masks(model) == {"0.weight": SCALED_MASK}
+    assert model[0].loaded == 1
+
+
+@pytest.mark.parametrize("before", [{}, {"0.weight": bp.BlockMask(~SCALED_MASK.keep, SCALED_MASK.grid)}], ids=["plain", "masked"])
+def test_a_model_that_refuses_an_extra_state_is_as_before(before: dict[str, bp.BlockMask]) -> None:
+    masks = {"0.weight": SCALED_MASK, "1.weight": SCALED_MASK}
+    state = bp.apply_masks(nn.Sequential(nn.Linear(4, 4), Scaled(2.0)), masks).state_dict()
+    model = bp.apply_masks(nn.Sequential(nn.Linear(4, 4), Scaled()), before)
+    values, parameters = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
+    with pytest.raises(OverflowError, match="another scale"):
+        bp.load_masked(model, state)
+    assert bp.read_masks(model) == before
+    assert all(parameters[name] is x and torch.equal(x, values[name]) for name, x in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "error", "text"),
+    [
+        (nn.Linear(4, 4), lambda state: "model.pt", TypeError, r"state has the type str; give what masked_model.state_dict\(\) returned"),
+        (nn.Linear(4, 4), lambda state: {**state, "bias": [1.0] * 4}, TypeError, "bias: the state has a list, not a tensor"),
+        (
+            nn.Linear(4, 4),
+            lambda state: {**state, "parametrizations.weight.0._extra_state": {"block": 2}},
+            TypeError,
+            "weight: the shape of the blocks in the state is a dict, not a tensor",
+        ),
+        (nn.LazyLinear(4), lambda state: state, ValueError, "weight: this weight of a lazy layer has no shape yet; run the model on one"),
+        (
+            nn.Linear(4, 4),
+            lambda state: {**state, "bias": nn.LazyLinear(4).bias},
+            ValueError,
+            "bias: this weight of a lazy layer has no shape yet",
+        ),
+    ],
+    ids=["path", "list", "block", "lazy model", "lazy state"],
+)
+def test_a_state_of_another_kind_is_refused(model: nn.Module, change: Callable[[Any], Any], error: type[Exception], text: str) -> None:
+    state = bp.apply_masks(nn.Linear(4, 4), {"weight": SCALED_MASK}).state_dict()
+    with pytest.raises(error, match=text):
+        bp.load_masked(model, change(state))
+    assert not bp.read_masks(model)

@@ -419,7 +419,7 @@ def test_bad_options_are_errors_and_change_nothing() -> None:
     model = Net()
     with unchanged(model):
         for initial in (math.nan, math.inf, "1", True):
-            with pytest.raises(ValueError, match="initial="):
+            with pytest.raises(ValueError if isinstance(initial, float) else TypeError, match="initial="):
                 gates.add(model, where=WHERE, initial=initial)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="gate is a function; give a Gate"):
             gates.add(model, where=WHERE, gate=lambda x: x)  # type: ignore[arg-type]
@@ -430,10 +430,10 @@ def test_bad_options_are_errors_and_change_nothing() -> None:
         with pytest.raises(ValueError, match=r"twice\.weight \(6, 6\): this parameter has gates already"):
             gates.add(model, where=WHERE)
         for sparsity in (-0.1, 1.1, math.nan, "1"):
-            with pytest.raises(ValueError, match="sparsity="):
+            with pytest.raises(ValueError if isinstance(sparsity, float) else TypeError, match="sparsity="):
                 gates.penalty(model, sparsity=sparsity)  # type: ignore[arg-type]
         for costs in ({"*": -1.0}, {"*": 0.0}, {"*": math.inf}):
-            with pytest.raises(ValueError, match="costs="):
+            with pytest.raises(ValueError, match=r"costs[=\[]"):
                 gates.expected_sparsity(model, costs=costs)
         with pytest.raises(KeyError, match=r"costs has a key 'first\.weight' that matches no parameter"):
             gates.expected_sparsity(model, costs={"first.weight": 1.0})

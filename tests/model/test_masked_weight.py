@@ -2,8 +2,11 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import blockprune as bp
-from blockprune.model.masked_weight import MaskedWeight
+from blockprune.model.masked_weight import _FOLLOWED, MaskedWeight
 
 GRID = bp.BlockGrid((6, 4), (3, 2))
 masks = st.lists(st.booleans(), min_size=4, max_size=4).map(lambda keep: bp.BlockMask(torch.tensor(keep).view(2, 2), GRID))
@@ -262,3 +265,137 @@ def test_scripting_a_masked_model_names_finalize() -> None:
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.jit.script(bp.finalize(model))(x), model(x))
+
+
+VIEWS: dict[str, Callable[[nn.Linear], Tensor]] = {
+    "of data": lambda layer: layer.weight.data[0],
+    "of a detached weight": lambda layer: layer.weight.detach()[0],
+    "of a kept weight": lambda layer: layer.weight[0],
+    "data itself": lambda layer: layer.weight.data,
+}
+READERS: dict[str, Callable[[nn.Linear], Tensor]] = {
+    "weight": lambda layer: layer.weight,
+    "forward": lambda layer: layer(torch.eye(4)).T - layer.bias[:, None],
+    "finalize": lambda layer: bp.finalize(layer).weight,
+    "finalize in place": lambda layer: bp.finalize(layer, inplace=True).weight,
+    "deepcopy": lambda layer: copy.deepcopy(layer).weight,
+    "state_dict": lambda layer: layer.state_dict()["parametrizations.weight.original"],
+    "load_masked": lambda layer: bp.load_masked(nn.Linear(4, 6), layer.state_dict()).weight,
+    "collect": lambda layer: bp.collect.weights(layer, where=bp.linears((3, 2)))["weight"].weight,
+    "masked_parameters": lambda layer: bp.masked_parameters(
+        layer, {"weight": bp.BlockMask(torch.ones(1, 1).bool(), bp.BlockGrid((6, 4), (6, 4)))}
+    )["parametrizations.weight.original"],
+    "other masks": lambda layer: bp.apply_masks(layer, {}).weight,
+}
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@torch.no_grad()
+def test_a_change_through_a_view_in_use_is_seen_by_all_that_reads_the_weight(
+    view: Callable[[nn.Linear], Tensor], reader: Callable[[nn.Linear], Tensor]
+) -> None:
+    _, layer = pair(MASK)
+    held = [view(layer)]
+    torch._foreach_add_(held, 3.0)  # an operation on lists
+    expected, kept = held[0].expand(6, 4)[0].clone(), keep(MASK)[0]
+    torch.testing.assert_close(reader(layer)[0, kept], expected[kept])
+
+
+@torch.no_grad()
+def test_a_change_through_a_view_is_seen_by_a_tied_module() -> None:
+    layers: Any = nn.Sequential(nn.Linear(4, 6), nn.Linear(4, 6))
+    layers[0].weight = layers[1].weight
+    bp.apply_masks(layers, {"0.weight": MASK})
+    row = layers[1].weight.data[0]
+    row.fill_(3)
+    assert torch.equal(layers[0].weight, layers[1].weight)
+    assert copy.deepcopy(layers)[0].weight[0, 0] == 3
+
+
+@torch.no_grad()
+def test_views_of_several_reads_are_all_followed() -> None:
+    _, layer = pair(MASK)
+    first, second = layer.weight.data[0], layer.weight.data[1]
+    first.fill_(3)
+    assert layer.weight[0, 0] == 3
+    second.fill_(4)  # of the values before the first change
+    with pytest.raises(RuntimeError, match="would be lost"):
+        layer(torch.ones(1, 4))
+    with pytest.warns(RuntimeWarning, match="would be lost"):
+        del second
+
+
+@torch.no_grad()
+def test_a_read_holds_no_memory_after_its_end() -> None:
+    _, layer = pair(MASK)
+    view = layer.weight.data[0]
+    assert _FOLLOWED
+    del view, layer
+    assert not _FOLLOWED
+
+
+@pytest.mark.parametrize("change", ["w.view(-1).mul_(2)", "torch._foreach_zero_([w])", "torch.add(w, 1, out=w)"])
+def test_a_process_may_end_with_a_change_that_is_not_stored_yet(change: str) -> None:
+    code = f"""
+import torch, blockprune as bp
+mask = bp.BlockMask(torch.eye(2).bool(), bp.BlockGrid((4, 4), (2, 2)))
+layer = bp.apply_masks(torch.nn.Linear(4, 4), {{"weight": mask}})
+w = layer.weight.data
+{change}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def set_attribute(layer: nn.Linear, value: bool) -> None:
+    layer.weight.requires_grad = value
+
+
+@pytest.mark.parametrize("switch", [set_attribute, lambda layer, value: layer.weight.requires_grad_(value)])
+def test_gradients_are_switched_for_the_stored_parameter(switch: Callable[[nn.Linear, bool], object]) -> None:
+    _, layer = pair(MASK)
+    for value in (False, True, False):
+        switch(layer, value)
+        assert layer.weight.requires_grad == dict(layer.named_parameters())["parametrizations.weight.original"].requires_grad == value
+
+
+def test_gradients_and_hooks_are_those_of_the_stored_parameter() -> None:
+    _, layer = pair(MASK)
+    parameter = dict(layer.named_parameters())["parametrizations.weight.original"]
+    layer.weight.grad = torch.ones(6, 4)
+    assert parameter.grad is layer.weight.grad is not None
+    del layer.weight.grad
+    assert parameter.grad is None
+    calls: list[Tensor] = []
+    layer.weight.register_hook(lambda gradient: 2 * gradient)
+    layer.weight.register_post_accumulate_grad_hook(calls.append)
+    layer.weight.sum().backward()
+    assert torch.equal(parameter.grad, 2 * keep(MASK).float())
+    assert calls == [parameter]
+    weight = layer.weight
+    weight.retain_grad()
+    weight.sum().backward()
+    assert torch.equal(weight.grad, torch.ones(6, 4))
+
+
+def test_a_detached_weight_has_gradients_of_its_own() -> None:
+    _, layer = pair(MASK)
+    weight = layer.weight.detach().requires_grad_()
+    weight.sum().backward()
+    assert torch.equal(weight.grad, torch.ones(6, 4))  # type: ignore[arg-type]
+    assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: set_attribute(layer, False),
+        lambda layer: setattr(layer.weight, "grad", None),
+        lambda layer: layer.weight.register_hook(print),
+    ],
+)
+def test_gradients_of_a_weight_that_another_parametrization_computes_name_the_stored_ones(change: Callable[[nn.Linear], object]) -> None:
+    layer = bp.apply_masks(parametrizations.weight_norm(nn.Linear(4, 6)), {"weight": MASK})
+    with pytest.raises(RuntimeError, match=r"masked weight \(6, 4\) would be lost.*model.named_parameters\(\)"):
+        change(layer)

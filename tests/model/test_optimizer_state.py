@@ -209,3 +209,9 @@ def test_what_is_not_finite_in_blocks_that_stay_pruned_becomes_zero(value: float
         original[0, 0] = value  # in a kept block it is the user's to see
     with pytest.raises(ValueError, match="NaN or inf"):
         bp.apply_masks(model, after, bp.zero_new_blocks(model, after))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", ["adam"], 3, nn.Linear(1, 1)])
+def test_what_is_no_optimizer_is_refused(optimizer: Any) -> None:
+    with pytest.raises(TypeError, match=r"optimizer has the type (str|int|Linear); give a torch.optim.Optimizer, or a list of them"):
+        bp.reset_state(optimizer, nn.Sequential(nn.Linear(6, 4)), {}, {})

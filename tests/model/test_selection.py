@@ -392,3 +392,24 @@ def test_norms_and_biases(module: nn.Module, expected: list[str]) -> None:
 def test_norms_and_biases_are_not_the_kept_values_of_an_exported_layer() -> None:
     model = bp.export.block_sparse(masked(nn.Sequential(nn.Linear(8, 8)), bp.linears((4, 4))), backend="torch", trainable=True)
     assert list(select(model, bp.norms_and_biases)) == ["0.bias"]
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: bp.first_of((2, 2)), r"rule=\(2, 2\) must be a rule .*: rule=bp.linears\(\(2, 2\)\)"),
+        (lambda: bp.first_of(bp.linears, bp.convs((1,))), r"rule=linears makes rules and is none itself; call it"),
+        (lambda: bp.including((2, 2), "*"), r"rule=\(2, 2\) must be a rule"),
+        (lambda: bp.including(bp.linears((2, 2)), ["weight"]), r"pattern=\['weight'\] must be one pattern; give several"),
+        (lambda: bp.excluding("x", bp.linears((2, 2))), "rule='x' must be a rule"),
+        (lambda: bp.excluding(bp.linears((2, 2)), ["x"]), r"pattern=\['x'\] must be one pattern"),
+        (lambda: bp.with_block((2, 2), (1, 1)), r"rule=\(2, 2\) must be a rule"),
+        (lambda: bp.named(re.compile(b"w"), (1,)), r"pattern=re.compile\(b'w'\) must be a glob"),
+        (lambda: select(nn.Linear(4, 4), bp.linears), r"where=linears makes rules and is none itself; call it, such as where=bp.linears"),
+        (lambda: select(nn.Linear(4, 4), bp.convs), "where=convs makes rules"),
+        (lambda: select(nn.Linear(4, 4), lambda name: (2, 2)), r"where=<lambda> must be a function \(parameter name, its module\) -> "),
+    ],
+)  # fmt: skip
+def test_what_is_no_rule_is_named_with_what_would_do(make: Callable[[], Any], text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        make()

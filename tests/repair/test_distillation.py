@@ -369,6 +369,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"batches": iter([]), "steps": 1}, ValueError, "no more batches"),
     ({"batches": torch.zeros(2)}, TypeError, "one Tensor"),
     ({"held_out": []}, ValueError, "held_out has no batches"),
+    ({"held_out": torch.zeros(2)}, TypeError, "held_out is one Tensor"),
+    ({"teacher": nn.LazyLinear(4)}, ValueError, "weight of a lazy layer has no shape yet; run the model on one batch"),
     ({"loss": lambda s, t, b: s}, TypeError, "one number"),
     ({"loss": lambda s, t, b: s.mean() * torch.nan}, ValueError, "training loss is nan"),
     ({"loss": lambda s, t, b: t.mean()}, ValueError, "does not depend"),
@@ -378,10 +380,16 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"lora_rank": 2, "where": "norm.*"}, ValueError, "masked matrices"),
     ({"autocast": torch.float16}, ValueError, "bfloat16"),
     ({"checkpointing": True, "train": True}, ValueError, "gradient_checkpointing_enable"),
+    ({"train": 1}, TypeError, "train is a int; it must be True or False"),
     ({"teacher": lambda x: x}, TypeError, "teacher"),
     ({"weights": {"body.0.weight": torch.ones(2)}}, ValueError, "whole weight"),
     ({"masks": {"no": None}}, KeyError, "'no'"),
 ]
+
+
+def test_a_lazy_layer_has_no_weights_to_train_yet() -> None:
+    with pytest.raises(ValueError, match=r"0\.weight: this weight of a lazy layer has no shape yet; run the model on one batch first"):
+        bp.distill(nn.Sequential(nn.LazyLinear(4)), {}, None, [torch.ones(2, 3)], teacher=None, loss=losses.kl, steps=1)
 
 
 @pytest.mark.parametrize(("bad", "error", "message"), BAD, ids=[message for *_, message in BAD])

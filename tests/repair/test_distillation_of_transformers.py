@@ -50,6 +50,29 @@ def test_checkpointing_gives_the_same_weights_and_leaves_the_model_without_it() 
         bp.distill(model, masks, None, batches, teacher=model, loss=losses.kl, checkpointing=True)
 
 
+def test_hidden_states_of_an_encoder_and_a_decoder() -> None:
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    tokens = torch.randint(1, 20, (2, 6))
+    mask, labels = torch.tensor([[1] * 6, [1] * 4 + [0] * 2]), tokens[:, :5].clone()
+    labels[0, 3:] = -100
+    batch = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+    masks = bp.recipes.magnitude(bp.linears((4, 4)))(model, 0.5).masks
+    pruned = bp.apply_masks(copy.deepcopy(model), masks)
+    with torch.no_grad():
+        student, teacher = with_states(pruned, batch), with_states(model, batch)
+    count = len(teacher.encoder_hidden_states) + len(teacher.decoder_hidden_states)
+    encoder = losses.hidden_states(student.encoder_hidden_states, teacher.encoder_hidden_states, {"attention_mask": mask})
+    decoder = losses.hidden_states(student.decoder_hidden_states, teacher.decoder_hidden_states, {"labels": labels})
+    total = losses.hidden_states(student, teacher, batch)
+    expected = (encoder * len(teacher.encoder_hidden_states) + decoder * len(teacher.decoder_hidden_states)) / count
+    torch.testing.assert_close(total, expected)
+    weights = bp.distill(model, masks, None, [batch], teacher=model, loss=losses.hidden_states, steps=5, forward=with_states)
+    with torch.no_grad():
+        assert losses.hidden_states(with_states(bp.apply_masks(pruned, masks, weights), batch), teacher, batch) < total
+
+
 def test_a_model_from_a_quantised_file_is_trained_and_timed_as_any_other() -> None:
     model, masks, batches = llama()
     plain = bp.distill(model.bfloat16(), masks, None, batches, teacher=model, loss=losses.kl)

@@ -192,7 +192,13 @@ def test_no_masks_nothing_to_do() -> None:
     assert bp.finetune_layer(problem.run, problem.parameters, {}, range(8), problem.targets) == {}
 
 
-@pytest.mark.parametrize("share", [1.0, 1.5, -0.1, float("nan")])
+@pytest.mark.parametrize("share", [float("nan"), "half"])
+def test_a_share_that_is_no_number_is_refused(share: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"held_out=.* must be a number from 0 to 1"):
+        Problem().tuned(held_out=share)
+
+
+@pytest.mark.parametrize("share", [1.0, 1.5, -0.1])
 def test_a_share_that_leaves_nothing_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match=r"held_out=.* of 8 batches leaves none to learn from; give more batches, or held_out=0"):
         Problem().tuned(held_out=share)

@@ -286,7 +286,56 @@ def test_half_precision_outputs_are_compared_in_float32(loss: Any) -> None:
     torch.testing.assert_close(loss(student, teacher, None), loss(student.float(), teacher.float(), None))
 
 
+@given(seed=seeds)
+@pytest.mark.parametrize("loss", [losses.kl, losses.hidden_states, losses.cosine])
+def test_a_sample_that_is_all_padding_changes_nothing(loss: Any, seed: int) -> None:
+    student, teacher = logits(seed, (3, 5, 7))
+    mask = torch.tensor([[1] * 5, [0] * 5, [1, 1, 0, 0, 0]])
+    some, two = loss(as_hf(student), as_hf(teacher), {"attention_mask": mask}), slice(0, 3, 2)
+    torch.testing.assert_close(some, loss(as_hf(student[two]), as_hf(teacher[two]), {"attention_mask": mask[two]}))
+    assert abs(loss(as_hf(teacher), as_hf(teacher), {"attention_mask": mask}).item()) < 1e-9
+    some.backward()
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+    assert not student.grad[1].any()
+
+
+@given(seed=seeds)
+def test_hidden_states_of_an_encoder_and_a_decoder_have_their_own_padding(seed: int) -> None:
+    """The twin: the states of each of the two alone."""
+    of_encoder, of_decoder = logits(seed, (2, 5, 7)), logits(seed + 9, (2, 3, 7))
+    student, teacher = (
+        SimpleNamespace(encoder_hidden_states=(x, x.sin()), decoder_hidden_states=(y,), encoder_last_hidden_state=x)
+        for x, y in zip(of_encoder, of_decoder, strict=True)
+    )
+    mask, labels = torch.tensor([[1] * 5, [1, 1, 0, 0, 0]]), torch.tensor([[3, 4, 5], [6, -100, -100]])
+    encoder = [losses.hidden_states(*map(f, of_encoder), {"attention_mask": mask}) for f in (torch.clone, torch.sin)]
+    decoder = losses.hidden_states(*of_decoder, {"labels": labels})
+    for batch in ({"attention_mask": mask, "labels": labels}, ({"attention_mask": mask, "labels": labels}, None)):
+        torch.testing.assert_close(losses.hidden_states(student, teacher, batch), (sum(encoder) + decoder) / 3)
+    no_encoder = [SimpleNamespace(decoder_hidden_states=(y,), encoder_last_hidden_state=y) for y in of_decoder]
+    torch.testing.assert_close(losses.hidden_states(*no_encoder, {"labels": labels}), decoder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_integers(dtype: torch.dtype) -> None:
+    student, _ = logits(0, (4, 7))
+    labels = torch.tensor([0, 3, 6, 1])
+    expected = F.cross_entropy(student, labels)
+    torch.testing.assert_close(losses.cross_entropy(student, None, (torch.zeros(4, 2), labels.to(dtype))), expected)
+
+
+def test_logits_of_one_sample() -> None:
+    student, teacher = logits(0, (7,))
+    label = torch.tensor(2)
+    torch.testing.assert_close(losses.cross_entropy(student, None, (torch.zeros(4), label)), F.cross_entropy(student, label))
+    torch.testing.assert_close(losses.kl(student, teacher), losses.kl(student[None], teacher[None]))
+    torch.testing.assert_close(losses.kl(student, teacher, top_k=2), losses.kl(student[None], teacher[None], top_k=2))
+
+
 X = torch.zeros(2, 3, 4)
+LABELS = torch.zeros(2, 3, dtype=torch.long)
+SQUARE = torch.zeros(2, 3, 3, 3)
 BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: losses.kl(SimpleNamespace(last_hidden_state=X), X), TypeError, "has no logits"),
     (lambda: losses.kl(X, None), TypeError, "give distill a teacher"),
@@ -305,7 +354,18 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: losses.cross_entropy(X, None, torch.zeros(2, 3)), TypeError, "no labels"),
     (lambda: losses.cross_entropy(X, None, torch.zeros(2, 5, dtype=torch.long)), ValueError, r"need labels \(2, 3\)"),
     (lambda: losses.cross_entropy(X, None, {"labels": torch.full((2, 3), -100)}), ValueError, "no label"),
+    (lambda: losses.cross_entropy(SQUARE, None, (X, LABELS[:, :, None].expand(2, 3, 3))), ValueError, "cross_entropy.*which axis"),
+    (lambda: losses.cross_entropy(torch.tensor(1.0), None, (X, torch.tensor(0))), ValueError, "which axis"),
+    (lambda: losses.cross_entropy(X.mT, None, {"labels": LABELS}), ValueError, r"need labels \(2, 4\).*model\(batch\)\.mT"),
+    (lambda: losses.cross_entropy(X, None, {"labels": LABELS.bool()}), TypeError, r"labels are bool.*labels\.long\(\)"),
+    (lambda: losses.cross_entropy(X, None, {"labels": LABELS + 4}), ValueError, r"label 4 is none of the 4 classes.*from 0 to 3, or -100"),
+    (lambda: losses.cross_entropy(X, None, {"labels": LABELS - 1}), ValueError, "label -1 is none of the 4 classes"),
+    (lambda: losses.cross_entropy(X, None, {"labels": LABELS}, shift=1), ValueError, "shift=1 must be True, False or None"),
+    (lambda: losses.cosine(as_hf(X), as_hf(X), {"attention_mask": torch.zeros(2, 3)}), ValueError, "no position"),
     (lambda: losses.weighted({}), ValueError, "empty"),
+    (lambda: losses.weighted([(losses.kl, 1.0)]), TypeError, "terms is a list; give a mapping from losses"),
+    (lambda: losses.weighted({"kl": 1.0}), TypeError, "a loss of terms='kl' must be a function"),
+    (lambda: losses.weighted({losses.kl: "1"}), TypeError, r"terms\[kl\]='1' must be a number"),
 ]
 
 

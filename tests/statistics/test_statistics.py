@@ -640,3 +640,11 @@ def test_the_batch_and_the_number_of_the_call_reach_statistics_of_outputs_and_th
     x = normal((2, 3), 0)
     seen(nn.Sequential(layer, layer), [x], own, pattern="0.weight", loss=lambda out, batch: out.sum())
     assert sorted(calls) == [("0.weight", 0), ("0.weight", 1)]
+
+
+def test_statistics_that_compare_two_models_are_refused_for_batches_of_one() -> None:
+    for compared in (statistics.input_cross, statistics.residual_cross(["weight"])):
+        with pytest.raises(
+            ValueError, match=r"input_cross and residual_cross compare two models; leave them out .* target='dense' adds them"
+        ):
+            only(nn.Linear(3, 3), [torch.ones(2, 3)], compared)
