@@ -1,5 +1,7 @@
 """Ready-made recipes: recipe(model, sparsity) -> a result with ``.masks`` and ``.weights``; the model is not changed.
 
+The model must not run in another thread meanwhile: until the recipe returns, its modules have hooks and are in evaluation mode.
+
 A recipe is a frozen value that is composed of the functions in the other folders, and nothing else: printing it shows of which ones, and
 `attrs.evolve` swaps one of them. Give a result to `apply_masks`.
 """
@@ -224,8 +226,8 @@ def sparsegpt(
         >>> recipe(nn.Sequential(nn.Linear(8, 8)), 0.5).weights["0.weight"].shape
         torch.Size([8, 8])
     """
-    check_number("damping", damping, "a number from 0 on", lowest=0)
-    check_counts(1, columns=columns)
+    damping = check_number("damping", damping, "a number from 0 on", lowest=0)
+    (columns,) = check_counts(1, columns=columns)
     score = partial(metric.sparsegpt, damping=damping, columns_per_step=columns)
     allocate = partial(allocators.per_columns, columns=columns)
     pipeline = Pipeline(partial(collect.with_statistics, where=where), score, allocate)
@@ -264,10 +266,10 @@ def obs(
         >>> round(bp.sparsity(bp.apply_masks(model, result.masks, result.weights) and result.masks), 2)
         0.5
     """
-    check_number("damping", damping, "a number from 0 on", lowest=0)
+    damping = check_number("damping", damping, "a number from 0 on", lowest=0)
     if not isinstance(max_layer_sparsity, Mapping):
-        check_fraction("max_layer_sparsity", max_layer_sparsity)
-    check_counts(1, passes=passes)
+        max_layer_sparsity = check_fraction("max_layer_sparsity", max_layer_sparsity)
+    (passes,) = check_counts(1, passes=passes)
     calibration = _reusable(calibration)
     progress = calibration.progress
     collector = partial(
@@ -322,8 +324,8 @@ def cluster_units(
         True
     """
     calibration = _reusable(calibration)
-    check_fraction("sparsity", sparsity)
-    check_counts(1, passes=passes)
+    sparsity = check_fraction("sparsity", sparsity)
+    (passes,) = check_counts(1, passes=passes)
     block = common_block(model, where) if block is None else checked_block(block)
     needed = [statistics.input_gram, statistics.output_grad_sq]
     if example is None and calibration.reduce:
@@ -359,7 +361,7 @@ def _scores_in_passes(
 
 def _parts_of(model: nn.Module, collect: Collect, passes: int) -> list[Collect]:
     """Collectors of consecutive parameters whose Gram matrices of inputs have about the same size."""
-    check_counts(1, passes=passes)
+    (passes,) = check_counts(1, passes=passes)
     if passes == 1:
         return [collect]
     where = signature(collect).parameters.get("where")

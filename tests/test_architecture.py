@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "analysis": {"allocate", "core", "model"},
     "export": {"core", "model", "native"},
     "hf": {"collect", "core", "export", "model", "recipes", "repair"},
-    "examples": {"model"},
+    "examples": {"core", "model"},
     "recipes": {"allocate", "collect", "core", "metric", "model", "reorder", "repair", "statistics"},
 }
 STAGES = {"collect", "metric", "allocate", "repair", "export"}

@@ -2,16 +2,19 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import blockprune as bp
 from blockprune import export, losses
+from blockprune.core.arguments import check_counts, check_function, check_integer, check_number
 
 WHERE = bp.linears((4, 4))
 
@@ -242,3 +245,153 @@ def test_other_wrong_arguments_are_named() -> None:
 @pytest.mark.parametrize("step", [3, 3.0, torch.tensor(3)], ids=["int", "float", "tensor"])
 def test_a_step_may_be_a_tensor_without_axes(step: Any) -> None:
     assert float(bp.schedule.linear(step, final=0.6, end=6)) == pytest.approx(0.3)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal, in equal types: counts are kept as integers of Python."""
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.allclose(a.double(), b.double()) if isinstance(a, torch.Tensor) else type(a) is type(b) and repr(a) == repr(b)
+
+
+COUNTS: list[tuple[Callable[..., Any], str]] = [
+    (partial(bp.allocate.per_columns, SCORES, 0.5), "columns"),
+    (lambda m: bp.allocate.n_of_m({"w": bp.BlockScore(torch.arange(3.0), bp.BlockGrid((3,), (1,)))}, 2 / 3, m=m, axis=0), "m"),
+    (partial(bp.allocate.per_layer, SCORES, 0.9), "min_keep"),
+    (kl, "top_k"),
+    (partial(bp.Calibration, [X]), "chunk_size"),
+    (lambda n: bp.gates.n_of_m(n, 4), "n"),
+    (lambda m: bp.gates.n_of_m(2, m), "m"),
+    (lambda axis: bp.gates.n_of_m(2, 4, axis=axis), "axis"),
+    (partial(bp.metric.obs, DATA), "memory"),
+    (partial(bp.metric.random, DATA), "generator"),
+    (partial(bp.metric.sparsegpt, DATA, sparsity=0.5), "columns_per_step"),
+    (partial(bp.reconstruct.least_squares, DATA, MASKS), "memory"),
+    (partial(bp.reconstruct.sparsegpt, DATA, MASKS), "columns_per_step"),
+    (partial(bp.recipes.sparsegpt, WHERE, [X]), "columns"),
+    *((finetune, name) for name in ("epochs", "patience", "seed")),
+    *((distill, name) for name in ("steps", "accumulate", "every", "seed", "lora_rank")),
+    (sensitivity, "chunk_size"),
+    (cluster, "rounds"),
+    (lambda points: bp.pareto(SCORES, points=points), "points"),
+    (lambda probes: bp.statistics.gate_hessian_diagonal(probes=probes), "probes"),
+    (lambda seed: bp.statistics.gate_hessian_diagonal(seed=seed), "seed"),
+]
+
+
+@pytest.mark.parametrize("three", [np.int64(3), np.uint8(3), np.array(3), torch.tensor(3), torch.tensor(3, dtype=torch.int16)], ids=repr)
+@pytest.mark.parametrize(("function", "name"), COUNTS, ids=named)
+def test_an_integer_of_numpy_or_torch_is_one_of_python(function: Callable[..., Any], name: str, three: Any) -> None:
+    assert same(function(**{name: three}), function(**{name: 3}))
+
+
+@pytest.mark.parametrize(
+    "wrong", [True, np.True_, torch.tensor(True), torch.tensor([3]), torch.tensor(3.5), torch.tensor(3, device="meta")]
+)
+@pytest.mark.parametrize(("function", "name"), COUNTS, ids=named)
+def test_what_is_no_integer_is_refused_by_name(function: Callable[..., Any], name: str, wrong: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"{name}="):
+        function(**{name: wrong})
+
+
+def test_a_memory_may_be_a_whole_float() -> None:
+    for function in (partial(bp.metric.obs, DATA), partial(bp.reconstruct.least_squares, DATA, MASKS)):
+        assert same(function(memory=1e9), function(memory=10**9))
+        with pytest.raises(ValueError, match=r"memory=1\.5 must be an integer, at least 0, or a whole float"):
+            function(memory=1.5)
+
+
+def test_counts_are_returned_as_integers() -> None:
+    assert check_counts(1, optional=True, whole_floats=True, a=np.array(2), b=None, c=1e3) == [2, None, 1000]
+    with pytest.raises(ValueError, match="a=None must be an integer, at least 1"):
+        check_counts(1, a=None)
+    with pytest.raises(TypeError, match=r"seed=1\.0 must be an integer"):
+        check_integer("seed", 1.0)
+    with pytest.raises(ValueError, match="a=int must be an integer, at least 1"):
+        check_counts(1, a=-(10**5000))  # too long to be written in decimals
+    check_function("callback", None, "", optional=True)
+
+
+HALVES = [np.float32(0.5), np.float16(0.5), np.array(0.5), torch.tensor(0.5), torch.tensor(0.5, dtype=torch.float64), Fraction(1, 2)]
+
+
+@pytest.mark.parametrize("half", HALVES, ids=repr)
+def test_any_number_without_axes_is_a_number(half: Any) -> None:
+    calls: list[Callable[[Any], Any]] = [
+        lambda damping: bp.metric.obs(DATA, damping=damping),
+        lambda sparsity: bp.allocate.per_layer(SCORES, sparsity),
+        lambda sparsity: bp.allocate.per_layer(SCORES, {"*": sparsity}),
+        lambda sparsity: bp.budgets.lagrangian(SCORES, sparsity, max_sparsity=sparsity),
+        lambda cost: bp.budgets.lagrangian(SCORES, 0.5, cost={"*": cost}),
+        lambda fraction: bp.regrow(MASKS, drop=SCORES, grow=SCORES, fraction=fraction),
+        lambda p: bp.metric.lp(DATA, p=p),
+        lambda temperature: kl(temperature=temperature),
+        lambda weight: losses.weighted({losses.kl: weight})(torch.ones(2, 3), torch.eye(3)[:2], None),
+        lambda strength: bp.regularizers.group_lasso(network(), where=WHERE, l1_ratio=strength),
+        lambda strength: bp.regularizers.proximal_group_lasso(network(), where=WHERE, strength=strength).state_dict(),
+        lambda threshold: bp.gates.soft_movement(threshold=threshold).value(X, True),
+        lambda temperature: bp.gates.n_of_m(temperature=temperature).open_probability(X),
+        lambda low: bp.gates.hard_concrete(low=-low).value(X, False),
+        lambda initial: bp.gates.scores(bp.gates.add(network(), where=WHERE, initial=initial)),
+        lambda lr: finetune(lr=lr),
+        lambda held_out: finetune(held_out=held_out),
+        lambda share: bp.sensitivity(network(), PIPELINE, [share], evaluate=lambda model: model(X).square().mean()).losses,
+    ]
+    for call in calls:
+        assert same(call(half), call(0.5))
+
+
+@pytest.mark.parametrize("wrong", [True, np.True_, torch.tensor(True), torch.tensor(0.5, device="meta"), 1j, torch.tensor(1j), None, "1"])
+def test_what_is_no_number_is_a_type_error(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"p=.* must be a finite number$"):
+        check_number("p", wrong)
+    with pytest.raises(TypeError, match=r"p=.* must be a number$"):
+        check_number("p", wrong, finite=False)
+
+
+@pytest.mark.parametrize("huge", [10**400, -(10**400), 10**5000, Fraction(10**400)], ids=["1e400", "-1e400", "1e5000", "fraction"])
+def test_a_number_beyond_the_range_of_floats_is_refused(huge: Any) -> None:
+    for finite in (True, False):
+        with pytest.raises(ValueError, match=r"damping must be a .*number; it is beyond the range"):
+            check_number("damping", huge, finite=finite)
+
+
+def test_a_number_keeps_its_gradient() -> None:
+    weight = torch.tensor(2.0, requires_grad=True)
+    losses.weighted({losses.kl: weight})(torch.ones(2, 3), torch.eye(3)[:2], None).backward()
+    assert weight.grad is not None
+    assert check_number("p", weight) is weight
+
+
+STEPS = [3, 3.0, torch.tensor(3), np.int64(3), np.array(3), np.float32(3)]
+
+
+@pytest.mark.parametrize("step", STEPS, ids=repr)
+@pytest.mark.parametrize("schedule", [*SCHEDULES, bp.schedule.steps, bp.schedule.constant], ids=named)
+def test_schedules_return_floats(schedule: Callable[..., Any], step: Any) -> None:
+    half = torch.tensor(0.5)
+    options: dict[Any, tuple[dict[str, Any], dict[str, Any]]] = {
+        bp.schedule.steps: ({"milestones": {2: half, torch.tensor(4): 0.75}}, {"milestones": {2: 0.5, 4: 0.75}}),
+        bp.schedule.constant: ({"value": half}, {"value": 0.5}),
+    }
+    given, plain = options.get(schedule, ({"final": half, "end": torch.tensor(6)}, {"final": 0.5, "end": 6}))
+    found = schedule(step, **given)
+    assert type(found) is float
+    assert found == schedule(3, **plain)
+    assert bp.sparsity(PIPELINE(network(), found)) <= 0.5
+
+
+def test_a_schedule_of_percents_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"final=20\.0 must be from 0 .* to 1 .*; 50 % is 0\.5"):
+        bp.schedule.linear(1, final=20.0, end=2)
+
+
+def test_what_numpy_calls_true_is_named_in_full() -> None:
+    with pytest.raises(TypeError, match=r"train is a numpy\.bool_?; it must be True or False"):
+        distill(train=np.True_)
+
+
+@pytest.mark.parametrize("blocks", [np.array([[4, 4]]), [np.array([4, 4])], [(np.int64(4), 4)], iter([[4, 4]])], ids=str)
+def test_blocks_to_recommend_may_be_arrays(blocks: Any) -> None:
+    table = export.recommend_blocks(MASKS, rows=2, blocks=blocks, sparsities=iter([0.5]), rounds=1, progress=False)  # type: ignore[arg-type]
+    assert {row.block for row in table.rows} == {(4, 4)}

@@ -1,6 +1,7 @@
 """A recipe is the composition that its source says, printed as such; the model is not changed."""
 
 import copy
+import pickle
 from functools import partial
 from typing import Any
 
@@ -230,3 +231,23 @@ def test_finetuning_is_an_option() -> None:
     plain = bp.apply_masks(model(), tuned.masks)
     repaired = bp.apply_masks(model(), tuned.masks, tuned.weights)
     assert (repaired(x) - dense(x)).square().mean() < (plain(x) - dense(x)).square().mean()
+
+
+def test_every_recipe_prints_the_same_in_another_process() -> None:
+    plain, data = model(), bp.Calibration(batches(), loss=nn.functional.mse_loss, progress=False)
+    made = [
+        recipes.magnitude(WHERE),
+        recipes.structured(bp.find_axes(plain, batches()[0])),
+        recipes.wanda(WHERE, data),
+        recipes.sparsegpt(WHERE, data, target="pruned"),
+        recipes.obs(WHERE, data),
+        attrs.evolve(recipes.obs(WHERE, data), budget=None, finetune=bp.finetune_layer),
+        *(bp.Pipeline(partial(collect.with_statistics, where=WHERE, calibration=data), by, allocate.per_layer) for by in BY_DATA),
+    ]
+    for recipe in made:
+        again = pickle.loads(pickle.dumps(recipe))
+        assert repr(again) == repr(recipe)
+    assert made[-1](plain, 0.5) == pickle.loads(pickle.dumps(made[-1]))(plain, 0.5)
+
+
+BY_DATA = (metric.fisher, metric.obd, metric.wanda, metric.taylor, metric.synflow, metric.obs)

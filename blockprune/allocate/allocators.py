@@ -23,7 +23,7 @@ from torch import Tensor
 from blockprune.allocate.budgets import layer_limits, uniform
 from blockprune.allocate.ranking import prune_lowest, select_pruned, to_common_device
 from blockprune.allocate.shared_masks import Coupled, SharedMask, masks_of, shared_masks
-from blockprune.core.arguments import check_counts, check_fraction, check_function, check_sparsity
+from blockprune.core.arguments import check_counts, check_fraction, check_function, check_integer, check_sparsity
 from blockprune.core.grid import BlockGrid, int_tuple, tiles, untile
 from blockprune.core.patterns import matching_keys, resolve_by_name
 from blockprune.core.types import Budget, Masks, Scores, Sparsity, check_scores
@@ -157,7 +157,7 @@ def per_columns(scores: Scores, sparsity: Sparsity, *, columns: int = 128) -> Ma
         >>> bp.allocate.per_columns({"w": score}, 0.5, columns=2)["w"].keep
         tensor([[False,  True, False,  True]])
     """
-    check_counts(1, columns=columns)
+    (columns,) = check_counts(1, columns=columns)
     check_scores(scores)
     for name, score in scores.items():
         if len(score.grid.shape) < 2:
@@ -192,10 +192,8 @@ def n_of_m(scores: Scores, sparsity: Sparsity, *, m: int, axis: int = 1, coupled
         >>> bp.allocate.n_of_m({"w": score}, 0.5, m=4)["w"].keep
         tensor([[False,  True,  True, False]])
     """
-    if not isinstance(m, int) or isinstance(m, bool) or m < 1:
-        raise ValueError(f"m={m!r} must be a whole number of blocks, at least 1")
-    if not isinstance(axis, int) or isinstance(axis, bool):
-        raise TypeError(f"axis={axis!r} must be a whole number, such as 1 for the input axis of a Linear")
+    (m,) = check_counts(1, meaning="a whole number of blocks, at least 1", m=m)
+    axis = check_integer("axis", axis, "a whole number, such as 1 for the input axis of a Linear")
     all_shared = shared_masks(scores, coupled)
     sparsities = _sparsity_by_parameter(scores, sparsity, uniform)
     for shared in all_shared:
@@ -313,17 +311,20 @@ def _select(elements: Tensor, mask: Tensor) -> Tensor:
 
 def _sparsity_by_parameter(scores: Scores, sparsity: Sparsity, budget: Budget) -> dict[str, float]:
     """The sparsity of each parameter."""
-    check_sparsity(sparsity)
+    sparsity = check_sparsity(sparsity)
     if isinstance(sparsity, Mapping):
         if budget is not uniform:
             raise ValueError("sparsity as a mapping already gives each parameter its own; give one number for budget= to distribute")
         return resolve_by_name(sparsity, scores, what="sparsity")
     check_function("budget", budget, "(scores, sparsity) -> sparsities by parameter name, such as bp.budgets.lagrangian")
-    sparsities = dict(budget(scores, float(sparsity)))
+    given = budget(scores, sparsity)
+    if not isinstance(given, Mapping):
+        raise TypeError(f"budget returned a {type(given).__name__}; it must return a mapping from parameter names to sparsities")
+    sparsities = dict(given)
     for name in scores:
         if name not in sparsities:
             raise KeyError(f"budget returned no sparsity for {name!r}; it must return one for every parameter")
-        check_fraction(f"the sparsity that budget returned for {name}", sparsities[name])
+        sparsities[name] = check_fraction(f"the sparsity that budget returned for {name}", sparsities[name])
     return sparsities
 
 

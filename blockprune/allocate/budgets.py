@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blockprune.allocate.ranking import prune_lowest, to_common_device
-from blockprune.core.arguments import check_fraction, check_number
+from blockprune.core.arguments import check_fraction, check_integer, check_number
 from blockprune.core.grid import block_elements
 from blockprune.core.patterns import resolve_by_name
 from blockprune.core.types import Scores, check_scores
@@ -31,7 +31,7 @@ def uniform(scores: Scores, sparsity: float) -> dict[str, float]:
         >>> bp.budgets.uniform({"a": bp.BlockScore(torch.ones(4), bp.BlockGrid((4,), (1,)))}, 0.5)
         {'a': 0.5}
     """
-    check_fraction("sparsity", sparsity)
+    sparsity = check_fraction("sparsity", sparsity)
     return dict.fromkeys(scores, sparsity)
 
 
@@ -47,7 +47,7 @@ def erk(scores: Scores, sparsity: float) -> dict[str, float]:
         >>> round(shares["s"], 3), round(shares["l"], 3)
         (0.278, 0.91)
     """
-    check_fraction("sparsity", sparsity)
+    sparsity = check_fraction("sparsity", sparsity)
     check_scores(scores)
     elements = {name: score.grid.elements for name, score in scores.items()}
     raw = {name: sum(score.grid.shape) / elements[name] for name, score in scores.items()}
@@ -83,6 +83,7 @@ def owl(
 
     Raises:
         ValueError: an option outside its range; scores that are negative, infinite or NaN.
+        TypeError: an option that is no number.
 
     Example:
         >>> from blockprune.allocate.budgets import owl
@@ -92,7 +93,8 @@ def owl(
         >>> round(shares["flat"], 3), round(shares["spiky"], 3)
         (0.78, 0.62)
     """
-    check_fraction("sparsity", sparsity)
+    sparsity = check_fraction("sparsity", sparsity)
+    m, lam = check_number("m", m, finite=False), check_number("lam", lam, finite=False)
     if not m > 0 or not 0 <= lam <= 1:
         raise ValueError(f"owl needs m={m!r} above 0 (such as 5 times the mean score) and lam={lam!r} from 0 to 1 (such as 0.08)")
     _check_rankable(scores)
@@ -194,7 +196,7 @@ def lagrangian(
         >>> masks["low"].keep.tolist(), masks["high"].keep.tolist()
         ([True, True, True, True], [False, False, False, True])
     """
-    check_fraction("sparsity", sparsity)
+    sparsity = check_fraction("sparsity", sparsity)
     check_scores(scores)
     caps, min_blocks = layer_limits(scores, max_sparsity, min_keep)
     if not scores:
@@ -257,7 +259,7 @@ def loss_weighted(
         >>> loss_weighted({"low": low, "high": high}, 0.5, max_sparsity=0.5, margin=0.25)
         {'low': 0.75, 'high': 0.25}
     """
-    check_fraction("sparsity", sparsity)
+    sparsity = check_fraction("sparsity", sparsity)
     if margin and not isinstance(max_sparsity, Mapping):
         max_sparsity = max(max_sparsity, min(1.0, sparsity + margin))
     return lagrangian(scores, sparsity, relative=False, max_sparsity=max_sparsity)
@@ -283,8 +285,7 @@ def block_costs(scores: Scores, *, cost: Mapping[str, float] | None = None, rela
     elements: list[Tensor] = []
     costs: list[Tensor] = []
     for name, score in to_common_device(scores).items():
-        price = element_cost[name]
-        check_number(f"cost[{name!r}]", price, "a positive number, the cost of one element", above=0)
+        price = check_number(f"cost[{name!r}]", element_cost[name], "a positive number, the cost of one element", above=0)
         value = score.value.flatten().double()  # [blocks]
         size = block_elements(score.grid, device=value.device).flatten()
         total = float((value * size)[value.isfinite()].sum()) if relative else 1.0
@@ -324,9 +325,11 @@ def layer_limits(
     """
     caps, min_blocks = _by_name(scores, max_sparsity, "max_sparsity", 1.0), _by_name(scores, min_keep, "min_keep", 0)
     for name in scores:
-        check_fraction(f"max_sparsity of {name}", caps[name])
-        if isinstance(min_blocks[name], bool) or not isinstance(min_blocks[name], int) or min_blocks[name] < 0:
-            raise ValueError(f"min_keep={min_blocks[name]!r} of {name} must be a number of blocks, 0 or more")
+        caps[name] = check_fraction(f"max_sparsity of {name}", caps[name])
+        try:
+            min_blocks[name] = check_integer("min_keep", min_blocks[name], lowest=0)
+        except (TypeError, ValueError):
+            raise ValueError(f"min_keep={min_blocks[name]!r} of {name} must be a number of blocks, 0 or more") from None
     return caps, min_blocks
 
 

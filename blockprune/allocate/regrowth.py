@@ -98,11 +98,8 @@ def _ranked(score: BlockScore, keep: Tensor) -> Tensor:
 def _by_parameter(masks: Masks, values: Sparsity, what: str) -> dict[str, float]:
     """The fraction or sparsity of each parameter."""
     if not isinstance(values, Mapping):
-        check_fraction(what, values)
-        return dict.fromkeys(masks, float(values))
-    for key, value in values.items():
-        check_fraction(f"{what}[{key!r}]", value)
-    return resolve_by_name(values, masks, what=what)
+        return dict.fromkeys(masks, check_fraction(what, values))
+    return resolve_by_name({key: check_fraction(f"{what}[{key!r}]", value) for key, value in values.items()}, masks, what=what)
 
 
 def _check_scores(masks: Masks, scores: Scores, what: str) -> None:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from blockprune.core.arguments import check_number
+from blockprune.core.arguments import check_fraction, check_number
 
 
 def constant(step: int, *, value: float) -> float:
@@ -21,8 +21,8 @@ def constant(step: int, *, value: float) -> float:
         >>> bp.schedule.constant(7, value=0.5)
         0.5
     """
-    _check_constant("value", value)
-    return value
+    checked: float = _checked("value", value)
+    return checked
 
 
 def linear(step: int, *, final: float, end: int, begin: int = 0, initial: float = 0.0) -> float:
@@ -35,7 +35,7 @@ def linear(step: int, *, final: float, end: int, begin: int = 0, initial: float 
         >>> [bp.schedule.linear(step, final=0.8, begin=100, end=300) for step in (0, 200, 1000)]
         [0.0, 0.4, 0.8]
     """
-    t = _progress(step, begin, end, final=final, initial=initial)
+    t, final, initial = _progress(step, begin, end, final, initial)
     return initial + (final - initial) * t
 
 
@@ -49,7 +49,7 @@ def cubic(step: int, *, final: float, end: int, begin: int = 0, initial: float =
         >>> [bp.schedule.cubic(step, final=0.8, begin=100, end=300) for step in (0, 200, 1000)]
         [0.0, 0.7000000000000001, 0.8]
     """
-    t = _progress(step, begin, end, final=final, initial=initial)
+    t, final, initial = _progress(step, begin, end, final, initial)
     return final + (initial - final) * (1 - t) ** 3
 
 
@@ -65,7 +65,7 @@ def cosine(step: int, *, final: float, end: int, begin: int = 0, initial: float 
         >>> [round(bp.schedule.cosine(step, initial=0.3, final=0.0, end=100), 3) for step in (0, 25, 50, 100)]
         [0.3, 0.256, 0.15, 0.0]
     """
-    t = _progress(step, begin, end, final=final, initial=initial)
+    t, final, initial = _progress(step, begin, end, final, initial)
     return final + (initial - final) * (1 + math.cos(math.pi * t)) / 2
 
 
@@ -79,7 +79,7 @@ def exponential(step: int, *, final: float, end: int, begin: int = 0, initial: f
         >>> [round(bp.schedule.exponential(step, final=0.75, end=2), 3) for step in (0, 1, 2)]
         [0.0, 0.5, 0.75]
     """
-    t = _progress(step, begin, end, final=final, initial=initial)
+    t, final, initial = _progress(step, begin, end, final, initial)
     if not (initial < 1 and final < 1):
         raise ValueError(
             f"initial={initial} and final={final} must be below 1, because each step keeps a fraction of the weights; use linear or cubic"
@@ -102,34 +102,31 @@ def steps(step: int, *, milestones: Mapping[int, float], initial: float = 0.0) -
         >>> [bp.schedule.steps(step, milestones={100: 0.5, 200: 0.8}) for step in (0, 150, 200)]
         [0.0, 0.5, 0.8]
     """
-    check_number("step", step, finite=False)
+    step = float(check_number("step", step, finite=False))  # type: ignore[assignment]
     if not isinstance(milestones, Mapping):
         raise TypeError(f"milestones={milestones!r} must be a mapping from steps to sparsities, such as {{100: 0.5, 200: 0.8}}")
-    for milestone, value in milestones.items():
-        check_number("a step of milestones", milestone)
-        _check_constant(f"milestones[{milestone}]", value)
-    _check_constant("initial", initial)
-    reached = bisect.bisect_right(sorted(milestones), step)
-    return milestones[sorted(milestones)[reached - 1]] if reached else initial
+    by_step = {
+        float(check_number("a step of milestones", milestone)): _checked(f"milestones[{milestone}]", value)
+        for milestone, value in milestones.items()
+    }
+    initial = _checked("initial", initial)
+    reached = bisect.bisect_right(sorted(by_step), step)
+    return by_step[sorted(by_step)[reached - 1]] if reached else initial
 
 
-def _progress(step: int, begin: int, end: int, **sparsities: float) -> float:
-    """0 until begin, 1 from end on."""
-    for name, value in {"step": step, "begin": begin, "end": end}.items():
-        check_number(name, value, finite=False)
-    for name, share in sparsities.items():
-        _check_share(name, share)
-    if not begin <= end:
+def _progress(step: int, begin: int, end: int, final: float, initial: float) -> tuple[float, float, float]:
+    """0 until begin, 1 from end on; and the two sparsities as floats."""
+    now, first, last = (
+        float(check_number(name, value, finite=False)) for name, value in {"step": step, "begin": begin, "end": end}.items()
+    )
+    final, initial = check_fraction("final", final), check_fraction("initial", initial)
+    if not first <= last:
         raise ValueError(f"begin={begin} is after end={end}; give an end from {begin} on, or an earlier begin")
-    return min(1.0, max(0.0, (step - begin) / (end - begin))) if end > begin else float(step >= end)
+    return min(1.0, max(0.0, (now - first) / (last - first))) if last > first else float(now >= last), final, initial
 
 
-def _check_share(name: str, share: Any) -> None:
-    """Raise for a sparsity or fraction that is no number from 0 to 1."""
-    check_number(name, share, "a number from 0 to 1; 50 % is 0.5", lowest=0, highest=1)
-
-
-def _check_constant(name: str, share: Any) -> None:
-    """As `_check_share`; a sparsity that is not computed with may also be a mapping by parameter name."""
-    for what, value in {f"{name}[{key!r}]": x for key, x in share.items()}.items() if isinstance(share, Mapping) else [(name, share)]:
-        _check_share(what, value)
+def _checked(name: str, share: Any) -> Any:
+    """A fraction in floats; a sparsity that is not computed with may also be a mapping by parameter name."""
+    if isinstance(share, Mapping):
+        return {key: check_fraction(f"{name}[{key!r}]", x) for key, x in share.items()}
+    return check_fraction(name, share)

@@ -51,10 +51,6 @@ def shared_masks(scores: Scores, coupled: Coupled) -> list[SharedMask]:
     for name, score in scores.items():
         if not score.value.is_floating_point():
             raise TypeError(f"{name}: scores {tuple(score.value.shape)} are {score.value.dtype}; they must be floating point")
-        if score.value.dtype.itemsize < 2:
-            raise TypeError(
-                f"{name}: scores {tuple(score.value.shape)} are {score.value.dtype}, which torch cannot compare; give score.value.float()"
-            )
         if score.value.amin().isnan():
             raise ValueError(
                 f"{name}: {int(score.value.isnan().sum())} of the scores {tuple(score.value.shape)} are NaN and cannot be ranked; "

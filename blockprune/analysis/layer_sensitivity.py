@@ -13,7 +13,7 @@ from torch.func import functional_call, vmap
 
 from blockprune.analysis.drawing import label_rows, new_axes, set_title, short_names
 from blockprune.core.arguments import check_counts, check_fraction, check_function
-from blockprune.core.pipeline import Pipeline, as_code
+from blockprune.core.pipeline import Pipeline, allocated, as_code
 from blockprune.core.progress import progress_bar
 from blockprune.core.table import Rows, Table
 from blockprune.core.types import BlockMask, Scores
@@ -63,11 +63,15 @@ class Sensitivity(Table):
         Returns:
             The axes.
 
+        Raises:
+            ValueError: ``most`` that is no integer from 1 on.
+
         Example:
             >>> table = bp.Sensitivity((0.25, 0.5), 1.0, {"a.weight": (1.5, 2.0), "b.weight": (1.0, 1.25)})
             >>> [label.get_text() for label in table.plot().get_yticklabels()]
             ['a', 'b']
         """
+        (most,) = check_counts(1, most=most)
         rises = {name: [loss - self.dense for loss in losses] for name, losses in self.losses.items()}
         largest = set(sorted(rises, key=lambda name: max(rises[name]), reverse=True)[:most])
         names = [name for name in rises if name in largest]
@@ -133,12 +137,11 @@ def sensitivity(
     if isinstance(sparsities, (str, Mapping)) or not isinstance(sparsities, Iterable):
         raise TypeError(f"sparsities={sparsities!r} must be a list of numbers, such as [0.25, 0.5]")
     sparsities = list(sparsities)
-    check_counts(1, chunk_size=chunk_size)
+    (chunk_size,) = check_counts(1, chunk_size=chunk_size)
     check_function("evaluate", evaluate, "(model) -> one number, the loss")
     if not sparsities:
         raise ValueError("sparsities=[] must hold at least one sparsity")
-    for position, sparsity in enumerate(sparsities):
-        check_fraction(f"sparsities[{position}]", sparsity)
+    sparsities = [check_fraction(f"sparsities[{position}]", sparsity) for position, sparsity in enumerate(sparsities)]
     scores = pipeline.scores(model)
     _check_replaceable(model, scores)
     masks = {name: [_allocated_alone(pipeline, scores, name, sparsity) for sparsity in sparsities] for name in scores}
@@ -208,9 +211,9 @@ def _allocated_alone(pipeline: Pipeline, scores: Scores, name: str, sparsity: fl
         ValueError: the allocator cannot prune it without the others.
     """
     try:
-        return pipeline.allocate({name: scores[name]}, sparsity)[name]
+        return allocated(pipeline.allocate, {name: scores[name]}, sparsity)[name]
     except (KeyError, ValueError) as error:
-        pipeline.allocate(scores, sparsity)  # an error of all parameters together says more
+        allocated(pipeline.allocate, scores, sparsity)  # an error of all parameters together says more
         raise ValueError(
             f"{name} {scores[name].grid.shape}: allocate={as_code(pipeline.allocate)} cannot prune this parameter alone to "
             f"{sparsity:g}, as `sensitivity` does ({error}); give attrs.evolve(pipeline, allocate=bp.allocate.per_layer)"
@@ -236,6 +239,8 @@ def _as_number(loss: Any) -> Tensor:
     if number.numel() != 1:
         kind = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(f"evaluate returned a {kind}; it must return one number, the loss, such as the mean of the losses")
+    if number.is_complex():
+        raise TypeError(f"evaluate returned a number of {number.dtype}; it must return one real number, such as its .abs()")
     return number.reshape(())
 
 

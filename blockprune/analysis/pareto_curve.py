@@ -10,6 +10,7 @@ from torch import Tensor
 
 from blockprune.allocate.budgets import block_costs
 from blockprune.analysis.drawing import COLOURS, engineering, new_axes, percent_axis, plain_frame, set_title
+from blockprune.core.arguments import check_counts, check_number
 from blockprune.core.table import Rows, Table
 from blockprune.core.types import Scores
 
@@ -50,6 +51,7 @@ class Pareto(Table):
 
         Raises:
             ValueError: neither or both are given, or no point is as low as that.
+            TypeError: no number.
 
         Example:
             >>> from blockprune.analysis.pareto_curve import Pareto
@@ -58,6 +60,9 @@ class Pareto(Table):
         """
         if (error is None) == (cost is None):
             raise ValueError(f"sparsity_for(error={error}, cost={cost}) needs exactly one of error= and cost=")
+        for name, number in {"error": error, "cost": cost}.items():
+            if number is not None:
+                check_number(name, number, finite=False)
         what, limit, values = ("cost", cost, self.costs) if error is None else ("error", error, self.errors)
         fitting = [s for s, value in zip(self.sparsities, values, strict=True) if value <= limit]  # type: ignore[operator]
         if not fitting:
@@ -133,8 +138,7 @@ def pareto(scores: Scores, *, cost: Mapping[str, float] | None = None, points: i
         50.0%             4               10
         100.0%            0               36
     """
-    if isinstance(points, bool) or not isinstance(points, int) or points < 2:
-        raise ValueError(f"points={points!r} must be a whole number of 2 or more: the two ends of the curve")
+    (points,) = check_counts(2, meaning="a whole number of 2 or more: the two ends of the curve", points=points)
     if not scores:
         raise ValueError("pareto has no scores to rank; collect at least one parameter")
     error_per_cost, elements, costs = block_costs(scores, cost=cost)

@@ -20,6 +20,7 @@ from blockprune.analysis.drawing import (
     set_title,
     short_names,
 )
+from blockprune.core.arguments import check_number
 from blockprune.core.masks import sparsity
 from blockprune.core.types import BlockMask, Masks, check_masks
 
@@ -40,11 +41,18 @@ def mask(mask: BlockMask, *, title: str = "", ax: Any = None) -> Any:
     Returns:
         The axes.
 
+    Raises:
+        TypeError: something else than one mask, such as the masks of a model.
+
     Example:
         >>> kept = bp.BlockMask(torch.rand(8, 8) > 0.5, bp.BlockGrid((32, 32), (4, 4)))
         >>> bp.pictures.mask(kept, title="a mask").get_title()
         'a mask'
     """
+    if not isinstance(mask, BlockMask):
+        raise TypeError(
+            f"mask is a {type(mask).__name__}; give one BlockMask, such as masks['0.weight'], or draw all: bp.pictures.masks(masks)"
+        )
     ax = new_axes(ax, width=4.2)
     grid = mask.grid
     rows, columns = grid.shape[0], math.prod(grid.shape[1:])
@@ -122,7 +130,8 @@ def quality_against_latency(
         The axes.
 
     Raises:
-        ValueError: no dense model, or a latency or quality that is not finite.
+        ValueError: no dense model, or a point that is not two finite numbers.
+        TypeError: no mappings.
 
     Example:
         >>> dense = {"float32": (20.0, 0.66), "bfloat16": (12.0, 0.66), "int8": (9.0, 0.64)}
@@ -130,13 +139,11 @@ def quality_against_latency(
         >>> sorted(text.get_text() for text in ax.texts)
         ['50%', '75%', 'dense bfloat16', 'dense float32', 'dense int8']
     """
+    for line, points in {"dense": dense, "pruned": pruned, **(pruned if isinstance(pruned, Mapping) else {})}.items():
+        if not isinstance(points, Mapping):
+            raise TypeError(f"{line} is a {type(points).__name__}; give a mapping from labels to (milliseconds, quality)")
     lines = {"dense": {f"dense {label}": point for label, point in dense.items()}, **pruned}
-    bad = [
-        f"{line}, {label}: {point}"
-        for line, points in lines.items()
-        for label, point in points.items()
-        if not all(map(math.isfinite, point))
-    ]
+    bad = [f"{line}, {label}: {point}" for line, points in lines.items() for label, point in points.items() if not _is_point(point)]
     if not dense or bad:
         raise ValueError(
             f"each point must be two finite numbers (milliseconds, quality), and dense must hold one or more; {bad or dict(dense)}"
@@ -155,3 +162,14 @@ def quality_against_latency(
     set_title(ax, title)
     label_points(ax, list(lines.values()), colours)
     return ax
+
+
+def _is_point(point: Any) -> bool:
+    """Whether this is two finite numbers."""
+    try:
+        milliseconds, quality = point
+        check_number("milliseconds", milliseconds)
+        check_number("quality", quality)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -184,8 +184,7 @@ def sweep(
     """
     check_model(model)
     check_function("evaluate", evaluate, "(model) -> a number, or a mapping from names to numbers")
-    if callback is not None:
-        check_function("callback", callback, "(Sweep) -> None, such as lambda table: table.save('sweep.json')")
+    check_function("callback", callback, "(Sweep) -> None, such as lambda table: table.save('sweep.json')", optional=True)
     if resume is not None and not isinstance(resume, Sweep):
         raise TypeError(f"resume has the type {type(resume).__name__}; give a Sweep, such as bp.Sweep.load('sweep.json')")
     sparsities = _checked_cells(recipes, sparsities)

@@ -154,6 +154,8 @@ class _GatedModel:
                 warnings.filterwarnings("ignore", "There is a performance drop")  # an operation without a batching rule
                 return over_samples(grad(sample_loss))(self.ones, self.batch)  # type: ignore[no-any-return]
         except RuntimeError as error:
+            with contextlib.suppress(RuntimeError):  # without vmap the error of a loss that is no tensor says more
+                self.gradient(partial(loss, _sample(self.batch, 0)))
             reason = str(error).strip().splitlines()[0]
             raise RuntimeError(f"vmap cannot run this model: {reason}. Pass per_sample='loop', which is slower but equal") from error
 

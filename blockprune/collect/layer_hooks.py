@@ -4,6 +4,7 @@ import contextlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -55,7 +56,8 @@ def add_batches(model: nn.Module, fold: Fold, calibration: Calibration) -> Fold:
                 running.count(name, batches=1)
             if sources - {"gates"}:
                 observer = _LayerObserver(running, batch, number, token_streams(model, observed, calibration, batch), unweighted)
-                reads = WeightReads(hooks) if number == 0 and sources & {"inputs", "output_grad"} else None  # it takes some time
+                is_checked = number == 0 and bool(sources & {"inputs", "output_grad"})  # it takes some time
+                reads = WeightReads(hooks, model.buffers()) if is_checked else None
                 observer.run(model, observed, calibration, of_loss, reads)
             if "gates" in sources:
                 derivatives = gate_derivatives(model, grids, fold.refs, hooks, batch, calibration, needs=of_gates)
@@ -86,8 +88,7 @@ class _LayerObserver:
     ) -> None:
         """Add a batch; ``reads`` are to be checked."""
         try:
-            with reads or contextlib.nullcontext():
-                loss = self._forward(model, hooks, calibration, needs_loss)
+            loss = self._forward(model, hooks, calibration, needs_loss, reads or contextlib.nullcontext())
             if reads is not None:
                 reads.check(self.calls, [s.name for s in self.fold.statistics if s.source in ("inputs", "output_grad")])
             if loss is not None:
@@ -95,11 +96,14 @@ class _LayerObserver:
         finally:
             self.outputs.clear()  # the graph's hooks refer to this object: a cycle through torch's graph would never be freed
 
-    def _forward(self, model: nn.Module, hooks: InputHooks, calibration: Calibration, needs_loss: Sequence[str]) -> Tensor | None:
+    def _forward(
+        self, model: nn.Module, hooks: InputHooks, calibration: Calibration, needs_loss: Sequence[str], reads: AbstractContextManager[Any]
+    ) -> Tensor | None:
         handles = self._register(model, hooks)
         try:
             with torch.set_grad_enabled(bool(needs_loss)), disable_checkpointing(reentrant_only=True):
-                output = calibration.forward(model, self.batch)
+                with reads:  # not for the loss, which may have a penalty of weights
+                    output = calibration.forward(model, self.batch)
                 return scalar_loss(calibration, output, self.batch, needs_loss) if needs_loss else None
         finally:
             for handle in handles:

@@ -2,106 +2,176 @@
 
 import math
 import numbers
+import operator
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 
 def check_number(
     what: str,
     value: Any,
-    meaning: str = "a number",
+    meaning: str | None = None,
     *,
     above: float = -math.inf,
     lowest: float = -math.inf,
     highest: float = math.inf,
     finite: bool = True,
-) -> None:
-    """Raise unless a value is a number, or a tensor without axes, within the limits.
+) -> Any:
+    """Raise unless a value is a number, or a tensor or array without axes, within the limits; True and False are no numbers.
 
     Args:
         what: the name of the argument.
         value: whatever a user gave.
-        meaning: the numbers that would do, for the error message, such as "a number above 0".
+        meaning: the numbers that would do, for the error message, such as "a number above 0"; by default "a finite number", or "a number"
+            where infinity is allowed.
         above: the number that the value must be above.
         lowest: the lowest number that it may be.
         highest: the highest number that it may be.
         finite: whether infinity is refused.
 
+    Returns:
+        The number as one of Python; a tensor as it is, with its gradient.
+
     Raises:
         TypeError: no number.
-        ValueError: NaN, or a number outside the limits.
+        ValueError: NaN, or a number outside the limits or the range of floats.
 
     Example:
         >>> from blockprune.core.arguments import check_number
-        >>> check_number("damping", 0.01, "a number from 0 on", lowest=0)
+        >>> check_number("damping", np.array(0.01), "a number from 0 on", lowest=0)
+        0.01
     """
-    is_number = isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex())
-    if isinstance(value, bool) or not is_number:
+    meaning = meaning or ("a finite number" if finite else "a number")
+    plain = _plain(value)
+    if isinstance(plain, bool) or not isinstance(plain, numbers.Real):
         raise TypeError(f"{what}={_shown(value)} must be {meaning}")
-    if not (value > above and lowest <= value <= highest) or (finite and not math.isfinite(value)):
-        raise ValueError(f"{what}={value!r} must be {meaning}")
+    try:
+        number = float(plain)
+    except OverflowError:
+        raise ValueError(f"{what} must be {meaning}; it is beyond the range of floating-point numbers") from None
+    if not (number > above and lowest <= number <= highest) or (finite and not math.isfinite(number)):
+        raise ValueError(f"{what}={_shown(value)} must be {meaning}")
+    return value if isinstance(value, Tensor) else plain if isinstance(plain, int) else number
 
 
-def check_counts(lowest: int, **counts: Any) -> None:
-    """Raise for a count that is no integer, or below the lowest.
+def check_integer(what: str, value: Any, meaning: str = "an integer", *, lowest: int | None = None, whole_floats: bool = False) -> int:
+    """Raise unless a value is an integer, or a tensor or array without axes that holds one.
+
+    Args:
+        what: the name of the argument.
+        value: whatever a user gave.
+        meaning: the integers that would do, for the error message.
+        lowest: the lowest that it may be.
+        whole_floats: whether a float such as 1e9 is an integer, too.
+
+    Returns:
+        The integer, as one of Python.
+
+    Raises:
+        TypeError: no integer.
+        ValueError: one below the lowest.
+
+    Example:
+        >>> from blockprune.core.arguments import check_integer
+        >>> check_integer("seed", torch.tensor(3)), check_integer("memory", 1e9, whole_floats=True)
+        (3, 1000000000)
+    """
+    plain = _plain(value)
+    if whole_floats and isinstance(plain, float) and plain.is_integer():
+        plain = int(plain)
+    message = f"{what}={_shown(value)} must be {meaning}" + (", or a whole float such as 1e2" if whole_floats else "")
+    try:
+        if isinstance(plain, (bool, Tensor)):  # `operator.index` takes True, and a tensor of one element with axes
+            raise TypeError
+        number = operator.index(plain)
+    except TypeError:
+        raise TypeError(message) from None
+    if lowest is not None and number < lowest:
+        raise ValueError(message)
+    return number
+
+
+def check_counts(
+    lowest: int, *, meaning: str | None = None, optional: bool = False, whole_floats: bool = False, **counts: Any
+) -> list[Any]:
+    """Raise for a count that is no integer (`check_integer`), or below the lowest.
+
+    Args:
+        lowest: the lowest that a count may be.
+        meaning: the counts that would do, for the error message.
+        optional: whether a count may be None.
+        whole_floats: whether a float such as 1e9 is an integer, too.
+        counts: by the names of the arguments.
+
+    Returns:
+        The counts as integers of Python, in order.
 
     Raises:
         ValueError: such a count, by its name.
 
     Example:
         >>> from blockprune.core.arguments import check_counts
-        >>> check_counts(1, steps=10, every=5)
+        >>> check_counts(1, steps=torch.tensor(10), every=5)
+        [10, 5]
     """
+    meaning, checked = meaning or f"an integer, at least {lowest}", []
     for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < lowest:
-            raise ValueError(f"{name}={_shown(count)} must be an integer, at least {lowest}")
+        try:
+            is_absent = optional and count is None
+            checked.append(None if is_absent else check_integer(name, count, meaning, lowest=lowest, whole_floats=whole_floats))
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+    return checked
 
 
-def check_fraction(what: str, value: float) -> None:
-    """Raise unless a value is a number from 0 to 1.
+def check_fraction(what: str, value: Any) -> float:
+    """The value as a float; raise unless it is a number from 0 to 1 (`check_number`).
 
     Raises:
         TypeError, ValueError: anything else.
 
     Example:
         >>> from blockprune.core.arguments import check_fraction
-        >>> check_fraction("sparsity", 0.5)
+        >>> check_fraction("sparsity", torch.tensor(0.5))
+        0.5
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{what}={_shown(value)} must be a number from 0 (keep all) to 1 (remove all)")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{what}={value!r} must be from 0 (keep all) to 1 (remove all); 50 % is 0.5")
+    meaning = "from 0 (keep all) to 1 (remove all)"
+    try:
+        return float(check_number(what, value, f"a number {meaning}", lowest=0, highest=1))
+    except ValueError:
+        raise ValueError(f"{what}={_shown(value)} must be {meaning}; 50 % is 0.5") from None
 
 
-def check_sparsity(sparsity: Any) -> None:
-    """Raise unless this is a number from 0 to 1, or a mapping of parameter names or patterns to such numbers.
+def check_sparsity(sparsity: Any) -> Any:
+    """The sparsity in floats; raise unless it is a number from 0 to 1, or a mapping of parameter names or patterns to such numbers.
 
     Raises:
         TypeError, ValueError: anything else.
 
     Example:
         >>> from blockprune.core.arguments import check_sparsity
-        >>> check_sparsity({"head.*": 0.25, "*": 0.5})
+        >>> check_sparsity({"head.*": 0.25, "*": 1})
+        {'head.*': 0.25, '*': 1.0}
     """
     if isinstance(sparsity, Mapping):
-        for key, fraction in sparsity.items():
-            check_fraction(f"sparsity[{key!r}]", fraction)
-        return
+        return {key: check_fraction(f"sparsity[{key!r}]", fraction) for key, fraction in sparsity.items()}
     try:
-        check_fraction("sparsity", sparsity)
+        return check_fraction("sparsity", sparsity)
     except TypeError as error:
         raise TypeError(f"{error}, or a mapping of parameter names to numbers") from None
 
 
-def check_function(what: str, value: Any, signature: str) -> None:
+def check_function(what: str, value: Any, signature: str, *, optional: bool = False) -> None:
     """Raise unless a value can be called.
 
     Args:
         what: the name of the argument.
         value: whatever a user gave.
         signature: what the function takes and returns, for the error message.
+        optional: whether it may be None.
 
     Raises:
         TypeError: it cannot.
@@ -110,7 +180,7 @@ def check_function(what: str, value: Any, signature: str) -> None:
         >>> from blockprune.core.arguments import check_function
         >>> check_function("loss", max, "(output, batch) -> one number")
     """
-    if not callable(value):
+    if not (callable(value) or (optional and value is None)):
         raise TypeError(f"{what}={_shown(value)} must be a function {signature}")
 
 
@@ -142,9 +212,18 @@ def check_tensor(what: str, value: Any) -> None:
         raise TypeError(f"{what} is a {type(value).__name__}, not a tensor; convert it: torch.as_tensor(...)")
 
 
+def _plain(value: Any) -> Any:
+    """What NumPy's number, or a tensor or array without axes, holds, as a number of Python; everything else as it is."""
+    has_item = isinstance(value, (np.generic, np.ndarray)) or (isinstance(value, Tensor) and not value.is_meta)
+    return value.item() if has_item and value.ndim == 0 else value
+
+
 def _shown(value: Any) -> str:
     """A value for an error message; its type if the value is long."""
     if isinstance(value, Tensor) and value.ndim:
         return f"tensor of shape {tuple(value.shape)}"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return type(value).__name__
     return text if len(text) <= 80 and "\n" not in text else type(value).__name__

@@ -169,8 +169,7 @@ def pool(x: Tensor, grid: BlockGrid, *, reduce: str = "sum", elementwise: Callab
         tensor([0.5000, 2.5000, 4.0000])
     """
     _check_shape("x", x, grid, "shape")
-    if elementwise is not None:
-        check_function("elementwise", elementwise, "from a tensor to a tensor of the same shape, such as torch.abs")
+    check_function("elementwise", elementwise, "from a tensor to a tensor of the same shape, such as torch.abs", optional=True)
     if reduce == "mean":
         total = pool(x, grid, elementwise=elementwise)
         total = total if total.is_floating_point() or total.is_complex() else total.to(torch.get_default_dtype())

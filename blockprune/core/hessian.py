@@ -57,7 +57,7 @@ def layer_quadratic(name: str, p: Param, *, damping: float) -> LayerQuadratic:
         ValueError: the damping is negative; the diagonal of ``input_gram`` is negative; the inputs are all zero or have NaN or inf; H is
             singular even with 1000 times the damping.
     """
-    check_number("damping", damping, "a number from 0 on, the share of H's diagonal that is added to it", lowest=0)
+    damping = check_number("damping", damping, "a number from 0 on, the share of H's diagonal that is added to it", lowest=0)
     gram = p.stats["input_gram"]  # [groups, k, k]
     if gram.dtype.itemsize < 4 or not gram.is_floating_point():
         raise TypeError(
@@ -163,8 +163,7 @@ def workspace_bytes(device: torch.device, memory: int | None) -> int:
         16
     """
     if memory is not None:
-        check_counts(0, memory=memory)
-        return memory
+        return int(check_counts(0, whole_floats=True, memory=memory)[0])
     if device.type != "cuda":
         return 1 << 24  # fits in the caches, and malloc reuses blocks of this size instead of mapping new pages each time
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's cache is free, too

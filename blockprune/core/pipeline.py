@@ -27,6 +27,7 @@ from blockprune.core.types import (
     check_data,
     check_finite,
     check_masks,
+    check_scores,
 )
 
 V = TypeVar("V")
@@ -77,8 +78,7 @@ class Pipeline:
     allocate: Allocate = attrs.field(validator=_check_stage)
 
     def __call__(self, model: nn.Module, sparsity: Sparsity) -> Masks:
-        masks = self.allocate(self.scores(model, sparsity), sparsity)
-        return _checked("allocate", masks, BlockMask, "BlockMask(keep, grid)")
+        return allocated(self.allocate, self.scores(model, sparsity), sparsity)
 
     def scores(self, model: nn.Module, sparsity: Sparsity | None = None) -> Scores:
         """Collect and score. The scores can be given to ``allocate`` with many sparsities.
@@ -120,10 +120,27 @@ class Pipeline:
                 "what scores once for several sparsities, such as `sensitivity`, needs another metric, such as bp.metric.obs"
             )
         options = {"sparsity": sparsity} if is_required else {}
-        return _checked("metric", self.metric(data, **options), BlockScore, "BlockScore(value, grid)")
+        scores = _checked("metric", self.metric(data, **options), BlockScore, "BlockScore(value, grid)")
+        check_scores(scores, "the scores of metric")
+        return scores
 
     def __repr__(self) -> str:
         return f"Pipeline(collect={as_code(self.collect)}, metric={as_code(self.metric)}, allocate={as_code(self.allocate)})"
+
+
+def allocated(allocate: Allocate, scores: Scores, sparsity: Any) -> Masks:
+    """The masks that an allocator, which may be a user's own, returns.
+
+    Raises:
+        TypeError: something else.
+
+    Example:
+        >>> from blockprune.core.pipeline import allocated
+        >>> grid = bp.BlockGrid((4,), (2,))
+        >>> allocated(bp.allocate.per_layer, {"w": bp.BlockScore(torch.tensor([1.0, 2.0]), grid)}, 0.5)["w"].keep
+        tensor([False,  True])
+    """
+    return _checked("allocate", allocate(scores, sparsity), BlockMask, "BlockMask(keep, grid)")
 
 
 def _checked(stage: str, result: Mapping[str, V], kind: type[V], constructor: str) -> Mapping[str, V]:
@@ -253,5 +270,12 @@ def as_code(value: Any, *, prefix: str = "") -> str:
 def fields_as_code(value: Any) -> str:
     """An attrs value as it would be written in source code, with one field per line, without the fields that have their default value."""
     fields = [(field.name, getattr(value, field.name), field.default) for field in attrs.fields(type(value))]
-    lines = [f"    {name}={as_code(x)},".replace("\n", "\n    ") for name, x, default in fields if x is not default]
+    lines = [f"    {name}={as_code(x)},".replace("\n", "\n    ") for name, x, default in fields if not _is_default(x, default)]
     return "\n".join([f"{type(value).__name__}(", *lines, ")"])
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    """Whether a field has its default value, also in a copy; what may not compare to one bool, such as tensors, is not compared."""
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and len(value) == len(default) and all(map(_is_default, value, default))
+    return value is default or (type(value) is type(default) and isinstance(value, (str, int, float)) and value == default)

@@ -230,11 +230,17 @@ def check_masks(masks: Any, what: str = "masks", *, remedy: str = "give result.m
     _check_values(what, masks, BlockMask, remedy, "BlockMask(keep, grid)")
 
 
-def check_scores(scores: Any, what: str = "scores") -> None:
+def check_scores(scores: Any, what: str = "scores", *, ranked: bool = True) -> None:
     """Raise unless these are scores by parameter name.
 
+    Args:
+        scores: whatever a user gave.
+        what: the name of the argument.
+        ranked: whether their values matter; otherwise only their shapes and devices do.
+
     Raises:
-        TypeError: no mapping, such as a metric, or a value that is no `BlockScore`.
+        TypeError: no mapping, such as a metric, a value that is no `BlockScore`, or a tensor that is sparse or of 8 bits.
+        ValueError: a tensor on the meta device.
 
     Example:
         >>> from blockprune.core.types import check_scores
@@ -243,6 +249,15 @@ def check_scores(scores: Any, what: str = "scores") -> None:
     _check_values(
         what, scores, BlockScore, f"give the scores that a metric returns, such as {what}=bp.metric.l1(data)", "BlockScore(value, grid)"
     )
+    for name, score in scores.items() if ranked else ():
+        value = score.value
+        what_value = f"{name}: {what} {tuple(value.shape)}"
+        if value.layout != torch.strided:
+            raise TypeError(f"{what_value} are sparse ({value.layout}) and cannot be ranked; give a dense tensor: score.value.to_dense()")
+        if value.is_floating_point() and value.itemsize < 2:
+            raise TypeError(f"{what_value} are {value.dtype}, which torch cannot rank; give score.value.float()")
+        if value.is_meta:
+            raise ValueError(f"{what_value} are on the meta device, so they have no values; load the weights first")
 
 
 def check_data(data: Any) -> None:

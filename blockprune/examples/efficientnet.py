@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blockprune.core.arguments import check_counts, check_tensor
 from blockprune.examples.packages import folder_of, load_module
 
 __all__ = ["center", "load", "photos", "pixels", "random_crops"]
@@ -77,12 +78,16 @@ def pixels(photo: Any) -> Tensor:
 def center(images: Sequence[Tensor]) -> Tensor:
     """The middle of each image ``[3, height, width]``, as classifiers are tested: ``[n, 3, 224, 224]``.
 
+    Raises:
+        ValueError: no images, or an image of another shape or smaller than 224 pixels.
+
     Example:
         >>> images, classes = bp.examples.efficientnet.photos()
         >>> logits = bp.examples.efficientnet.load()(bp.examples.efficientnet.center(images))
         >>> int((logits.argmax(1) == classes).sum())
         18
     """
+    _check_images(images, SIDE)
     corners = [((image.shape[1] - SIDE) // 2, (image.shape[2] - SIDE) // 2) for image in images]
     return torch.stack([image[:, y : y + SIDE, x : x + SIDE] for image, (y, x) in zip(images, corners, strict=True)])
 
@@ -95,10 +100,15 @@ def random_crops(images: Sequence[Tensor], count: int, *, smallest: int = 112) -
         count: how many squares.
         smallest: pixels of the side of the smallest square; the largest has the shorter side of its image.
 
+    Raises:
+        ValueError: no images, an image of another shape or smaller than ``smallest``, or a count or side below 1.
+
     Example:
         >>> bp.examples.efficientnet.random_crops([torch.zeros(3, 256, 300)], 2).shape
         torch.Size([2, 3, 224, 224])
     """
+    check_counts(1, count=count, smallest=smallest)
+    _check_images(images, smallest)
     crops = []
     for _ in range(count):
         image = images[_below(len(images))]
@@ -107,6 +117,18 @@ def random_crops(images: Sequence[Tensor], count: int, *, smallest: int = 112) -
         crop = image[None, :, y : y + side, x : x + side]
         crops.append(F.interpolate(crop.flip(-1) if _below(2) else crop, SIDE, mode="bilinear", antialias=True))
     return torch.cat(crops)
+
+
+def _check_images(images: Sequence[Tensor], side: int) -> None:
+    if not len(images):
+        raise ValueError("images is empty; give one or more images [3, height, width]")
+    for i, image in enumerate(images):
+        check_tensor(f"images[{i}]", image)
+        if image.ndim != 3 or image.shape[0] != 3 or min(image.shape[1:]) < side:
+            raise ValueError(
+                f"images[{i}] has the shape {tuple(image.shape)}; each must be [3, height, width] with {side} pixels or more along both "
+                f"sides; efficientnet.pixels makes such an image of a photo of any size"
+            )
 
 
 def _below(limit: int) -> int:

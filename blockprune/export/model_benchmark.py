@@ -131,7 +131,7 @@ def benchmark(
     """
     if names and len(names) != len(others):
         raise ValueError(f"names has {len(names)} entries for {len(others)} models; give one name for each, or none")
-    check_counts(1, rounds=rounds)
+    (rounds,) = check_counts(1, rounds=rounds)
     check_not_fully_sharded(model, "benchmark times copies of the model", nor_dtensors=True)
     plain = dense(model)
     baselines = _dense_baselines(plain, dtypes, compiled)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import attrs
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from blockprune.core.arguments import check_counts
-from blockprune.core.grid import BlockGrid, BlockShape
+from blockprune.core.grid import BlockGrid, BlockShape, int_tuple
 from blockprune.core.progress import progress_bar
 from blockprune.core.table import Rows, Table
 from blockprune.core.types import BlockScore, Masks, Scores, check_masks, check_scores
@@ -201,8 +201,9 @@ def recommend_blocks(
         >>> [(row.shape, row.inputs, row.block, list(row.speedup)) for row in speed.rows]
         [((256, 256), (32, 256), (16, 16), [0.5, 0.9])]
     """
-    _check_lists(blocks, sparsities)
-    timed, int8 = _timed_layers(layers, model, inputs, forward=forward, rows=rows, dtype=dtype, rounds=rounds)
+    blocks, sparsities = _checked_lists(blocks, sparsities)
+    (rounds,) = check_counts(1, rounds=rounds)
+    timed, int8 = _timed_layers(layers, model, inputs, forward=forward, rows=rows, dtype=dtype)
     grids: dict[TimedLayer, list[BlockGrid]] = {}
     names: dict[TimedLayer, list[str]] = {}
     for name, layer in timed.items():
@@ -252,7 +253,8 @@ def cost_table(
         >>> list(budget)
         ['fc.weight']
     """
-    timed, int8 = _timed_layers(layers, model, inputs, forward=forward, rows=rows, dtype=dtype, rounds=rounds)
+    (rounds,) = check_counts(1, rounds=rounds)
+    timed, int8 = _timed_layers(layers, model, inputs, forward=forward, rows=rows, dtype=dtype)
     keys = {name: (layer, layers[name].grid) for name, layer in timed.items()}
     costs: dict[Any, tuple[float, float]] = {}  # milliseconds of one block, and without any block
     for layer, grid in progress_bar(dict.fromkeys(keys.values()), "cost_table", progress):
@@ -271,13 +273,11 @@ def _timed_layers(
     forward: Forward,
     rows: int | None,
     dtype: torch.dtype | str | None,
-    rounds: int,
 ) -> tuple[dict[str, TimedLayer], bool]:
     if isinstance(layers, Mapping) and any(isinstance(layer, BlockScore) for layer in layers.values()):
-        check_scores(layers, "layers")
+        check_scores(layers, "layers", ranked=False)
     else:
         check_masks(layers, "layers", remedy="give masks or scores, such as bp.read_masks(model), and the model as model=")
-    check_counts(1, rounds=rounds)
     if model is None:
         return layers_without_model(layers, rows, inputs, dtype)
     if rows is not None:
@@ -285,15 +285,21 @@ def _timed_layers(
     return layers_of_model(layers, model, inputs, forward, dtype)
 
 
-def _check_lists(blocks: Any, sparsities: Any) -> None:
+def _checked_lists(blocks: Any, sparsities: Any) -> tuple[list[tuple[int, ...]], list[float]]:
+    shapes = []
     for block in blocks if isinstance(blocks, Iterable) else [blocks]:
-        if not isinstance(block, Sequence) or not all(isinstance(side, Integral) for side in block):
-            raise TypeError(f"blocks has {block!r}, which is no shape of a block; give a list of shapes, such as blocks=[(16, 1), (8, 8)]")
+        try:
+            shapes.append(int_tuple("block", block))
+        except TypeError:
+            raise TypeError(
+                f"blocks has {block!r}, which is no shape of a block; give a list of shapes, such as blocks=[(16, 1), (8, 8)]"
+            ) from None
     listed = list(sparsities) if isinstance(sparsities, Iterable) else [sparsities]
     if not isinstance(sparsities, Iterable) or not all(isinstance(s, Real) for s in listed):
         raise TypeError(f"sparsities={sparsities!r} must be a list of numbers above 0 and below 1, such as [0.5, 0.9]")
     if not listed or not all(0 < s < 1 for s in listed):
         raise ValueError(f"sparsities={listed} must be above 0 and below 1, and at least one")
+    return shapes, listed
 
 
 def _clipped_grid(block: BlockShape, name: str, shape: Sequence[int]) -> BlockGrid:

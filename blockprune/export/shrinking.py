@@ -29,7 +29,7 @@ from blockprune.model.apply import finalize
 from blockprune.model.calibration import Forward, default_forward
 from blockprune.model.hf_checkpoint import model_config
 from blockprune.model.mask_reading import read_masks
-from blockprune.model.running import disable_attention_fastpath, float64_copy, preserve_state, to_model_device
+from blockprune.model.running import cuda_devices, disable_attention_fastpath, float64_copy, preserve_state, seeded, to_model_device
 from blockprune.model.sharding import check_not_fully_sharded
 
 TOLERANCE = 1e-5  # relative to the largest output; outputs are compared in float64, so rounding does not matter
@@ -227,8 +227,7 @@ def _float64_model(plain: nn.Module, example: Any, forward: Forward) -> tuple[nn
     """A copy, in float64 if the model can run so, and a function that runs it on the example."""
 
     def run(model: nn.Module) -> list[Tensor]:
-        torch.manual_seed(0)
-        with disable_attention_fastpath():
+        with seeded(0, cuda_devices(model)), disable_attention_fastpath():
             return [leaf for leaf in tree_leaves(forward(model, to_model_device(model, example))) if isinstance(leaf, Tensor)]
 
     with torch.no_grad():

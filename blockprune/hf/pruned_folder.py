@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from blockprune.core.mask_file import load_masks, save_masks
 from blockprune.core.tensor_file import replace_file, write_tensors
 from blockprune.core.types import Masks
 from blockprune.hf.checkpoint_folder import INDEX, Checkpoint, stored_tensors
-from blockprune.model.sharding import gather_from_ranks, rank_of
+from blockprune.model.sharding import gather_from_ranks, on_first_rank
 
 try:
     import fcntl
@@ -91,11 +92,11 @@ class PrunedFolder:
         Raises:
             OSError: the disk is full, or the folder cannot be written to.
         """
-        path = self.path / self.file(number)
-        save_masks(masks, self._masks(number))
-        write_tensors(tensors, path, {"format": "pt"})
-        seal(self._masks(number), self.work)
-        seal(path, self.work)
+        path, masks_path = self.path / self.file(number), self._masks(number)
+        for file in (path, masks_path):  # of files from before, of which these may be new versions
+            _seal(file, self.work).unlink(missing_ok=True)
+        write_sealed(masks_path, self.work, lambda: save_masks(masks, masks_path))
+        write_sealed(path, self.work, lambda: write_tensors(tensors, path, {"format": "pt"}))
         if self.callback:
             self.callback(self.file(number))
 
@@ -124,27 +125,32 @@ class PrunedFolder:
         return self.work / f"masks-{number + 1:05d}.safetensors"
 
 
-def seal(path: Path, work: Path) -> None:
-    """Note in the work folder which bytes a complete file has.
+def write_sealed(path: Path, work: Path, write: Callable[[], Any]) -> None:
+    """Write a file, and note in the work folder which bytes it has; a note about an earlier file goes first, as it would be wrong.
+
+    Args:
+        path: of the file.
+        work: the folder for the note.
+        write: writes the file, as a whole or not at all.
 
     Example:
         >>> import tempfile
-        >>> from blockprune.hf.pruned_folder import is_sealed, seal
+        >>> from blockprune.hf.pruned_folder import is_sealed, write_sealed
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path, work = Path(folder) / "a", Path(folder)
-        ...     path.write_text("5")
         ...     before = is_sealed(path, work)
-        ...     seal(path, work)
+        ...     write_sealed(path, work, lambda: path.write_text("5"))
         ...     before, is_sealed(path, work)
-        1
         (False, True)
     """
+    _seal(path, work).unlink(missing_ok=True)
+    write()
     digest = _digest(path)
     replace_file(_seal(path, work), lambda unfinished: Path(unfinished).write_text(digest))
 
 
 def is_sealed(path: Path, work: Path) -> bool:
-    """Whether a file is complete: it is there, and has the bytes that `seal` noted.
+    """Whether a file is complete: it is there, and has the bytes that `write_sealed` noted.
 
     Raises:
         ValueError: it has other bytes.
@@ -223,14 +229,7 @@ def opened_by_first(folder: PrunedFolder, state: Mapping[str, Any], reduce: Call
         ['pruning.json', 'unfinished']
     """
     with contextlib.ExitStack() as stack:
-        error: Exception | None = None
-        if rank_of(reduce) == 0:
-            try:
-                stack.enter_context(opened(folder, state))
-            except Exception as raised:
-                error = raised
-        if (error := gather_from_ranks(error, reduce)[0]) is not None:
-            raise error
+        on_first_rank(lambda: stack.enter_context(opened(folder, state)), reduce)
         yield
         gather_from_ranks(None, reduce)
 
@@ -242,6 +241,8 @@ def opened(folder: PrunedFolder, state: Mapping[str, Any]) -> Iterator[None]:
     Args:
         folder: it may exist if it is empty, or if an earlier call with the same state has written it.
         state: what the result depends on, by the words that an error message says.
+
+    A warning says that files will be made again of which nothing says that they are complete, such as all files of earlier versions.
 
     Raises:
         ValueError: the folder holds something else, or has another state.
@@ -267,9 +268,22 @@ def opened(folder: PrunedFolder, state: Mapping[str, Any]) -> Iterator[None]:
         folder.work.mkdir(exist_ok=True)
         for unfinished in path.glob("*.tmp"):  # of a process that was killed
             unfinished.unlink()
+        if not folder.is_finished:
+            _warn_of_unsealed(folder)
         yield
         if folder.is_finished:
             shutil.rmtree(folder.work)
+
+
+def _warn_of_unsealed(folder: PrunedFolder) -> None:
+    files = sorted((*folder.path.glob("model-*.safetensors"), *folder.work.glob("*.safetensors")))
+    if unsealed := [file for file in files if not _seal(file, folder.work).exists()]:
+        warnings.warn(
+            f"{folder.path} has {len(unsealed)} files, such as {unsealed[0].name}, of which nothing says that they are complete, so they "
+            "are made again: the process was killed as it wrote them, or an earlier version of blockprune, which noted nothing, began the "
+            "folder",
+            stacklevel=10,
+        )
 
 
 def _check_state(path: Path, state: Mapping[str, Any]) -> None:

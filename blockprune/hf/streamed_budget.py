@@ -11,9 +11,9 @@ import torch
 from blockprune.core.pipeline import as_code
 from blockprune.core.tensor_file import read_tensors, write_tensors
 from blockprune.core.types import BlockScore, Data, Param
-from blockprune.hf.pruned_folder import is_sealed, seal
+from blockprune.hf.pruned_folder import is_sealed, write_sealed
 from blockprune.model.selection import select
-from blockprune.model.sharding import gather_from_ranks, rank_of
+from blockprune.model.sharding import on_first_rank
 from blockprune.recipes import LayerBudget
 from blockprune.repair.hidden_states import Store
 from blockprune.repair.layer_gradients import collect_layer_by_layer
@@ -49,7 +49,7 @@ def layer_budget(
         )
     grids = {name: grid for name, (_, grid) in select(model, options["where"]).items()}
     reduce = options["calibration"].reduce
-    if not gather_from_ranks(is_sealed(path, path.parent), reduce)[0]:
+    if not on_first_rank(lambda: is_sealed(path, path.parent), reduce):
         scores: dict[str, BlockScore] = {}
         kept: dict[str, torch.Tensor] = {}
 
@@ -62,10 +62,7 @@ def layer_budget(
         )
         shares = budget.budget({name: scores[name] for name in grids}, sparsity)
         metadata = {"format": "blockprune.budget", "version": VERSION, "shares": json.dumps(dict(shares))}
-        if rank_of(reduce) == 0:
-            write_tensors(kept, path, metadata)
-            seal(path, path.parent)
-        gather_from_ranks(None, reduce)  # wait for the file
+        on_first_rank(lambda: write_sealed(path, path.parent, lambda: write_tensors(kept, path, metadata)), reduce)
     tensors, metadata = read_tensors(path, content="budget", version=VERSION)
     stats: dict[str, dict[str, torch.Tensor]] = {name: {} for name in grids}
     for key, tensor in tensors.items():

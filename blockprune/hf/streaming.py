@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from blockprune.collect.from_weights import weights as collect_weights
-from blockprune.core.arguments import check_fraction, check_function
+from blockprune.core.arguments import check_function, check_sparsity
 from blockprune.core.grid import BlockGrid
 from blockprune.core.mask_file import load_masks, save_masks
 from blockprune.core.pipeline import Pipeline, as_code
 from blockprune.core.types import Masks, Param, Sparsity, check_finite, check_prunable
 from blockprune.hf.checkpoint_folder import Checkpoint, Skeleton
-from blockprune.hf.pruned_folder import MASKS, PrunedFolder, is_sealed, opened_by_first, seal
+from blockprune.hf.pruned_folder import MASKS, PrunedFolder, is_sealed, opened_by_first, write_sealed
 from blockprune.hf.recipe_hash import data_hash, recipe_hash
 from blockprune.hf.streamed_budget import layer_budget
 from blockprune.model.masking import mask_blocks
 from blockprune.model.selection import select
-from blockprune.model.sharding import gather_from_ranks, rank_of
+from blockprune.model.sharding import gather_from_ranks, on_first_rank, rank_of
 from blockprune.recipes import LayerByLayer, OneShot
 from blockprune.repair.hidden_states import TensorFiles, in_memory
 from blockprune.repair.layer_pruning import LayerPruning, LayerResult
@@ -92,15 +92,13 @@ def prune_checkpoint(
         >>> bp.sparsity(masks), bp.masks_from_zeros(pruned, where=where) == masks
         (0.5, True)
     """
-    source, destination, sparsity = Path(source), Path(destination), _plain(sparsity)
+    source, destination, sparsity = Path(source), Path(destination), check_sparsity(sparsity)
     if not isinstance(recipe, (OneShot, LayerByLayer)):
         raise TypeError(
             f"recipe is a {type(recipe).__name__}; give a value of bp.recipes, such as bp.recipes.sparsegpt(where, calibration)"
         )
-    if model_class is not None:
-        check_function("model_class", model_class, "(config) -> model, such as transformers.AutoModelForCausalLM")
-    if callback is not None:
-        check_function("callback", callback, "(name of a file) -> None")
+    check_function("model_class", model_class, "(config) -> model, such as transformers.AutoModelForCausalLM", optional=True)
+    check_function("callback", callback, "(name of a file) -> None", optional=True)
     _check_device(device)
     if destination.exists() and destination.resolve() == source.resolve():
         raise ValueError(f"destination={str(destination)!r} is the source, which would be overwritten; give a new folder")
@@ -121,18 +119,25 @@ def prune_checkpoint(
         "recipe or calibration data": recipe_hash(recipe, known=batches),
     }
     with opened_by_first(folder, state, reduce):
-        if gather_from_ranks(folder.is_finished, reduce)[0]:
-            if missing := [folder.file(number) for number in range(len(folder.parts)) if not folder.is_written(number)]:
-                raise ValueError(f"{destination} was finished, but {missing[0]} is missing; delete the folder and begin again")
+        if on_first_rank(partial(_is_finished, folder), reduce):
             return load_masks(destination / MASKS)
         if isinstance(recipe, OneShot):
             _prune_at_once(skeleton, folder, recipe.pipeline, sparsity)
         else:
             _prune_layers(skeleton, folder, order, recipe, sparsity, spill=spill)
-        if rank_of(reduce) == 0:
-            folder.finish(source)
-        gather_from_ranks(None, reduce)  # wait for the files
+        on_first_rank(lambda: len(folder.finish(source)), reduce)  # sends no masks, which all read below
         return load_masks(destination / MASKS)
+
+
+def _is_finished(folder: PrunedFolder) -> bool:
+    """Whether all files are complete.
+
+    Raises:
+        ValueError: they were, but a file is missing or is another one.
+    """
+    if folder.is_finished and (missing := [folder.file(i) for i in range(len(folder.parts)) if not folder.is_written(i)]):
+        raise ValueError(f"{folder.path} was finished, but {missing[0]} is missing; delete the folder and begin again")
+    return folder.is_finished
 
 
 def _check_device(device: torch.device | str) -> None:
@@ -143,24 +148,6 @@ def _check_device(device: torch.device | str) -> None:
         problem = str(error).partition("\n")[0]
     if problem:
         raise ValueError(f"device={device!r} cannot be used: {problem}; give one that this machine has, such as 'cpu'")
-
-
-def _plain(sparsity: Sparsity) -> float | dict[str, float]:
-    """The sparsity in numbers of Python.
-
-    Raises:
-        TypeError: neither a number nor a mapping of numbers.
-        ValueError: a number that is not from 0 to 1.
-    """
-    try:
-        plain = {name: float(value) for name, value in sparsity.items()} if isinstance(sparsity, Mapping) else float(sparsity)
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"sparsity={sparsity!r} must be a number from 0 to 1, or a mapping from names or patterns to such numbers"
-        ) from None
-    for key, value in plain.items() if isinstance(plain, dict) else [("", plain)]:
-        check_fraction(f"sparsity[{key!r}]" if key else "sparsity", value)
-    return plain
 
 
 def _layers(skeleton: Skeleton, recipe: OneShot | LayerByLayer) -> list[Layer]:
@@ -215,8 +202,7 @@ class _WeightsOnDisk(Mapping[str, Param]):
 def _prune_at_once(skeleton: Skeleton, folder: PrunedFolder, pipeline: Pipeline, sparsity: Sparsity) -> None:
     path = folder.work / MASKS  # kept, because a metric may be random
     if not is_sealed(path, folder.work):
-        save_masks(_masks_of_weights(skeleton, pipeline, sparsity), path)
-        seal(path, folder.work)
+        write_sealed(path, folder.work, lambda: save_masks(_masks_of_weights(skeleton, pipeline, sparsity), path))
     masks = load_masks(path)
     for number, keys in enumerate(folder.parts):
         if not folder.is_written(number):
@@ -273,7 +259,7 @@ def _prune_layers(
     pruning = LayerPruning.of(skeleton.model, recipe.pipeline, recipe.reconstruct, sparsity, **options)
     number_of = {layer.name: number for number, layer in enumerate(pruning.order)}
     numbers = range(len(folder.parts))
-    written = gather_from_ranks([number for number in numbers if folder.is_written(number)], reduce)[0]
+    written = on_first_rank(lambda: [number for number in numbers if folder.is_written(number)], reduce)  # it reads all their bytes
 
     def done(layer: Layer) -> LayerResult | None:
         number = number_of[layer.name]

@@ -33,12 +33,12 @@ class GradualPruning(TrainerCallback):
             blocks that are pruned at present are zeros.
         schedule: step -> sparsity; see `blockprune.schedule`. Steps count optimizer updates and go on after a resume.
         every: steps from one update of the masks to the next.
-        end: the last step at which masks are updated; None for the whole training.
+        end: the last step at which masks are updated, which may be a whole float such as ``0.8 * 1000``; None for the whole training.
         straight_through, decay: as in `apply_masks`.
 
     Raises:
         TypeError: ``prune`` or ``schedule`` is no function.
-        ValueError: ``every`` or ``end`` is no integer from 1 on; in training, a checkpoint with masks was loaded into a model without.
+        ValueError: ``every`` or ``end`` is no whole number from 1 on; in training, a checkpoint with masks was loaded into a model without.
 
     Example:
         >>> from blockprune.hf import GradualPruning
@@ -59,7 +59,8 @@ class GradualPruning(TrainerCallback):
     ) -> None:
         check_function("prune", prune, "(model, sparsity) -> masks, such as a Pipeline")
         check_function("schedule", schedule, "step -> sparsity, such as partial(bp.schedule.cubic, final=0.5, end=1000)")
-        check_counts(1, every=every, **{} if end is None else {"end": end})
+        (every,) = check_counts(1, whole_floats=True, every=every)
+        (end,) = check_counts(1, optional=True, whole_floats=True, end=end)
         self.prune, self.schedule, self.every, self.end = prune, schedule, every, end
         self.straight_through, self.decay = straight_through, decay
         self.last_sparsity = 0.0  # of the masks of the last update, or of the checkpoint from which training resumed

@@ -1,13 +1,12 @@
 """Scores from weights alone."""
 
 import math
-import numbers
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from blockprune.core.arguments import check_number
+from blockprune.core.arguments import check_integer, check_number
 from blockprune.core.grid import block_elements, expand, pool
 from blockprune.core.types import Data, Param, Scores, check_data, check_finite
 from blockprune.metric.scoring import score_parameters
@@ -56,7 +55,7 @@ def lp(data: Data, *, p: float) -> Scores:
         >>> bp.metric.lp({"w": bp.Param(w, bp.BlockGrid((1, 2), (1, 2)))}, p=math.inf)["w"].value
         tensor([[4.]])
     """
-    check_number("p", p, "a number above 0; use p=1 for l1, p=2 for l2, p=inf for the largest", above=0, finite=False)
+    p = check_number("p", p, "a number above 0; use p=1 for l1, p=2 for l2, p=inf for the largest", above=0, finite=False)
     if p == math.inf:
         return score_parameters(data, lambda param: pool(param.weight, param.grid, reduce="amax", elementwise=torch.abs))
     return score_parameters(data, partial(_lp, p=p))
@@ -84,10 +83,9 @@ def random(data: Data, *, generator: torch.Generator | int | None = None) -> Sco
         >>> bp.metric.random(data, generator=0)["w"] == bp.metric.random(data, generator=0)["w"]
         True
     """
-    if isinstance(generator, numbers.Integral) and not isinstance(generator, bool):
-        generator = torch.Generator().manual_seed(int(generator))
-    elif generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator={generator!r} must be a seed, which is an integer, a torch.Generator, or None")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        seed = check_integer("generator", generator, "a seed, which is an integer, a torch.Generator, or None")
+        generator = torch.Generator().manual_seed(seed)
     device = generator.device if generator else None
     check_data(data)
     for name, p in data.items():

@@ -71,7 +71,7 @@ def obs(
         >>> repaired["weight"].shape
         torch.Size([4, 8])
     """
-    check_fraction("stop_at", stop_at)
+    stop_at = check_fraction("stop_at", stop_at)
     check_function("share", share, "such as blockprune.distributed.share")
     scores: dict[str, BlockScore] = {}
     with torch.no_grad():
@@ -320,8 +320,8 @@ def sparsegpt(data: Data, *, sparsity: Sparsity, columns_per_step: int = 128, da
         >>> bp.allocate.per_layer(bp.metric.sparsegpt(data, sparsity=0.5), 0.5)["weight"].keep.shape
         torch.Size([2, 4])
     """
-    check_counts(1, columns_per_step=columns_per_step)
-    check_sparsity(sparsity)
+    (columns_per_step,) = check_counts(1, columns_per_step=columns_per_step)
+    sparsity = check_sparsity(sparsity)
     shares = resolve_by_name(sparsity, data, what="sparsity") if isinstance(sparsity, Mapping) else dict.fromkeys(data, sparsity)
     scores: dict[str, BlockScore] = {}
     with torch.no_grad():

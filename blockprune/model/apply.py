@@ -83,6 +83,7 @@ def apply_masks(
     check_not_inference(users[0] for _, _, users in new_masks)
     _check_not_wrapped(model, refs, new_masks)
     new_weights = _checked_weights(refs, {} if weights is None else weights)
+    decay = check_number("decay", decay, "a number from 0 on", lowest=0)
     reached = _checked_reached(refs, {name: mask for name, mask, _ in new_masks}, straight_through, decay)
     old_masks = [(ref, BlockMask(mask.keep.clone(), mask.grid), _copy(mask.reached), mask.decay) for ref, mask in masked_refs(refs)]
     # in the order in which they were put on, so that an error restores that order
@@ -119,7 +120,6 @@ def _copy(x: Tensor | None) -> Tensor | None:
 
 def _checked_reached(refs: Refs, masks: Masks, straight_through: bool | Masks, decay: float) -> dict[str, Tensor]:
     """The blocks of each masked parameter that gradients reach, by canonical name; none of a parameter that is not in the result."""
-    check_number("decay", decay, "a number from 0 on", lowest=0)
     if decay and straight_through is False:
         raise ValueError(f"decay={decay} changes the gradients of pruned blocks, which reach none; give straight_through=True, too")
     if isinstance(straight_through, bool):
@@ -286,6 +286,8 @@ def _check_mask(name: str, mask: BlockMask, ref: ParameterRef) -> None:
     what, stored = f"{name}: the parameter {ref.shape}", ref.stored
     if ref.shape != mask.grid.shape:
         raise ValueError(f"{what} has a mask for shape {mask.grid.shape}; make the masks from this model")
+    if mask.keep.is_meta and not stored.is_meta:
+        raise ValueError(f"{what} has a mask on the meta device, which has no values; give a mask with values")
     if stored.layout != torch.strided or not stored.is_floating_point():
         raise TypeError(f"{what} is {stored.dtype}, {stored.layout}; only dense floating-point parameters can be masked")
     if isinstance(ref.owner, torch.jit.ScriptModule):
@@ -299,7 +301,7 @@ def _checked_weights(refs: Refs, weights: Weights) -> list[tuple[ParameterRef, T
         raise TypeError(f"weights is a {type(weights).__name__}, not a mapping from parameter names to tensors")
     parameters = select_parameters(refs, weights, what="weights")
     checked = [
-        (users[0], _checked_weight(name, users[0], weights[key])) for (name, users), key in zip(parameters.items(), weights, strict=True)
+        (users[0], checked_weight(name, users[0], weights[key])) for (name, users), key in zip(parameters.items(), weights, strict=True)
     ]
     stored = {_address(ref.stored) for ref, _ in checked}
     return [(ref, weight.clone() if _address(weight) in stored else weight) for ref, weight in checked]
@@ -310,20 +312,25 @@ def _address(x: Tensor) -> int:
     return storage_id(x) if is_sharded(x) else data_address(x)
 
 
-def _checked_weight(name: str, ref: ParameterRef, weight: Any) -> Tensor:
+def checked_weight(name: str, ref: ParameterRef, weight: Any, source: str = "a new weight") -> Tensor:
+    """A new weight in the device and dtype of its parameter.
+
+    Raises:
+        ValueError, TypeError: as `apply_masks`; ``source`` is what the message calls the weight.
+    """
     what, stored = f"{name}: the parameter {ref.shape}", ref.stored
     if not ref.is_plain:
         raise ValueError(f"{what} is computed by another parametrization, so no weight can be written to it; remove the parametrization")
     if not isinstance(weight, Tensor) or weight.is_complex() or weight.layout != torch.strided:
         kind = f"{weight.dtype}, {weight.layout}" if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"{what} has a new weight that is {kind}; give a dense real tensor of its shape")
+        raise TypeError(f"{what} has {source} that is {kind}; give a dense real tensor of its shape")
     if tuple(weight.shape) != ref.shape:
-        raise ValueError(f"{what} has a new weight of shape {tuple(weight.shape)}; give the whole weight")
+        raise ValueError(f"{what} has {source} of shape {tuple(weight.shape)}; give the whole weight")
     if weight.device.type == "meta" and stored.device.type != "meta":
-        raise ValueError(f"{what} has a new weight on the meta device, which has no values; give a weight with values")
+        raise ValueError(f"{what} has {source} on the meta device, which has no values; give a weight with values")
     new = sharded_like(weight.detach().to(stored.device, stored.dtype), stored)
     if new.device.type != "meta" and not whole(new.isfinite().all()):
-        raise ValueError(f"{what} has a new weight with NaN or inf (as {stored.dtype}); give finite values")
+        raise ValueError(f"{what} has {source} with NaN or inf (as {stored.dtype}); give finite values")
     return new
 
 

@@ -107,6 +107,10 @@ def several_batches(batches: Any, what: str = "batches") -> Any:
     return batches
 
 
+def _checked_size(chunk_size: Any) -> int:
+    return int(check_counts(1, chunk_size=chunk_size)[0])
+
+
 @attrs.frozen(eq=False)
 class Calibration:
     """The data that a model is run on, and how it is run: batches, forward and loss.
@@ -151,21 +155,15 @@ class Calibration:
     forward: Forward = attrs.field(default=default_forward, kw_only=True)
     token_weights: TokenWeights = attrs.field(default=default_token_weights, kw_only=True)
     per_sample: str = attrs.field(default="vmap", kw_only=True)
-    chunk_size: int = attrs.field(default=8, kw_only=True)
+    chunk_size: int = attrs.field(default=8, kw_only=True, converter=_checked_size)
     progress: bool | None = attrs.field(default=None, kw_only=True)
     reduce: Callable[[Any], Any] | None = attrs.field(default=None, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
-        signatures = {
-            "loss": "(output, batch) -> one number",
-            "forward": "(model, batch) -> output",
-            "token_weights": "(batch) -> weights of the tokens, or None",
-            "reduce": "that adds up over processes, such as blockprune.distributed.all_reduce",
-        }
-        for name, signature in signatures.items():
-            if getattr(self, name) is not None or name in ("forward", "token_weights"):
-                check_function(name, getattr(self, name), signature)
-        check_counts(1, chunk_size=self.chunk_size)
+        check_function("loss", self.loss, "(output, batch) -> one number", optional=True)
+        check_function("forward", self.forward, "(model, batch) -> output")
+        check_function("token_weights", self.token_weights, "(batch) -> weights of the tokens, or None")
+        check_function("reduce", self.reduce, "that adds up over processes, such as blockprune.distributed.all_reduce", optional=True)
         if self.per_sample not in ("vmap", "loop"):
             raise ValueError(f"per_sample={self.per_sample!r} must be 'vmap' or 'loop'")
 
@@ -250,6 +248,8 @@ def scalar_loss(calibration: Calibration, output: Any, batch: Any, statistics: S
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         kind = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"{what} that is one number, but loss(output, batch) gave {kind}; take its mean or sum")
+    if loss.is_complex():
+        raise ValueError(f"{what} that is a real number, but loss(output, batch) gave {loss.dtype}; take its .abs() or .real")
     if not loss.requires_grad:
         raise ValueError(f"{what} with a gradient, but loss(output, batch) has none; is something detached or under no_grad?")
     return loss.reshape(())

@@ -14,7 +14,7 @@ from blockprune.core.sharded_tensor import sharded_like, whole
 from blockprune.core.types import BlockMask, Where, check_prunable
 from blockprune.model.apply import apply_masks
 from blockprune.model.mask_reading import parameter_masks
-from blockprune.model.parameters import STORED_NAME, check_not_lazy, distinct, parameter_refs
+from blockprune.model.parameters import STORED_NAME, check_not_lazy, distinct, forget_lost, parameter_refs
 from blockprune.model.parametrization import MaskBlocks
 from blockprune.model.selection import select
 
@@ -81,6 +81,8 @@ def load_masked(model: M, state: Mapping[str, Tensor]) -> M:
             f"state has the type {type(state).__name__}; give what masked_model.state_dict() returned, such as torch.load(path) or "
             "safetensors.torch.load_file(path) read it from a file"
         )
+    for module in model.modules():
+        forget_lost(module)
     for name, (ref, *_) in parameter_refs(model).items():
         check_not_lazy(name, ref.stored)
     before = parameter_masks(model)

@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from blockprune.core.arguments import check_number
+from blockprune.core.arguments import check_integer, check_number
 
 __all__ = ["Gate", "hard_concrete", "n_of_m", "soft_movement"]
 
@@ -56,8 +56,7 @@ def hard_concrete(*, temperature: float = 2 / 3, low: float = -0.1, high: float 
         >>> gate.value(torch.tensor([-5.0, 0.0, 5.0]), False), gate.open_probability(torch.tensor([-5.0, 0.0, 5.0]))
         (tensor([0.0000, 0.5000, 1.0000]), tensor([0.0323, 0.8318, 0.9986]))
     """
-    for name, number in {"temperature": temperature, "low": low, "high": high}.items():
-        check_number(name, number, "a finite number")
+    temperature, low, high = (check_number(*named) for named in {"temperature": temperature, "low": low, "high": high}.items())
     if not temperature > 0 or not low < 0 or not high > 1:
         raise ValueError(f"temperature={temperature} must be above 0, low={low} below 0 and high={high} above 1")
     value = partial(_hard_concrete, temperature=temperature, low=low, high=high)
@@ -92,7 +91,7 @@ def soft_movement(*, threshold: float = 0.5) -> Gate:
         >>> bp.gates.soft_movement().value(torch.tensor([-1.0, 1.0]), True)
         tensor([0., 1.])
     """
-    check_number("threshold", threshold)
+    threshold = check_number("threshold", threshold)
     if not 0 < threshold < 1:
         raise ValueError(f"threshold={threshold} must be above 0 and below 1")
     return Gate(partial(_step, threshold=threshold), partial(_sigmoid_step, threshold=threshold))
@@ -136,15 +135,16 @@ def n_of_m(n: int = 2, m: int = 4, *, axis: int = 1, temperature: float = 1.0) -
         >>> bp.gates.expected_sparsity(model).item()
         0.5
     """
-    if isinstance(n, bool) or not (isinstance(n, int) and isinstance(m, int) and 0 < n < m):
-        raise ValueError(f"n={n!r} and m={m!r} must be whole numbers with 0 < n < m, such as n=2 and m=4")
+    try:
+        n, m = check_integer("n", n, lowest=1), check_integer("m", m, lowest=n + 1)
+    except (TypeError, ValueError):
+        raise ValueError(f"n={n!r} and m={m!r} must be whole numbers with 0 < n < m, such as n=2 and m=4") from None
     if (choices := math.comb(m, n)) > MOST_CHOICES:
         raise ValueError(
             f"n={n}, m={m} have {choices:,} choices, and every read computes all; take at most {MOST_CHOICES:,}, such as 2 of 4"
         )
-    if isinstance(axis, bool) or not isinstance(axis, int):
-        raise TypeError(f"axis={axis!r} must be an integer, an axis of the blocks")
-    check_number("temperature", temperature)
+    axis = check_integer("axis", axis, "an integer, an axis of the blocks")
+    temperature = check_number("temperature", temperature)
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be above 0")
     return Gate(partial(_choice, temperature=temperature, n=n, m=m, axis=axis), partial(_choice_is_open, n=n, m=m, axis=axis))

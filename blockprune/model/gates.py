@@ -5,12 +5,13 @@ A gate is a function of a `logit`, an ordinary Parameter. `add` puts gates on a 
 """
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from blockprune.core._compat import functorch_is_active
 from blockprune.core.arguments import check_model, check_number
 from blockprune.core.grid import BlockGrid, block_elements
 from blockprune.core.patterns import resolve_by_name
@@ -35,6 +36,7 @@ from blockprune.model.selection import select
 
 __all__ = ["Gate", "add", "expected_sparsity", "hard_concrete", "n_of_m", "parameters", "penalty", "remove", "scores", "soft_movement"]
 
+ROUNDING = 1e-4  # by which sums of probabilities may be above 1
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -55,7 +57,9 @@ class GateBlocks(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         with no_autocast():
-            shape, factors = broadcastable(self.gate.value(self.wide_logits(), self.training), self.grid)
+            logits = self.wide_logits()
+            value = _checked_gate("value", self.gate.value(logits, self.training), logits)
+            shape, factors = broadcastable(value, self.grid)
             # in half precision small factors, and the products that are the gradients of the logits, would be 0
             return (at_least_float32(weight).reshape(shape) * factors).to(weight.dtype).reshape(weight.shape)
 
@@ -119,7 +123,7 @@ def add(model: M, *, where: Where, gate: Gate | None = None, initial: float = 2.
     gate = hard_concrete() if gate is None else gate
     if not isinstance(gate, Gate):
         raise TypeError(f"gate is a {type(gate).__name__}; give a Gate, such as bp.gates.hard_concrete()")
-    check_number("initial", initial, "a finite number")
+    initial = check_number("initial", initial)
     _check_not_wrapped(model)
     selected, refs = select(model, where), parameter_refs(model)
     for name, (ref, _) in selected.items():
@@ -260,7 +264,9 @@ def expected_sparsity(model: nn.Module, *, costs: Mapping[str, float] | None = N
             expected fraction of the costs that closed gates save. By default each parameter costs its number of elements.
 
     Raises:
-        ValueError: a model without gates; a cost that is negative or not finite, or costs that are all 0.
+        ValueError: a model without gates; a cost that is negative or not finite, or costs that are all 0; an ``open_probability`` of
+            another shape than the logits, or outside [0, 1].
+        TypeError: an ``open_probability`` that is no floating-point tensor.
         KeyError: a parameter without a cost, a cost of a parameter that has no gates.
 
     Example:
@@ -274,18 +280,44 @@ def expected_sparsity(model: nn.Module, *, costs: Mapping[str, float] | None = N
     saved: list[Tensor] = []
     with no_autocast():
         for name, gate in gates.items():
-            closed = 1 - gate.gate.open_probability(gate.wide_logits())
+            logits = gate.wide_logits()
+            probability = _checked_gate("open_probability", gate.gate.open_probability(logits), logits)
+            _check_probability(name, probability)
+            closed = 1 - probability
             share = (closed * block_elements(gate.grid, device=closed.device)).sum() / gate.grid.elements
             saved.append(share * (cost_of[name] / total))
     return torch.stack([share.to(saved[0].device) for share in saved]).sum()
 
 
+def _checked_gate(function: str, result: Any, logits: Tensor) -> Tensor:
+    """What a function of a `Gate` returned; its values are not read, so that compiled models and vmap run."""
+    if not isinstance(result, Tensor) or not result.is_floating_point() or result.layout != torch.strided:
+        kind = f"{result.dtype}, {result.layout}" if isinstance(result, Tensor) else type(result).__name__
+        raise TypeError(f"gate.{function} returned {kind}; it must return a dense floating-point tensor of shape {tuple(logits.shape)}")
+    if result.shape != logits.shape:
+        raise ValueError(
+            f"gate.{function} returned a tensor of shape {tuple(result.shape)} for logits of shape {tuple(logits.shape)}; it must return "
+            "one number for each logit, in the same shape"
+        )
+    return result
+
+
+def _check_probability(name: str, probability: Tensor) -> None:
+    values = probability.detach()
+    if not functorch_is_active() and not values.is_meta and values.numel() and not ((values >= -ROUNDING) & (values <= 1 + ROUNDING)).all():
+        raise ValueError(
+            f"{name}: gate.open_probability returned numbers from {values.min().item():.4g} to {values.max().item():.4g}; each must be "
+            "from 0 to 1"
+        )
+
+
 def _costs(gates: Mapping[str, GateBlocks], costs: Mapping[str, float] | None) -> dict[str, float]:
     if costs is None:
         return {name: float(gate.grid.elements) for name, gate in gates.items()}
-    cost_of = resolve_by_name(costs, gates, what="costs")
-    for name, cost in cost_of.items():
-        check_number(f"costs[{name!r}]", cost, "a number from 0 on", lowest=0)
+    cost_of = {
+        name: check_number(f"costs[{name!r}]", cost, "a number from 0 on", lowest=0)
+        for name, cost in resolve_by_name(costs, gates, what="costs").items()
+    }
     if not sum(cost_of.values()):
         raise ValueError(f"costs={dict(costs)} must not all be 0")
     return cost_of
@@ -313,7 +345,7 @@ def penalty(model: nn.Module, *, sparsity: float, costs: Mapping[str, float] | N
         >>> bp.gates.penalty(model, sparsity=0.75).item()
         0.75
     """
-    check_number("sparsity", sparsity, "a number from 0 (all gates open) to 1 (all closed)", lowest=0, highest=1)
+    sparsity = check_number("sparsity", sparsity, "a number from 0 (all gates open) to 1 (all closed)", lowest=0, highest=1)
     return (expected_sparsity(model, costs=costs) - sparsity).abs()
 
 

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from blockprune.core._compat import RNN_CACHES, functional_call_assigns, own_parametrizations, rebuild_rnn_caches
 from blockprune.core.sharded_tensor import is_sharded
 from blockprune.model.masked_weight import MaskedWeight, is_masked_shard, write_pending
-from blockprune.model.parameters import ParameterRef, parameter_order, parameter_refs, restore_order
+from blockprune.model.parameters import ParameterRef, forget_lost, parameter_order, parameter_refs, restore_order
 from blockprune.model.parametrization import MaskBlocks
 
 _REPLACED = "_blockprune_replaced"
@@ -203,15 +203,22 @@ def _assign_masked(self: nn.Module, ref: ParameterRef, value: Tensor) -> None:
         write_pending(stored)
         cast(Any, self.parametrizations)[ref.attr].original = stored
         return
+    if source is None:
+        reason = "it is a DTensor"
+    elif stored is None or not ref.is_plain:
+        reason = "other operations compute one of the two weights"
+    else:
+        reason = "it is detached" if is_same_mask else "it has another mask"
     raise ValueError(
         f"{ref.attr} {ref.shape} of a {type(self).__name__} is masked and cannot become the masked weight {tuple(value.shape)} of another "
-        "module with another mask; tie the weights before bp.apply_masks (bp.apply_masks(model, {}) takes the masks off), or copy "
+        f"module, because {reason}; tie the weights before bp.apply_masks (bp.apply_masks(model, {{}}) takes the masks off), or copy "
         "the values into layer.weight.data"
     )
 
 
 def _load_from_state_dict(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Accept a checkpoint of the plain model as well: its weight becomes the dense weight, and the mask stays."""
+    forget_lost(self)
     for ref in refs_of_module(self):
         if ref.mask and ref.parametrizations:
             stored = f"{prefix}parametrizations.{ref.attr}."

@@ -27,8 +27,9 @@ class _Source:
     grid: BlockGrid
     values: Tensor  # a plain tensor in the memory of the masked weight, which counts the writes into it
     versions: tuple[int, ...] = ()  # of `stored` and `keep` when the masked weight was computed from them
-    written_version: int = 0  # of `values` when it was last equal to what is stored
-    is_shared: bool = False  # whether other tensors than the one that was read may be written
+    written_version: int = 0  # of `values` when it was last equal to what is stored; -1: changes of it do not count
+    is_shared: bool = False  # whether tensors that no graph of gradients holds may be written
+    lost_version: int = -1  # of `values` when an error said that a change is lost
 
     def record(self) -> None:
         self.versions, self.written_version = self.current_versions(), _version(self.values)
@@ -59,8 +60,13 @@ class _Source:
 
     def is_unchanged(self) -> bool:
         if not self.values.is_inference():
-            return _version(self.values) == self.written_version
-        return self.stored is not None and torch.equal(self.values, self.masked(self.stored.detach()))
+            return self.written_version in (version_counter(self.values), -1)
+        if self.stored is None or self.is_outdated():
+            return True  # whether it was changed cannot be known
+        return torch.equal(self.values, self.masked(self.stored.detach()))
+
+    def is_outdated(self) -> bool:
+        return self.versions != self.current_versions()
 
     def writable(self) -> Tensor:
         """The stored tensor; raise if a change cannot be passed on to it."""
@@ -70,7 +76,7 @@ class _Source:
                 "weight (another parametrization, or functional_call); change the tensors that it is computed from, or call "
                 "bp.finalize(model) first"
             )
-        if self.versions != self.current_versions():
+        if self.is_outdated():
             raise RuntimeError(
                 f"a change in place of this masked weight {self.grid.shape} would be lost, because its stored values or its mask "
                 "have changed since it was read; read it again, as layer.weight, before you change it"
@@ -89,13 +95,19 @@ class _Source:
 
 
 _FOLLOWED: dict[int, list[weakref.ref[_Source]]] = {}  # by the id of the stored tensor: what may have been written since it was read
+_OUTDATED = 16  # how many reads from before a change of the stored tensor are followed, so that a write through a view of them raises
 
 
 def _follow(source: _Source) -> None:
-    """Let `write_pending` see the writes of this read, and of earlier ones that were detached; others live in graphs of gradients."""
+    """Let `write_pending` see the writes of this read, and of earlier ones, but for those that live in graphs of gradients."""
     followed = source.stored if source.stored is not None else source.keep
     key = id(followed)
-    earlier = [reference for reference in _FOLLOWED.get(key, ()) if (other := reference()) is not None and other.is_shared]
+    earlier = _FOLLOWED.get(key, [])
+    if earlier and not ((last := earlier[-1]()) and last.is_shared):  # all before it are shared
+        earlier = earlier[:-1]
+    elif len(earlier) > _OUTDATED and last and last.versions != source.versions:
+        current = [reference for reference in earlier[:-_OUTDATED] if (other := reference()) and not other.is_outdated()]
+        earlier = current + earlier[-_OUTDATED:]
 
     def forget(reference: weakref.ref[_Source]) -> None:
         remaining = [other for other in _FOLLOWED.get(key, ()) if other is not reference]
@@ -107,18 +119,28 @@ def _follow(source: _Source) -> None:
     _FOLLOWED[key] = [*earlier, weakref.ref(source, forget)]
 
 
-def write_pending(followed: Tensor) -> None:
+def write_pending(followed: Tensor, *, report: bool = True) -> None:
     """Write into a stored weight what was changed through views of its reads that are still in use.
 
     Args:
         followed: the stored weight; the mask, if other operations compute the weight.
+        report: whether to raise for a change that is lost, once; it is False where a state is loaded over it.
 
     Raises:
         RuntimeError: the stored weight or the mask has changed since the weight was read.
     """
     for reference in _FOLLOWED.get(id(followed), ()):
-        if (source := reference()) is not None:
+        if (source := reference()) is None or source.is_unchanged() or source.lost_version == _version(source.values):
+            continue
+        try:
             source.write_back()
+        except RuntimeError as error:
+            source.lost_version = _version(source.values)
+            if report:
+                raise RuntimeError(
+                    f"{error}. The change was made through a view, and it is not stored: the weight keeps its stored values, which the "
+                    "next read gives (this is said once for each such change)"
+                ) from None
 
 
 def _version(x: Tensor) -> int:
@@ -135,7 +157,8 @@ class MaskedWeight(Tensor):
 
     A change through an ``out`` argument, an operation on lists (``torch._foreach_mul_``), or a view of this tensor, of its ``data`` or of
     its ``detach()`` reaches the stored weight when the weight is read again, when the model is copied, finalized, saved or pruned, or when
-    the view is deleted. An optimizer does not wait for it: a step before that makes the change raise, or warn that it is lost.
+    the view is deleted. An optimizer does not wait for it: a step before that makes the next read raise once, or warn that it is lost.
+    A view of a read that requires gradients is noticed until the weight is read again, and then when it is deleted.
     Changes through a memory address (DLPack, ``data_ptr``), through the ``data`` or ``detach()`` of a view, and through a view in
     inference mode, cannot be noticed: they are lost. NumPy arrays of the weight are read-only.
 
@@ -151,7 +174,7 @@ class MaskedWeight(Tensor):
     def read(masked: Tensor, *, stored: Tensor | None, keep: Tensor, grid: BlockGrid) -> "MaskedWeight":
         """A masked weight, just computed, that belongs to this stored tensor."""
         masked = without_base(masked)
-        source = _Source(stored, keep, grid, Tensor.detach(masked))
+        source = _Source(stored, keep, grid, Tensor.detach(masked), is_shared=not masked.requires_grad)
         source.record()
         _follow(source)
         return _with_source(masked, source, is_read=True)
@@ -170,12 +193,20 @@ class MaskedWeight(Tensor):
             )
         if value.device.type != "meta" and value.data_ptr() == self.data_ptr():
             return  # `weight.data += x` assigns the tensor that it has changed already
-        stored = self.source.writable()
+        former = self.source
+        if not self.is_read:  # as of a plain weight: this tensor has other memory from now on, and the weight stays
+            del self.source, self.is_read
+            self.__class__ = Tensor  # type: ignore[assignment]
+            _assign_data(self, value)
+            return
+        stored = former.writable()
         with torch.no_grad():
-            stored.data = self.source.merged(value.detach().as_subclass(Tensor), stored.detach())
-            _assign_data(self, self.source.masked(stored.detach()))
-        self.source.values = Tensor.detach(self).as_subclass(Tensor)
+            stored.data = former.merged(value.detach().as_subclass(Tensor), stored.detach())
+            _assign_data(self, former.masked(stored.detach()))
+        former.versions, former.written_version = (), -1  # what stays in the former memory is the weight no more
+        self.source = _Source(stored, former.keep, former.grid, Tensor.detach(self).as_subclass(Tensor), is_shared=former.is_shared)
         self.source.record()
+        _follow(self.source)
 
     def detach(self) -> "MaskedWeight":
         """The values without autograd, in the same memory."""
@@ -201,8 +232,9 @@ class MaskedWeight(Tensor):
 
     @property
     def requires_grad(self) -> bool:
-        """Whether gradients are recorded for this tensor; setting it sets it for the stored parameter."""
-        return bool(_REQUIRES_GRAD.__get__(self))
+        """Whether the stored parameter gets gradients, also of a read under ``no_grad``; setting it sets it for that parameter."""
+        is_own = not self.is_read or self.source.stored is None
+        return bool(_REQUIRES_GRAD.__get__(self if is_own else self.source.stored))
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
@@ -266,7 +298,7 @@ def _passed_on(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method, assigned=("__name__",))
     def change(self: MaskedWeight, *args: Any, **kwargs: Any) -> Any:
-        if self.requires_grad and torch.is_grad_enabled():
+        if _REQUIRES_GRAD.__get__(self) and torch.is_grad_enabled():
             raise RuntimeError(
                 f"a masked weight {tuple(self.shape)} that requires gradients cannot be changed in place by {method.__name__}; "
                 "change it within torch.no_grad()"

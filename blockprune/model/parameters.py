@@ -134,6 +134,15 @@ def parameter_refs(model: nn.Module) -> dict[str, list[ParameterRef]]:
     return {refs[0].name: refs for refs in shared.values()}
 
 
+def forget_lost(owner: nn.Module) -> None:
+    """Let no read raise for a change of a masked weight that is lost, because other values are loaded over it."""
+    for attr in own_parametrizations(owner) or ():
+        parametrizations = ParameterRef(attr, owner, attr).parametrizations
+        assert parametrizations is not None
+        for followed in (*originals(parametrizations), *(p.keep for p in parametrizations if isinstance(p, MaskBlocks))):
+            write_pending(followed, report=False)
+
+
 def distinct(refs: Iterable[ParameterRef]) -> list[ParameterRef]:
     """The references without those to a module that an earlier reference names already: a module may have several names."""
     first: dict[tuple[int, str], ParameterRef] = {}

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import attrs
 import torch
@@ -52,7 +52,7 @@ def group_lasso(model: nn.Module, *, where: Where, l1_ratio: float = 0.0) -> Ten
         >>> bp.regularizers.group_lasso(model, where=bp.linears((1, 2)))
         tensor(7.0711, grad_fn=<SumBackward0>)
     """
-    _check_ratio(l1_ratio)
+    l1_ratio = _checked_ratio(l1_ratio)
     penalties: list[Tensor] = []
     with no_autocast():
         for ref, grid in select(model, where).values():
@@ -86,8 +86,7 @@ def proximal_group_lasso(model: M, *, where: Where, strength: float, l1_ratio: f
         >>> bp.regularizers.proximal_group_lasso(model, where=bp.linears((1, 2)), strength=2.5 / 2**0.5).weight.data
         tensor([[1.5000, 2.0000, 0.0000, 0.0000]])
     """
-    _check_ratio(l1_ratio)
-    _check_not_negative("strength", strength)
+    l1_ratio, strength = _checked_ratio(l1_ratio), check_number("strength", strength, "a number from 0 on", lowest=0)
     selected = list(select(model, where).items())
     for name, (ref, _) in selected:
         if not ref.is_plain:
@@ -211,7 +210,7 @@ def admm_penalty(model: nn.Module, state: Admm, *, rho: float) -> Tensor:
         >>> bool(bp.regularizers.admm_penalty(model, state, rho=2.0) == model.weight.square())
         True
     """
-    _check_not_negative("rho", rho)
+    rho = check_number("rho", rho, "a number from 0 on", lowest=0)
     _check_state("state", state)
     penalties: list[Tensor] = []
     with no_autocast():
@@ -239,9 +238,5 @@ def _check_state(what: str, state: Admm) -> None:
         raise TypeError(f"{what} has the type {type(state).__name__}; give what bp.regularizers.admm returned")
 
 
-def _check_ratio(l1_ratio: float) -> None:
-    check_number("l1_ratio", l1_ratio, "a number from 0 (group lasso) to 1 (l1 norm)", lowest=0, highest=1)
-
-
-def _check_not_negative(what: str, value: float) -> None:
-    check_number(what, value, "a number from 0 on", lowest=0)
+def _checked_ratio(l1_ratio: float) -> Any:
+    return check_number("l1_ratio", l1_ratio, "a number from 0 (group lasso) to 1 (l1 norm)", lowest=0, highest=1)

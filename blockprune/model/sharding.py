@@ -5,7 +5,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ __all__ = [
     "has_moved_unnoticed",
     "in_step",
     "is_fully_sharded",
+    "on_first_rank",
     "raised_together",
     "rank_of",
     "replaced_shards",
@@ -244,6 +245,29 @@ def gather_from_ranks(value: T, reduce: Callable[..., Any] | None) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def on_first_rank(compute: Callable[[], T], reduce: Callable[..., Any] | None) -> T:
+    """What a function returns on the first of the ranks that ``reduce`` adds over, on all of them, which must call this.
+
+    An error of the function is raised on all ranks, so that none waits for another.
+
+    Example:
+        >>> from blockprune.model.sharding import on_first_rank
+        >>> on_first_rank(lambda: 5, None)
+        5
+    """
+    result: Any = None
+    error: Exception | None = None
+    if rank_of(reduce) == 0:
+        try:
+            result = compute()
+        except Exception as raised:
+            error = raised
+    result, of_first = gather_from_ranks((result, error), reduce)[0]
+    if of_first is not None:
+        raise error or of_first  # its own has the traceback
+    return cast(T, result)
 
 
 @contextlib.contextmanager

@@ -73,8 +73,8 @@ def cluster(
                 [8., 9., 0., 0.]])
     """
     block = checked_block(block)
-    check_fraction("sparsity", sparsity)
-    check_counts(0, rounds=rounds)
+    sparsity = check_fraction("sparsity", sparsity)
+    (rounds,) = check_counts(0, rounds=rounds)
     names = [name for permutation in plan for name in (*permutation.rows, *permutation.columns)]
     values = {
         name: _score_matrix(name, score)
@@ -145,7 +145,7 @@ def _score_matrix(name: str, score: BlockScore) -> Tensor:
 def _saturation_limit(values: Mapping[str, Tensor], block: tuple[int, int], sparsity: float) -> float:
     """The score of a whole block whose elements have the mean score of the last block that is pruned."""
     if not 0 < sparsity < 1:
-        raise ValueError(f"sparsity={sparsity} must be above 0 and below 1: it is the share of the elements that will be pruned")
+        raise ValueError(f"sparsity={sparsity:g} must be above 0 and below 1: it is the share of the elements that will be pruned")
     means = []
     for value in values.values():
         grid = BlockGrid(value.shape, [min(b, s) for b, s in zip(block, value.shape, strict=True)])

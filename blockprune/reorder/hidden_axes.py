@@ -15,7 +15,7 @@ inputs: zeros and ones, for example, would hide that an operation uses a tensor.
 import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -30,14 +30,14 @@ from blockprune.model.mask_reading import read_masks
 from blockprune.model.running import without_compiled_code
 from blockprune.reorder.recording import RecordedRun
 from blockprune.reorder.tracing import AxisTracer, AxisUse, UsageCheck
-from blockprune.reorder.varied_values import vary_floats, vary_inputs
+from blockprune.reorder.varied_values import Change, same_values, vary_floats, vary_inputs
 from blockprune.reorder.working_copy import SEED, Values, WorkingCopy
 
 __all__ = ["find_axes"]
 
 TOLERANCE = 1e-5  # of an output's value or of the median: the rounding errors of a model that always computes in float32
 
-Check = tuple[Values, Callable[[Tensor], Tensor]]  # the values of the model, and a change of its inputs
+Check = tuple[Values, Change]  # the values of the model, and a change of its inputs
 Consumers = Mapping[str, Mapping[str, AxisUse]]  # layer -> the modules that use its units, and how
 
 
@@ -86,8 +86,7 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
         raise ValueError("the model is a compiled wrapper; give the module that was compiled: model._orig_mod")
     if meta := [name for name, p in model.named_parameters() if p.is_meta]:
         raise ValueError(f"{meta[0]} is on the meta device and has no values; give a model with weights")
-    with torch.random.fork_rng([]), torch.no_grad(), without_compiled_code():
-        torch.default_generator.manual_seed(SEED)
+    with torch.no_grad(), without_compiled_code():
         recorded = _varied_run(WorkingCopy.of(model, example, forward))
         checks = _checks(recorded)
         usage = UsageCheck(recorded)
@@ -140,7 +139,7 @@ def _finite(recorded: RecordedRun) -> list[bool]:
 
 def _checks(recorded: RecordedRun) -> list[Check]:
     """The runs of the model, with other values and with its own, and with other inputs if it runs with them."""
-    checks: list[Check] = [(recorded.values, torch.clone), ("own", torch.clone)]
+    checks: list[Check] = [(recorded.values, same_values), ("own", same_values)]
     for change in (vary_floats, vary_inputs):
         with contextlib.suppress(Exception):  # for example, an integer is no index any more
             recorded.run(change)
@@ -325,11 +324,12 @@ def _verified(usage: UsageCheck, plan: list[UnitPermutation], checks: Sequence[C
 
 def _keeps_outputs(copied: WorkingCopy, checks: Sequence[Check], plan: Sequence[UnitPermutation]) -> bool:
     """Whether the outputs are unchanged if the units of each permutation are reordered at random."""
+    generator = torch.Generator().manual_seed(SEED)
     for values, change in checks:
         copied.set_values(values)
         expected = copied.run(change)
         try:
-            with copied.permuted([_randomized(permutation) for permutation in plan]):
+            with copied.permuted([_randomized(permutation, generator) for permutation in plan]):
                 outputs = copied.run(change)
         except Exception:  # for example, a tensor is tied to one that is not listed
             return False
@@ -369,10 +369,10 @@ def _is_close(actual: Tensor, expected: Tensor) -> bool:
     return bool((close | (actual == expected) | (actual.isnan() & expected.isnan())).all())
 
 
-def _randomized(permutation: UnitPermutation) -> UnitPermutation:
+def _randomized(permutation: UnitPermutation, generator: torch.Generator) -> UnitPermutation:
     """A random order in which every unit changes its position within its group: one cycle through each group."""
     order = permutation.order.clone()
     for group in order.split(len(order) // permutation.groups):
-        cycle = group[torch.randperm(len(group), device="cpu")]
+        cycle = group[torch.randperm(len(group), generator=generator, device="cpu")]
         order[cycle] = cycle.roll(1)
     return attrs.evolve(permutation, order=order)

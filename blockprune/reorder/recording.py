@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from blockprune.core._compat import ConvNd, ConvTransposeNd, NormBase
 from blockprune.model.experts import record_routing
 from blockprune.model.inputs import value_key
+from blockprune.reorder.varied_values import Change, same_values
 from blockprune.reorder.working_copy import Values, WorkingCopy, is_mixing
 
 
@@ -87,7 +88,7 @@ class RecordedRun:
         """The copy of the model."""
         return self.copied.model
 
-    def run(self, change: Callable[[Tensor], Tensor] = torch.clone) -> list[Tensor]:
+    def run(self, change: Change = same_values) -> list[Tensor]:
         """The outputs of another run with the same values, after a change of the inputs."""
         self.copied.set_values(self.values)
         return self.copied.run(change)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from blockprune.reorder.recording import RecordedRun, named_tensors
+from blockprune.reorder.working_copy import SEED
 
 
 @attrs.frozen
@@ -62,6 +63,10 @@ def _layouts(units: int, repeats: int) -> Iterator[tuple[int, int, Tensor]]:
             yield repeats, groups, torch.arange(units, device="cpu").view(groups, 1, -1).expand(-1, repeats, -1).flatten()
 
 
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(SEED)
+
+
 @attrs.frozen(eq=False)
 class AxisTracer:
     """Traces the units of a layer to the modules that use them, by replays of a recorded run with some of the units changed.
@@ -78,6 +83,7 @@ class AxisTracer:
     """
 
     recorded: RecordedRun
+    generator: torch.Generator = attrs.field(factory=_generator, init=False)  # not torch's own, in which other threads draw, too
 
     def consumers_of(self, layer: str) -> dict[str, AxisUse] | None:
         """The modules that use the units of a mixing layer, and how they use them.
@@ -87,7 +93,7 @@ class AxisTracer:
         units = self.recorded.units(layer)
         if units < 2:
             return None
-        half = _random_half(units)
+        half = _random_half(units, self.generator)
         changed, by_rest = self.recorded.replay(layer, half), self.recorded.replay(layer, ~half)
         if changed is None or by_rest is None:
             return None
@@ -101,7 +107,7 @@ class AxisTracer:
 
     def _consumers_of_pieces(self, layer: str, pieces: int, units: int, candidates: Sequence[str]) -> dict[str, AxisUse]:
         """The candidates whose inputs each depend on one unit, the same unit of every piece of the layer's output."""
-        half = _random_half(units)
+        half = _random_half(units, self.generator)
         changed, by_rest = self.recorded.replay(layer, half.repeat(pieces)), self.recorded.replay(layer, ~half.repeat(pieces))
         if not changed or not by_rest:
             return {}
@@ -121,7 +127,7 @@ class AxisTracer:
         heads = inputs // size if size else 1
         if heads < 2:
             return None
-        half = _random_half(heads)
+        half = _random_half(heads, self.generator)
         for pieces, run in ((3, size), (1, 3 * size)):
             units = half.repeat_interleave(run).repeat(pieces)
             changed, by_rest = self.recorded.replay(layer, units), self.recorded.replay(layer, ~units)
@@ -149,9 +155,10 @@ class AxisTracer:
         return "", ""
 
 
-def _random_half(units: int) -> Tensor:
+def _random_half(units: int, generator: torch.Generator) -> Tensor:
     """Half of the units, two or more; the first unit and not the second, so that it is no union of groups of consecutive units."""
-    return torch.cat([torch.tensor([0, units - 1], device="cpu"), 1 + torch.randperm(units - 2, device="cpu")]) < units // 2
+    others = torch.randperm(units - 2, generator=generator, device="cpu")
+    return torch.cat([torch.tensor([0, units - 1], device="cpu"), 1 + others]) < units // 2
 
 
 @attrs.define(eq=False)
@@ -173,6 +180,7 @@ class UsageCheck:
     """
 
     recorded: RecordedRun
+    generator: torch.Generator = attrs.field(factory=_generator, init=False)
     _is_used: dict[str, bool] = attrs.field(factory=dict, init=False)
 
     def unused_modules(self) -> dict[str, set[int]]:
@@ -204,7 +212,8 @@ class UsageCheck:
         """The modules and parameters on which no output depends, by bisection: many can be changed in one run."""
         saved = [(t, t.clone()) for name in names for t in self._tensors(name) if t.is_floating_point()]
         for t, _ in saved:
-            t.add_(1 + torch.rand(t.shape, device="cpu").to(t))  # random, because a softmax ignores a constant shift
+            change = torch.rand(t.shape, generator=self.generator, device="cpu")  # a softmax ignores a constant shift
+            t.add_(1 + change.to(t))
         outputs = self.recorded.run() if names else self.recorded.outputs
         for t, value in saved:
             t.copy_(value)

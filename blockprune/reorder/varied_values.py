@@ -1,9 +1,12 @@
 """Other values for a model and its inputs, because values such as zeros and ones hide that an operation uses a tensor."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 CHUNK = 1 << 20  # elements whose values are changed at a time
+Change = Callable[[Tensor, torch.Generator], Tensor]  # of an input; the random numbers are those of the generator
 
 
 @torch.no_grad()
@@ -28,22 +31,27 @@ def vary_model(model: nn.Module, *, buffers: bool = True, generator: torch.Gener
                 part.copy_(_vary(part, size, signed=signed, generator=generator))
 
 
-def vary_floats(x: Tensor) -> Tensor:
+def same_values(x: Tensor, generator: torch.Generator) -> Tensor:
+    """A copy."""
+    return x.clone()
+
+
+def vary_floats(x: Tensor, generator: torch.Generator) -> Tensor:
     """Other floating-point values, of similar size; integers and booleans stay."""
-    return _vary(x, _size(x), signed=True) if x.is_floating_point() and x.numel() else x
+    return _vary(x, _size(x), signed=True, generator=generator) if x.is_floating_point() and x.numel() else x
 
 
-def vary_inputs(x: Tensor) -> Tensor:
+def vary_inputs(x: Tensor, generator: torch.Generator) -> Tensor:
     """Values of another kind: a third of floating-point values become zero and a third negative, booleans and integers become random.
 
     Integers are between 0 and the largest one, or 1.
     """
     if x.is_floating_point():
-        return vary_floats(x) * torch.randint(-1, 2, x.shape, device="cpu").to(x)
+        return vary_floats(x, generator) * torch.randint(-1, 2, x.shape, generator=generator, device="cpu").to(x)
     if x.is_complex() or not x.numel():
         return x
     highest = 1 if x.dtype == torch.bool else max(1, int(x.max()))
-    return torch.randint(highest + 1, x.shape, device="cpu").to(x)
+    return torch.randint(highest + 1, x.shape, generator=generator, device="cpu").to(x)
 
 
 def _size(x: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from blockprune.core._compat_hf import CACHE_ARGUMENTS
 from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.calibration import Forward
 from blockprune.model.experts import Experts, experts_in
-from blockprune.model.running import cuda_devices, disable_attention_fastpath, to_model_device
+from blockprune.model.running import cuda_devices, disable_attention_fastpath, seeded, to_model_device
 from blockprune.model.sharding import check_not_fully_sharded
 from blockprune.reorder.permutation import permute
-from blockprune.reorder.varied_values import vary_model
+from blockprune.reorder.varied_values import Change, same_values, vary_model
 
 SEED = 0  # every run of the model draws the same random numbers
 ALIKE = 0.05  # the largest difference of two outputs, as a share of their norm
@@ -96,13 +96,15 @@ class WorkingCopy:
                     return double
         return attrs.evolve(own, model=_evaluation_copy(source))
 
-    def run(self, change: Callable[[Tensor], Tensor] = torch.clone) -> list[Tensor]:
-        """The tensors of the output on the example, without caches, after a change of the inputs; random numbers are the same each time."""
+    def run(self, change: Change = same_values) -> list[Tensor]:
+        """The tensors of the output on the example, without caches, after a change of the inputs; random numbers are the same each time.
+
+        Those of the change have a generator of their own. The model draws from torch's, in which other threads may draw, too.
+        """
+        generator = torch.Generator().manual_seed(SEED)
         in_float64 = _CastsToFloat64() if self.casts else contextlib.nullcontext()  # type: ignore[no-untyped-call]
-        with in_float64, disable_attention_fastpath(), torch.random.fork_rng(devices := cuda_devices(self.model)):
-            for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
-                generator.manual_seed(SEED)
-            example = tree_map_only(Tensor, change, to_model_device(self.model, self.example, self.dtype))
+        with in_float64, disable_attention_fastpath(), seeded(SEED, cuda_devices(self.model)):
+            example = tree_map_only(Tensor, lambda x: change(x, generator), to_model_device(self.model, self.example, self.dtype))
             output = self.forward(self.model, example)
         if isinstance(output, Mapping):
             output = {key: value for key, value in output.items() if not str(key).startswith(CACHE_ARGUMENTS)}

@@ -168,7 +168,7 @@ def sparsegpt(data: Data, masks: Masks, *, damping: float = 0.01, columns_per_st
         >>> bp.reconstruct.sparsegpt(data, masks)["weight"].shape
         torch.Size([4, 8])
     """
-    check_counts(1, columns_per_step=columns_per_step)
+    (columns_per_step,) = check_counts(1, columns_per_step=columns_per_step)
     _check_masks(data, masks)
     repaired: dict[str, Tensor] = {}
     with torch.no_grad():

@@ -266,7 +266,7 @@ def trace_layer(batch: LayerBatch, hooks: InputHooks, statistics: Collection[str
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for name, ref, module in hooks:
             stack.callback(module.register_forward_hook(partial(after, name, ref), with_kwargs=True).remove)
-        reads = stack.enter_context(WeightReads(hooks))
+        reads = stack.enter_context(WeightReads(hooks, [*layer.module.buffers(), *batch.parameters.values()]))
         result = batch.run()
     note_input("", result)
     counts = Counter(name for name, _ in uses)

@@ -2,7 +2,6 @@
 
 import inspect
 import itertools
-import numbers
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from blockprune.core.arguments import check_counts, check_function, check_number
+from blockprune.core.arguments import check_counts, check_function, check_integer, check_number
 from blockprune.model.mask_reading import parameter_masks
 from blockprune.model.parameters import check_not_lazy
 
@@ -54,7 +53,7 @@ def check_schedule(steps: int, *, warmup: int, final_lr: float, clip: float | No
 def check_functions(**functions: Any) -> None:
     """Raise for a function that cannot be called."""
     for name, function in functions.items():
-        check_function(name, function, SIGNATURES[name])
+        check_function(name, function, SIGNATURES[name], optional=name == "callback")
 
 
 def check_options(
@@ -65,9 +64,9 @@ def check_options(
         check_not_lazy(name, p)
     for name, mode in {"train": train, "checkpointing": checkpointing}.items():
         if not isinstance(mode, bool):
-            raise TypeError(f"{name} is a {type(mode).__name__}; it must be True or False")
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
-        raise TypeError(f"seed={seed!r} must be an integer")
+            module = "" if type(mode).__module__ == "builtins" else f"{type(mode).__module__}."  # NumPy's bool has the name of Python's
+            raise TypeError(f"{name} is a {module}{type(mode).__name__}; it must be True or False")
+    check_integer("seed", seed)
     if teacher is not None and not isinstance(teacher, nn.Module):
         raise TypeError(f"teacher has the type {type(teacher).__name__}; give the dense model, or None if the loss needs no teacher")
     if teacher is model and parameter_masks(model):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from blockprune.core.arguments import check_counts, check_model
+from blockprune.core.arguments import check_counts, check_integer, check_model
 from blockprune.core.patterns import Pattern
 from blockprune.core.progress import progress_bar, show_values
 from blockprune.core.types import Masks, Weights, Where
@@ -176,23 +176,22 @@ def distill(
         True
     """
     check_model(model)
-    check_functions(loss=loss, optimizer=optimizer, forward=forward, **{} if callback is None else {"callback": callback})
+    check_functions(loss=loss, optimizer=optimizer, forward=forward, callback=callback)
     check_options(model, teacher, seed=seed, train=train, autocast=autocast, checkpointing=checkpointing)
-    check_counts(1, accumulate=accumulate, every=every)
-    check_counts(1, **{name: x for name, x in {"steps": steps, "lora_rank": lora_rank}.items() if x is not None})
+    accumulate, every = check_counts(1, accumulate=accumulate, every=every)
+    steps, lora_rank = check_counts(1, optional=True, steps=steps, lora_rank=lora_rank)
     batches = several_batches(batches)
     if length(batches) == 0:
         raise ValueError("batches has no batches; give a list or a DataLoader that has at least one")
     steps = steps_of_one_pass(batches, accumulate) if steps is None else steps
     check_schedule(steps, warmup=warmup, final_lr=final_lr, clip=clip)
     _check_resume(resume)
-    if patience is not None:
-        check_counts(0, patience=patience)
-        if held_out is None:
-            raise ValueError(f"patience={patience} compares losses on held-out batches; give held_out=, too, or patience=None")
+    (patience,) = check_counts(0, optional=True, patience=patience)
+    if patience is not None and held_out is None:
+        raise ValueError(f"patience={patience} compares losses on held-out batches; give held_out=, too, or patience=None")
     held_out = None if held_out is None else several_batches(held_out, "held_out")
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(cuda_devices(model)), keep_generators(batches):
-        torch.manual_seed(seed)
+        torch.manual_seed(check_integer("seed", seed))
         student = make_student(model, masks, weights, where=where, lora_rank=lora_rank)
         if checkpointing and (enable := checkpointing_method(student.module)):
             enable({"use_reentrant": False})
@@ -378,6 +377,8 @@ def _loss_of(
     if not isinstance(value, Tensor) or value.numel() != 1:
         kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"loss must return one number as a tensor, not {kind}; take its mean or sum")
+    if value.is_complex():
+        raise TypeError(f"loss must return a real number, not {value.dtype}; take its .abs() or .real")
     return value.reshape(())
 
 

@@ -63,9 +63,10 @@ def sequential(
 ) -> PruningResult:
     """Prune and repair layers in order, each calibrated on the outputs of the pruned layers before it (SparseGPT 2301.00774).
 
-    The model is not changed. The statistics of one layer are held at a time. To go on after an interruption, give what ``callback`` was
-    last called with as ``resume``: save it with ``callback=partial(bp.save_repair, path="repair.safetensors")``, and go on with
-    ``resume=bp.load_repair("repair.safetensors")``; the result has the same bits as that of an uninterrupted call.
+    The model is not changed, but no other thread may run it before this returns (see the guide of large models). The statistics of one
+    layer are held at a time. To go on after an interruption, give what ``callback`` was last called with as ``resume``: save it with
+    ``callback=partial(bp.save_repair, path="repair.safetensors")``, and go on with ``resume=bp.load_repair("repair.safetensors")``; the
+    result has the same bits as that of an uninterrupted call.
 
     Args:
         model: a model without masks whose layers follow each other: the output of one is the (first) input of the next.
@@ -113,8 +114,8 @@ def sequential(
         >>> round(bp.sparsity(result.masks), 2)
         0.5
     """
-    if callback is not None:
-        check_function("callback", callback, "(PruningResult) -> None, such as partial(bp.save_repair, path='repair.safetensors')")
+    signature = "(PruningResult) -> None, such as partial(bp.save_repair, path='repair.safetensors')"
+    check_function("callback", callback, signature, optional=True)
     if resume is not None and not isinstance(resume, PruningResult):
         raise TypeError(f"resume has the type {type(resume).__name__}; give a PruningResult, such as bp.load_repair('repair.safetensors')")
     calibration = as_calibration(batches, options) if isinstance(batches, Calibration) else Calibration(batches, **options)

@@ -1,6 +1,5 @@
 """Repair by gradients, one layer or part of a layer at a time: the kept weights learn the dense module's outputs."""
 
-import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from blockprune.core.arguments import check_counts, check_function, check_number
+from blockprune.core.arguments import check_counts, check_function, check_integer, check_number
 from blockprune.core.patterns import suggest
 from blockprune.core.types import BlockMask, Masks
 from blockprune.model.masking import mask_blocks
 from blockprune.model.parameters import parameter_refs, stored_aliases, under_all_names
 from blockprune.repair.dense_reference import LayerBatch
 from blockprune.repair.hidden_states import LayerBatches, Tensors
+from blockprune.repair.repaired_weights import checked_repair
 from blockprune.repair.transformer_layers import Layer
 
 Finetune = Callable[..., Mapping[str, Tensor]]  # such as `finetune_layer`
@@ -68,11 +68,10 @@ def finetune_layer(
         0
     """
     check_function("run", run, "(parameters, batch) -> output")
-    check_counts(0, epochs=epochs, patience=patience)
-    check_number("lr", lr, "a finite number from 0 on", lowest=0)
-    check_number("held_out", held_out, "a number from 0 to 1, the share of the batches")
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
-        raise TypeError(f"seed={seed!r} must be an integer")
+    epochs, patience = check_counts(0, epochs=epochs, patience=patience)
+    lr = float(check_number("lr", lr, "a finite number from 0 on", lowest=0))  # the schedule would write into a tensor
+    held_out = float(check_number("held_out", held_out, "a number from 0 to 1, the share of the batches", lowest=0, highest=1))
+    seed = check_integer("seed", seed)
     count = _training_batches(len(targets), held_out)
     layer = _MaskedLayer(run, parameters, masks)
     values = layer.trainable()
@@ -117,8 +116,7 @@ def _checked(error: Tensor, batch_number: int) -> Tensor:
 
 def _training_batches(total: int, held_out: float) -> int:
     """How many batches are tuned on."""
-    share = held_out if 0 <= held_out < 1 else 1
-    count = total - (max(1, round(share * total)) if held_out else 0)
+    count = total - (max(1, round(held_out * total)) if held_out else 0)
     if count < 1:
         raise ValueError(
             f"held_out={held_out} of {total} batches leaves none to learn from; give more batches, or held_out=0 to hold none out"
@@ -300,7 +298,8 @@ def finetune_parts(
         local = {name: named[prefix + name] for name in parameter_refs(layer.module.get_submodule(part)) if prefix + name in named}
         local_masks = {name.removeprefix(prefix): mask for name, mask in own.items()}
         new = function(_run_part if part else _run_layer, local, local_masks, calls, goal)
-        tuned |= {f"{prefix}{name}": value for name, value in new.items()}
+        checked = checked_repair(f"finetune[{part!r}]" if part else "finetune", new, layer, {name: prefix + name for name in local})
+        tuned |= {f"{prefix}{name}": value for name, value in checked.items()}
         parameters |= tuned
     return tuned
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from blockprune.core._compat_hf import is_offloaded
 from blockprune.core.arguments import check_function
 from blockprune.core.patterns import resolve_by_name, suggest
-from blockprune.core.pipeline import Pipeline, required_statistics
+from blockprune.core.pipeline import Pipeline, allocated, required_statistics
 from blockprune.core.progress import progress_bar
-from blockprune.core.types import Data, Masks, Reconstruct, Sparsity, Weights, Where
+from blockprune.core.types import Data, Masks, Param, Reconstruct, Sparsity, Weights, Where
 from blockprune.model.calibration import Calibration
 from blockprune.model.inputs import InputHooks, input_axis, input_hooks
 from blockprune.model.mask_reading import read_masks
@@ -35,6 +35,7 @@ from blockprune.model.sharding import (
 from blockprune.repair.dense_reference import DenseReferencePass, LayerTrace, PrunedPass, trace_layer
 from blockprune.repair.hidden_states import HiddenStates, Store, in_memory, layer_calibration
 from blockprune.repair.layer_finetuning import Finetune, check_parts, dense_outputs, finetune_parts
+from blockprune.repair.repaired_weights import checked_repair
 from blockprune.repair.transformer_layers import Layer, LoadWeights, find_layers
 from blockprune.statistics import Statistic
 
@@ -178,8 +179,10 @@ class LayerPruning:
                         targets[""] = states.advance_dense(layer)
                         parameters = result.parameters(layer)
                         if finetune and layer.parameters:
-                            parameters |= finetune_parts(finetune, states.batches(layer, parameters), result.masks, targets)
-                            result = result.joined({}, {name: parameters[layer.local_names[name]] for name in layer.parameters})
+                            tuned = finetune_parts(finetune, states.batches(layer, parameters), result.masks, targets)
+                            parameters |= tuned
+                            names = [name for name, local in layer.local_names.items() if name in layer.parameters or local in tuned]
+                            result = result.joined({}, {name: parameters[layer.local_names[name]] for name in names})
                         states.advance_pruned(layer, parameters)
                         if not finished:
                             receive(layer, result)
@@ -195,10 +198,11 @@ class LayerPruning:
                 batches = DenseReferencePass(names, pruned, states.batches(layer, {}, dense=True), hooks, trace)
             data = self._collect(layer, names, batches, states.reduce)
             sparsity = {name: self.sparsity[name] for name in names} if isinstance(self.sparsity, Mapping) else self.sparsity
-            masks = self.pipeline.allocate(self.pipeline.score(data, sparsity), sparsity)
+            masks = allocated(self.pipeline.allocate, self.pipeline.score(data, sparsity), sparsity)
             if (group := group_of(states.reduce)) is not None:
                 agree(masks, group=group)
-            result = result.joined(masks, self.reconstruct(data, masks))
+            weights = checked_repair("reconstruct", self.reconstruct(data, masks), layer, _all_names(layer))
+            result = result.joined(masks, weights)
             del data
         return result
 
@@ -263,16 +267,30 @@ def _collector_options(pipeline: Pipeline, reconstruct: Reconstruct) -> tuple[Wh
     return cast(Where, where), statistics
 
 
+def _all_names(layer: Layer) -> dict[str, str]:
+    """The first names in the layer of its parameters, by their names in the model and by those of the modules that share them."""
+    prefix = f"{layer.name}." if layer.name else ""
+    shared = {f"{prefix}{alias}": first for first, aliases in layer.aliases.items() for alias in aliases}
+    return {**shared, **layer.local_names}
+
+
 def _check_extra_data(model: nn.Module, extra_data: Data) -> None:
-    """Raise if there is data of a parameter that the model does not have; data of one that is not chosen is not used."""
+    """Raise if there is data of a parameter that the model lacks or has in another shape; data of one that is not chosen is not used."""
     if not isinstance(extra_data, Mapping):
         raise TypeError(
             f"extra_data is a {type(extra_data).__name__}; give data by parameter name, such as collect.with_statistics returns"
         )
     known = parameter_refs(model)
-    for name in extra_data:
+    for name, param in extra_data.items():
         if name not in known:
             raise KeyError(f"extra_data names {name!r}, which is not a parameter of the model{suggest(name, known)}")
+        if not isinstance(param, Param):
+            raise TypeError(f"extra_data[{name!r}] is a {type(param).__name__}, not a Param, such as collect.with_statistics returns")
+        if param.grid.shape != known[name][0].shape:
+            raise ValueError(
+                f"extra_data[{name!r}] is of a parameter {param.grid.shape}, but that of the model is {known[name][0].shape}; collect it "
+                "from this model"
+            )
 
 
 def _with_required(statistics: Sequence[Statistic], required: Iterable[Statistic]) -> list[Statistic]:

@@ -4,7 +4,6 @@ They read Hugging Face outputs (``logits``, ``hidden_states``, ``last_hidden_sta
 leave out padding: positions whose ``attention_mask`` is 0 and positions whose label is -100.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -70,14 +69,12 @@ def kl(
         >>> round(bp.losses.kl(torch.zeros(1, 3), logits).item(), 3), round(bp.losses.kl(torch.zeros(1, 3), logits, top_k=1).item(), 3)
         (0.574, 0.557)
     """
-    check_number("temperature", temperature, "a finite number above 0", above=0)
-    if temperature == math.inf:
-        raise ValueError("temperature=inf must be a finite number above 0")
-    if top_k is not None:
-        check_counts(1, top_k=top_k)
+    temperature = check_number("temperature", temperature, "a finite number above 0", above=0)
+    (top_k,) = check_counts(1, optional=True, top_k=top_k)
     q, p = _logits(student, "student"), _logits(teacher, "teacher")
     _check_shapes("kl", "logits", q, p)
-    _check_axes("kl", q)
+    if not 1 <= q.ndim <= 3:
+        raise _no_class_axis("kl", q)
     batch = decoder_batch(student, batch)
     check_shift("kl", own_labels(batch), batch, shift)
     p = p.to(q.device)
@@ -127,7 +124,7 @@ def cross_entropy(student: Any, teacher: Any, batch: Any, *, shift: bool | None 
     it nor the position that predicts it is padding.
 
     Args:
-        student: logits ``[classes]``, ``[batch, classes]`` or ``[batch, positions, classes]``, or an output that has ``logits``.
+        student: logits ``[..., classes]``, or an output that has ``logits``.
         teacher: anything.
         batch: what the model was called with.
         shift: True compares labels with the logits of the position before them (causal language models), False with those of their own
@@ -136,8 +133,8 @@ def cross_entropy(student: Any, teacher: Any, batch: Any, *, shift: bool | None 
 
     Raises:
         TypeError: an output without logits, a batch without labels or tokens, or labels that are bool.
-        ValueError: logits with four or more axes, labels of another shape than the positions, a label that is no class, only labels of
-            -100, or labels that need ``shift``.
+        ValueError: labels of another shape than the positions, logits with four or more axes of which the second could be that of the
+            classes, too, a label that is no class, only labels of -100, or labels that need ``shift``.
 
     Example:
         >>> logits = torch.zeros(1, 3, 50)
@@ -151,13 +148,15 @@ def cross_entropy(student: Any, teacher: Any, batch: Any, *, shift: bool | None 
             f"cross_entropy: the batch has the type {type(batch).__name__} and no labels; give a mapping with 'labels' or 'input_ids', or "
             "a tuple (inputs, labels)"
         )
-    _check_axes("cross_entropy", logits)
+    own, others = logits.shape[:-1], (*logits.shape[:1], *logits.shape[2:])  # the positions, if the classes are the last or second axis
+    if not logits.ndim or (logits.ndim > 3 and (labels.shape != own or own == others)):
+        raise _no_class_axis("cross_entropy", logits, labels)
     if labels.dtype == torch.bool:
         raise TypeError("cross_entropy: the labels are bool; give the numbers of the classes, such as labels.long()")
-    if labels.shape != logits.shape[:-1]:
+    if labels.shape != own:
         is_other_axis = logits.ndim == 3 and labels.shape == (logits.shape[0], logits.shape[2])
         raise ValueError(
-            f"cross_entropy: the logits {tuple(logits.shape)} need labels {tuple(logits.shape[:-1])}, not {tuple(labels.shape)}"
+            f"cross_entropy: the logits {tuple(logits.shape)} need labels {tuple(own)}, not {tuple(labels.shape)}"
             + ("; the classes must be the last axis: give a forward that returns model(batch).mT" if is_other_axis else "")
         )
     labels = labels.to(logits.device, torch.long)
@@ -217,8 +216,8 @@ def weighted(terms: Mapping[DistillLoss, float]) -> DistillLoss:
         terms: the weight of each loss.
 
     Raises:
-        ValueError: no terms, a weight that is NaN.
-        TypeError: terms that are no mapping, a loss that is no function, a weight that is no number.
+        ValueError: no terms, a weight that is NaN or infinite.
+        TypeError: terms that are no mapping, a loss that is no function, a weight that is no number, or a tensor with axes.
 
     Example:
         >>> loss = bp.losses.weighted({bp.losses.kl: 1.0, bp.losses.cross_entropy: 0.5})
@@ -228,12 +227,12 @@ def weighted(terms: Mapping[DistillLoss, float]) -> DistillLoss:
     """
     if not isinstance(terms, Mapping):
         raise TypeError(f"weighted: terms is a {type(terms).__name__}; give a mapping from losses to weights, such as {{losses.kl: 1.0}}")
-    for loss, weight in terms.items():
+    for loss in terms:
         check_function("a loss of terms", loss, "of the student's output, the teacher's output and the batch, such as losses.kl")
-        check_number(f"terms[{getattr(loss, '__name__', loss)}]", weight)
     if not terms:
         raise ValueError("weighted: terms is empty; give at least one loss and its weight, such as {losses.kl: 1.0}")
-    return partial(_weighted_sum, terms=tuple(terms.items()))
+    checked = [(loss, check_number(f"terms[{getattr(loss, '__name__', loss)}]", weight)) for loss, weight in terms.items()]
+    return partial(_weighted_sum, terms=tuple(checked))
 
 
 def _weighted_sum(student: Any, teacher: Any, batch: Any, *, terms: Sequence[tuple[DistillLoss, float]]) -> Tensor:
@@ -306,10 +305,12 @@ def _check_shapes(loss: str, what: str, student: Tensor, teacher: Tensor) -> Non
         )
 
 
-def _check_axes(loss: str, logits: Tensor) -> None:
-    """Raise where the axis of the classes is not the last one, or not known."""
-    if not 1 <= logits.ndim <= 3:
-        raise ValueError(
-            f"{loss}: the logits have shape {tuple(logits.shape)}, and which axis is that of the classes is not known; give a forward that "
-            "returns logits [batch, positions, classes], for an image model model(batch).flatten(2).mT"
-        )
+def _no_class_axis(loss: str, logits: Tensor, labels: Tensor | None = None) -> ValueError:
+    """The error where the axis of the classes is not the last one, or not known."""
+    advice = "returns logits [batch, positions, classes], for an image model model(batch).flatten(2).mT"
+    if not logits.ndim:
+        advice = "returns logits [classes] or [batch, classes]"
+    elif labels is not None:
+        advice += f", and labels [batch, positions] instead of {tuple(labels.shape)}: labels.flatten(1)"
+    what = f"{loss}: the logits have shape {tuple(logits.shape)}, and which axis is that of the classes is not known"
+    return ValueError(f"{what}; give a forward that {advice}")

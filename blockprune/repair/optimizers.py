@@ -40,8 +40,8 @@ def muon(parameters: Iterable[Tensor], *, lr: float = 1e-3, weight_decay: float 
     """
     if not isinstance(parameters, Iterable):
         raise TypeError(f"parameters has the type {type(parameters).__name__}; give tensors, such as model.parameters()")
-    check_number("lr", lr, "a finite number from 0 on", lowest=0)
-    check_number("weight_decay", weight_decay, "a finite number from 0 on", lowest=0)
+    lr = check_number("lr", lr, "a finite number from 0 on", lowest=0)
+    weight_decay = check_number("weight_decay", weight_decay, "a finite number from 0 on", lowest=0)
     parameters = list(parameters)
     if other := [type(p).__name__ for p in parameters if not isinstance(p, Tensor)]:
         raise TypeError(f"parameters holds a {other[0]}; give tensors, such as model.parameters(), without names and not in groups")

@@ -1,10 +1,13 @@
 """Statistics of the loss's derivatives with respect to weights, and with respect to one gate per block."""
 
 from collections.abc import Callable
+from functools import partial
 
+import attrs
 import torch
 from torch import Tensor
 
+from blockprune.core.arguments import check_counts, check_integer
 from blockprune.core.precision import at_least_float32, double, float32_if_in_range
 from blockprune.core.types import Param
 from blockprune.model.parameters import ParameterRef
@@ -72,13 +75,15 @@ def gate_hessian_diagonal(*, probes: int = 1, seed: int = 0) -> Statistic:
         seed: of the random signs, which are the same in every batch.
 
     Raises:
-        ValueError: probes below 1.
+        ValueError: probes that are no integer from 1 on.
+        TypeError: a seed that is no integer.
 
     Example:
         >>> bp.statistics.gate_hessian_diagonal(probes=4)
         gate_hessian_diagonal(probes=4, seed=0)
     """
-    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
-        raise ValueError(f"probes={probes!r} must be a whole number of random vectors, at least 1")
+    (probes,) = check_counts(1, meaning="a whole number of random vectors, at least 1", probes=probes)
+    seed = check_integer("seed", seed)
     code = f"gate_hessian_diagonal(probes={probes}, seed={seed})"
-    return _of_gates("gate_hessian_diagonal", lambda gates: double(gates.curvature(probes, seed)).mean(0, keepdim=True), code=code)
+    statistic = _of_gates("gate_hessian_diagonal", lambda gates: double(gates.curvature(probes, seed)).mean(0, keepdim=True), code=code)
+    return attrs.evolve(statistic, made_by=(partial(gate_hessian_diagonal, probes=probes, seed=seed), ()))

@@ -166,7 +166,7 @@ def residual_cross(names: Collection[str]) -> Statistic:
     def compute(sums: Sums, ref: ParameterRef, param: Param) -> Tensor:
         return sums["sum"] / sums["n"] if sums else param.weight.new_empty(0)
 
-    return Statistic("residual_cross", "inputs", init, update, compute)
+    return Statistic("residual_cross", "inputs", init, update, compute, made_by=(residual_cross, (names,)))
 
 
 def _append_ones(call: Call, x: Tensor) -> Tensor:

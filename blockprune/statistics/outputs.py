@@ -44,7 +44,7 @@ def _per_output(name: str, contribution: Callable[[Tensor], Tensor], of: Literal
             value = value.repeat_interleave(param.grid.shape[0] // len(value), dim=0)
         return value.view(*value.shape, *[1] * (len(param.grid.shape) - 2))
 
-    return Statistic(name, of, init, update, compute)
+    return Statistic(name, of, init, update, compute, made_by=(_per_output, (name, contribution, of)))
 
 
 def _outputs(ref: ParameterRef, param: Param) -> int:

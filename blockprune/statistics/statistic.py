@@ -1,7 +1,10 @@
 """What a statistic is: three pure functions, the tensors that they receive, and the sums that they keep."""
 
+import importlib
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Literal, cast
 
 import attrs
@@ -95,6 +98,8 @@ class Statistic:
         shared: ``update`` and ``compute`` depend on the sums, inputs and row weights alone. Then layers that are always called with the
             same inputs, such as those of queries, keys and values, share one tensor.
         code: the code that makes it, if it has options, for messages and for printing a `Pipeline`; by default its name.
+        made_by: the function and its arguments that make it again in another process, where it has options and is pickled. A statistic
+            that is a variable of a module, by its own name, is pickled by that name.
 
     Example:
         >>> count = bp.statistics.Statistic(
@@ -112,9 +117,21 @@ class Statistic:
     compute: Callable[[Sums, ParameterRef, Param], Tensor]
     shared: bool = attrs.field(default=False, kw_only=True)
     code: str | None = attrs.field(default=None, kw_only=True)
+    made_by: tuple[Callable[..., "Statistic"], tuple[Any, ...]] | None = attrs.field(default=None, kw_only=True, eq=False)
+
+    def __reduce__(self) -> Any:
+        module = getattr(self.update, "__module__", None) or ""
+        if getattr(sys.modules.get(module), self.name, None) is self:
+            return _by_name, (module, self.name)
+        return self.made_by or (partial(Statistic, **{field.name: getattr(self, field.name) for field in attrs.fields(Statistic)}), ())
 
     def __repr__(self) -> str:
         return self.code or self.name
+
+
+def _by_name(module: str, name: str) -> Statistic:
+    statistic: Statistic = getattr(importlib.import_module(module), name)
+    return statistic
 
 
 def check_statistics(statistics: Any) -> None:

@@ -4,6 +4,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -616,3 +617,12 @@ def test_mixed_patterns_in_one_plan_share_a_budget_by_cost() -> None:
     paid = sum(shares[name] * score.grid.elements * cost[name] for name, score in scores.items())
     total = sum(score.grid.elements * cost[name] for name, score in scores.items())
     assert abs(paid / total - 0.5) <= 32 / total
+
+
+@pytest.mark.parametrize("given", [[0.5], 0.5, None])
+def test_a_budget_that_returns_no_mapping_is_named(given: Any) -> None:
+    scores = {"w": bp.BlockScore(torch.arange(4.0), bp.BlockGrid((4,), (1,)))}
+    with pytest.raises(TypeError, match=f"budget returned a {type(given).__name__}; it must return a mapping"):
+        bp.allocate.per_layer(scores, 0.5, budget=lambda scores, sparsity: given)
+    kept = bp.allocate.per_layer(scores, 0.5, budget=lambda scores, sparsity: {"w": Fraction(1, 2)})["w"].keep
+    assert kept.tolist() == [False, False, True, True]

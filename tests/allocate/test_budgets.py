@@ -312,6 +312,7 @@ def test_the_error_for_scores_that_cannot_be_ranked_names_the_parameter_and_shap
     ("call", "error", "message"),
     [
         (lambda: owl(GOOD, 0.5, m=0), ValueError, "m=0 above 0"),
+        (lambda: owl(GOOD, 0.5, m="5"), TypeError, "m='5' must be a number"),  # type: ignore[arg-type]
         (lambda: owl(GOOD, 0.5, lam=-0.1), ValueError, "lam=-0.1 from 0 to 1"),
         (lambda: owl(bad(-1.0), 0.5), ValueError, r"fc.weight: .* 1 of the scores \(4,\) are negative or infinite"),
         (lambda: owl(bad(inf), 0.5), ValueError, r"fc.weight: .* 1 of the scores \(4,\) are negative or infinite"),

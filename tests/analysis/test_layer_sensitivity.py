@@ -236,3 +236,10 @@ def test_what_cannot_be_replaced_or_scored_once_says_what_to_do() -> None:
     sparsegpt = bp.Pipeline(collector, bp.metric.sparsegpt, bp.allocate.per_columns)
     with pytest.raises(TypeError, match=r"metric=sparsegpt scores for one sparsity: .*`sensitivity`, needs another metric"):
         bp.sensitivity(nn.Linear(4, 4), sparsegpt, [0.5], lambda m: 0.0, progress=False)
+
+
+def test_an_allocator_that_returns_no_masks_and_a_complex_loss_are_named() -> None:
+    with pytest.raises(TypeError, match="allocate must return a mapping from parameter names to BlockMask, not a list"):
+        bp.sensitivity(nn.Linear(4, 4), attrs.evolve(PRUNE, allocate=lambda scores, sparsity: [1]), [0.5], lambda m: 0.0)
+    with pytest.raises(TypeError, match=r"evaluate returned a number of torch\.complex64; it must return one real number"):
+        bp.sensitivity(nn.Linear(4, 4), PRUNE, [0.5], lambda m: m(torch.ones(1, 4)).sum() * 1j, progress=False)

@@ -133,7 +133,7 @@ GOOD = {"fc.weight": bp.BlockScore(torch.arange(4.0), bp.BlockGrid((4,), (1,)))}
     [
         (lambda: pareto(GOOD, points=1), "points=1 must be a whole number of 2 or more"),
         (lambda: pareto({}), "no scores to rank"),
-        (lambda: pareto(GOOD, cost={"*": -1.0}), "cost=-1.0 of fc.weight must be a positive number"),
+        (lambda: pareto(GOOD, cost={"*": -1.0}), r"cost\['fc.weight'\]=-1.0 must be a positive number"),
         (lambda: pareto(GOOD).sparsity_for(), "needs exactly one of error= and cost="),
         (lambda: pareto(GOOD).sparsity_for(error=1.0, cost=1.0), "needs exactly one of error= and cost="),
         (lambda: pareto(GOOD).sparsity_for(cost=-1.0), "no point is as low; the lowest cost"),
@@ -142,3 +142,8 @@ GOOD = {"fc.weight": bp.BlockScore(torch.arange(4.0), bp.BlockGrid((4,), (1,)))}
 def test_bad_input_says_what_would_do(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_limit_that_is_no_number_is_refused() -> None:
+    with pytest.raises(TypeError, match="error='1' must be a number"):
+        pareto(GOOD).sparsity_for(error="1")  # type: ignore[arg-type]

@@ -159,6 +159,16 @@ def test_wrong_input_is_an_error() -> None:
         bp.pictures.quality_against_latency({}, PRUNED)
     with pytest.raises(ValueError, match="two finite numbers"):
         bp.pictures.quality_against_latency(DENSE, {"16x16": {"50%": (float("nan"), 0.5)}})
+    for point in ((1.0, 2.0, 3.0), (1.0,), 1.0, "12", (1.0, 1j), None):
+        with pytest.raises(ValueError, match="two finite numbers"):
+            bp.pictures.quality_against_latency({"float32": point}, PRUNED)  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="16x16 is a tuple; give a mapping from labels"):
+        bp.pictures.quality_against_latency(DENSE, {"16x16": (1.0, 2.0)})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match=r"mask is a dict; give one BlockMask, .*bp\.pictures\.masks\(masks\)"):
+        bp.pictures.mask(MASKS)
+    for most in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=r"most=.* must be an integer, at least 1"):
+            bp.Sensitivity((0.5,), 1.0, {"a": (2.0,)}).plot(most=most)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", [name for name in PICTURES if "axes" not in name])

@@ -166,3 +166,18 @@ def test_nan_under_pruned_blocks_is_told_from_nan_in_weights() -> None:
         original[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"the weight .* NaN or inf values"):
         collect.weights(masked, where=bp.linears((2, 2)))
+
+
+@pytest.mark.parametrize("statistic", [bp.statistics.gate_fisher, bp.statistics.weight_grad, bp.statistics.gate_hessian_diagonal()])
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda output, batch: float(output.detach().sum()), "one number, but loss.* gave float"),
+        (lambda output, batch: complex(output.detach().sum()), "one number, but loss.* gave complex"),
+        (lambda output, batch: output.detach().sum().numpy(), "one number, but loss.* gave (ndarray|float32)"),
+        (lambda output, batch: output.sum() * 1j, r"a real number, but loss.* gave torch\.complex64"),
+    ],
+)
+def test_a_loss_that_is_no_real_tensor_is_named(loss: Any, message: str, statistic: Any) -> None:
+    with pytest.raises(ValueError, match=f"statistics {statistic.name} need a loss that is {message}"):
+        bp.collect.with_statistics(nn.Linear(4, 4), where=bp.linears((2, 2)), statistics=[statistic], batches=[torch.ones(3, 4)], loss=loss)

@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 from functools import partial
+from typing import Any
 
 import attrs
 import pytest
@@ -343,3 +344,19 @@ def test_a_metric_that_needs_the_sparsity_says_so() -> None:
 def test_a_stage_that_was_called_already_is_refused_without_its_values() -> None:
     with pytest.raises(TypeError, match=r"^'collect' must be callable, but is a dict; give a function \(model\) -> data, such as partial"):
         attrs.evolve(PRUNE, collect=collect.weights(net(), where=bp.linears((1, 1))))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda value: value.to(torch.float8_e4m3fn), TypeError, r"0\.weight: the scores of metric \(4, 3\) are torch.float8_e4m3fn"),
+        (lambda value: value.to_sparse(), TypeError, r"0\.weight: the scores of metric \(4, 3\) are sparse"),
+        (lambda value: value.to("meta"), ValueError, r"0\.weight: the scores of metric \(4, 3\) are on the meta device"),
+    ],
+)
+def test_scores_that_cannot_be_ranked_are_refused_by_name(change: Any, error: type[Exception], message: str) -> None:
+    def own(data: bp.Data) -> bp.Scores:
+        return {name: attrs.evolve(score, value=change(score.value)) for name, score in metric.l1(data).items()}
+
+    with pytest.raises(error, match=message):
+        attrs.evolve(PRUNE, metric=own)(net(), 0.5)

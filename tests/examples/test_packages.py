@@ -5,9 +5,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from blockprune.examples import digits, efficientnet, minilm, packages, smollm
 
@@ -74,3 +77,74 @@ def test_random_crops_are_parts_of_one_image_and_change_with_the_seed() -> None:
     assert all(crop.amax() - crop.amin() < 1e-4 for crop in crops)
     photos, _ = efficientnet.photos()
     assert not torch.equal(efficientnet.random_crops(photos, 1), efficientnet.random_crops(photos, 1))
+
+
+@pytest.mark.parametrize("layers", [0, 8, -1, 1.5, True, "2"])
+def test_layers_that_the_encoder_lacks_are_refused(layers: Any) -> None:
+    with pytest.raises(ValueError, match=r"layers=.* must be 1 to 6, or None for all"):
+        minilm.load(layers=layers)
+
+
+@pytest.mark.parametrize("texts", [minilm.calibration, minilm.other_halves])
+@pytest.mark.parametrize("count", [0, 310, -1, 2.5])
+def test_more_texts_than_there_are_and_none_are_refused(texts: Any, count: Any) -> None:
+    with pytest.raises(ValueError, match=f"count={count} must be an integer, 1 to 300"):
+        texts(nn.Identity(), None, count)
+    with pytest.raises(ValueError, match="size=0 must be an integer, at least 1"):
+        texts(nn.Identity(), None, 8, size=0)
+
+
+def test_other_documents_than_the_judged_ones_are_refused() -> None:
+    def encoder(input_ids: Tensor, attention_mask: Tensor) -> Any:
+        return SimpleNamespace(last_hidden_state=torch.ones(*input_ids.shape, 2))
+
+    batch = {"input_ids": torch.ones(3, 4), "attention_mask": torch.ones(3, 4)}
+    with pytest.raises(ValueError, match=r"batches hold 3 texts, but must hold the 50 of minilm\.documents"):
+        minilm.pearson(encoder, [batch])
+    with pytest.raises(ValueError, match="batches hold 0 texts"):
+        minilm.pearson(encoder, [])
+
+
+@pytest.mark.parametrize("shape", [(3, 100, 300), (3, 300, 100), (1, 300, 300), (300, 300)])
+def test_images_that_are_too_small_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"images\[1\] has the shape \(.*\); each must be \[3, height, width\] with 224 pixels or more"):
+        efficientnet.center([torch.zeros(3, 256, 256), torch.zeros(shape)])
+    with pytest.raises(ValueError, match=r"with 112 pixels or more along both sides"):
+        efficientnet.random_crops([torch.zeros(shape)], 2)
+
+
+def test_no_images_and_no_crops_are_refused() -> None:
+    for call in (efficientnet.center, lambda images: efficientnet.random_crops(images, 2)):
+        with pytest.raises(ValueError, match="images is empty"):
+            call([])
+    with pytest.raises(ValueError, match="count=0 must be an integer, at least 1"):
+        efficientnet.random_crops([torch.zeros(3, 256, 256)], 0)
+
+
+def test_the_digits_of_a_caller_are_its_own() -> None:
+    for values in digits.split():
+        values.zero_()
+    assert all(values.any() for values in digits.split())
+
+
+def test_accuracy_leaves_the_model_as_it_is() -> None:
+    model = nn.Sequential(nn.Linear(64, 10), nn.BatchNorm1d(10)).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert digits.accuracy(model) == digits.accuracy(model.eval())
+    assert digits.accuracy(model.train()) == digits.accuracy(model)
+    assert model[1].training
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5])
+def test_batches_of_no_size_are_refused_at_once(size: Any) -> None:
+    with pytest.raises(ValueError, match=f"size={size} must be an integer, at least 1"):
+        digits.batches(epochs=1, seed=0, size=size)
+
+
+def test_training_does_not_depend_on_the_grad_mode() -> None:
+    expected = digits.trained(epochs=1)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            trained = digits.trained(epochs=1)
+        assert torch.equal(trained[0].weight, expected[0].weight)

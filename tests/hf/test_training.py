@@ -227,6 +227,15 @@ def test_steps_must_be_positive(options: dict[str, Any]) -> None:
         GradualPruning(MAGNITUDE, CUBIC, **options)
 
 
+@pytest.mark.parametrize("options", [{"every": 1e2}, {"end": 0.8 * 1000}, {"every": torch.tensor(100), "end": 1e3}])
+def test_steps_may_be_whole_floats(options: dict[str, Any]) -> None:
+    callback = GradualPruning(MAGNITUDE, CUBIC, **options)
+    assert {name: getattr(callback, name) for name in options} == options
+    assert all(type(getattr(callback, name)) is int for name in options)
+    with pytest.raises(ValueError, match=r"end=802\.4.* must be an integer, at least 1, or a whole float such as 1e2"):
+        GradualPruning(MAGNITUDE, CUBIC, end=0.8 * 1003)  # type: ignore[arg-type]
+
+
 def test_what_is_called_must_be_a_function() -> None:
     with pytest.raises(TypeError, match=r"prune=.* must be a function \(model, sparsity\)"):
         GradualPruning({}, CUBIC)  # type: ignore[arg-type]

@@ -630,3 +630,10 @@ def test_an_expanded_parameter_takes_a_mask_but_no_new_weight() -> None:
         bp.apply_masks(layer, mask, {"weight": torch.ones(4, 4)})
     assert not bp.read_masks(layer)
     assert bp.finalize(bp.apply_masks(layer, mask)).weight.sum() == 8
+
+
+def test_a_mask_without_values_is_refused() -> None:
+    model = nn.Linear(4, 2)
+    with pytest.raises(ValueError, match=r"weight: the parameter \(2, 4\) has a mask on the meta device, which has no values"):
+        bp.apply_masks(model, {"weight": bp.BlockMask(torch.ones(1, 2, dtype=torch.bool, device="meta"), bp.BlockGrid((2, 4), (2, 2)))})
+    assert type(model) is nn.Linear

@@ -490,3 +490,38 @@ def test_an_embedding_with_sparse_gradients_is_refused() -> None:
     with pytest.raises(TypeError, match=r"0\.weight: the parameter \(8, 4\) has sparse gradients.*sparse=False"):
         gates.add(model, where=bp.named("0.weight", (2, 2)))
     assert type(model[0]) is nn.Embedding
+
+
+NO_GATES: dict[str, tuple[Any, type[Exception], str]] = {
+    "None": (lambda logits: None, TypeError, r"returned NoneType; it must return a dense floating-point tensor of shape \(2, 4\)"),
+    "a float": (lambda logits: 1.0, TypeError, "returned float"),
+    "complex": (lambda logits: logits * 1j, TypeError, "returned torch.complex64"),
+    "integers": (torch.Tensor.long, TypeError, "returned torch.int64"),
+    "one number": (lambda logits: logits.sigmoid().mean(), ValueError, r"returned a tensor of shape \(\) for logits of shape \(2, 4\)"),
+    "transposed": (lambda logits: logits.sigmoid().T, ValueError, r"returned a tensor of shape \(4, 2\) for logits of shape \(2, 4\)"),
+    "a row": (lambda logits: logits.sigmoid()[:1], ValueError, r"returned a tensor of shape \(1, 4\) for logits of shape \(2, 4\)"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_GATES)
+def test_a_function_that_returns_no_gate_for_each_block_is_named(kind: str) -> None:
+    function, error, message = NO_GATES[kind]
+    model = gates.add(nn.Linear(8, 4), where=WHERE, gate=Gate(lambda logits, _: function(logits), torch.sigmoid))
+    with pytest.raises(error, match=f"gate.value {message}"):
+        model(torch.ones(1, 8))
+    model = gates.add(nn.Linear(8, 4), where=WHERE, gate=Gate(lambda logits, _: logits, function))
+    model(torch.ones(1, 8))
+    with pytest.raises(error, match=f"gate.open_probability {message}"):
+        gates.expected_sparsity(model)
+
+
+@pytest.mark.parametrize("probability", [lambda x: x * torch.nan, lambda x: x.sigmoid() + 0.5, lambda x: x.sigmoid() - 1])
+def test_probabilities_are_from_0_to_1(probability: Any) -> None:
+    model = gates.add(nn.Linear(8, 4), where=WHERE, gate=Gate(lambda logits, _: logits, probability))
+    with pytest.raises(ValueError, match=r"weight: gate.open_probability returned numbers from .*; each must be from 0 to 1"):
+        gates.penalty(model, sparsity=0.5)
+
+
+def test_gates_are_drawn_for_each_sample_under_vmap() -> None:
+    model, x = gates.add(nn.Linear(8, 4), where=WHERE).train(), torch.ones(5, 8)
+    assert torch.func.vmap(model, randomness="different")(x).shape == (5, 4)

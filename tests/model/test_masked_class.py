@@ -127,9 +127,19 @@ def test_a_masked_weight_assigned_to_another_module_ties_equal_masks() -> None:
 def test_a_masked_weight_with_another_mask_or_detached_is_refused(detach: bool) -> None:
     model = tied(MASK, MASK if detach else bp.BlockMask(~MASK.keep, MASK.grid))
     state = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"weight \(8, 8\) .* is masked and cannot become .*; tie the weights before bp.apply_masks"):
+    with pytest.raises(
+        ValueError, match=r"weight \(8, 8\) .* is masked and cannot become .*; tie the weights before bp.apply_masks"
+    ) as error:
         model[1].weight = model[0].weight.detach() if detach else model[0].weight
+    assert f"because it {'is detached' if detach else 'has another mask'};" in str(error.value)
     assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+
+
+def test_a_masked_weight_that_other_operations_compute_is_refused() -> None:
+    plain, normed = (bp.apply_masks(make(nn.Linear(8, 8)), {"weight": MASK}) for make in (lambda x: x, parametrizations.weight_norm))
+    for layer, other in ((plain, normed), (normed, plain)):
+        with pytest.raises(ValueError, match=r"cannot become .* because other operations compute one of the two weights; tie"):
+            layer.weight = other.weight
 
 
 class OwnCopy(nn.Linear):

@@ -1,5 +1,6 @@
 """Changes in place of a masked weight reach the stored weight, or raise."""
 
+import contextlib
 import copy
 import pickle
 import subprocess
@@ -326,6 +327,105 @@ def test_views_of_several_reads_are_all_followed() -> None:
         del second
 
 
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+@torch.no_grad()
+def test_a_view_is_followed_after_other_reads(reader: Callable[[nn.Linear], Tensor]) -> None:
+    _, layer = pair(MASK)
+    row = layer.weight[0]
+    layer(torch.ones(1, 4))
+    row.fill_(3)
+    assert torch.allclose(reader(layer)[0, keep(MASK)[0]], torch.tensor(3.0))
+
+
+def test_a_change_that_an_optimizer_step_overtakes_raises_once() -> None:
+    _, layer = pair(MASK)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(torch.ones(1, 4)).sum().backward()
+    view = layer.weight.data.view(-1)
+    view.mul_(2)
+    optimizer.step()
+    before: Tensor = dict(layer.named_parameters())["parametrizations.weight.original"].detach().clone()
+    with pytest.raises(RuntimeError, match=r"\(6, 4\) would be lost, .* made through a view.*it is not stored"):
+        layer(torch.ones(1, 4))
+    for reader in READERS.values():
+        reader(copy.deepcopy(layer))
+    assert torch.equal(stored(layer), before)
+    view.mul_(2)
+    with pytest.raises(RuntimeError, match="would be lost"):
+        _ = layer.weight
+    with pytest.warns(RuntimeWarning, match="would be lost"):
+        del view
+
+
+@pytest.mark.parametrize("load", [lambda layer, state: layer.load_state_dict(state), bp.load_masked])
+@pytest.mark.parametrize("is_stale", [False, True])
+def test_loading_a_state_replaces_what_was_written_through_a_view(load: Callable[[nn.Linear, Any], object], is_stale: bool) -> None:
+    _, layer = pair(MASK)
+    state = copy.deepcopy(layer.state_dict())
+    held = [layer.weight.data.view(-1)]
+    held[0].fill_(7)
+    if is_stale:
+        with torch.no_grad():
+            dict(layer.named_parameters())["parametrizations.weight.original"].mul_(2)
+    load(layer, state)
+    layer(torch.ones(1, 4))
+    assert all(torch.equal(x, state[name]) for name, x in layer.state_dict().items())
+    with pytest.warns(RuntimeWarning, match="would be lost") if is_stale else contextlib.nullcontext():
+        held.clear()
+    assert all(torch.equal(x, state[name]) for name, x in layer.state_dict().items())
+
+
+def test_kept_reads_are_followed_in_a_limited_number() -> None:
+    _, layer = pair(MASK)
+    held = []
+    for _ in range(100):
+        held.append(layer.weight.detach())
+        with torch.no_grad():
+            layer.weight.mul_(1.01)
+    (followed,) = _FOLLOWED.values()
+    assert len(followed) < 20
+    held[-1][0].mul_(2)  # its values are still recent
+    with pytest.raises(RuntimeError, match="would be lost"):
+        _ = layer.weight
+    with pytest.warns(RuntimeWarning, match="would be lost"):
+        held.clear()
+    kept = [layer.weight.data for _ in range(100)]  # all of the present values
+    kept[0][0].fill_(3)
+    assert layer.weight[0, 0] == 3
+
+
+@torch.no_grad()
+def test_data_of_data_is_other_memory_as_of_a_plain_weight() -> None:
+    mask = bp.BlockMask(torch.ones(2, 2).bool(), GRID)
+    plain, masked = pair(mask)
+    for layer in (plain, masked):
+        weight = layer.weight
+        data = weight.data
+        data.data = torch.ones(6, 4)
+        weight.mul_(5)
+        weight.data = weight.data + 1
+        assert torch.equal(data, torch.ones(6, 4))
+        del data
+        weight.mul_(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        del weight
+    assert torch.equal(masked.weight, plain.weight)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(4, 6), lambda: parametrizations.weight_norm(nn.Linear(4, 6))], ids=["plain", "normed"])
+def test_reads_beside_others_in_inference_mode(make: Callable[[], nn.Linear]) -> None:
+    layer = bp.apply_masks(make(), {"weight": MASK})
+    with torch.inference_mode():
+        held = layer.weight
+        expected = layer(torch.ones(1, 4))
+        assert torch.equal(layer.weight, held)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(2)
+    assert not torch.equal(layer(torch.ones(1, 4)), expected)
+
+
 @torch.no_grad()
 def test_a_read_holds_no_memory_after_its_end() -> None:
     _, layer = pair(MASK)
@@ -358,6 +458,24 @@ def test_gradients_are_switched_for_the_stored_parameter(switch: Callable[[nn.Li
     for value in (False, True, False):
         switch(layer, value)
         assert layer.weight.requires_grad == dict(layer.named_parameters())["parametrizations.weight.original"].requires_grad == value
+
+
+def test_requires_grad_is_that_of_the_stored_parameter() -> None:
+    _, layer = pair(MASK)
+    with torch.no_grad():
+        weight = layer.weight
+    assert weight.requires_grad
+    assert not weight.detach().requires_grad
+    weight.requires_grad_(False)
+    assert not weight.requires_grad
+    layer.requires_grad_(True)
+    assert weight.requires_grad
+    weight[0] *= 2  # it has no graph
+    x = torch.ones(1, 4)
+    assert not (x @ weight.T).requires_grad
+    assert layer(x).requires_grad
+    layer(x).sum().backward()
+    assert torch.equal(layer.weight.grad, keep(MASK).float())
 
 
 def test_gradients_and_hooks_are_those_of_the_stored_parameter() -> None:

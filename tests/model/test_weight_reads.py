@@ -16,6 +16,27 @@ WHERE = bp.linears((4, 4))
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
 Use = Callable[[Any, Tensor], Any]
 
+
+def written(memory: Tensor, weight: Tensor) -> Tensor:
+    memory[:] = weight
+    return memory
+
+
+def fails(layer: Any, x: Tensor) -> bool:
+    with pytest.raises(RuntimeError):
+        layer(x)
+    return True
+
+
+def assigned(layer: Any) -> Any:
+    layer.weight.data = torch.renorm(layer.weight.data, p=2, dim=0, maxnorm=1)
+    return layer
+
+
+def penalty(weight: Tensor) -> Tensor:
+    return (weight @ weight.T - torch.eye(16)).square().sum() + weight.norm() + weight.abs().sum(0).square().sum()
+
+
 USES: dict[str, Use] = {
     "transposed": lambda layer, x: F.linear(layer(x), layer.weight.T),
     "product": lambda layer, x: layer(x) @ layer.weight,
@@ -26,6 +47,13 @@ USES: dict[str, Use] = {
     "converted": lambda layer, x: layer(x) @ layer.weight.to(x.dtype),
     "in a list": lambda layer, x: layer(x) @ torch.cat([layer.weight, layer.weight]).T,
     "a part": lambda layer, x: layer(x) @ layer.weight.chunk(2)[0].T,
+    "scaled": lambda layer, x: layer(x) * (2 * layer.weight.clone())[0].exp(),
+    "added": lambda layer, x: layer(x) + layer.weight.mean(0),
+    "written elsewhere": lambda layer, x: layer(x) @ written(x.new_empty(16, 16), layer.weight),
+    "copied elsewhere": lambda layer, x: layer(x) @ x.new_empty(16, 16).copy_(layer.weight),
+    "of a new parameter": lambda layer, x: layer(x) @ nn.Parameter(layer.weight),
+    "rows of tokens": lambda layer, x: layer(F.embedding(x.argmax(1), layer.weight)),
+    "after an error": lambda layer, x: layer(x) @ layer.weight if fails(layer, x[:, :3]) else None,
 }
 LOOKS: dict[str, Use] = {
     "dtype": lambda layer, x: layer(x.to(layer.weight.dtype)),
@@ -36,6 +64,15 @@ LOOKS: dict[str, Use] = {
     "a new tensor": lambda layer, x: layer(x) + torch.zeros_like(layer.weight)[0] + layer.weight.new_zeros(16),
     "kind": lambda layer, x: layer(x if layer.weight.is_floating_point() and isinstance(layer.weight, Tensor) else 0 * x),
     "module": lambda layer, x: layer(layer(x)),
+    "form": lambda layer, x: layer(x) * len(layer.weight.T) + layer.weight[0].numel(),
+    "no numbers": lambda layer, x: layer(x) if not torch.isnan(layer.weight).any() and (layer.weight < 1e9).all() else None,
+    "number": lambda layer, x: layer(x) * layer.weight.norm().item(),
+    "penalty": lambda layer, x: layer(x) + 1e-4 * penalty(layer.weight),
+    "all parameters": lambda layer, x: layer(x) + nn.utils.parameters_to_vector(layer.parameters()).norm(),
+    "clamped": lambda layer, x: (layer.weight.data.clamp_(-1, 1), layer(x))[1],
+    "assigned": lambda layer, x: assigned(layer)(x),
+    "gradients": lambda layer, x: (layer.weight.requires_grad_(True), layer(x))[1],
+    "without hooks": lambda layer, x: layer(x) + layer.forward(x),
 }
 
 
@@ -94,6 +131,35 @@ def test_heuristics_of_inputs_warn_and_gradients_count_all_uses() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         collect(model, bp.statistics.gate_grad, loss=lambda output, batch: output.square().mean())
+
+
+def test_a_penalty_of_the_loss_is_no_use() -> None:
+    model = Tied(lambda layer, x: layer(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        collect(
+            model,
+            bp.statistics.input_gram,
+            bp.statistics.output_grad_gram,
+            loss=lambda output, batch: (output - batch @ model.layer.weight.detach()).square().mean() + penalty(model.layer.weight),
+        )
+
+
+def test_buffers_are_no_activations() -> None:
+    model = Tied(lambda layer, x: (layer.average.mul_(0.9).add_(layer.weight.detach(), alpha=0.1), layer(x))[1])
+    model.layer.register_buffer("average", torch.zeros(16, 16))
+    batches = [X]
+    collect(model, bp.statistics.input_gram, batches=batches)
+    bp.recipes.sparsegpt(WHERE, bp.Calibration(batches, progress=False))(nn.Sequential(model), 0.5)
+
+
+def test_a_convolution_called_without_hooks_is_no_other_use() -> None:
+    for conv in (nn.Conv2d(4, 4, 3, padding=1), nn.ConvTranspose2d(4, 4, 3, padding=1, bias=False)):
+        model = Tied(lambda layer, x: layer(x) + layer.forward(x))
+        model.layer = conv  # type: ignore[assignment]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            collect(model, bp.statistics.input_sq, where=bp.named("layer.weight", (4, 4)), batches=[torch.ones(1, 4, 6, 6)])
 
 
 def test_repair_and_convolutions() -> None:

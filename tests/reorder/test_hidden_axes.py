@@ -1,5 +1,6 @@
 """Hidden axes: the units of each can be reordered at will, the expected axes are found, and the model does not change."""
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -890,3 +891,22 @@ def test_models_that_compute_something_else_in_float64_are_traced_as_they_are(mi
     with torch.no_grad():
         model[0].weight.mul_(1e5)
     assert bp.find_axes(model, torch.randn(32, 8)) == []
+
+
+def test_other_threads_may_draw_random_numbers_meanwhile() -> None:
+    model, x = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 3)), torch.randn(6, 16)
+    expected, seeds_of_others = bp.find_axes(model, x), iter(range(10**6))
+
+    def disturbed(draw: Any) -> Any:
+        def drawn(*args: Any, **options: Any) -> Any:
+            torch.default_generator.manual_seed(next(seeds_of_others))  # what another thread may do at any time
+            return draw(*args, **options)
+
+        return drawn
+
+    with contextlib.ExitStack() as stack:
+        for name in ("rand", "randn", "randint", "randperm"):
+            stack.enter_context(mock.patch.object(torch, name, disturbed(getattr(torch, name))))
+        found = bp.find_axes(model, x)
+    assert [axis.rows for axis in found] == [axis.rows for axis in expected]
+    assert len(found) == 2

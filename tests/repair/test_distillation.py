@@ -372,6 +372,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"held_out": torch.zeros(2)}, TypeError, "held_out is one Tensor"),
     ({"teacher": nn.LazyLinear(4)}, ValueError, "weight of a lazy layer has no shape yet; run the model on one batch"),
     ({"loss": lambda s, t, b: s}, TypeError, "one number"),
+    ({"loss": lambda s, t, b: s.mean() * 1j}, TypeError, "a real number, not torch.complex"),
     ({"loss": lambda s, t, b: s.mean() * torch.nan}, ValueError, "training loss is nan"),
     ({"loss": lambda s, t, b: t.mean()}, ValueError, "does not depend"),
     ({"where": "nothing.*"}, ValueError, "matches no floating-point parameter"),

@@ -874,6 +874,21 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], dict[str, Any]]]] =
         r"extra_data names '0.wieght', which is not a parameter of the model; similar names: '0.weight'",
         lambda: {"extra_data": {"0.wieght": Param(torch.ones(12, 8), bp.BlockGrid((12, 8), (2, 2)))}},
     ),
+    "extra data of another model": (
+        ValueError,
+        r"extra_data\['0.weight'\] is of a parameter \(3, 8\), but that of the model is \(\d+, 8\); collect it from this model",
+        lambda: {"extra_data": {"0.weight": Param(torch.ones(3, 8), bp.BlockGrid((3, 8), (2, 2)))}},
+    ),
+    "extra data without grids": (
+        TypeError,
+        r"extra_data\['0.weight'\] is a Tensor, not a Param",
+        lambda: {"extra_data": {"0.weight": torch.ones(12, 8)}},
+    ),
+    "an allocator without masks": (
+        TypeError,
+        r"allocate must return a mapping from parameter names to BlockMask, not a list",
+        lambda: {"pipeline": attrs.evolve(pipeline(), allocate=lambda scores, sparsity: [1])},
+    ),
     "no where": (TypeError, r"have a default for where", lambda: {"pipeline": bound(where=None)}),
     "no statistics": (TypeError, r"must take where=, statistics= and calibration=", lambda: {"pipeline": without_statistics()}),
     "batches bound": (TypeError, r"binds batches.*give it to sequential", lambda: {"pipeline": bound(batches=[])}),
@@ -1010,3 +1025,55 @@ def test_each_layer_and_batch_has_noise_of_its_own_and_a_layer_on_a_batch_always
         assert not torch.equal(dense[0], dense[1])
     first, second = (states.batches(layer, {})[0].seed for layer in order)
     assert first != second
+
+
+def of_weights(change: Callable[[Tensor], Any]) -> Callable[..., Any]:
+    return lambda data, masks: {name: change(p.weight) for name, p in data.items()}
+
+
+WRONG_REPAIRS: dict[str, tuple[type[Exception], str, Callable[..., Any]]] = {
+    "NaN": (ValueError, r"a new weight from reconstruct with NaN or inf", of_weights(lambda w: w * torch.nan)),
+    "integers": (TypeError, r"a new weight from reconstruct that is torch.int64, which rounds it", of_weights(lambda w: w.long())),
+    "complex": (TypeError, r"that is torch.complex128", of_weights(lambda w: w + 1j)),
+    "sparse": (TypeError, r"that is torch.float64, torch.sparse_coo", of_weights(lambda w: w.to_sparse())),
+    "meta": (ValueError, r"on the meta device, which has no values", of_weights(lambda w: w.to("meta"))),
+    "lists": (TypeError, r"that is list; give a dense real tensor", of_weights(lambda w: w.tolist())),
+    "NumPy": (TypeError, r"that is ndarray; give a dense real tensor", of_weights(lambda w: w.numpy())),
+    "a row": (
+        ValueError,
+        r"0.weight: the parameter \(\d+, 8\) has a new weight from reconstruct of shape \(1, 8\)",
+        of_weights(lambda w: w[:1]),
+    ),
+    "transposed": (ValueError, r"from reconstruct of shape \(8, \d+\); give the whole weight", of_weights(lambda w: w.T)),
+    "a bias of one number": (
+        ValueError,
+        r"0.bias: the parameter .* of shape \(1,\)",
+        lambda d, m: {"0.bias": torch.zeros(1)} if "0.weight" in d else {},
+    ),
+    "a mistyped name": (
+        KeyError,
+        r"'0.wieght', which is not a parameter of layer '0'; similar names: '0.weight'",
+        lambda d, m: {"0.wieght": torch.zeros(1)},
+    ),
+    "another layer": (KeyError, r"'2.weight', which is not a parameter of layer '0'", lambda d, m: {"2.weight": torch.zeros(1)}),
+    "None": (TypeError, r"reconstruct must return a mapping .*for layer '0' it returned a NoneType", lambda d, m: None),
+    "a list": (TypeError, r"reconstruct must return a mapping .*for layer '0' it returned a list", lambda d, m: [*d]),
+}
+
+
+@pytest.mark.parametrize("target", ["dense", "pruned"])
+@pytest.mark.parametrize("wrong", WRONG_REPAIRS)
+def test_a_repair_that_returns_something_else_than_the_layers_weights_is_named(wrong: str, target: Any) -> None:
+    error, message, repair = WRONG_REPAIRS[wrong]
+    model = mlp()
+    before = state_of(model)
+    with pytest.raises(error, match=message):
+        bp.sequential(model, pipeline(), repair, inputs(), 0.5, target=target)
+    assert state_of(model) == before
+
+
+def test_the_weights_of_a_repair_leave_its_graph() -> None:
+    tuned = of_weights(lambda w: w.detach().clone().requires_grad_())
+    result = bp.sequential(mlp(), pipeline(), tuned, inputs(), 0.5)
+    assert result.weights
+    assert not any(w.requires_grad for w in result.weights.values())

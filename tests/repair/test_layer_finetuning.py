@@ -192,13 +192,13 @@ def test_no_masks_nothing_to_do() -> None:
     assert bp.finetune_layer(problem.run, problem.parameters, {}, range(8), problem.targets) == {}
 
 
-@pytest.mark.parametrize("share", [float("nan"), "half"])
+@pytest.mark.parametrize("share", [float("nan"), "half", 1.5, -0.1])
 def test_a_share_that_is_no_number_is_refused(share: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=r"held_out=.* must be a number from 0 to 1"):
         Problem().tuned(held_out=share)
 
 
-@pytest.mark.parametrize("share", [1.0, 1.5, -0.1])
+@pytest.mark.parametrize("share", [1.0, 1, 0.97])
 def test_a_share_that_leaves_nothing_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match=r"held_out=.* of 8 batches leaves none to learn from; give more batches, or held_out=0"):
         Problem().tuned(held_out=share)
@@ -395,3 +395,36 @@ def test_parts_that_cannot_be_tuned_are_named(finetune: Any, error: type[Excepti
     model = seeded(lambda: nn.Sequential(Odd())).double()
     with pytest.raises(error, match=message):
         bp.sequential(model, pipeline(), reconstruct.none, inputs(4), 0.5, target="pruned", finetune=finetune)
+
+
+def finetuned(result: Callable[[Any, Any], Any], repair: Any = reconstruct.none) -> Any:
+    model = seeded(lambda: nn.Sequential(*[PreNorm() for _ in range(2)])).double()
+    finetune = {"mlp": lambda run, parameters, masks, batches, targets: result(parameters, masks)}
+    return bp.sequential(model, pipeline(), repair, inputs(4), 0.5, target="pruned", finetune=finetune)
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "message"),
+    [
+        (lambda parameters, masks: None, TypeError, r"finetune\['mlp'\] must return a mapping .* for layer '0' it returned a NoneType"),
+        (lambda parameters, masks: {"wieght": torch.zeros(1)}, KeyError, r"finetune\['mlp'\] returned a weight for 'wieght'"),
+        (
+            lambda parameters, masks: {name: parameters[name] * torch.nan for name in masks},
+            ValueError,
+            r"0\.mlp\..*weight: the parameter .* has a new weight from finetune\['mlp'\] with NaN",
+        ),
+    ],
+)
+def test_a_function_that_returns_no_weights_of_its_part_is_named(result: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        finetuned(result)
+
+
+def test_biases_that_are_tuned_are_returned_without_a_graph() -> None:
+    def repair(data: bp.Data, masks: bp.Masks) -> bp.Weights:
+        return {name.replace("weight", "bias"): p.weight[:, 0] for name, p in data.items()}
+
+    result = finetuned(lambda parameters, masks: {name: (2 * p).requires_grad_() for name, p in parameters.items()}, repair)
+    untuned = finetuned(lambda parameters, masks: {}, repair)
+    assert torch.equal(result.weights["0.mlp.0.bias"], 2 * untuned.weights["0.mlp.0.bias"])
+    assert not any(w.requires_grad for w in result.weights.values())

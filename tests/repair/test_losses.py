@@ -333,6 +333,22 @@ def test_logits_of_one_sample() -> None:
     torch.testing.assert_close(losses.kl(student, teacher, top_k=2), losses.kl(student[None], teacher[None], top_k=2))
 
 
+def test_classes_on_the_last_of_four_axes_and_what_the_error_advises_for_others() -> None:
+    """The twin: torch's own, whose classes are the second axis."""
+    student, _ = logits(0, (2, 4, 4, 5))
+    labels = torch.randint(5, (2, 4, 4), generator=torch.Generator().manual_seed(0)).masked_fill(torch.eye(4, dtype=torch.bool), -100)
+    expected = F.cross_entropy(student.movedim(-1, 1), labels)
+    torch.testing.assert_close(losses.cross_entropy(student, None, (torch.zeros(2, 3), labels)), expected)
+    square = normal((2, 3, 3, 3), 1)  # could be either
+    labels = torch.randint(3, (2, 3, 3), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"model\(batch\)\.flatten\(2\)\.mT, and labels \[batch, positions\] instead of \(2, 3, 3\)"):
+        losses.cross_entropy(square, None, (X, labels))
+    advised = losses.cross_entropy(square.flatten(2).mT, None, (X, labels.flatten(1)))
+    torch.testing.assert_close(advised, F.cross_entropy(square, labels))
+    with pytest.raises(ValueError, match=r"which axis .* returns logits \[classes\] or \[batch, classes\]"):
+        losses.kl(torch.tensor(1.0), torch.tensor(1.0))
+
+
 X = torch.zeros(2, 3, 4)
 LABELS = torch.zeros(2, 3, dtype=torch.long)
 SQUARE = torch.zeros(2, 3, 3, 3)
@@ -365,7 +381,14 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: losses.weighted({}), ValueError, "empty"),
     (lambda: losses.weighted([(losses.kl, 1.0)]), TypeError, "terms is a list; give a mapping from losses"),
     (lambda: losses.weighted({"kl": 1.0}), TypeError, "a loss of terms='kl' must be a function"),
-    (lambda: losses.weighted({losses.kl: "1"}), TypeError, r"terms\[kl\]='1' must be a number"),
+    (lambda: losses.weighted({losses.kl: "1"}), TypeError, r"terms\[kl\]='1' must be a finite number"),
+    (lambda: losses.weighted({losses.kl: math.inf}), ValueError, r"terms\[kl\]=inf must be a finite number"),
+    (lambda: losses.weighted({losses.kl: torch.ones(1)}), TypeError, r"terms\[kl\]=tensor of shape \(1,\) must be a finite number"),
+    (
+        lambda: losses.cross_entropy(torch.zeros(2, 5, 4, 4), None, (X, torch.zeros(2, 4, 4).long())),
+        ValueError,
+        r"which axis.*flatten\(1\)",
+    ),
 ]
 
 

@@ -1,7 +1,9 @@
 """Each statistic equals its definition, computed in loops and float64."""
 
+import copy
 import itertools
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -648,3 +650,39 @@ def test_statistics_that_compare_two_models_are_refused_for_batches_of_one() -> 
             ValueError, match=r"input_cross and residual_cross compare two models; leave them out .* target='dense' adds them"
         ):
             only(nn.Linear(3, 3), [torch.ones(2, 3)], compared)
+
+
+NAMED = {name: value for name in statistics.__all__ if isinstance(value := getattr(statistics, name), Statistic)}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_statistic_goes_to_another_process_by_its_name(name: str) -> None:
+    assert pickle.loads(pickle.dumps(NAMED[name])) is NAMED[name]
+    assert copy.deepcopy(NAMED[name]) is NAMED[name]
+
+
+def test_a_statistic_with_options_goes_to_another_process_with_these() -> None:
+    model, x = nn.Linear(4, 3), torch.randn(5, 4)
+    for made in (statistics.activation("hard", F.hardtanh), statistics.activation("mean_activation", torch.exp)):
+        again = pickle.loads(pickle.dumps(made))
+        assert torch.equal(only(model, [x], again)[made.name], only(model, [x], made)[made.name])
+    curvature = statistics.gate_hessian_diagonal(probes=3, seed=2)
+    assert repr(pickle.loads(pickle.dumps(curvature))) == repr(curvature) == "gate_hessian_diagonal(probes=3, seed=2)"
+    assert pickle.loads(pickle.dumps(statistics.residual_cross(["a"]))).name == "residual_cross"
+
+
+def _no_sums(ref: Any, param: Any) -> dict[str, Tensor]:
+    return {}
+
+
+def _same_sums(sums: Any, call: Any) -> Any:
+    return sums
+
+
+def _ones(sums: Any, ref: Any, param: Any) -> Tensor:
+    return torch.ones(1)
+
+
+def test_a_statistic_of_ones_own_is_pickled_by_its_functions() -> None:
+    own = Statistic("own", "inputs", _no_sums, _same_sums, _ones, shared=True)
+    assert pickle.loads(pickle.dumps(own)) == own
