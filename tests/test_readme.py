@@ -116,6 +116,10 @@ def test_what_distillation_gives_back_is_what_was_recorded() -> None:
     tokens, before, after, dense = re.findall(r"after ([\d,]+) tokens .*perplexity Wikipedia ([\d.]+) -> ([\d.]+) \(([\d.]+)\)", answer)[0]
     assert f"has perplexity {float(before):.1f} after repair (dense {float(dense):.1f}; " in text
     assert f" and {float(after):.1f} after {round(int(tokens.replace(',', '')), -4):,} tokens of distillation, and" in text
+    answer = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "recover_smollm_dense.json").read_text())["answer"]
+    tokens, after = re.findall(r"after ([\d,]+) tokens .*perplexity Wikipedia [\d.]+ -> ([\d.]+)", answer)[0]
+    trained = f"{float(after):.1f} after {round(int(tokens.replace(',', '')), -4):,} tokens of the same articles"
+    assert f"The dense model has {trained}" in text
 
 
 def fastest(output: str, start: str) -> str:
