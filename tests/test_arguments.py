@@ -391,7 +391,9 @@ def test_what_numpy_calls_true_is_named_in_full() -> None:
         distill(train=np.True_)
 
 
-@pytest.mark.parametrize("blocks", [np.array([[4, 4]]), [np.array([4, 4])], [(np.int64(4), 4)], iter([[4, 4]])], ids=str)
+@pytest.mark.parametrize(
+    "blocks", [np.array([[4, 4]]), [np.array([4, 4])], [(np.int64(4), 4)], iter([[4, 4]])], ids=["array", "arrays", "integers", "iterator"]
+)
 def test_blocks_to_recommend_may_be_arrays(blocks: Any) -> None:
     table = export.recommend_blocks(MASKS, rows=2, blocks=blocks, sparsities=iter([0.5]), rounds=1, progress=False)  # type: ignore[arg-type]
     assert {row.block for row in table.rows} == {(4, 4)}
