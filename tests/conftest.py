@@ -1,9 +1,11 @@
 """How hard hypothesis tries: `laws` at every change, ``HYPOTHESIS_PROFILE=thorough pytest`` now and then, `quick` in ``make test-fast``."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
@@ -20,3 +22,11 @@ def without_blockprune_hf(monkeypatch: pytest.MonkeyPatch) -> None:
     auto = pytest.importorskip("transformers.quantizers.auto")
     for mapping in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
         monkeypatch.delitem(mapping, "blockprune", raising=False)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -38,6 +38,7 @@ from blockprune.repair.layer_finetuning import Finetune, check_parts, dense_outp
 from blockprune.repair.repaired_weights import checked_repair
 from blockprune.repair.transformer_layers import Layer, LoadWeights, find_layers
 from blockprune.statistics import Statistic
+from blockprune.statistics.inputs import COMPARE_TWO_MODELS
 
 
 @attrs.frozen(eq=False)
@@ -255,7 +256,7 @@ def _collector_options(pipeline: Pipeline, reconstruct: Reconstruct) -> tuple[Wh
     statistics = _with_required(() if bound is Parameter.empty else bound, required_statistics(pipeline.metric))
     statistics = _with_required(statistics, required_statistics(reconstruct))
     if any(s.name in ("input_cross", "residual_cross") for s in statistics):
-        raise ValueError("input_cross and residual_cross compare two models; leave them out of the statistics: target='dense' adds them")
+        raise ValueError(COMPARE_TWO_MODELS)
     if bad := [s.name for s in statistics if s.source not in ("inputs", "output")]:
         raise ValueError(
             f"{', '.join(bad)} needs gradients, which a single layer does not have; collect it from the whole model and pass it as "

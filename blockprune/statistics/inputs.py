@@ -27,6 +27,7 @@ from blockprune.statistics.statistic import (
 )
 
 SYMMETRIC_FROM = 1024  # features from which on it is faster to compute only the upper half of a Gram matrix and to copy it
+COMPARE_TWO_MODELS = "input_cross and residual_cross compare two models; leave them out of the statistics: target='dense' adds them"
 
 
 def _per_feature(name: str, contribution: Callable[[Tensor], Tensor]) -> Statistic:
@@ -133,7 +134,7 @@ collects it: its batches have an attribute ``dense_inputs``, which holds by para
 def _of_two_models(call: Call, attribute: str) -> Any:
     """What a batch of `sequential` knows of the dense model."""
     if not hasattr(call.batch, attribute):
-        raise ValueError("input_cross and residual_cross compare two models; leave them out of the statistics: target='dense' adds them")
+        raise ValueError(COMPARE_TWO_MODELS)
     return getattr(call.batch, attribute)
 
 

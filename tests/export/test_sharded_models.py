@@ -1,12 +1,11 @@
 """A model that ``parallelize_module`` has sharded is refused with what to do, which works."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -19,11 +18,7 @@ X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 MASKS = {"0.weight": bp.BlockMask(torch.arange(16)[:, None] < 12, bp.BlockGrid((16, 8), (1,)))}
 
 
-@pytest.fixture(autouse=True)
-def process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def plain() -> Any:

@@ -1,7 +1,6 @@
 """A folder that is being written: what is not complete is made again, whatever is left from before, and all ranks learn of an error."""
 
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from interruption import Stopped, stop_after
 from two_processes import in_two_processes
 
 import blockprune as bp
@@ -88,23 +88,12 @@ def obs(**options: Any) -> bp.recipes.LayerByLayer:
     return bp.recipes.obs(WHERE, bp.Calibration(list(ids), loss=loss, progress=False, **options))
 
 
-def stop_after(count: int) -> Callable[[str], None]:
-    files: list[str] = []
-
-    def callback(file: str) -> None:
-        files.append(file)
-        if len(files) == count:
-            raise Killed
-
-    return callback
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_files_of_earlier_versions_which_noted_nothing_are_made_again_with_a_warning(tmp_path: Path) -> None:
     go = partial(prune_checkpoint, tiny(tmp_path), recipe=obs(), sparsity=0.5)
     masks = go(destination=tmp_path / "whole")
-    with pytest.raises(Killed):
+    with pytest.raises(Stopped):
         go(destination=tmp_path / "again", callback=stop_after(1))
     notes = list((tmp_path / "again" / "unfinished").glob("*.sha256"))
     assert len(notes) == 3  # of the budget, of a layer and of its masks

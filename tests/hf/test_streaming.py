@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from interruption import Stopped, stop_after
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -206,21 +207,6 @@ def test_a_modules_json_of_another_form_names_no_folders(modules: str, tmp_path:
 
 
 # Interrupted and gone on with.
-
-
-class Stopped(Exception):
-    pass
-
-
-def stop_after(count: int) -> Callable[[str], None]:
-    files: list[str] = []
-
-    def callback(file: str) -> None:
-        files.append(file)
-        if len(files) == count:
-            raise Stopped
-
-    return callback
 
 
 @pytest.mark.parametrize("recipe", ["magnitude", "sparsegpt"])

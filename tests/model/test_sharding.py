@@ -1,11 +1,9 @@
 """Layers of a model that ``fully_shard`` has sharded run with other parameters, and have their own afterwards, also after an error."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call
@@ -19,11 +17,7 @@ X = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
 PARTS = [(0, 2), (0,), ()]  # the layers that are sharded apart; the model as a whole has the others
 
 
-@pytest.fixture(autouse=True)
-def process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def plain() -> Any:
