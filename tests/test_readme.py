@@ -64,12 +64,9 @@ def test_the_first_table_says_what_was_recorded() -> None:
     assert f"is {gain:.2f} times as fast as in float32 and {pruned[2]} times as fast as the fastest dense model" in text
     assert f"in {float(pruned[1]):.0f} instead of {float(dense[1]):.0f} MiB" in text
     times = [fastest(epyc, f"{model} int8") for model in ("75% pruned,", "50% pruned,", "dense")]
-    assert "takes {} ms in int8 with 75 % pruned and {} with half, the fastest dense model {}.".format(*times) in text
+    assert "takes {} ms in int8 with 75 % pruned and {} with half, the fastest dense model {};".format(*times) in text
     times = [fastest(xeon, f"{model} bfloat16") for model in ("dense", "50% pruned,", "75% pruned,")]
     assert "bfloat16, {} ms, and MiniLM in bfloat16 takes {} ms at 50 % and {} at 75 %".format(*times) in text
-    notebook = (Path(__file__).parent.parent / "notebooks" / "05_from_masks_to_milliseconds.ipynb").read_text()
-    gains = [re.findall(rf"{share}% pruned, bfloat16 +bfloat16 .* ([\d.]+)x", notebook)[0] for share in (50, 75)]
-    assert "in 32x32 blocks it is {} and {} times as fast as the fastest dense model".format(*gains) in text
     layers = json.loads((results / "speed_layers_amx.json").read_text())["output"]
     first = next(i for i, line in enumerate(layers) if re.match(r"bfloat16 .* 512  F", line)) + 1
     assert "batch 512, is {}, {} and {} times as fast as dense bfloat16".format(*re.findall(r"([\d.]+)x(?: |$)", layers[first])) in text
@@ -102,12 +99,8 @@ def test_what_distillation_gives_back_is_what_was_recorded() -> None:
     assert f"The cosine is {before} after repair and {trained}" in text
     assert "judgements is then {}, and {} for the dense model".format(*correlations) in text
     recorded = json.loads((results / "recover_minilm.json").read_text())
-    minutes, before, after = re.findall(pattern, recorded["answer"])[0][:3]
-    int8 = re.findall(r"distilled, int8 +([\d.]+)\n", "\n".join(recorded["output"]))[0]
-    assert f"rises from cosine {before} to {after} with 8 million tokens ({minutes} minutes), in int8 to {int8}, and" in text
-    answer = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "recover_minilm_stages.json").read_text())["answer"]
-    tokens, after = re.findall(r"after ([\d,]+) tokens .*cosine Lee50 [\d.]+ -> ([\d.]+)", answer)[0]
-    assert f"and to {after} in four steps with {int(tokens.replace(',', '')) / 1e6:.1f} million" in text
+    before, after = re.findall(pattern, recorded["answer"])[0][1:3]
+    assert f"With half of the blocks the cosine is {before} and {after}." in text
     answer = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "recover_smollm.json").read_text())["answer"]
     tokens, before, after = re.findall(r"after ([\d,]+) tokens .*perplexity Wikipedia ([\d.]+) -> ([\d.]+)", answer)[0]
     after = f"{float(after):.0f} after {round(int(tokens.replace(',', '')), -4):,} tokens of distillation"
