@@ -106,7 +106,7 @@ int main(int argc, char** argv) {
         for (int round = 0; round < rounds; round++) {
             const int heights[] = {1, 1, 2, 4, 5, 7, 8, 16, 17, 32}, widths[] = {1, 1, 2, 4, 6, 16, 18, 36};
             const int64_t height = heights[draw(0, 9)], width = widths[draw(0, 7)];
-            const Geometry g = geometry(draw(0, 2), draw(1, 20), draw(0, 1) ? 6 : 20, 0, 0, draw(1, 2), draw(0, 2) ? -1 : 0);
+            const Geometry g = geometry(draw(0, 2), draw(1, 20), draw(0, 1) ? 6 : 20, 0, 0, draw(0, 5) ? draw(1, 2) : draw(3, 40), draw(0, 2) ? -1 : 0);
             const double densities[] = {0, 0.2, 0.6, 1};
             fail_next(round % 3 ? -1 : draw(0, 20), round % 5 ? -1 : draw(0, 2));
             wrong += run(g, draw(1, 2 * (int)height + 9), height, width, densities[draw(0, 3)], draw(0, 1), draw(0, 1),

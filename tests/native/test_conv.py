@@ -55,7 +55,7 @@ def problems(draw: st.DrawFn, *, side: int = 12) -> Problem:
     window = Window(
         kernel,
         stride=(draw(small(3)), draw(small(3))),
-        dilation=(draw(small(2)), draw(small(2))),
+        dilation=(draw(small(2)), draw(st.sampled_from([1, 2, 2, 1, 9, 18, 40]))),  # a panel of outputs may fit between two rows
         padding=tuple(draw(st.integers(0, 3)) for _ in range(4)),
     )
     left, right, top, bottom = window.padding
@@ -115,7 +115,22 @@ LARGE = [  # images in several strips, rows of W in several groups
     problem((17, 33, 5, 5), (1, 80, 80), (1, 33), 0.5, padding=(2, 2, 2, 2)),
     problem((8, 3, 7, 7), (1, 224, 224), (8, 3), 0.0, padding=(3, 3, 3, 3), stride=(2, 2)),
     problem((32, 3, 16, 16), (1, 64, 64), (8, 3), 0.5, stride=(16, 16)),
+    problem((16, 16, 3, 3), (1, 65, 65), (4, 4), 0.5, padding=(18, 18, 18, 18), dilation=(18, 18)),
+    problem((16, 16, 3, 3), (1, 90, 90), (4, 4), 0.5, padding=(36, 36, 36, 36), dilation=(36, 36)),
 ]
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kernel", "dilation"), [(3, 8), (3, 18), (3, 40), (17, 1), (33, 1), (80, 1), (7, 6)])
+def test_panels_of_outputs_may_lie_between_two_rows(instructions: str, kernel: int, dilation: int, dtype: torch.dtype) -> None:
+    reads = (kernel - 1) * dilation
+    for width, padding in ((1, 0), (13, 0), (30, 0), (40, reads // 2), (65, 3)):
+        wide = problem(
+            (5, 3, 1, kernel), (2, 4, width + reads - 2 * padding), (4, 2), 0.5, padding=(padding, padding, 0, 0), dilation=(1, dilation)
+        )
+        with running(instructions):
+            assert torch.equal(wide.outcome(dtype), wide.expected.to(dtype)), width
 
 
 @pytest.mark.slow

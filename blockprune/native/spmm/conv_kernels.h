@@ -240,6 +240,8 @@ static void conv_multiply(const Convolution& c, const Strip& strip, const void* 
                 if (many > 0) segments[count++] = {p - start, many, top + row * c.out_width + column};
                 p += many > 0 ? many : c.pitch - column;
             }
+            next = start + panel;
+            if (!count) continue;  // nothing but what a wide kernel reads beyond the end of a row of outputs
             const bool direct = sizeof(T) == 4 && !c.channels_last_y && segments[0].count == panel;
             float* out = direct ? (float*)c.y + strip.image * c.rows * outputs + segments[0].position : scratch;
             const int64_t out_stride = direct ? outputs : CONV_PANEL, first = direct ? 0 : group.first;
@@ -247,7 +249,6 @@ static void conv_multiply(const Convolution& c, const Strip& strip, const void* 
             multiply_group<K>(c, group, vectors, from, out, out_stride, first);
             for (int64_t s = 0; s < count && !direct; s++)
                 (c.channels_last_y ? store_channels_last<T> : store_channels_first<T>)(c, group, segments[s], strip.image, out);
-            next = start + panel;
         }
     }
 }
