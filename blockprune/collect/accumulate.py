@@ -1,6 +1,7 @@
 """Sums of statistics over batches. They can be added before they are divided."""
 
 import operator
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast, get_args
 
@@ -244,13 +245,14 @@ class RunningFold:
 def _updated(s: Statistic, before: Sums, evidence: Any) -> Sums:
     """The new sums; the same object for layers that share the sums before, if the statistic allows it and the inputs are the same."""
     results: dict[Any, Any] | None = evidence.shared if s.shared else None
-    key = s.name, id(before)
-    if results is None or key not in results:
+    total = next(iter(before.values()), None)
+    key = s.name, id(total)
+    if results is None or total is None or key not in results or results[key][0]() is not total:
         with no_autocast():
             new = s.update(before, evidence)
-        if results is None:
+        if results is None or total is None:
             return new
-        results[key] = before, new  # keeps the sums before alive, so that no others get their number
+        results[key] = weakref.ref(total), new  # the sums before may be large, and are dropped where no layer has them any more
     return cast(Sums, results[key][1])
 
 

@@ -42,6 +42,7 @@ def add_batches(model: nn.Module, fold: Fold, calibration: Calibration) -> Fold:
     observed = [hook for hook in hooks if input_axis(hook[1]) == input_axis(fold.refs[hook[0]])]  # not a head tied to an embedding
     grids = {name: p.grid for name, p in fold.data.items()}
     running, unweighted = RunningFold(fold), set[str]()
+    fold = running.fold  # the sums that it began with are dropped as they are replaced
     weights = [ref.stored for ref in fold.refs.values()]
     check_not_inference(fold.refs.values())
     with preserve_state(model, weights), disable_attention_fastpath(), without_broadcasts(model):

@@ -146,12 +146,30 @@ def _cholesky(hessian: Tensor) -> Tensor | None:
     factor = hessian
     for dtype in dict.fromkeys((hessian.dtype, torch.float64)):
         del factor  # before the next one is made: it is as large as H
-        h = hessian.to(dtype)
-        factor, info = torch.linalg.cholesky_ex(h)
-        unexplained = factor.diagonal(dim1=1, dim2=2).square() / h.diagonal(dim1=1, dim2=2)
+        factor = torch.empty_like(hessian, dtype=dtype).mT.copy_(hessian)  # column by column, so that it is factored where it is
+        variance = factor.diagonal(dim1=1, dim2=2).clone()
+        _, info = torch.linalg.cholesky_ex(factor, out=(factor, torch.empty_like(factor[:, 0, 0], dtype=torch.int32)))
+        unexplained = factor.diagonal(dim1=1, dim2=2).square() / variance
         if info.any() or not (unexplained > max(16 * torch.finfo(hessian.dtype).eps, 1e-11)).all():
             return None
     return factor
+
+
+def upper_factor(inverse: Tensor) -> Tensor:
+    """The upper U of ``H^-1 = U^T U``, ``[groups, k, k]``, written into the memory of H^-1.
+
+    Raises:
+        torch.linalg.LinAlgError: rounding made the inverse indefinite.
+
+    Example:
+        >>> from blockprune.core.hessian import upper_factor
+        >>> upper_factor(torch.tensor([[[4.0, 2.0], [2.0, 2.0]]]))
+        tensor([[[2., 1.],
+                 [0., 1.]]])
+    """
+    columns = inverse.mT  # symmetric, and LAPACK factors a matrix column by column
+    torch.linalg.cholesky(columns, upper=True, out=columns)
+    return columns
 
 
 def workspace_bytes(device: torch.device, memory: int | None) -> int:

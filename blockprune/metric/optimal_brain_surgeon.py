@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from blockprune import native, statistics
 from blockprune.core.arguments import check_counts, check_fraction, check_function, check_sparsity
 from blockprune.core.grid import BlockGrid, block_elements, expand
-from blockprune.core.hessian import LayerQuadratic, layer_quadratic, workspace_bytes
+from blockprune.core.hessian import LayerQuadratic, layer_quadratic, upper_factor, workspace_bytes
 from blockprune.core.patterns import resolve_by_name
 from blockprune.core.pipeline import requires
 from blockprune.core.precision import double, float32_if_in_range
@@ -163,11 +163,12 @@ def _bands(name: str, p: Param, damping: float) -> _Bands:
     flat = columns.flatten()
     rows, group = _band_rows(name, p.grid, quadratic)
     rows = F.pad(_weighted_by_gradients(rows, p), (0, 1))[..., flat]
-    inverse = quadratic.inverse
-    variance_inflation = inverse.diagonal(dim1=1, dim2=2) * quadratic.hessian.diagonal(dim1=1, dim2=2)  # large if inputs are collinear
+    diagonal, factor = quadratic.hessian.diagonal(dim1=1, dim2=2).clone(), quadratic.cholesky
+    del quadratic  # it holds as much as the inverse, which takes the memory of its factor
+    inverse = torch.cholesky_inverse(factor, out=factor).mT  # symmetric, and torch gives it column by column
+    variance_inflation = inverse.diagonal(dim1=1, dim2=2) * diagonal  # large if inputs are collinear
     if variance_inflation.max() * torch.finfo(rows.dtype).eps > MAX_ROUNDING_ERROR:
         rows = rows.double()
-    del quadratic  # it holds as much as the inverse
     k = inverse.shape[-1]
     if len(flat) > k or bool((flat.diff() != 1).any()):  # ragged blocks, or blocks whose columns are not side by side
         inverse = F.pad(inverse, (0, 1, 0, 1))[:, flat][:, :, flat]
@@ -335,7 +336,7 @@ def _sparsegpt(bands: _Bands, p: Param, sparsity: float, columns_per_step: int) 
     rows, group, width = bands.rows / unit, bands.group, bands.width
     count = rows.shape[2] // width
     # U of H^-1 = U^T U: for the Hessian of the columns from j on, the first block of its inverse is U_jj^T U_jj, its first rows U_jj^T U_j:
-    upper = torch.linalg.cholesky(bands.inverse, upper=True).to(rows.dtype)  # [groups, C * N, C * N]
+    upper = upper_factor(bands.inverse).to(rows.dtype)  # [groups, C * N, C * N]
     elements = block_elements(p.grid, device=rows.device).reshape(len(rows), count).to(rows)
     score = rows.new_empty(len(rows), count)
     step = max(1, columns_per_step // width)

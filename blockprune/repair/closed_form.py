@@ -11,7 +11,7 @@ from torch import Tensor
 from blockprune import statistics
 from blockprune.core.arguments import check_counts, check_function
 from blockprune.core.grid import expand
-from blockprune.core.hessian import layer_quadratic, workspace_bytes
+from blockprune.core.hessian import layer_quadratic, upper_factor, workspace_bytes
 from blockprune.core.pipeline import requires
 from blockprune.core.progress import progress_bar
 from blockprune.core.types import BlockMask, Data, Masks, Param, Share, solve_all
@@ -176,7 +176,7 @@ def sparsegpt(data: Data, masks: Masks, *, damping: float = 0.01, columns_per_st
             q = layer_quadratic(name, data[name], damping=damping)
             best, inverse = q.best.clone(), q.inverse
             del q  # it holds more than the inverse
-            upper = torch.linalg.cholesky(inverse, upper=True).to(best.dtype)  # [groups, k, k]
+            upper = upper_factor(inverse).to(best.dtype)  # [groups, k, k]
             pruned = ~expand(mask.keep.to(best.device), mask.grid).reshape(best.shape)  # [groups, rows, k]
             rows = _sparsegpt_update(best, pruned, upper, columns_per_step)
             repaired[name] = rows.reshape(data[name].weight.shape).to(data[name].weight.dtype)

@@ -77,8 +77,14 @@ def _gram(x: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _gram_update(sums: Sums, call: Call) -> Sums:
-    gram = shared_by_layers(call, "input_gram", lambda x: _gram(at_least_float32(x), row_weights(call, x)))
-    return {"sum": sums["sum"] + gram, "n": sums["n"] + count_input_rows(call, sums["n"])}
+    return _with_products(sums, call, [_gram(at_least_float32(x), row_weights(call, x)) for x in call.inputs])
+
+
+def _with_products(sums: Sums, call: Call, products: list[Tensor]) -> Sums:
+    """The sums with the product of each group of inputs; the memory of the products becomes that of the new sums, as these are large."""
+    total = products[0][None] if len(products) == 1 else torch.stack(products)
+    total = total.add_(sums["sum"]) if total.dtype == sums["sum"].dtype else sums["sum"] + total
+    return {"sum": total, "n": sums["n"] + count_input_rows(call, sums["n"])}
 
 
 input_gram = Statistic("input_gram", "inputs", _gram_init, _gram_update, lambda sums, ref, param: sums["sum"] / sums["n"], shared=True)
@@ -119,8 +125,8 @@ def _cross_update(sums: Sums, call: Call) -> Sums:
             f"{call.name}: the dense layer has {sum(map(len, dense))} input rows and the pruned layer {sum(map(len, call.inputs))}, so "
             "they cannot be compared row by row (does a router choose the tokens?); use target='pruned'"
         )
-    products = torch.stack([at_least_float32(x).mT @ _append_ones(call, y) for x, y in zip(dense, call.inputs, strict=True)])
-    return {"sum": sums["sum"] + products, "n": sums["n"] + count_input_rows(call, sums["n"])}
+    products = [at_least_float32(x).mT @ _append_ones(call, y) for x, y in zip(dense, call.inputs, strict=True)]
+    return _with_products(sums, call, products)
 
 
 input_cross = Statistic("input_cross", "inputs", _cross_init, _cross_update, lambda sums, ref, param: sums["sum"] / sums["n"])
