@@ -294,6 +294,25 @@ def test_what_is_no_integer_is_refused_by_name(function: Callable[..., Any], nam
         function(**{name: wrong})
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        finetune,
+        distill,
+        partial(bp.statistics.gate_hessian_diagonal),
+        lambda seed: bp.metric.random(DATA, generator=seed),
+        lambda seed: bp.examples.digits.batches(epochs=1, seed=seed),
+        lambda seed: bp.examples.digits.trained(epochs=0, seed=seed),
+    ],
+)
+def test_a_seed_that_torch_does_not_take_is_refused_by_name(function: Callable[..., Any]) -> None:
+    for seed in (2**64 - 1, -(2**63)):
+        function(seed=seed)
+    for seed in (2**64, -(2**63) - 1, 2**70):
+        with pytest.raises(ValueError, match=rf"(seed|generator)={seed} must be an integer from -2\^63 to 2\^64 - 1"):
+            function(seed=seed)
+
+
 def test_a_memory_may_be_a_whole_float() -> None:
     for function in (partial(bp.metric.obs, DATA), partial(bp.reconstruct.least_squares, DATA, MASKS)):
         assert same(function(memory=1e9), function(memory=10**9))
@@ -397,3 +416,19 @@ def test_what_numpy_calls_true_is_named_in_full() -> None:
 def test_blocks_to_recommend_may_be_arrays(blocks: Any) -> None:
     table = export.recommend_blocks(MASKS, rows=2, blocks=blocks, sparsities=iter([0.5]), rounds=1, progress=False)  # type: ignore[arg-type]
     assert {row.block for row in table.rows} == {(4, 4)}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda loss: bp.Calibration([torch.ones(1)], loss=loss),
+        lambda loss: bp.Calibration([torch.ones(1)], forward=loss),
+        lambda loss: bp.sensitivity(network(), PIPELINE, [0.5], loss),
+        lambda loss: bp.sweep(network(), {"l1": PIPELINE}, [0.5], loss),
+    ],
+)
+def test_the_class_of_a_module_is_no_function(call: Callable[[Any], object]) -> None:
+    with pytest.raises(
+        TypeError, match=r"=CrossEntropyLoss is a class; give a function \(.*\) -> .*, or a module .*: CrossEntropyLoss\(\)"
+    ):
+        call(nn.CrossEntropyLoss)

@@ -15,11 +15,12 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 def test_there_are_guides() -> None:
-    assert {"index", "prune", "repair", "run_fast", "shrink", "large_models", "distributed"} <= {path.stem for path in GUIDES}
+    assert {"index", "prune", "repair", "run_fast", "shrink", "adapters", "large_models", "distributed"} <= {path.stem for path in GUIDES}
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:0 of .* became block-sparse")  # on a busy machine layers may be faster dense
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:(transformers|peft)", "ignore::FutureWarning:(transformers|peft)")
 @pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.stem)
 def test_its_code_runs_and_prints_what_the_page_says(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -220,6 +220,36 @@ def regularizers(wrap: str, when: str, folder: str) -> Any:
     return output(model), keep(bp.masks_from_zeros(model, where=WHERE))
 
 
+def train_gates(wrap: str, when: str, folder: str) -> Any:
+    gate = bp.gates.Gate(lambda logits, training: logits.sigmoid(), torch.sigmoid)  # no random numbers, which ranks draw apart
+    model = WRAPS[wrap](bp.gates.add(plain(), where=WHERE, gate=gate, initial=0.5))
+    multipliers = torch.zeros(2, requires_grad=True)
+    optimizers = torch.optim.AdamW(model.parameters(), lr=0.1), torch.optim.SGD([multipliers], lr=0.5, maximize=True)
+    for _ in range(4):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = model(own_rows(wrap)).square().mean() + bp.gates.penalty(model, sparsity=0.8)
+        gap = bp.gates.expected_sparsity(model, costs={"*0.weight": 3.0, "*": 1.0}) - 0.9  # CoFi's Lagrangian
+        (loss + multipliers[0] * gap + multipliers[1] * gap**2).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    scores = bp.gates.scores(model)
+    masks = bp.allocate.per_model(scores, 0.5)
+    grown = bp.regrow(masks, drop=scores, grow=bp.metric.random(bp.collect.weights(model, where=WHERE), generator=0), fraction=0.3)
+    learned = output(model), [score.value for score in scores.values()], keep(masks), keep(grown), multipliers.detach()
+    if wrap == "DDP":
+        with pytest.raises(ValueError, match=r"gates cannot be removed .*model = wrapped\.module, del wrapped"):
+            bp.gates.remove(model)
+        model = model.module
+        masks = dict(zip(random_masks(), masks.values(), strict=True))
+    state, pruned = bp.distributed.full_state_dict(bp.apply_masks(model, masks)), output(model)
+    if state:  # of the first rank: gates and masks are multiplied into its weights
+        loaded = plain(2)
+        loaded.load_state_dict(state)
+        torch.testing.assert_close(output(loaded), pruned)
+    return *learned, pruned
+
+
 def add_gates(wrap: str, when: str, folder: str) -> Any:
     return output(bp.gates.add(distributed(wrap, when), where=WHERE))
 
@@ -400,7 +430,7 @@ def refusal(wrap: str, when: str, what: str) -> str | None:
         "change_in_place": IN_PLACE if sharded else None,
         "gradients_of_weights": NO_GRAPH if sharded else None,
         "gates": NO_GRAPH if sharded else None,
-        "part": AROUND if wrap == "FSDP2 root" else None,
+        "part": {"FSDP2 root": AROUND, "DDP": AFTER_DDP}.get(wrap),
         "add_gates": "gates cannot be added to .* change the model first and (shard|wrap) it afterwards",
     }.get(what)
 
@@ -408,6 +438,7 @@ def refusal(wrap: str, when: str, what: str) -> str | None:
 TABLE = [(wrap, when, do.__name__) for wrap in WRAPS if wrap != "none" for when in ("before", "after") for do in DONE]
 ON_PLAIN = (sparsegpt, obs, finetune, sensitivity, functional, sweep, units, distill, permute, convert)
 TABLE += [(wrap, "after", do.__name__) for wrap in ("FSDP2", "FSDP2 root", "DDP") for do in ON_PLAIN]
+TABLE += [(wrap, "before", "train_gates") for wrap in ("FSDP2", "FSDP2 root", "DDP")]
 TABLE += [("TP", "after", do.__name__) for do in (sensitivity, functional, sweep, units, distill, permute, convert)]
 
 

@@ -5,6 +5,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.nn.utils import prune as torch_prune
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import blockprune as bp
-from blockprune import allocate, collect, metric, reconstruct, statistics
+from blockprune import allocate, collect, export, metric, reconstruct, statistics
 
 BATCH = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
 
@@ -199,6 +200,62 @@ def test_a_model_made_under_inference_mode_is_refused_outside_of_it_and_a_copy_i
         bp.apply_masks(model, mask)
 
 
+PLAN = bp.UnitPermutation(torch.arange(8).flip(0), rows=("0.weight", "0.bias"), columns=("2.weight",))
+INFERENCE: dict[str, Callable[[Any], object]] = {
+    "gates": lambda m: bp.gates.add(m, where=bp.linears((4, 4))),
+    "weights": lambda m: bp.apply_masks(m, {}, {"0.bias": torch.zeros(8)}),
+    "load_masked": lambda m: bp.load_masked(m, with_masks().state_dict()),
+    "proximal": lambda m: bp.regularizers.proximal_group_lasso(m, where=bp.linears((4, 4)), strength=0.1),
+    "permute": lambda m: bp.permute(m, [PLAN], inplace=True),
+}
+CALIBRATION = bp.Calibration([BATCH], loss=lambda output, batch: output.square().mean(), progress=False)
+RUNS: dict[str, Callable[[Any], object]] = {
+    "statistics": lambda m: collect.with_statistics(m, where=bp.linears((4, 4)), statistics=[statistics.input_sq], calibration=CALIBRATION),
+    "obs": lambda m: bp.recipes.obs(bp.linears((4, 4)), CALIBRATION)(m, 0.5),
+    "cluster_units": lambda m: bp.recipes.cluster_units(m, bp.linears((4, 4)), CALIBRATION),
+}
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+@pytest.mark.parametrize("name", [*INFERENCE, *RUNS])
+def test_a_model_made_under_inference_mode_is_refused_with_the_name_of_a_parameter(name: str, inside: bool) -> None:
+    with torch.inference_mode():
+        model = plain_model()
+    with torch.inference_mode(inside):
+        if inside and name in INFERENCE:
+            INFERENCE[name](model)  # torch allows changes there
+            return
+        with pytest.raises(ValueError, match=r"0.(weight|bias) \(8.* was made under torch.inference_mode.*copy.deepcopy"):
+            (INFERENCE | RUNS)[name](model)
+    (INFERENCE | RUNS)[name](copy.deepcopy(model))
+
+
+def test_gates_that_are_added_in_inference_mode_train_outside_of_it() -> None:
+    model = plain_model()
+    with torch.inference_mode():
+        bp.gates.add(model, where=bp.linears((4, 4)))
+    model(BATCH).sum().backward()
+    assert all(logits.grad is not None for logits in bp.gates.parameters(model))
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_layer_that_is_called_with_a_nested_tensor_is_named(layout: torch.layout) -> None:
+    batch = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=layout)
+    loss = lambda output, batch: torch.cat(list(output.unbind())).square().mean()  # noqa: E731
+    options: dict[str, Any] = {"where": bp.linears((4, 4)), "batches": [batch], "loss": loss, "progress": False}
+    for statistic in (statistics.input_sq, statistics.input_gram, statistics.output_sq, statistics.output_grad_gram):
+        with pytest.raises(ValueError, match=r"0.weight: this layer is called with a nested tensor .* give padded batches"):
+            collect.with_statistics(plain_model(), statistics=[statistic], **options)
+    with pytest.raises(ValueError, match=r"0: this layer is called with a nested tensor .* give padded batches"):
+        bp.find_axes(plain_model(), batch)
+    if layout == torch.strided:
+        with pytest.raises(ValueError, match=r"0.weight: this layer is called with a nested tensor .* give padded batches"):
+            collect.with_statistics(plain_model(), statistics=[statistics.gate_fisher], **options)
+    gradient = collect.with_statistics(plain_model(), statistics=[statistics.weight_grad], **options)["0.weight"].stats["weight_grad"]
+    assert gradient.isfinite().all()
+
+
 def test_empty_batches_are_named() -> None:
     options: Any = {"where": bp.linears((4, 4)), "statistics": [statistics.input_sq]}
     with pytest.raises(ValueError, match=r"weight \(8, 8\): the batches are empty, or all rows .*; give batches with samples"):
@@ -335,6 +392,109 @@ def test_offloaded_parameters_are_refused() -> None:
     accelerate.hooks.remove_hook_from_submodules(model)
 
 
+def offloaded(model: nn.Module, how: str, folder: Path) -> nn.Module:
+    accelerate = pytest.importorskip("accelerate")
+    if how == "to disk":
+        layers: dict[str, str] = {"0": "disk", "1": "cpu", "2": "disk"}
+        return accelerate.dispatch_model(model, layers, main_device="cpu", offload_dir=folder, force_hooks=True)  # type: ignore[no-any-return]
+    return accelerate.cpu_offload(model, preload_module_classes=["Sequential"] if how == "as a whole" else None)  # type: ignore[no-any-return]
+
+
+def plain_model() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+
+def with_masks() -> nn.Sequential:
+    return bp.apply_masks(plain_model(), {"0.weight": mask(8, 8), "2.weight": mask(8, 8)})
+
+
+def with_gates() -> nn.Sequential:
+    return bp.gates.add(plain_model(), where=bp.linears((4, 4)))
+
+
+def exported_state() -> dict[str, Tensor]:
+    return export.block_sparse(with_masks(), backend="torch").state_dict()
+
+
+ADMM: dict[str, Any] = {"where": bp.linears((4, 4)), "prune": lambda data: bp.allocate.per_layer(bp.metric.l2(data), 0.5)}
+NEEDS_VALUES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], object]]] = {
+    name: (make, use)
+    for make, uses in (
+        (
+            plain_model,
+            {
+                "masks": lambda m: bp.apply_masks(m, {"0.weight": mask(8, 8)}),
+                "weights": lambda m: bp.apply_masks(m, {}, {"0.weight": torch.zeros(8, 8)}),
+                "biases": lambda m: bp.apply_masks(m, None, {"0.bias": torch.zeros(8)}),
+                "masked_parameters": lambda m: bp.masked_parameters(m, {"0.weight": mask(8, 8)}),
+                "load_masked": lambda m: bp.load_masked(m, with_masks().state_dict()),
+                "gates": lambda m: bp.gates.add(m, where=bp.linears((4, 4))),
+                "group_lasso": lambda m: bp.regularizers.group_lasso(m, where=bp.linears((4, 4))),
+                "proximal": lambda m: bp.regularizers.proximal_group_lasso(m, where=bp.linears((4, 4)), strength=0.1),
+                "admm": lambda m: bp.regularizers.admm(m, **ADMM),
+                "admm_penalty": lambda m: bp.regularizers.admm_penalty(m, bp.regularizers.admm(with_masks(), **ADMM), rho=1.0),
+                "distill": lambda m: bp.distill(m, {}, None, [BATCH], teacher=with_masks(), loss=bp.losses.kl, steps=1),
+                "load an exported model": lambda m: export.load_state_dict(m, exported_state()),
+                "full_state_dict": bp.distributed.full_state_dict,
+                "weights of data": lambda m: collect.weights(m, where=bp.linears((4, 4)), lazy=True),
+            },
+        ),
+        (
+            with_masks,
+            {
+                "unmask": lambda m: bp.apply_masks(m, {}),
+                "other masks": lambda m: bp.apply_masks(m, {"0.weight": mask(8, 8)}),
+                "finalize": bp.finalize,
+                "finalize in place": lambda m: bp.finalize(m, inplace=True),
+                "zero_new_blocks": lambda m: bp.zero_new_blocks(m, {"0.weight": mask(8, 8)}),
+            },
+        ),
+        (with_gates, {"remove gates": bp.gates.remove, "scores": bp.gates.scores, "expected_sparsity": bp.gates.expected_sparsity}),
+    )
+    for name, use in uses.items()
+}
+
+
+@pytest.mark.parametrize("how", ["layer by layer", "as a whole", "to disk"])
+@pytest.mark.parametrize("name", NEEDS_VALUES)
+def test_what_needs_the_values_of_offloaded_parameters_is_refused_and_changes_nothing(name: str, how: str, tmp_path: Path) -> None:
+    make, use = NEEDS_VALUES[name]
+    model = make().eval()
+    before = model(BATCH)
+    if how == "to disk" and make is not plain_model:
+        pytest.skip("accelerate writes no masks and gates to a disk")
+    model = offloaded(model, how, tmp_path)
+    with pytest.raises(ValueError, match="offloaded"):
+        use(model)
+    torch.testing.assert_close(model(BATCH), before)
+
+
+def test_a_model_on_the_meta_device_is_searched_once_for_offloaded_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, searched = nn.Sequential(*(nn.Linear(8, 8, device="meta") for _ in range(20))), list[nn.Module]()
+    masks = {f"{i}.weight": mask(8, 8) for i in range(20)}
+    bp.apply_masks(model, masks)
+    monkeypatch.setattr("blockprune.model.parameters.is_offloaded", searched.append)
+    bp.apply_masks(model, masks)
+    assert len(searched) == len(list(model.modules()))
+
+
+@pytest.mark.parametrize("function", ["find_axes", "permute"])
+def test_units_of_offloaded_parameters_are_refused(function: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)))
+    plan = [bp.UnitPermutation(torch.arange(8).flip(0), rows=("0.weight", "0.bias"), columns=("2.weight",))]
+    calibration = bp.Calibration([BATCH], loss=lambda output, batch: output.square().mean())
+    calls: list[Callable[[], object]] = [
+        lambda: bp.find_axes(model, BATCH),
+        lambda: bp.recipes.cluster_units(model, bp.linears((4, 4)), calibration),
+    ]
+    for call in calls if function == "find_axes" else [lambda: bp.permute(model, plan), lambda: bp.permute(model, plan, inplace=True)]:
+        with pytest.raises(ValueError, match=rf"0.weight \(8, 8\): accelerate has offloaded .* so {function} .* load the model without"):
+            call()
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert len(bp.find_axes(model, BATCH)) == len(plan)
+
+
 def test_masks_are_not_added_below_distributed_data_parallel() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -350,6 +510,49 @@ def test_masks_are_not_added_below_distributed_data_parallel() -> None:
             bp.apply_masks(masked, {})
     finally:
         dist.destroy_process_group()
+
+
+CHANGES_PARAMETERS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], object]]] = {
+    "add masks": (plain_model, lambda m: bp.apply_masks(m, {"0.weight": mask(8, 8)})),
+    "add masks to a part": (plain_model, lambda m: bp.apply_masks(m[0], {"weight": mask(8, 8)})),
+    "load masks": (plain_model, lambda m: bp.load_masked(m, with_masks().state_dict())),
+    "remove masks": (with_masks, lambda m: bp.apply_masks(m, {})),
+    "other blocks": (with_masks, lambda m: bp.apply_masks(m, {"0.weight": mask(8, 8)})),
+    "finalize": (with_masks, lambda m: bp.finalize(m, inplace=True)),
+    "add gates": (plain_model, lambda m: bp.gates.add(m, where=bp.linears((4, 4)))),
+    "remove gates": (with_gates, bp.gates.remove),
+}
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("name", CHANGES_PARAMETERS)
+def test_the_module_inside_distributed_data_parallel_keeps_its_parameters_as_long_as_that_lives(name: str) -> None:
+    make, change = CHANGES_PARAMETERS[name]
+    model = make().eval()
+    want, names = model(BATCH), list(model.state_dict())
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    with pytest.raises(ValueError, match=r"cannot be (added to|removed from).* a model in DistributedDataParallel"):
+        change(model)
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(wrapped(BATCH), want)
+    assert bp.finalize(model) is not model  # a copy is no part of it
+    bp.apply_masks(model, bp.read_masks(model), {"0.bias": torch.zeros(8)})
+    del wrapped
+    change(model)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_model_that_shares_a_part_with_distributed_data_parallel_changes_its_other_parameters() -> None:
+    backbone = nn.Linear(8, 8)
+    wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(backbone, nn.Linear(8, 8)))
+    other = nn.Sequential(backbone, nn.Linear(8, 8))
+    bp.apply_masks(other, {"1.weight": mask(8, 8)})
+    bp.gates.remove(bp.gates.add(other, where=bp.including(bp.linears((4, 4)), "1.weight")))
+    with pytest.raises(ValueError, match=r"0.weight: masks cannot be added to"):
+        bp.apply_masks(other, {**bp.read_masks(other), "0.weight": mask(8, 8)})
+    with pytest.raises(ValueError, match="gates cannot be added to"):
+        bp.gates.add(other, where=bp.linears((4, 4)))
+    assert wrapped(BATCH).shape == (len(BATCH), 8)
 
 
 # Values print what they are in a few lines, and not their tensors.

@@ -13,6 +13,7 @@ from torch.func import functional_call, vmap
 
 from blockprune.analysis.drawing import label_rows, new_axes, set_title, short_names
 from blockprune.core.arguments import check_counts, check_fraction, check_function
+from blockprune.core.masks import all_kept
 from blockprune.core.pipeline import Pipeline, allocated, as_code
 from blockprune.core.progress import progress_bar
 from blockprune.core.table import Rows, Table
@@ -145,8 +146,7 @@ def sensitivity(
     scores = pipeline.scores(model)
     _check_replaceable(model, scores)
     masks = {name: [_allocated_alone(pipeline, scores, name, sparsity) for sparsity in sparsities] for name in scores}
-    all_kept = {name: attrs.evolve(mask, keep=torch.ones_like(mask.keep)) for name, mask in parameter_masks(model).items()}
-    unmasked = functional_parameters(model, all_kept)
+    unmasked = functional_parameters(model, all_kept(parameter_masks(model)))
     put_back = buffers_as_now(model, weights_written_by_forward(model))
     is_sharded = any(map(is_fully_sharded, model.modules()))  # the masked weights are written into the shards
     use_vmap = chunk_size > 1 and len(sparsities) > 1 and not is_sharded

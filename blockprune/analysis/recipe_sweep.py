@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from blockprune.analysis.drawing import COLOURS, MARKERS, legend_beside, new_axes, percent_axis, plain_frame, set_title
 from blockprune.core.arguments import check_function, check_model
+from blockprune.core.masks import all_kept
 from blockprune.core.masks import sparsity as sparsity_of
 from blockprune.core.progress import progress_bar
 from blockprune.core.table import Rows, Table
 from blockprune.core.types import masks_and_weights
 from blockprune.model.apply import apply_masks
+from blockprune.model.mask_reading import parameter_masks
 from blockprune.model.sharding import check_not_fully_sharded
 
 Recipe = Callable[[nn.Module, float], Any]  # a recipe, a pipeline, or a function that returns masks or a result with .masks and .weights
@@ -55,7 +57,7 @@ class Sweep(Table):
 
     Args:
         rows: recipe after recipe, each at all sparsities, in the order of the call.
-        dense: the scores of the model as it is, by name.
+        dense: the scores of the model without its masks, by name.
 
     Example:
         >>> bp.Sweep((bp.SweepRow("l1", 0.5, 0.4994, 0.01, {"accuracy": 0.97}),), {"accuracy": 0.98})
@@ -159,7 +161,8 @@ def sweep(
     ``resume=bp.Sweep.load("sweep.json")``. An error of a recipe or an evaluation is raised with a note of which row it is.
 
     Args:
-        model: any module, masked or not; copies of it are pruned and evaluated in the mode, training or evaluation, that it is in.
+        model: any module, masked or not; copies of it are pruned and evaluated in the mode, training or evaluation, that it is in. The
+            first row of the table, (dense), is that of the model without its masks.
         recipes: by name: recipes, pipelines, or functions (model, sparsity) -> masks, or a result with ``.masks`` and ``.weights``.
         sparsities: numbers from 0 to 1, with which each recipe is called.
         evaluate: (model) -> a number, or several by name. It may change the model that it is called with, for example train it.
@@ -190,7 +193,7 @@ def sweep(
     sparsities = _checked_cells(recipes, sparsities)
     check_not_fully_sharded(model, "sweep prunes copies of the model")
     finished = {} if resume is None else {(row.recipe, row.sparsity): row for row in resume.rows}
-    table = Sweep((), _as_scores(evaluate(copy.deepcopy(model)))) if resume is None else Sweep((), resume.dense)
+    table = Sweep((), _dense_scores(model, evaluate) if resume is None else resume.dense)
     if callback is not None and resume is None:
         callback(table)
     cells = [(name, float(sparsity)) for name in recipes for sparsity in sparsities]
@@ -206,6 +209,12 @@ def sweep(
         if callback is not None and (name, sparsity) not in finished:
             callback(table)
     return table
+
+
+def _dense_scores(model: nn.Module, evaluate: Evaluate) -> dict[str, float]:
+    """The scores of a copy whose masks keep all blocks; masks cannot be removed from a model in DistributedDataParallel."""
+    dense = copy.deepcopy(model)
+    return _as_scores(evaluate(apply_masks(dense, all_kept(parameter_masks(dense)))))
 
 
 def _row(model: nn.Module, name: str, recipe: Recipe, sparsity: float, *, evaluate: Evaluate, dense: Mapping[str, float]) -> SweepRow:

@@ -16,7 +16,7 @@ from blockprune.core._compat import disable_checkpointing, tree_leaves, tree_map
 from blockprune.core.grid import BlockGrid, expand
 from blockprune.core.precision import double
 from blockprune.model.calibration import Calibration, scalar_loss
-from blockprune.model.inputs import InputHooks
+from blockprune.model.inputs import InputHooks, check_not_nested
 from blockprune.model.masking import mask_blocks
 from blockprune.model.parameters import ParameterRef, stored_aliases, under_all_names
 from blockprune.statistics import GateDerivatives
@@ -79,6 +79,8 @@ class _GatedModel:
         calibration: Calibration,
         needs: Sequence[str],
     ) -> None:
+        strided = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.is_nested and x.layout == torch.strided]
+        check_not_nested(next(iter(grids)), strided, "gradients of gates")  # those with jagged rows run with per_sample="loop"
         self.model, self.grids, self.refs, self.hooks = model, grids, refs, hooks
         self.batch, self.calibration, self.needs = batch, calibration, needs
         self.aliases = stored_aliases(model)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from blockprune.collect.accumulate import Counts, Fold
 from blockprune.core._compat import without_compiled_prefixes
 from blockprune.core.sharded_tensor import whole
-from blockprune.model.parameters import PARAMETRIZED_NAME, parameter_refs
+from blockprune.model.parameters import PARAMETRIZED_NAME, check_loaded, parameter_refs
 from blockprune.model.sharding import agree, check_process_group, reshard
 from blockprune.statistics import Sums
 
@@ -129,13 +129,18 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
     Args:
         model: masked or not, sharded or not; it is not changed.
 
+    Raises:
+        ValueError: accelerate has offloaded a parameter.
+
     Example:
         >>> mask = bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((2, 4), (2, 2)))
         >>> bp.distributed.full_state_dict(bp.apply_masks(nn.Linear(4, 2), {"weight": mask}))["weight"][:, 2:].count_nonzero()
         tensor(0)
     """
     reshard(model)
-    masked = {ref.name: ref for refs in parameter_refs(model).values() for ref in refs if ref.mask}
+    refs = parameter_refs(model)
+    check_loaded(model, [users[0] for users in refs.values()], "full_state_dict")
+    masked = {ref.name: ref for users in refs.values() for ref in users if ref.mask}
     state: dict[str, Any] = {}
     for key, value in model.state_dict().items():
         match = PARAMETRIZED_NAME.fullmatch(key)

@@ -20,7 +20,7 @@ from blockprune.core.progress import progress_bar
 from blockprune.core.sharded_tensor import whole
 from blockprune.model.calibration import Calibration, default_forward, scalar_loss
 from blockprune.model.experts import Experts, experts_in
-from blockprune.model.inputs import InputHooks, input_axis, input_hooks, value_key, weight_inputs
+from blockprune.model.inputs import InputHooks, check_not_nested, input_axis, input_hooks, value_key, weight_inputs
 from blockprune.model.parameters import ParameterRef, check_not_inference, find_parameters
 from blockprune.model.product_check import check_product
 from blockprune.model.running import disable_attention_fastpath, preserve_state, to_model_device
@@ -44,7 +44,7 @@ def add_batches(model: nn.Module, fold: Fold, calibration: Calibration) -> Fold:
     running, unweighted = RunningFold(fold), set[str]()
     fold = running.fold  # the sums that it began with are dropped as they are replaced
     weights = [ref.stored for ref in fold.refs.values()]
-    check_not_inference(fold.refs.values())
+    check_not_inference(fold.refs.values(), outside=True)  # `preserve_state` turns it off
     with preserve_state(model, weights), disable_attention_fastpath(), without_broadcasts(model):
         if of_loss and not sources & {"weight_grad", "gates"}:  # gradients of weights would keep the inputs of all layers in memory
             for weight in weights:
@@ -128,6 +128,7 @@ class _LayerObserver:
         self.running.count(name, calls=1)
         if self.sources <= {"weight_grad", "gates"}:
             return None
+        check_not_nested(name, (args, kwargs, output), "statistics of inputs and outputs")
         is_tuple = isinstance(output, tuple)
         raw: Tensor = output[0] if is_tuple else output
         with torch.no_grad():

@@ -2,8 +2,8 @@
 
 A new version of these libraries may change any of them without notice. tests/core/test_compat.py has a test for each, which says what
 blockprune loses with it, and a test that no other module uses such a name. Each docstring ends with the first version that has the API;
-"torch 2.0" also stands for earlier ones. `_compat_fsdp` has those of ``fully_shard``, `_compat_hf` those of transformers and accelerate,
-`_compat_pruning` those of Torch-Pruning.
+"torch 2.0" also stands for earlier ones. `_compat_dynamo` has those of ``torch.compile``, `_compat_fsdp` those of ``fully_shard``,
+`_compat_hf` those of transformers and accelerate, `_compat_pruning` those of Torch-Pruning.
 
 A class can override a private method of torch only in its own body, so these stay where they are:
 
@@ -48,6 +48,7 @@ __all__ = [
     "FAST_PATH_MODULES",
     "FORWARD_METHODS",
     "RNN_CACHES",
+    "SWAP_CHECK",
     "BatchNorm",
     "ConvNd",
     "ConvTransposeNd",
@@ -108,6 +109,7 @@ _C: Any = torch._C
 # Tensors and their memory
 
 
+SWAP_CHECK = "_use_count"  # the method that ``torch.utils.swap_tensors`` calls of both tensors before it changes them (torch 2.3)
 # a subclass of Tensor with this as its `__torch_function__` is treated as nn.Parameter is: operations return plain tensors (torch 2.0)
 disabled_torch_function: Any = _C._disabled_torch_function_impl
 

@@ -1,5 +1,6 @@
 """Checks of arguments that are numbers, functions or models; each error names the argument, what was given and what would do."""
 
+import functools
 import math
 import numbers
 import operator
@@ -57,7 +58,15 @@ def check_number(
     return value if isinstance(value, Tensor) else plain if isinstance(plain, int) else number
 
 
-def check_integer(what: str, value: Any, meaning: str = "an integer", *, lowest: int | None = None, whole_floats: bool = False) -> int:
+def check_integer(
+    what: str,
+    value: Any,
+    meaning: str = "an integer",
+    *,
+    lowest: int | None = None,
+    highest: int | None = None,
+    whole_floats: bool = False,
+) -> int:
     """Raise unless a value is an integer, or a tensor or array without axes that holds one.
 
     Args:
@@ -65,6 +74,7 @@ def check_integer(what: str, value: Any, meaning: str = "an integer", *, lowest:
         value: whatever a user gave.
         meaning: the integers that would do, for the error message.
         lowest: the lowest that it may be.
+        highest: the highest that it may be.
         whole_floats: whether a float such as 1e9 is an integer, too.
 
     Returns:
@@ -72,7 +82,7 @@ def check_integer(what: str, value: Any, meaning: str = "an integer", *, lowest:
 
     Raises:
         TypeError: no integer.
-        ValueError: one below the lowest.
+        ValueError: one outside the limits.
 
     Example:
         >>> from blockprune.core.arguments import check_integer
@@ -89,9 +99,29 @@ def check_integer(what: str, value: Any, meaning: str = "an integer", *, lowest:
         number = operator.index(plain)
     except TypeError:
         raise TypeError(message) from None
-    if lowest is not None and number < lowest:
+    if (lowest is not None and number < lowest) or (highest is not None and number > highest):
         raise ValueError(message)
     return number
+
+
+def check_seed(what: str, value: Any, others: str = "") -> int:
+    """The seed as an integer of Python; raise unless it is an integer that torch's generators take (`check_integer`).
+
+    Args:
+        what: the name of the argument.
+        value: whatever a user gave.
+        others: what else the argument may be, for the error message.
+
+    Raises:
+        TypeError: no integer.
+        ValueError: one that does not fit in 64 bits.
+
+    Example:
+        >>> from blockprune.core.arguments import check_seed
+        >>> check_seed("seed", torch.tensor(3))
+        3
+    """
+    return check_integer(what, value, f"an integer from -2^63 to 2^64 - 1{others}", lowest=-(2**63), highest=2**64 - 1)
 
 
 def check_counts(
@@ -165,7 +195,7 @@ def check_sparsity(sparsity: Any) -> Any:
 
 
 def check_function(what: str, value: Any, signature: str, *, optional: bool = False) -> None:
-    """Raise unless a value can be called.
+    """Raise unless a value can be called, and is not a class of modules, which is called to make one.
 
     Args:
         what: the name of the argument.
@@ -174,14 +204,51 @@ def check_function(what: str, value: Any, signature: str, *, optional: bool = Fa
         optional: whether it may be None.
 
     Raises:
-        TypeError: it cannot.
+        TypeError: it cannot, or it is a class of modules.
 
     Example:
         >>> from blockprune.core.arguments import check_function
         >>> check_function("loss", max, "(output, batch) -> one number")
     """
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        raise TypeError(f"{what}={value.__name__} is a class; give a function {signature}, or a module of this class: {value.__name__}()")
     if not (callable(value) or (optional and value is None)):
         raise TypeError(f"{what}={_shown(value)} must be a function {signature}")
+
+
+def torch_loss(loss: Any, arguments: str) -> tuple[str, str] | None:
+    """The name of a loss of torch, which takes the output and a target, and the code that calls it; None for any other function.
+
+    Args:
+        loss: a function such as ``F.mse_loss``, a module such as ``nn.MSELoss()``, its class, or a ``functools.partial`` of one.
+        arguments: the code of what to call it with.
+
+    Example:
+        >>> from blockprune.core.arguments import torch_loss
+        >>> torch_loss(nn.functional.mse_loss, "x, y"), torch_loss(nn.MSELoss(), "x, y")
+        (('mse_loss', 'mse_loss(x, y)'), ('MSELoss', 'loss_function(x, y), with loss_function = nn.MSELoss()'))
+    """
+    loss = unwrap_partial(loss)
+    kind = loss if isinstance(loss, type) else type(loss)
+    if kind.__module__ == "torch.nn.modules.loss":
+        return kind.__name__, f"loss_function({arguments}), with loss_function = nn.{kind.__name__}()"
+    of_torch = getattr(loss, "__module__", "") in ("torch.nn.functional", "torch") and hasattr(loss, "__name__")
+    if of_torch and not hasattr(loss, "__wrapped__"):  # functools.wraps gives a user's function the module of the one that it wraps
+        return loss.__name__, f"{loss.__name__}({arguments})"
+    return None
+
+
+def unwrap_partial(function: Any) -> Any:
+    """The function to which `functools.partial` binds arguments; any other as it is.
+
+    Example:
+        >>> from blockprune.core.arguments import unwrap_partial
+        >>> unwrap_partial(partial(partial(max, 1), 2)) is max
+        True
+    """
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
 
 
 def check_model(model: Any, what: str = "model") -> None:

@@ -34,7 +34,7 @@ class LayerQuadratic:
     @property
     def inverse(self) -> Tensor:
         """H^-1 in float64, ``[groups, k, k]``."""
-        return torch.cholesky_inverse(self.cholesky).mT  # symmetric, and torch gives it column by column
+        return inverse_of_factor(self.cholesky.clone())
 
     @property
     def best(self) -> Tensor:
@@ -122,7 +122,8 @@ def _damped(layer: str, gram: Tensor, scale: Tensor, damping: float) -> tuple[fl
     """The smallest damping that makes H positive definite, the damped H, and its Cholesky factor."""
     share = damping
     for share in (damping, *(max(damping, MIN_VARIANCE_SHARE) * 10**i for i in range(1, MAX_DAMPING_RETRIES + 1))):
-        hessian = gram + torch.diag_embed(share * scale)
+        hessian = gram.clone()
+        hessian.diagonal(dim1=1, dim2=2).add_(share * scale)
         if (cholesky := _cholesky(hessian)) is None:
             continue
         if share != damping:
@@ -148,11 +149,23 @@ def _cholesky(hessian: Tensor) -> Tensor | None:
         del factor  # before the next one is made: it is as large as H
         factor = torch.empty_like(hessian, dtype=dtype).mT.copy_(hessian)  # column by column, so that it is factored where it is
         variance = factor.diagonal(dim1=1, dim2=2).clone()
-        _, info = torch.linalg.cholesky_ex(factor, out=(factor, torch.empty_like(factor[:, 0, 0], dtype=torch.int32)))
+        info = torch.linalg.cholesky_ex(factor, out=(factor, torch.empty_like(factor[:, 0, 0], dtype=torch.int32))).info
         unexplained = factor.diagonal(dim1=1, dim2=2).square() / variance
         if info.any() or not (unexplained > max(16 * torch.finfo(hessian.dtype).eps, 1e-11)).all():
             return None
     return factor
+
+
+def inverse_of_factor(cholesky: Tensor) -> Tensor:
+    """H^-1 ``[groups, k, k]``, written into the memory of the lower Cholesky factor of H.
+
+    Example:
+        >>> from blockprune.core.hessian import inverse_of_factor
+        >>> inverse_of_factor(torch.tensor([[[1.0, 0.0], [1.0, 1.0]]]))
+        tensor([[[ 2., -1.],
+                 [-1.,  1.]]])
+    """
+    return torch.cholesky_inverse(cholesky, out=cholesky).mT  # symmetric, and torch gives it column by column
 
 
 def upper_factor(inverse: Tensor) -> Tensor:

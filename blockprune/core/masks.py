@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blockprune.core.grid import BlockGrid, block_elements
 from blockprune.core.table import Rows, Table
@@ -68,7 +68,7 @@ def difference(a: Masks, b: Masks) -> Masks:
     """
     check_masks(a, "a")
     check_masks(b, "b")
-    kept_by_b = {name: b[name] if name in b else _all_kept(mask) for name, mask in a.items()}
+    kept_by_b = {**all_kept(a), **{name: b[name] for name in a if name in b}}
     return _combine(a, kept_by_b, lambda keep_a, keep_b: keep_a & ~keep_b)
 
 
@@ -90,8 +90,8 @@ def agreement(a: Masks, b: Masks) -> float:
     """
     check_masks(a, "a")
     check_masks(b, "b")
-    all_kept = {name: _all_kept(mask) for name, mask in {**a, **b}.items()}
-    return 1 - sparsity(_combine({**all_kept, **a}, {**all_kept, **b}, torch.eq))
+    kept = all_kept({**a, **b})
+    return 1 - sparsity(_combine({**kept, **a}, {**kept, **b}, torch.eq))
 
 
 def restrict(scores: Scores, masks: Masks) -> Scores:
@@ -187,8 +187,11 @@ class Summary(Table):
 def summary(masks: Masks) -> Summary:
     """A table of each parameter's shape, block, numbers of blocks and elements, sparsity and mask size, and of their totals.
 
+    The totals are those of the masked parameters. ``export.count_model(model, inputs=batch)`` counts the parameters and multiply-adds of
+    the whole model, dense and kept.
+
     Raises:
-        TypeError: something else than masks, such as the result of a recipe.
+        TypeError: something else than masks, such as a model or the result of a recipe.
 
     Example:
         >>> bp.summary({"w": bp.BlockMask(torch.tensor([[True, False]]), bp.BlockGrid((4, 8), (4, 4)))})
@@ -198,6 +201,8 @@ def summary(masks: Masks) -> Summary:
         -------------------------------------------------------------------------------------------
         total                         2            1        32             16     50.0%           1
     """
+    if isinstance(masks, nn.Module):
+        check_masks(masks, remedy="give bp.read_masks(model), or count the whole model: blockprune.export.count_model(model)")
     check_masks(masks)
     rows = tuple(_summary_row(name, mask) for name, mask in masks.items())
     totals = [sum(getattr(row, field) for row in rows) for field in ("blocks", "kept", "elements", "elements_kept", "bytes")]
@@ -227,8 +232,15 @@ def _combine(a: Masks, b: Masks, operation: Callable[[Tensor, Tensor], Tensor]) 
     return combined
 
 
-def _all_kept(mask: BlockMask) -> BlockMask:
-    return attrs.evolve(mask, keep=torch.ones_like(mask.keep))
+def all_kept(masks: Masks) -> dict[str, BlockMask]:
+    """Masks of the same blocks that prune none.
+
+    Example:
+        >>> from blockprune.core.masks import all_kept
+        >>> all_kept({"w": bp.BlockMask(torch.tensor([True, False]), bp.BlockGrid((4,), (2,)))})["w"].keep
+        tensor([True, True])
+    """
+    return {name: attrs.evolve(mask, keep=torch.ones_like(mask.keep)) for name, mask in masks.items()}
 
 
 def _check_same_grid(name: str, a: BlockGrid, b: BlockGrid) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.core._compat import storage_id
+from blockprune.core.arguments import unwrap_partial
 from blockprune.core.precision import no_autocast
 from blockprune.core.sharded_tensor import is_sharded
 from blockprune.core.types import (
@@ -44,6 +45,13 @@ _STAGES = {
 def _check_stage(_: Any, field: Any, value: Any) -> None:
     if not callable(value):
         raise TypeError(f"{field.name!r} must be callable, but is a {type(value).__name__}; give a function {_STAGES[field.name]}")
+    function = unwrap_partial(value)
+    stage = function.__module__.split(".")[1] if _in_blockprune(function) else field.name
+    if stage in _STAGES and stage != field.name:
+        raise TypeError(
+            f"{field.name}={as_code(value)} is a function of bp.{stage}; give the stages in the order Pipeline(collect, metric, allocate), "
+            f"where {field.name} is {_STAGES[field.name]}"
+        )
 
 
 @attrs.frozen(repr=False)
@@ -58,7 +66,7 @@ class Pipeline:
         allocate: (scores, sparsity) -> masks.
 
     Raises:
-        TypeError: a stage that is no function, such as the data that a collector returned.
+        TypeError: a stage that is no function, such as the data that a collector returned, or a function of another stage.
 
     Example:
         >>> prune = bp.Pipeline(partial(bp.collect.weights, where=bp.linears((2, 2))), bp.metric.l1, bp.allocate.per_layer)
@@ -236,9 +244,7 @@ def required_statistics(function: Any) -> tuple[Any, ...]:
         >>> [statistic.name for statistic in required_statistics(partial(bp.metric.obs, damping=0.4))]
         ['input_gram']
     """
-    while isinstance(function, partial):
-        function = function.func
-    marked: tuple[Any, ...] = getattr(function, "requires", ())
+    marked: tuple[Any, ...] = getattr(unwrap_partial(function), "requires", ())
     return marked
 
 

@@ -1,10 +1,12 @@
 """Safetensors files that are written as a whole or not at all, and read with checks."""
 
 import contextlib
+import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -15,14 +17,19 @@ from torch import Tensor
 def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file. An existing file is replaced in one step, when the new one is complete and on the disk.
 
-    Several processes and threads may write to one path: the file is then that of one of them. A process that is killed may leave a file
-    whose name ends in ``.tmp``.
+    The same tensors and metadata give the same bytes. Several processes and threads may write to one path: the file is then that of one of
+    them. A process that is killed may leave a file whose name ends in ``.tmp``.
 
     Raises:
         OSError: the disk is full, or the folder is missing or cannot be written to. An existing file is as it was.
     """
+
+    def write(unfinished: str) -> None:
+        save_file(_with_own_memory(tensors), unfinished, metadata=dict(metadata))
+        _sort_metadata(unfinished)
+
     try:
-        replace_file(path, lambda unfinished: save_file(_with_own_memory(tensors), unfinished, metadata=dict(metadata)))
+        replace_file(path, write)
     except SafetensorError as error:
         code = re.search(r"\(os error (\d+)\)", str(error))
         raise (OSError(int(code[1]), os.strerror(int(code[1])), os.fspath(path)) if code else OSError(f"{path}: {error}")) from None
@@ -51,6 +58,38 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[str], Any]) -> N
         with contextlib.suppress(OSError):
             os.remove(unfinished)
     _sync_folder(os.path.dirname(os.path.abspath(path)))
+
+
+def remove_unfinished(paths: Collection[Path]) -> None:
+    """Remove what `replace_file` has left beside these files because its process was killed.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from blockprune.core.tensor_file import remove_unfinished
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("a", "a.0123456789abcdef.tmp", "b.0123456789abcdef.tmp"):
+        ...         (Path(folder) / name).touch()
+        ...     remove_unfinished([Path(folder) / "a"])
+        ...     sorted(path.name for path in Path(folder).iterdir())
+        ['a', 'b.0123456789abcdef.tmp']
+    """
+    for folder in {path.parent for path in paths}:
+        for file in folder.glob("*.tmp"):
+            if file.with_name(re.sub(r"\.[0-9a-f]+\.tmp$", "", file.name)) in paths:
+                file.unlink()
+
+
+def _sort_metadata(path: str) -> None:
+    """Write the metadata of a safetensors file in the order of its keys, in which safetensors writes them at random."""
+    with open(path, "rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:  # it is, as safetensors writes the same JSON and fills it up with spaces
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def _with_own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

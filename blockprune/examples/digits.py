@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from blockprune.core.arguments import check_counts, check_integer
+from blockprune.core.arguments import check_counts, check_seed
 from blockprune.examples.packages import load_module
 from blockprune.model.running import preserve_state
 
@@ -64,7 +64,7 @@ def batches(*, epochs: int, seed: int, size: int = 32) -> Iterator[tuple[Tensor,
     """
     check_counts(0, epochs=epochs)
     check_counts(1, size=size)
-    return _batches(epochs, check_integer("seed", seed), size)
+    return _batches(epochs, check_seed("seed", seed), size)
 
 
 def _batches(epochs: int, seed: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -88,7 +88,7 @@ def trained(*, seed: int = 0, epochs: int = 30) -> nn.Sequential:
         True
     """
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-        torch.manual_seed(seed)
+        torch.manual_seed(check_seed("seed", seed))
         model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
         optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
         for images, labels in batches(epochs=epochs, seed=seed):

@@ -72,7 +72,9 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         columns = input_grad(rows, *weight, *ctx.options, None).flatten(1, 2).mT  # [n, columns, outputs]
         padded = F.fold(columns, (height + top + bottom, width + left + right), kernel_size, dilation, stride=stride)
         image_grad = padded[:, :, top : top + height, left : left + width]
-    weight_grad = values_grad(rows, patches(x, ctx.window), *weight[1:], *ctx.options, len(weight[0])) if ctx.needs_input_grad[2] else None
+    weight_grad = None
+    if ctx.needs_input_grad[2]:
+        weight_grad = values_grad(rows, patches(x, ctx.window), *weight[1:], *ctx.options, weight[0].shape[0])
     return image_grad, grad.sum((0, 2, 3)) if ctx.needs_input_grad[1] else None, weight_grad, *[None] * 8
 
 

@@ -23,10 +23,11 @@ from blockprune.export.sparse_layers import STATE_KEYS, BlockSparseLinear, Int8B
 from blockprune.export.timed_layers import DEFAULT_ROWS
 from blockprune.model.apply import apply_masks, finalize
 from blockprune.model.calibration import Forward, default_forward
-from blockprune.model.checkpoint import exported_layers, masks_in_state, without_wrapper
+from blockprune.model.checkpoint import exported_layers, masks_in_state, with_tied_names, without_wrapper
 from blockprune.model.hf_checkpoint import prepare_checkpoints
+from blockprune.model.hf_linears import is_transposed
 from blockprune.model.mask_reading import parameter_masks
-from blockprune.model.parameters import parameter_refs
+from blockprune.model.parameters import check_loaded, parameter_refs
 from blockprune.model.sharding import check_not_fully_sharded
 
 M = TypeVar("M", bound=nn.Module)
@@ -49,9 +50,10 @@ def block_sparse(
     With ``dtype="int8"``, kept weights of Linears are int8 and inputs are rounded to int8 row by row, so that outputs differ a little; a
     layer whose error is too large or that is not faster so stays in its type, or becomes dense int8.
 
-    The kept weights are frozen, and gradients reach the inputs, the biases and all other parameters. With ``trainable=True`` the kept
-    weights are parameters too, with names such as ``fc.values`` and one axis, so that a training step computes and stores nothing for
-    pruned blocks. Make the optimizer from the new model's parameters. `update` gives such a model other masks, and
+    The kept weights are frozen: they are buffers, which ``model.requires_grad_(True)`` does not reach, and gradients reach the inputs, the
+    biases and all other parameters. With ``trainable=True`` the kept weights are parameters too, with names such as ``fc.values`` and one
+    axis, so that a training step computes and stores nothing for pruned blocks. Make the optimizer from the new model's parameters.
+    `update` gives such a model other masks, also where `torch.compile` has compiled it, and
     ``bp.apply_masks(export.dense(sparse), bp.read_masks(sparse))`` is the masked model again. A model that is saved and loaded is frozen
     until ``export.load_state_dict(model, model.state_dict(), trainable=True)``.
 
@@ -185,14 +187,15 @@ def load_state_dict(model: M, state: Mapping[str, Tensor], *, strict: bool = Tru
 
     Args:
         model: plain, masked or exported; it is not changed. If it is on the meta device, the result shares the tensors of ``state``.
-        state: of an exported model, such as `safetensors.torch.load_file` returns.
+        state: of an exported model, such as `safetensors.torch.load_file` returns. A tied tensor may have one of its names alone.
         strict: as in `nn.Module.load_state_dict`.
         trainable: whether kept weights are parameters; by default as in ``model``, and not where that is plain.
 
     Raises:
         KeyError: a block-sparse layer that the model does not have.
         ValueError: tensors that are not a block-sparse weight (indices out of range, other lengths) or have another shape than the layer;
-            a mask that does not fit; a tensor of a model on the meta device that the state dict does not have.
+            a mask that does not fit; a tensor of a model on the meta device that the state dict does not have; a model that accelerate
+            has offloaded.
         TypeError: no state dict, or a part of a block-sparse weight or a mask that is no tensor.
         RuntimeError: everything else that does not fit, as torch reports it.
 
@@ -205,6 +208,7 @@ def load_state_dict(model: M, state: Mapping[str, Tensor], *, strict: bool = Tru
         True
     """
     _check_state(state)
+    check_loaded(model, [refs[0] for refs in parameter_refs(model).values()], "export.load_state_dict")
     plain = finalize(model)
     modules = dict(plain.named_modules(remove_duplicate=False))
     new: dict[nn.Module, nn.Module] = {}
@@ -220,7 +224,7 @@ def load_state_dict(model: M, state: Mapping[str, Tensor], *, strict: bool = Tru
     if masks := masks_in_state(plain, state):  # of a model that trains, some weights of which are masked
         plain = apply_masks(plain, masks)
     tied = [refs for refs in parameter_refs(plain).values() if len(refs) > 1]
-    plain.load_state_dict(state, strict=strict, assign=any(p.is_meta for p in plain.parameters()))
+    plain.load_state_dict(with_tied_names(plain, state), strict=strict, assign=any(p.is_meta for p in plain.parameters()))
     for first, *others in tied:  # with assign=True, torch assigns each of them a tensor of its own
         for ref in others:
             setattr(ref.owner, ref.attr, first.stored)
@@ -246,7 +250,8 @@ def _loaded_layer(name: str, template: nn.Module, tensors: Mapping[str, Tensor],
     """A layer with a weight of a state dict, and with the bias, device and type of the model's layer."""
     if not isinstance(template, (nn.Linear, nn.Conv2d, BlockSparseLinear)):
         kind = type(template).__name__
-        raise ValueError(f"{name}: the state dict has a block-sparse weight for a {kind}; only Linear and Conv2d can have one")
+        remedy = "; convert the model first: bp.as_linears(model)" if is_transposed(template) else ""
+        raise ValueError(f"{name}: the state dict has a block-sparse weight for a {kind}; only Linear and Conv2d can have one{remedy}")
     try:
         weight = read_state(**{key: tensor.detach().clone() for key, tensor in tensors.items()})
     except ValueError as error:

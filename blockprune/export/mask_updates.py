@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from blockprune.core._compat_dynamo import vary_lengths
 from blockprune.core.grid import expand
 from blockprune.core.patterns import suggest
 from blockprune.core.sharded_tensor import is_sharded, sharded_like, whole
@@ -19,7 +20,7 @@ from blockprune.model.apply import apply_masks
 from blockprune.model.checkpoint import keep_gradient_options
 from blockprune.model.mask_reading import parameter_masks
 from blockprune.model.optimizer_state import check_state, initial_state, list_of, reset_elements, trained_ids
-from blockprune.model.parameters import parameter_refs
+from blockprune.model.parameters import find_parameters, parameter_refs
 from blockprune.model.sharding import reshard
 
 M = TypeVar("M", bound=nn.Module)
@@ -36,17 +37,20 @@ def update(model: M, masks: Masks, *, optimizer: Optimizer | Sequence[Optimizer]
     This holds for weights that stayed masked, too, whose new blocks lose the values that were stored for them. Their masks, whether named
     or not, keep the options ``straight_through`` and ``decay`` of `apply_masks`.
 
+    A model that ``torch.compile`` has compiled is compiled again after the first call that changes how many values its layers hold, for
+    any numbers of them from then on; a layer that keeps nothing or a single block is a case of its own.
+
     Args:
         model: the result of `block_sparse`, trainable or not.
         masks: by the name of the weight, as `bp.read_masks` gives them. Weights that are not named keep their blocks.
-        optimizer: that of the model's parameters, or several; None if there is none.
+        optimizer: that of the model's parameters, or several; None if there is none, as of a model that is not ``trainable``.
         weights: dense, by the same names: the values of new blocks.
 
     Raises:
         KeyError: a name that is no block-sparse or masked weight of the model, or weights without a mask.
         ValueError: a mask or weight of another shape than the layer's; a weight with NaN or inf, or on the meta device; a layer of int8; a
-            layer that `fully_shard` has sharded; two masks for one layer; an optimizer without the kept weights of a layer, or whose state
-            is not one number for each of them (LBFGS, Adafactor).
+            layer that `fully_shard` has sharded; two masks for one layer; an optimizer without the kept weights of a layer, or for layers
+            that are not trainable, or whose state is not one number for each kept weight (LBFGS, Adafactor).
         TypeError: a mask that is no `BlockMask`, a weight that is no tensor.
             After any error the model and the optimizer are as they were before the call.
 
@@ -77,14 +81,18 @@ def update(model: M, masks: Masks, *, optimizer: Optimizer | Sequence[Optimizer]
         _check_optimizers(name, layer, optimizers, trained)
         if twin := next((other for other in layers if layers[other] is layer and masks[other] != masks[name]), None):
             raise ValueError(f"{name} and {twin} are names of the same layer, and masks has two different masks for it")
+    _check_trained(model, masks, layers, optimizers, trained)
     with torch.inference_mode(False):  # the optimizer's next step could not change tensors that were made in inference mode
         new = {layer: _with_mask(layer, masks[name], weights.get(name)) for name, layer in layers.items()}
         if others := {name: mask for name, mask in masks.items() if name in masked}:
             _update_masked(model, masked, others, weights, optimizers)
+        lengths_change = any(len(weight.values) != len(layer.values) for layer, (weight, _) in new.items())
         for layer, (weight, source) in new.items():
             for holder in optimizers:
                 _move_state(holder, layer, source)
             layer.store(weight)
+    if lengths_change:
+        vary_lengths(x for layer in sparse.values() for x in (layer.values, layer.col))
     return model
 
 
@@ -117,6 +125,21 @@ def _check_optimizers(name: str, layer: BlockSparseLinear, optimizers: Sequence[
         )
     for optimizer in optimizers:
         check_state(optimizer, name, layer.values, layer.values.shape)
+
+
+def _check_trained(
+    model: nn.Module, masks: Masks, layers: Mapping[str, BlockSparseLinear], optimizers: Sequence[Optimizer], trained: Collection[int]
+) -> None:
+    """Raise if optimizers hold none of the weights that masks name, such as those of an export that does not train."""
+    reshard(model)
+    masked = find_parameters(model, [name for name in masks if name not in layers], what="masks")
+    weights = [*(layer.values for layer in layers.values()), *(tensor for users in masked.values() for tensor in users[0].originals)]
+    are_frozen = all(isinstance(weight, nn.Parameter) and not weight.requires_grad for weight in weights)
+    if optimizers and not are_frozen and not any(id(weight) in trained for weight in weights):
+        raise ValueError(
+            f"optimizer holds no weight that masks names, such as {next(iter(masks))}; if it is to train, export with "
+            "block_sparse(model, trainable=True) and make the optimizer from the new model's parameters; else give optimizer=None"
+        )
 
 
 def _check_values(name: str, shape: tuple[int, ...], values: Tensor, mask: BlockMask, weight: Tensor | None) -> None:

@@ -266,9 +266,12 @@ def _saved(ctx: Any, backend: str = "") -> tuple[tuple[Any, ...], Any]:
 
 
 def _weight_grad(ctx: Any, grad: Tensor, x: Tensor, weight: tuple[Any, ...], position: int) -> Tensor | None:
-    """The gradient of the values, which are an operator's argument of this position, if they need it."""
+    """The gradient of the values, which are an operator's argument of this position, if they need it.
+
+    Their number is ``shape[0]``, because ``len`` would make it a constant of a graph that `torch.compile` records.
+    """
     values, crow, col, *layout, _ = weight
-    return values_grad(grad, x, crow, col, *layout, len(values)) if ctx.needs_input_grad[position] else None
+    return values_grad(grad, x, crow, col, *layout, values.shape[0]) if ctx.needs_input_grad[position] else None
 
 
 linear_op.register_autograd(_Linear.backward, setup_context=_Linear.setup_context)

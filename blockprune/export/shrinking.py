@@ -115,7 +115,8 @@ def shrink(model: nn.Module, example: Any, *, forward: Forward = default_forward
 
     Args:
         model: with masks; it is not changed. Sizes that a model keeps elsewhere are not updated, but for a Hugging Face ``config``.
-        example: a batch of several items that the model can run, and that uses all of its layers; the smaller model runs any batch.
+        example: a batch of several items that the model can run, and that uses all of its layers; the smaller model runs any batch. What
+            the forward does in a branch that the example does not take is not seen, unless the branch has a module or a parameter.
         forward: (model, example) -> output, as in `Calibration`.
         uniform: give all layers of a Hugging Face model the widths that its configuration can express, and write them there, so that
             ``save_pretrained`` and ``from_pretrained`` work; the result says what this costs. If False, each layer has its own widths, and

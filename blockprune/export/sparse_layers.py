@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.core._compat import autocast_is_active, dispatch_mode_is_active, is_tracing, replace_data
+from blockprune.core._compat_dynamo import read_at_any_length
+from blockprune.core._compat_fsdp import is_fsdp_managed
 from blockprune.core.types import BlockMask
 from blockprune.export import triton_launch
 from blockprune.export.exported_weight import ExportedWeight
@@ -21,10 +23,10 @@ STATE_KEYS = ("values", *INDICES)  # of a block-sparse weight in a state dict; o
 class BlockSparseLinear(nn.Module):
     """A Linear that holds and multiplies only the kept blocks of its weight.
 
-    Its kept weights, ``values``, are a buffer, or a parameter if the layer is ``trainable``: then gradients and the state of an optimizer
-    exist for kept weights alone. They have one axis, so an optimizer that decays parameters of two axes or more must be given them by name.
-    The bias, if any, is a parameter. A state dict with another number of kept weights makes the state of an optimizer invalid: load it
-    before the first step.
+    Its kept weights, ``values``, are a buffer, which ``requires_grad_`` does not reach, or a parameter if the layer is ``trainable``: then
+    gradients and the state of an optimizer exist for kept weights alone. They have one axis, so an optimizer that decays parameters of two
+    axes or more must be given them by name. The bias, if any, is a parameter. A state dict with another number of kept weights makes the
+    state of an optimizer invalid: load it before the first step.
 
     Its state dict holds ``values``, ``crow`` and ``col`` (see `format.BlockSparse`), ``layout`` (rows, columns, height and width of a
     stored block, the shape of a pruned block if that is known, and 1 for the CPU layout or 0 for the GPU layout) and ``bias``. A weight of
@@ -179,7 +181,9 @@ class BlockSparseLinear(nn.Module):
 
     def _in_type(self, input: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Input, values and bias as they are multiplied; with a type, that of autocast."""
-        values = self.values
+        values = read_at_any_length(self, "values")  # `update` gives it others
+        if not values.shape[0] and is_fsdp_managed(self):
+            values = values.detach()  # fully_shard fails at an empty gradient
         bias: Tensor | None = self.bias
         _check_type(input, values.dtype, dtype, self)
         if dtype is not None:

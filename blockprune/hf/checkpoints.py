@@ -21,7 +21,9 @@ from blockprune.export.sparse_convs import sparse_layer_like
 from blockprune.export.sparse_layers import STATE_KEYS, BlockSparseLinear
 from blockprune.model.apply import apply_masks
 from blockprune.model.checkpoint import masks_in_state
+from blockprune.model.experts import is_stacked
 from blockprune.model.hf_checkpoint import FORMAT, QUANT_METHOD, prepare_checkpoints
+from blockprune.model.hf_linears import is_transposed, make_linears
 from blockprune.model.parameters import parameter_refs
 
 MASK_PART = re.compile(r"(.*\bparametrizations\.[^.]+\.)(\d+)\.(keep|_extra_state)")  # of a masked weight in a state dict
@@ -71,6 +73,8 @@ class BlockpruneQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
         self.files = _files(model, options.get("checkpoint_files"))
         self.tensors = _tensors(self.files)
+        _check_experts(model, self.tensors)
+        _convert_transposed(model, self.tensors)
         replace_modules(model, _stored_weights(model, self.tensors).get)
         ignore_unexpected_keys(model, r"(^|\.)parametrizations\.[^.]+\.(original|\d+\.keep|\d+\._extra_state)$")
 
@@ -150,6 +154,30 @@ def _tensors(files: Iterable[str]) -> dict[str, tuple[list[int], str]]:
                 part = content.get_slice(key)
                 tensors[key] = (part.get_shape(), part.get_dtype())
     return tensors
+
+
+def _check_experts(model: Any, tensors: Iterable[str]) -> None:
+    """Raise for masked or exported experts of `as_linears`, which transformers would rename and stack."""
+    experts = [key for key in tensors if re.search(r"\.experts\.\d+\..*\b(layout|parametrizations)\b", key)]
+    if experts and any(map(is_stacked, model.modules())):
+        kind = type(model).__name__
+        raise ValueError(
+            f"{experts[0]}: the folder has masked or exported experts of bp.as_linears, but {kind} stacks its experts, so from_pretrained "
+            "cannot load them; save model.state_dict() with torch.save, and load it into bp.as_linears of a new model with "
+            "blockprune.load_masked or blockprune.export.load_state_dict"
+        )
+
+
+def _convert_transposed(model: Any, tensors: Mapping[str, Any]) -> None:
+    """Make the Conv1D of a model Linears, as `as_linears` does, if the files have the weights of Linears for them."""
+    modules = {name: module for name, module in model.named_modules() if is_transposed(module)}
+    expected = {f"{name}.{part}": module for name, module in modules.items() for part in ("weight", "layout")}
+    names = model_keys(model, [key for key in tensors if key.endswith(("weight", "layout"))], expected) if modules else {}
+    for key, name in names.items():
+        shape, module = tensors[key][0], expected.get(name)
+        if module is not None and (name.endswith("layout") or (shape == [*module.weight.shape[::-1]] != [*module.weight.shape])):
+            make_linears(modules.values())
+            return
 
 
 def _stored_weights(model: Any, tensors: Mapping[str, Any]) -> dict[nn.Module, _StoredWeight]:

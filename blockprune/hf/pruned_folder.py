@@ -18,7 +18,7 @@ import attrs
 from torch import Tensor
 
 from blockprune.core.mask_file import load_masks, save_masks
-from blockprune.core.tensor_file import replace_file, write_tensors
+from blockprune.core.tensor_file import remove_unfinished, replace_file, write_tensors
 from blockprune.core.types import Masks
 from blockprune.hf.checkpoint_folder import INDEX, Checkpoint, stored_tensors
 from blockprune.model.sharding import gather_from_ranks, on_first_rank
@@ -113,7 +113,9 @@ class PrunedFolder:
         """Write the masks and the index, and copy the files of the source that are not the model's weights (`side_files`)."""
         masks = {name: mask for number in range(len(self.parts)) for name, mask in self.masks(number).items()}
         save_masks(masks, self.path / MASKS)
-        for file in side_files(source):
+        copied = side_files(source)
+        remove_unfinished({self.path / file for file in copied})
+        for file in copied:
             (self.path / file).parent.mkdir(parents=True, exist_ok=True)
             replace_file(self.path / file, lambda path, file=file: shutil.copyfile(source / file, path))  # type: ignore[misc]
         weight_map = {key: self.file(number) for number, keys in enumerate(self.parts) for key in keys}
@@ -266,8 +268,7 @@ def opened(folder: PrunedFolder, state: Mapping[str, Any]) -> Iterator[None]:
             write_json(path / STATE, state)
         _check_state(path / STATE, state)
         folder.work.mkdir(exist_ok=True)
-        for unfinished in path.glob("*.tmp"):  # of a process that was killed
-            unfinished.unlink()
+        remove_unfinished({path / file for file in (STATE, MASKS, INDEX, *map(folder.file, range(len(folder.parts))))})
         if not folder.is_finished:
             _warn_of_unsealed(folder)
         yield

@@ -97,7 +97,8 @@ def prune_checkpoint(
         raise TypeError(
             f"recipe is a {type(recipe).__name__}; give a value of bp.recipes, such as bp.recipes.sparsegpt(where, calibration)"
         )
-    check_function("model_class", model_class, "(config) -> model, such as transformers.AutoModelForCausalLM", optional=True)
+    if not isinstance(model_class, type):
+        check_function("model_class", model_class, "(config) -> model, such as transformers.AutoModelForCausalLM", optional=True)
     check_function("callback", callback, "(name of a file) -> None", optional=True)
     _check_device(device)
     if destination.exists() and destination.resolve() == source.resolve():

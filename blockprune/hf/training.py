@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,7 @@ from transformers import TrainerCallback
 
 from blockprune.core.arguments import check_counts, check_function
 from blockprune.core.masks import sparsity
+from blockprune.core.pipeline import as_code
 from blockprune.core.types import Masks, Weights, masks_and_weights
 from blockprune.model.apply import apply_masks, finalize
 from blockprune.model.mask_reading import parameter_masks
@@ -44,6 +46,8 @@ class GradualPruning(TrainerCallback):
         >>> from blockprune.hf import GradualPruning
         >>> prune = bp.Pipeline(partial(bp.collect.weights, where=bp.linears((16, 16))), bp.metric.l1, bp.allocate.per_layer)
         >>> callback = GradualPruning(prune, partial(bp.schedule.cubic, final=0.5, end=1000), every=100, end=1000)
+        >>> print(callback)
+        GradualPruning(prune=Pipeline(...), schedule=cubic(final=0.5, end=1000), every=100, end=1000)
         >>> trainer = transformers.Trainer(model, args, train_dataset=data, callbacks=[callback])  # doctest: +SKIP
     """
 
@@ -64,6 +68,11 @@ class GradualPruning(TrainerCallback):
         self.prune, self.schedule, self.every, self.end = prune, schedule, every, end
         self.straight_through, self.decay = straight_through, decay
         self.last_sparsity = 0.0  # of the masks of the last update, or of the checkpoint from which training resumed
+
+    def __repr__(self) -> str:
+        values = [(name, getattr(self, name), option.default) for name, option in signature(GradualPruning).parameters.items()]
+        code = ", ".join(f"{name}={as_code(value)}" for name, value, default in values if value is not default)
+        return f"{type(self).__name__}({' '.join(code.split()).replace('( ', '(').replace(', )', ')')})"
 
     def on_init_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Put masks on a plain model, so that a checkpoint's masks can be loaded."""

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from blockprune.core.arguments import check_integer, check_number
+from blockprune.core.arguments import check_number, check_seed
 from blockprune.core.grid import block_elements, expand, pool
 from blockprune.core.types import Data, Param, Scores, check_data, check_finite
 from blockprune.metric.scoring import score_parameters
@@ -84,7 +84,7 @@ def random(data: Data, *, generator: torch.Generator | int | None = None) -> Sco
         True
     """
     if generator is not None and not isinstance(generator, torch.Generator):
-        seed = check_integer("generator", generator, "a seed, which is an integer, a torch.Generator, or None")
+        seed = check_seed("generator", generator, ", as a seed, a torch.Generator, or None")
         generator = torch.Generator().manual_seed(seed)
     device = generator.device if generator else None
     check_data(data)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from blockprune import native, statistics
 from blockprune.core.arguments import check_counts, check_fraction, check_function, check_sparsity
 from blockprune.core.grid import BlockGrid, block_elements, expand
-from blockprune.core.hessian import LayerQuadratic, layer_quadratic, upper_factor, workspace_bytes
+from blockprune.core.hessian import LayerQuadratic, inverse_of_factor, layer_quadratic, upper_factor, workspace_bytes
 from blockprune.core.patterns import resolve_by_name
 from blockprune.core.pipeline import requires
 from blockprune.core.precision import double, float32_if_in_range
@@ -164,8 +164,8 @@ def _bands(name: str, p: Param, damping: float) -> _Bands:
     rows, group = _band_rows(name, p.grid, quadratic)
     rows = F.pad(_weighted_by_gradients(rows, p), (0, 1))[..., flat]
     diagonal, factor = quadratic.hessian.diagonal(dim1=1, dim2=2).clone(), quadratic.cholesky
-    del quadratic  # it holds as much as the inverse, which takes the memory of its factor
-    inverse = torch.cholesky_inverse(factor, out=factor).mT  # symmetric, and torch gives it column by column
+    del quadratic  # it holds as much as the inverse
+    inverse = inverse_of_factor(factor)
     variance_inflation = inverse.diagonal(dim1=1, dim2=2) * diagonal  # large if inputs are collinear
     if variance_inflation.max() * torch.finfo(rows.dtype).eps > MAX_ROUNDING_ERROR:
         rows = rows.double()

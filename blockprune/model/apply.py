@@ -14,6 +14,7 @@ from blockprune.core.grid import BlockGrid
 from blockprune.core.patterns import suggest
 from blockprune.core.sharded_tensor import is_sharded, sharded_like, whole
 from blockprune.core.types import BlockMask, Masks, Weights, check_masks
+from blockprune.model.computed_weights import check_not_computed
 from blockprune.model.hf_checkpoint import prepare_checkpoints
 from blockprune.model.mask_reading import Refs, masked_refs, masks_of_refs
 from blockprune.model.masked_class import add_mask_methods, has_mask_methods, mask_index, own_class, refs_of_module, remove_mask_methods
@@ -22,12 +23,11 @@ from blockprune.model.parameters import (
     ParameterRef,
     check_dense_gradients,
     check_loaded,
-    check_not_computed,
     check_not_inference,
     check_not_lazy,
     check_own_memory,
     distinct,
-    is_replicated,
+    is_in_replica,
     parameter_order,
     parameter_refs,
     restore_order,
@@ -63,8 +63,9 @@ def apply_masks(
         KeyError: the model does not have a parameter of this name, two names are those of one tied tensor, or ``straight_through`` has a
             parameter that ``masks`` does not have.
         ValueError: a mask or a weight does not have its parameter's shape, a weight has NaN or inf, accelerate has offloaded a parameter,
-            masks would be added to or removed from a model in DistributedDataParallel, ``straight_through`` has different blocks than a
-            mask, or a decay is negative or without ``straight_through``.
+            masks would be added to or removed from a model in DistributedDataParallel, or from the module inside (which is not noticed
+            if the wrapper was made before blockprune was imported), ``straight_through`` has different blocks than a mask, or a decay is
+            negative or without ``straight_through``.
         RuntimeError: a weight is given for an expanded parameter, whose elements share memory.
         TypeError: ``masks`` is not a mapping of `BlockMask`, or a parameter cannot be masked (integer, complex, sparse, scripted).
             After any error the model is as it was before the call.
@@ -78,13 +79,15 @@ def apply_masks(
     reshard(model)
     refs = parameter_refs(model)  # they say what is masked at the time at which they are asked
     requested = masks_of_refs(refs) if masks is None and weights is not None else cast(Masks, masks)
-    new_masks = _checked_masks(refs, requested, remedy="for the result of a recipe, call apply_masks(model, result.masks, result.weights)")
-    check_loaded([users[0] for _, _, users in new_masks], "apply_masks")
+    new_masks = _checked_masks(
+        model, refs, requested, remedy="for the result of a recipe, call apply_masks(model, result.masks, result.weights)"
+    )
+    check_loaded(model, [*(users[0] for _, _, users in new_masks), *(ref for ref, _ in masked_refs(refs))], "apply_masks")
     check_not_inference(users[0] for _, _, users in new_masks)
     _check_not_wrapped(model, refs, new_masks)
-    new_weights = _checked_weights(refs, {} if weights is None else weights)
+    new_weights = _checked_weights(model, refs, {} if weights is None else weights)
     decay = check_number("decay", decay, "a number from 0 on", lowest=0)
-    reached = _checked_reached(refs, {name: mask for name, mask, _ in new_masks}, straight_through, decay)
+    reached = _checked_reached(model, refs, {name: mask for name, mask, _ in new_masks}, straight_through, decay)
     old_masks = [(ref, BlockMask(mask.keep.clone(), mask.grid), _copy(mask.reached), mask.decay) for ref, mask in masked_refs(refs)]
     # in the order in which they were put on, so that an error restores that order
     old_masks.sort(key=lambda item: list(item[0].owner.parametrizations).index(item[0].attr))  # type: ignore[arg-type]
@@ -118,7 +121,7 @@ def _copy(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.clone()
 
 
-def _checked_reached(refs: Refs, masks: Masks, straight_through: bool | Masks, decay: float) -> dict[str, Tensor]:
+def _checked_reached(model: nn.Module, refs: Refs, masks: Masks, straight_through: bool | Masks, decay: float) -> dict[str, Tensor]:
     """The blocks of each masked parameter that gradients reach, by canonical name; none of a parameter that is not in the result."""
     if decay and straight_through is False:
         raise ValueError(f"decay={decay} changes the gradients of pruned blocks, which reach none; give straight_through=True, too")
@@ -126,7 +129,7 @@ def _checked_reached(refs: Refs, masks: Masks, straight_through: bool | Masks, d
         return {name: torch.ones_like(mask.keep) for name, mask in masks.items()} if straight_through else {}
     if not isinstance(straight_through, Mapping):
         raise TypeError(f"straight_through is a {type(straight_through).__name__}; give True, False, or masks")
-    names = select_parameters(refs, straight_through, what="straight_through")
+    names = select_parameters(model, refs, straight_through, what="straight_through")
     reached: dict[str, Tensor] = {}
     for name, mask in zip(names, straight_through.values(), strict=True):
         if name not in masks:
@@ -144,12 +147,13 @@ def _check_not_wrapped(model: nn.Module, refs: Refs, new_masks: list[tuple[str, 
     before = {ref.name: ref for ref, _ in masked_refs(refs)}
     after = {ref.name: ref for _, _, users in new_masks for ref in users}
     changed = sorted(before.keys() ^ after.keys())
-    replicated = bool(changed) and is_replicated(model)
+    replicated = bool(changed) and is_in_replica(model, [before.get(name) or after[name] for name in changed])
     for name in changed:
         if replicated:
             raise ValueError(
                 f"{name}: masks cannot be added to or removed from a model in DistributedDataParallel, which would no longer average the "
-                "gradients of this parameter; apply masks first and wrap the model afterwards (existing masks may be updated)"
+                "gradients of this parameter; apply masks first and wrap the model afterwards (existing masks may be updated); "
+                "or keep the module alone: model = wrapped.module, del wrapped"
             )
         if has_moved_unnoticed(model, (ref := before.get(name) or after[name]).owner):
             raise ValueError(
@@ -189,7 +193,7 @@ def finalize(model: M, *, inplace: bool = False) -> M:
         (<class 'torch.nn.modules.linear.Linear'>, 0, 'ParametrizedLinear')
     """
     refs = parameter_refs(model)
-    check_loaded([ref for ref, _ in masked_refs(refs)], "finalize")
+    check_loaded(model, [ref for ref, _ in masked_refs(refs)], "finalize")
     check_not_computed(model)
     check_copyable(model)
     if inplace:
@@ -201,6 +205,7 @@ def finalize(model: M, *, inplace: bool = False) -> M:
                 f"{other[0].name}: another parametrization computes this weight {other[0].shape}, so its zeros have no place; remove that "
                 "parametrization, or make a copy: finalize(model)"
             )
+        check_not_inference(ref for ref, _ in masks)
         check_own_memory(model, [ref.stored for ref, _ in masks], "finalize")
         for ref, _ in masks:
             ref.masked.detach()  # a read writes changes through views of earlier reads into the stored weight
@@ -249,7 +254,9 @@ def masked_parameters(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
 def functional_parameters(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
     """`masked_parameters`, also of a model that ``fully_shard`` has sharded, for `replaced_shards`."""
     tensors: dict[str, Tensor] = {}
-    for name, mask, refs in _checked_masks(parameter_refs(model), masks):
+    new_masks = _checked_masks(model, parameter_refs(model), masks)
+    check_loaded(model, [refs[0] for _, _, refs in new_masks], "masked_parameters")
+    for name, mask, refs in new_masks:
         keep = mask.keep.to(refs[0].stored.device).clone()
         weight = mask_blocks(refs[0].stored, keep, mask.grid) if refs[0].is_plain else None  # shared by all references
         for ref in refs:
@@ -271,9 +278,9 @@ def _functional_tensors(name: str, ref: ParameterRef, grid: BlockGrid, keep: Ten
     return {ref.stored_name: weight, f"{ref.parametrized_name}0.keep": torch.ones_like(old.keep)}  # all gradients pass to the masked weight
 
 
-def _checked_masks(refs: Refs, masks: Masks, **remedy: str) -> list[tuple[str, BlockMask, list[ParameterRef]]]:
+def _checked_masks(model: nn.Module, refs: Refs, masks: Masks, **remedy: str) -> list[tuple[str, BlockMask, list[ParameterRef]]]:
     """Each mask with the parameter's canonical name and the references to all modules that use it."""
-    parameters = select_parameters(refs, masks if isinstance(masks, Mapping) else (), what="masks")
+    parameters = select_parameters(model, refs, masks if isinstance(masks, Mapping) else (), what="masks")
     check_masks(masks, **remedy)
     checked = [(name, mask, distinct(users)) for (name, users), mask in zip(parameters.items(), masks.values(), strict=True)]
     for name, mask, users in checked:
@@ -295,11 +302,13 @@ def _check_mask(name: str, mask: BlockMask, ref: ParameterRef) -> None:
     check_dense_gradients(name, ref)
 
 
-def _checked_weights(refs: Refs, weights: Weights) -> list[tuple[ParameterRef, Tensor]]:
+def _checked_weights(model: nn.Module, refs: Refs, weights: Weights) -> list[tuple[ParameterRef, Tensor]]:
     """The new weights in the device and dtype of their parameters; those in the model's memory are copied, as writes would change them."""
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights is a {type(weights).__name__}, not a mapping from parameter names to tensors")
-    parameters = select_parameters(refs, weights, what="weights")
+    parameters = select_parameters(model, refs, weights, what="weights")
+    check_loaded(model, [users[0] for users in parameters.values()], "apply_masks")
+    check_not_inference(users[0] for users in parameters.values())
     checked = [
         (users[0], checked_weight(name, users[0], weights[key])) for (name, users), key in zip(parameters.items(), weights, strict=True)
     ]

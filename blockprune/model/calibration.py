@@ -1,14 +1,13 @@
 """The data that a model is run on, and how it is run: `Calibration`, and its loss."""
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any, TypedDict, cast
 
 import attrs
-from torch import Tensor, nn
+from torch import Tensor
 
-from blockprune.core.arguments import check_counts, check_function
+from blockprune.core.arguments import check_counts, check_function, torch_loss
 from blockprune.core.pipeline import as_code
 
 Forward = Callable[[Callable[..., Any], Any], Any]  # (model, batch) -> output
@@ -87,15 +86,17 @@ def default_token_weights(batch: Any) -> Tensor | Mapping[str, Tensor | None] | 
     return {"decoder_*": decoder, "labels": decoder, **prefixed, "*": masks.get("attention_mask")}
 
 
-def several_batches(batches: Any, what: str = "batches") -> Any:
+def several_batches(batches: Any, what: str = "batches", *, forward: Forward = default_forward) -> Any:
     """The same batches, if there may be several.
 
     Args:
         batches: whatever a user gave.
         what: the name of the argument.
+        forward: what calls the model with a batch; one of a user's own may take batches of several kinds.
 
     Raises:
-        TypeError: one tensor or mapping, or nothing that can be iterated.
+        TypeError: one tensor or mapping, or nothing that can be iterated; a tuple or list whose elements cannot all be batches, because
+            some are floating-point tensors and others are tensors of integers or mappings, such as inputs and their labels.
 
     Example:
         >>> from blockprune.model.calibration import several_batches
@@ -104,6 +105,19 @@ def several_batches(batches: Any, what: str = "batches") -> Any:
     """
     if isinstance(batches, (str, Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise TypeError(f"{what} is one {type(batches).__name__}; give an iterable of batches, such as [batch]")
+    if isinstance(batches, (tuple, list)) and forward is default_forward:
+        kinds: dict[str, str] = {}
+        for batch in batches:
+            if isinstance(batch, Mapping):
+                kinds.setdefault("mapping", type(batch).__name__)
+            elif isinstance(batch, Tensor) and not batch.is_nested:
+                kinds.setdefault("float" if batch.is_floating_point() else "integer", f"{tuple(batch.shape)} of {batch.dtype}")
+        if len(kinds) > 1:
+            kind = type(batches).__name__
+            raise TypeError(
+                f"{what} is a {kind} of {' and '.join(kinds.values())}, which are no batches of one model; if the {kind} is one batch of "
+                f"inputs and targets, give [batch]: {what}=[({'x, y' if len(batches) == 2 else '...'})]"
+            )
     return batches
 
 
@@ -142,7 +156,8 @@ class Calibration:
             or over the ``group`` that `functools.partial` binds to it.
 
     Raises:
-        TypeError: batches that are one tensor or mapping instead of an iterable of them; a function that cannot be called.
+        TypeError: batches that are one tensor or mapping, or one batch of inputs and labels, instead of an iterable of batches; a function
+            that cannot be called, or the class of a loss instead of a loss.
         ValueError: ``per_sample`` that is neither "vmap" nor "loop", or ``chunk_size`` that is no integer from 1 on.
 
     Example:
@@ -150,7 +165,7 @@ class Calibration:
         Calibration(batches=list of 2)
     """
 
-    batches: Iterable[Any] = attrs.field(converter=several_batches)
+    batches: Iterable[Any]
     loss: Loss | None = attrs.field(default=None, kw_only=True)
     forward: Forward = attrs.field(default=default_forward, kw_only=True)
     token_weights: TokenWeights = attrs.field(default=default_token_weights, kw_only=True)
@@ -160,6 +175,7 @@ class Calibration:
     reduce: Callable[[Any], Any] | None = attrs.field(default=None, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
+        several_batches(self.batches, forward=self.forward)
         check_function("loss", self.loss, "(output, batch) -> one number", optional=True)
         check_function("forward", self.forward, "(model, batch) -> output")
         check_function("token_weights", self.token_weights, "(batch) -> weights of the tokens, or None")
@@ -257,15 +273,11 @@ def scalar_loss(calibration: Calibration, output: Any, batch: Any, statistics: S
 
 def _check_form(loss: Loss, batch: Any) -> None:
     """Raise if a loss of torch, which takes (output, target), would be called with a batch that is not the target."""
-    function: Any = loss
-    while isinstance(function, functools.partial):
-        function = function.func
-    of_torch = getattr(function, "__module__", "") == "torch.nn.functional" or type(function).__module__ == "torch.nn.modules.loss"
+    target = "batch['labels']" if isinstance(batch, Mapping) else "batch[1]"
+    of_torch = torch_loss(loss, f"output, {target}")
     if of_torch and not isinstance(batch, Tensor):
-        name = getattr(function, "__name__", type(function).__name__)
-        target = "batch['labels']" if isinstance(batch, Mapping) else "batch[1]"
-        call, where = ("loss_function", f", with loss_function = nn.{name}()") if isinstance(function, nn.Module) else (name, "")
+        name, call = of_torch
         raise TypeError(
             f"loss={name} takes (output, target), but a loss is called with (output, batch), and this batch is a {type(batch).__name__}; "
-            f"give loss=lambda output, batch: {call}(output, {target}){where}"
+            f"give loss=lambda output, batch: {call}"
         )

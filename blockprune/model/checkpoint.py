@@ -13,8 +13,18 @@ from blockprune.core.grid import BlockGrid, expand, pool
 from blockprune.core.sharded_tensor import sharded_like, whole
 from blockprune.core.types import BlockMask, Where, check_prunable
 from blockprune.model.apply import apply_masks
+from blockprune.model.hf_linears import is_transposed
 from blockprune.model.mask_reading import parameter_masks
-from blockprune.model.parameters import STORED_NAME, check_not_lazy, distinct, forget_lost, parameter_refs
+from blockprune.model.parameters import (
+    STORED_NAME,
+    ParameterRef,
+    check_loaded,
+    check_not_inference,
+    check_not_lazy,
+    distinct,
+    forget_lost,
+    parameter_refs,
+)
 from blockprune.model.parametrization import MaskBlocks
 from blockprune.model.selection import select
 
@@ -65,7 +75,7 @@ def load_masked(model: M, state: Mapping[str, Tensor]) -> M:
     Raises:
         ValueError: the state has a mask with different blocks than the model, lacks a tensor of the model, has another tensor,
             or one of another shape; the state of an exported model, which `export.load_state_dict` loads; a model on the meta device,
-            which has no memory for values, or with a lazy layer that was never called.
+            which has no memory for values, one that accelerate has offloaded, or one with a lazy layer that was never called.
         TypeError: ``state`` is no mapping, or has something else than a tensor for a parameter or a buffer.
             After any of these errors, and if a module refuses its extra state, the model is as it was before the call.
 
@@ -83,8 +93,11 @@ def load_masked(model: M, state: Mapping[str, Tensor]) -> M:
         )
     for module in model.modules():
         forget_lost(module)
-    for name, (ref, *_) in parameter_refs(model).items():
+    refs = {name: users[0] for name, users in parameter_refs(model).items()}
+    for name, ref in refs.items():
         check_not_lazy(name, ref.stored)
+    check_loaded(model, refs.values(), "load_masked")
+    check_not_inference(refs.values())
     before = parameter_masks(model)
     masks = masks_in_state(model, state)
     for name in masks.keys() & before.keys():
@@ -170,7 +183,7 @@ def masks_in_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, B
     Raises:
         ValueError: a mask of a parameter that the model does not have, of another shape, or without the shape of its blocks.
     """
-    canonical = {ref.name: (name, refs[0].shape) for name, refs in parameter_refs(model).items() for ref in refs}
+    canonical = {ref.name: (name, ref) for name, refs in parameter_refs(model).items() for ref in refs}
     masks = {}
     for key in state:
         if (match := _MASK.fullmatch(key)) and match[3] == "keep":
@@ -178,8 +191,8 @@ def masks_in_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, B
             if name not in canonical:
                 remedy = without_wrapper(state) or "give the model of the same class"
                 raise ValueError(f"the state has a mask of {name!r}, which is not a parameter of the model; {remedy}")
-            name, shape = canonical[name]
-            masks[name] = _mask_in_state(name, shape, state[key], state.get(f"{key.removesuffix('keep')}_extra_state"))
+            name, ref = canonical[name]
+            masks[name] = _mask_in_state(name, ref, state[key], state.get(f"{key.removesuffix('keep')}_extra_state"))
     return masks
 
 
@@ -198,6 +211,29 @@ def exported_layers(state: Mapping[str, Tensor]) -> list[str]:
     return [prefix.removesuffix(".") for prefix in prefixes if all(prefix + part in state for part in _EXPORTED_PARTS)]
 
 
+def with_tied_names(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state in which a tied tensor has all its names, if it has one of them: files such as safetensors hold it once.
+
+    Example:
+        >>> from blockprune.model.checkpoint import with_tied_names
+        >>> model = nn.ModuleDict({"embedding": nn.Embedding(3, 2), "head": nn.Linear(2, 3, bias=False)})
+        >>> model["head"].weight = model["embedding"].weight
+        >>> sorted(with_tied_names(model, {"embedding.weight": torch.ones(3, 2)}))
+        ['embedding.weight', 'head.weight']
+    """
+    names = _tied_names(model)
+    return {**{alias: state[name] for name in state for alias in names.get(name, ())}, **state}
+
+
+def _tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """For each name of a parameter or buffer in a state dict all names of this tensor."""
+    names, saved = dict[int, list[str]](), model.state_dict().keys()  # without buffers that are not persistent
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        if name in saved:
+            names.setdefault(id(tensor), []).append(name)
+    return {name: shared for shared in names.values() for name in shared}
+
+
 def without_wrapper(state: Mapping[str, Tensor]) -> str:
     """What to do about a state dict whose names begin with that of a wrapper; empty if they do not.
 
@@ -212,7 +248,7 @@ def without_wrapper(state: Mapping[str, Tensor]) -> str:
     return f"its names begin with {match[0]!r}, of a wrapper; strip it: {{key.removeprefix({match[0]!r}): x for key, x in state.items()}}"
 
 
-def _mask_in_state(name: str, shape: tuple[int, ...], keep: Any, block: Any) -> BlockMask:
+def _mask_in_state(name: str, ref: ParameterRef, keep: Any, block: Any) -> BlockMask:
     for part, value in (("mask", keep), ("shape of the blocks", block)):
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"{name}: the {part} in the state is a {type(value).__name__}, not a tensor; give the state as it was saved")
@@ -221,19 +257,20 @@ def _mask_in_state(name: str, shape: tuple[int, ...], keep: Any, block: Any) -> 
             f"{name}: the state has a mask, but not the shape of its blocks; apply the masks first, then model.load_state_dict"
         )
     try:
-        return BlockMask(keep.clone(), BlockGrid(shape, tuple(block.tolist())))
+        return BlockMask(keep.clone(), BlockGrid(ref.shape, tuple(block.tolist())))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{name}: the mask in the state does not fit this parameter {shape}: {error}") from None
+        remedy = "; if it is that of Linears, convert the model first: bp.as_linears(model)" if is_transposed(ref.owner) else ""
+        raise ValueError(f"{name}: the mask in the state does not fit this parameter {ref.shape}: {error}{remedy}") from None
 
 
 def _fitting_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """The state with shards for a sharded model. Raise unless it has exactly the tensors of the model, in their shapes."""
     expected = model.state_dict()
-    aliases = {ref.stored_name: [ref.stored_name for ref in refs] for refs in parameter_refs(model).values() for ref in refs}
+    tied_names = _tied_names(model)
     stored_names = {match.expand(r"\1\2"): name for name in expected if (match := STORED_NAME.fullmatch(name))}
     expected = {name: tensor for name, tensor in expected.items() if name not in stored_names}
     names = {stored_names.get(name, name): name for name in state}  # a plain checkpoint has ``0.weight`` instead
-    loaded = {alias for name in names for alias in aliases.get(name, [name])}
+    loaded = {alias for name in names for alias in tied_names.get(name, [name])}
     missing = [name for name in expected if name not in loaded and not _MASK.fullmatch(name)]
     if missing or (unexpected := [name for name in names if name not in expected]):
         problem = f"lacks {missing[0]!r}, which the model has" if missing else f"has {unexpected[0]!r}, which the model does not have"

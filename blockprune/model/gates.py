@@ -16,7 +16,7 @@ from blockprune.core.arguments import check_model, check_number
 from blockprune.core.grid import BlockGrid, block_elements
 from blockprune.core.patterns import resolve_by_name
 from blockprune.core.precision import at_least_float32, no_autocast
-from blockprune.core.sharded_tensor import is_sharded
+from blockprune.core.sharded_tensor import is_sharded, whole
 from blockprune.core.types import BlockScore, Where
 from blockprune.model.gate_kinds import Gate, hard_concrete, n_of_m, soft_movement
 from blockprune.model.masked_class import has_mask_methods, let_copy_rnn, own_class
@@ -24,8 +24,10 @@ from blockprune.model.masking import broadcastable
 from blockprune.model.parameters import (
     ParameterRef,
     check_dense_gradients,
+    check_loaded,
+    check_not_inference,
     distinct,
-    is_replicated,
+    is_in_replica,
     parameter_order,
     parameter_refs,
     restore_order,
@@ -33,6 +35,7 @@ from blockprune.model.parameters import (
 from blockprune.model.parametrization import MaskBlocks
 from blockprune.model.running import uncompiled
 from blockprune.model.selection import select
+from blockprune.model.sharding import is_fully_sharded, reshard
 
 __all__ = ["Gate", "add", "expected_sparsity", "hard_concrete", "n_of_m", "parameters", "penalty", "remove", "scores", "soft_movement"]
 
@@ -60,12 +63,13 @@ class GateBlocks(nn.Module):
             logits = self.wide_logits()
             value = _checked_gate("value", self.gate.value(logits, self.training), logits)
             shape, factors = broadcastable(value, self.grid)
+            weight = whole(weight)  # outside of a forward fully_shard leaves shards here
             # in half precision small factors, and the products that are the gradients of the logits, would be 0
             return (at_least_float32(weight).reshape(shape) * factors).to(weight.dtype).reshape(weight.shape)
 
     def wide_logits(self) -> Tensor:
-        """The logits in at least float32."""
-        return at_least_float32(self.logits)
+        """All logits in at least float32; where ``fully_shard`` has sharded them, all ranks must call it."""
+        return at_least_float32(whole(self.logits))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GateBlocks":
         """Convert the logits with the model, but not to half precision, in which small steps of an optimizer would be lost."""
@@ -103,8 +107,8 @@ def add(model: M, *, where: Where, gate: Gate | None = None, initial: float = 2.
         initial: the logit of every gate.
 
     Raises:
-        ValueError: a parameter that has gates already, an ``initial`` that is not finite, a rule that matches nothing, a block that does
-            not fit.
+        ValueError: a parameter that has gates already or that accelerate has offloaded, an ``initial`` that is not finite, a rule that
+            matches nothing, a block that does not fit.
         TypeError: a ``gate`` that is no `Gate`, a weight that cannot be pruned or has sparse gradients.
             After any error the model is as it was before the call.
 
@@ -124,15 +128,28 @@ def add(model: M, *, where: Where, gate: Gate | None = None, initial: float = 2.
     if not isinstance(gate, Gate):
         raise TypeError(f"gate is a {type(gate).__name__}; give a Gate, such as bp.gates.hard_concrete()")
     initial = check_number("initial", initial)
-    _check_not_wrapped(model)
+    check_model(model)
+    if _is_sharded_model(model):
+        raise ValueError(
+            "gates cannot be added to a model that fully_shard or parallelize_module has sharded; change the model first and shard it "
+            "afterwards, with fully_shard"
+        )
     selected, refs = select(model, where), parameter_refs(model)
+    if is_in_replica(model, [ref for ref, _ in selected.values()]):
+        raise ValueError(
+            "gates cannot be added to a model in DistributedDataParallel, which would not average their gradients; change the model first "
+            "and wrap it afterwards"
+        )
+    check_loaded(model, [ref for ref, _ in selected.values()], "gates.add")
+    check_not_inference(ref for ref, _ in selected.values())
     for name, (ref, _) in selected.items():
         check_dense_gradients(name, ref)
         if _gate_of(ref) is not None:
             raise ValueError(f"{name} {ref.shape}: this parameter has gates already; take them off with bp.gates.remove(model)")
     for name, (first, grid) in selected.items():
         stored = first.stored
-        logits = torch.full(grid.size, float(initial), device=stored.device, dtype=torch.promote_types(stored.dtype, torch.float32))
+        with torch.inference_mode(False):  # an inference tensor could not be trained
+            logits = torch.full(grid.size, float(initial), device=stored.device, dtype=torch.promote_types(stored.dtype, torch.float32))
         shared: GateBlocks | None = None
         for ref in distinct(refs[name]):
             _own_class(ref.owner)
@@ -145,18 +162,8 @@ def add(model: M, *, where: Where, gate: Gate | None = None, initial: float = 2.
     return model
 
 
-def _check_not_wrapped(model: nn.Module) -> None:
-    check_model(model)
-    if any(map(is_sharded, model.parameters())):
-        raise ValueError(
-            "gates cannot be added to or removed from a model that fully_shard or parallelize_module has sharded; change the model first "
-            "and shard it afterwards"
-        )
-    if is_replicated(model):
-        raise ValueError(
-            "gates cannot be added to or removed from a model in DistributedDataParallel, which would not average their gradients; change "
-            "the model first and wrap it afterwards"
-        )
+def _is_sharded_model(model: nn.Module) -> bool:
+    return any(map(is_fully_sharded, model.modules())) or any(map(is_sharded, model.parameters()))
 
 
 def _of_other_owner(gates: GateBlocks, order: tuple[str, ...]) -> GateBlocks:
@@ -171,21 +178,38 @@ def remove(model: M, *, fold: bool = True) -> M:
 
     Weights and modules have the types and names that they had before `add`.
 
+    A model that ``fully_shard`` has sharded keeps its gates. Masks of all gated parameters make it a plain model::
+
+        bp.apply_masks(model, bp.allocate.per_model(bp.gates.scores(model), sparsity))
+        plain.load_state_dict(bp.distributed.full_state_dict(model))  # on rank 0: gates and masks are multiplied into the weights
+
     Args:
         model: a model with gates.
         fold: multiply the gates, as they are in evaluation mode, into the weights, so that the outputs in evaluation mode stay. With False
             the weights become those that are stored.
 
     Raises:
-        ValueError: a model without gates; or, with ``fold``, another parametrization besides masks that computes a gated weight.
+        ValueError: a model without gates, one that is sharded or in DistributedDataParallel; or, with ``fold``, another parametrization
+            besides masks that computes a gated weight.
 
     Example:
         >>> model = bp.gates.add(nn.Linear(4, 2), where=bp.linears((2, 2)))
         >>> type(model).__name__, type(bp.gates.remove(model)).__name__
         ('ParametrizedLinear', 'Linear')
     """
-    _check_not_wrapped(model)
     gated = _gated(model)
+    if _is_sharded_model(model):
+        raise ValueError(
+            "gates cannot be removed from a model that fully_shard has sharded; apply masks of them, bp.apply_masks(model, "
+            "bp.allocate.per_model(bp.gates.scores(model), sparsity)), and load bp.distributed.full_state_dict(model), which has both "
+            "multiplied into the weights, into a plain model"
+        )
+    if is_in_replica(model, [ref for refs in gated.values() for ref in refs]):
+        raise ValueError(
+            "gates cannot be removed from a model in DistributedDataParallel, which holds their logits; keep the module alone (model = "
+            "wrapped.module, del wrapped), call bp.gates.remove(model) and wrap it again"
+        )
+    check_not_inference(refs[0] for refs in gated.values())
     for name, refs in gated.items():
         others = [p for p in refs[0].parametrizations or () if not isinstance(p, (GateBlocks, MaskBlocks))]
         if fold and others:
@@ -234,11 +258,15 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
         >>> [len(group["params"]) for group in optimizer.param_groups]
         [2, 1]
     """
+    reshard(model)
     return [_gates_of(refs[0]).logits for refs in _gated(model).values()]
 
 
 def scores(model: nn.Module) -> dict[str, BlockScore]:
     """The logits of all gates as scores of the blocks, by parameter name: what is closed first is pruned first.
+
+    Of a model that ``fully_shard`` has sharded, the logits are gathered, and so they are in `expected_sparsity` and `penalty`: all ranks
+    must call it.
 
     Raises:
         ValueError: a model without gates.
@@ -365,4 +393,5 @@ def _gated(model: nn.Module) -> dict[str, list[ParameterRef]]:
     gated = {name: distinct(refs) for name, refs in parameter_refs(model).items() if _gate_of(refs[0]) is not None}
     if not gated:
         raise ValueError(f"{type(model).__name__} has no gates; add them with bp.gates.add(model, where=...)")
+    check_loaded(model, [refs[0] for refs in gated.values()], "bp.gates")
     return gated

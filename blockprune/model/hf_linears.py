@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -10,9 +11,10 @@ from torch.nn.utils import parametrize
 
 from blockprune.core._compat_hf import conv1d_outputs, experts_are_transposed, use_eager_experts
 from blockprune.model.experts import is_stacked, stack_state_dict, unstack_experts
+from blockprune.model.parameters import check_loaded, parameter_refs
 from blockprune.model.sharding import check_not_fully_sharded
 
-__all__ = ["as_linears", "from_linears", "is_transposed"]
+__all__ = ["as_linears", "from_linears", "is_transposed", "make_linears"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -25,8 +27,11 @@ def is_transposed(module: Any) -> bool:
         >>> is_transposed(nn.Conv1d(1, 1, 1))
         False
     """
-    outputs, weight = conv1d_outputs(module), getattr(module, "weight", None)
-    return outputs is not None and isinstance(weight, Tensor) and weight.shape[1:] == (outputs,)
+    outputs = conv1d_outputs(module)
+    if outputs is None:
+        return False
+    shapes = [ref.shape for refs in parameter_refs(module).values() for ref in refs if ref.name == "weight"]
+    return any(shape[1:] == (outputs,) for shape in shapes)
 
 
 def as_linears(model: M) -> M:
@@ -39,12 +44,15 @@ def as_linears(model: M) -> M:
     so on, which are called one after the other. Random tokens check that the outputs are the same; if not, the experts stay stacked, with a
     warning. `from_linears` converts the copy back.
 
+    After ``import blockprune.hf``, ``from_pretrained`` of a masked or exported copy converts each Conv1D, too. Pruned experts come back
+    by `load_masked` or `export.load_state_dict`, into a converted model.
+
     Args:
         model: a model without masks; it is not changed. A model without such modules is only copied.
 
     Raises:
         ValueError: a module to convert is masked or otherwise parametrized, has its own ``forward``, or shares its weight with a module
-            that is not converted; a model that ``fully_shard`` has sharded.
+            that is not converted; a model that ``fully_shard`` has sharded or accelerate has offloaded.
 
     Example:
         >>> class Conv1D(nn.Module):  # like transformers.pytorch_utils.Conv1D
@@ -63,19 +71,32 @@ def as_linears(model: M) -> M:
     modules = dict(model.named_modules())
     to_convert: dict[str, Any] = {name: module for name, module in modules.items() if is_transposed(module) or is_stacked(module)}
     owners = {id(p): name for name, module in modules.items() if not is_transposed(module) for p in module.parameters(recurse=False)}
+    converted = {*to_convert.values()}
+    refs = [ref for users in parameter_refs(model).values() for ref in users if ref.owner in converted]
+    check_loaded(model, refs, "as_linears")
     for name, module in to_convert.items():
         _check_convertible(name, module, owners)
-    transposed: dict[Tensor, nn.Parameter] = {}  # several Conv1D may share a weight
     for name, module in to_convert.items():
         if is_stacked(module):
             _unstack_if_equal(name, module)
-            continue
+    make_linears(module for module in to_convert.values() if is_transposed(module))
+    return model
+
+
+def make_linears(modules: Iterable[Any]) -> None:
+    """Convert Conv1D modules to nn.Linear, in place; those that share a weight still do.
+
+    Example:
+        >>> from blockprune.model.hf_linears import make_linears
+        >>> make_linears(module for module in nn.Sequential(nn.Linear(2, 2)).modules() if is_transposed(module))
+    """
+    transposed: dict[Tensor, nn.Parameter] = {}  # by the weight of the Conv1D
+    for module in modules:
         if module.weight not in transposed:
             transposed[module.weight] = nn.Parameter(module.weight.detach().mT.contiguous(), requires_grad=module.weight.requires_grad)
         module.__class__ = nn.Linear  # the module keeps its hooks
         module.in_features, module.out_features = module.weight.shape
         module.weight = transposed[module.weight]
-    return model
 
 
 def from_linears(model: nn.Module, like: M) -> M:

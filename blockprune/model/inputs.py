@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from blockprune.core._compat import ConvNd, ConvTransposeNd, conv_padding, version_counter
+from blockprune.core._compat import ConvNd, ConvTransposeNd, conv_padding, tree_leaves, version_counter
 from blockprune.model.hf_linears import is_transposed
 from blockprune.model.parameters import ParameterRef
 
@@ -43,6 +43,20 @@ def value_key(x: Tensor) -> Any:
         (True, False)
     """
     return object() if x.is_inference() else (x.data_ptr(), version_counter(x), x.shape, x.stride(), x.dtype)
+
+
+def check_not_nested(layer: str, tensors: Any, what: str) -> None:
+    """Raise a ValueError if a layer is called with a nested tensor, whose rows have different lengths.
+
+    Example:
+        >>> from blockprune.model.inputs import check_not_nested
+        >>> check_not_nested("fc.weight", (torch.ones(2),), "statistics")
+    """
+    if any(isinstance(x, Tensor) and x.is_nested for x in tree_leaves(tensors)):
+        raise ValueError(
+            f"{layer}: this layer is called with a nested tensor (torch.nested), which {what} do not support; give padded batches, and "
+            "token_weights= or an attention_mask, so that the padding does not count"
+        )
 
 
 def weight_inputs(ref: ParameterRef, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:

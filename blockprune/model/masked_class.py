@@ -22,6 +22,7 @@ from blockprune.model.parameters import ParameterRef, forget_lost, parameter_ord
 from blockprune.model.parametrization import MaskBlocks
 
 _REPLACED = "_blockprune_replaced"
+_UNEXPECTED = -2  # the place of the list of unexpected keys among the arguments of nn.Module's method
 
 
 def has_mask_methods(owner: nn.Module) -> bool:
@@ -217,18 +218,27 @@ def _assign_masked(self: nn.Module, ref: ParameterRef, value: Tensor) -> None:
 
 
 def _load_from_state_dict(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Accept a checkpoint of the plain model as well: its weight becomes the dense weight, and the mask stays."""
+    """Accept a checkpoint of the plain model as well: its weight becomes the dense weight, and the mask stays.
+
+    The class's own method and the hooks before it see the dense weight under its plain name, whichever checkpoint it is. The modules inside
+    this one, which have the stored weights, load theirs afterwards.
+    """
     forget_lost(self)
-    for ref in refs_of_module(self):
-        if ref.mask and ref.parametrizations:
-            stored = f"{prefix}parametrizations.{ref.attr}."
-            plain: Tensor | None = state_dict.pop(prefix + ref.attr, None) if ref.is_plain else None
-            if plain is not None:
-                state_dict.setdefault(stored + "original", plain)  # a checkpoint of a masked Hugging Face model has both
-            if any(key.startswith(stored + "original") for key in state_dict):
-                state_dict.setdefault(f"{stored}{mask_index(ref)}.keep", ref.mask.keep)
-                state_dict.setdefault(f"{stored}{mask_index(ref)}._extra_state", ref.mask.get_extra_state())
+    masked = [ref for ref in refs_of_module(self) if ref.mask]
+    for ref in masked:
+        stored = f"{prefix}parametrizations.{ref.attr}.original"
+        if ref.is_plain and stored in state_dict:  # a checkpoint of a masked Hugging Face model has both
+            state_dict[prefix + ref.attr] = state_dict.pop(stored)
     _super(self)._load_from_state_dict(state_dict, prefix, *args)
+    unexpected = args[_UNEXPECTED]
+    for ref in masked:
+        plain, stored = prefix + ref.attr, f"{prefix}parametrizations.{ref.attr}."
+        if ref.is_plain and plain in state_dict:
+            state_dict[stored + "original"] = state_dict.pop(plain)
+            unexpected[:] = [name for name in unexpected if name != plain]
+        if ref.mask and any(key.startswith(stored + "original") for key in state_dict):
+            state_dict.setdefault(f"{stored}{mask_index(ref)}.keep", ref.mask.keep)
+            state_dict.setdefault(f"{stored}{mask_index(ref)}._extra_state", ref.mask.get_extra_state())
 
 
 def _save_to_state_dict(self: nn.Module, *args: Any) -> None:

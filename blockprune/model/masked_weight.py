@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from blockprune.core._compat import disabled_torch_function, version_counter, without_base
+from blockprune.core._compat import SWAP_CHECK, disabled_torch_function, version_counter, without_base
 from blockprune.core.grid import BlockGrid, expand
 from blockprune.core.sharded_tensor import is_sharded
 from blockprune.model.masking import mask_blocks
@@ -159,8 +159,9 @@ class MaskedWeight(Tensor):
     its ``detach()`` reaches the stored weight when the weight is read again, when the model is copied, finalized, saved or pruned, or when
     the view is deleted. An optimizer does not wait for it: a step before that makes the next read raise once, or warn that it is lost.
     A view of a read that requires gradients is noticed until the weight is read again, and then when it is deleted.
-    Changes through a memory address (DLPack, ``data_ptr``), through the ``data`` or ``detach()`` of a view, and through a view in
-    inference mode, cannot be noticed: they are lost. NumPy arrays of the weight are read-only.
+    Changes through a memory address (DLPack, ``data_ptr``, ``untyped_storage()``), through the ``data``, ``detach()``, ``apply_`` or
+    ``map_`` of a view, through a view in inference mode, and within a compiled function, cannot be noticed: they are lost. NumPy arrays of
+    the weight are read-only, and ``torch.utils.swap_tensors`` raises.
 
     ``requires_grad``, ``grad`` and hooks are those of the stored parameter.
     """
@@ -304,13 +305,31 @@ def _passed_on(method: Callable[..., Any]) -> Callable[..., Any]:
                 "change it within torch.no_grad()"
             )
         self.source.writable()
+        values = self.source.values
+        version, place = _version(values), (self.data_ptr(), self.shape, self.stride())
         result = method(self, *args, **kwargs)
+        if self.is_read and place != (self.data_ptr(), self.shape, self.stride()):
+            raise RuntimeError(
+                f"{method.__name__} gives this masked weight {tuple(place[1])} other memory or another shape, which the layer does not "
+                "read; assign values of its shape, weight.data = values, or call bp.finalize(model) first"
+            )
+        if version == _version(values) and not values.is_inference():  # torch does not count what `apply_` and `map_` write
+            torch.autograd.graph.increment_version(values)
         self.source.write_back()
         return result
 
     return change
 
 
+def _not_swapped(self: Tensor) -> int:
+    """Called by ``torch.utils.swap_tensors`` before it changes anything: the layer would not read the other tensor."""
+    raise RuntimeError(
+        f"torch.utils.swap_tensors cannot swap this masked weight {tuple(self.shape)}, which the layer computes anew at each read; swap "
+        "layer.parametrizations.weight.original, or assign a new nn.Parameter to layer.weight"
+    )
+
+
+setattr(MaskedWeight, SWAP_CHECK, _not_swapped)
 _IN_PLACE = [name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__")]
 _IN_PLACE += [f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")]
 CHANGES = {*_IN_PLACE, "__setitem__"} - {"requires_grad_", "detach_", "share_memory_"}  # methods that write into a tensor
@@ -337,7 +356,11 @@ def _masked_shard() -> type[Tensor]:
         return as_masked_shard(DTensor.detach(self))
 
     methods: dict[str, Any] = {name: refused(name) for name in CHANGES if hasattr(DTensor, name)}
-    return type("MaskedShard", (DTensor,), {**methods, "detach": detach, "data": property(detach, refused("weight.data ="))})
+    return type(
+        "MaskedShard",
+        (DTensor,),
+        {**methods, SWAP_CHECK: _not_swapped, "detach": detach, "data": property(detach, refused("weight.data ="))},
+    )
 
 
 def as_masked_shard(masked: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from blockprune.core.grid import expand
 from blockprune.core.sharded_tensor import sharded_like, whole
 from blockprune.core.types import BlockMask, Masks, check_masks
 from blockprune.model.masking import mask_blocks
-from blockprune.model.parameters import find_parameters, parameter_refs, select_parameters
+from blockprune.model.parameters import check_loaded, find_parameters, parameter_refs, select_parameters
 from blockprune.model.parametrization import MaskBlocks
 from blockprune.model.sharding import reshard
 
@@ -48,7 +48,9 @@ def zero_new_blocks(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
     check_masks(masks)
     reshard(model)
     weights: dict[str, Tensor] = {}
-    for (name, refs), mask in zip(find_parameters(model, masks, what="masks").items(), masks.values(), strict=True):
+    found = find_parameters(model, masks, what="masks")
+    check_loaded(model, [refs[0] for refs in found.values()], "zero_new_blocks")
+    for (name, refs), mask in zip(found.items(), masks.values(), strict=True):
         ref, present = refs[0], refs[0].mask
         if present is None or not ref.is_plain:
             reason = "has no mask, so that no block of it is new" if ref.is_plain else "is computed by another parametrization"
@@ -98,7 +100,7 @@ def reset_state(optimizer: Optimizers, model: nn.Module, before: Masks, after: M
     check_masks(after, "after")
     reshard(model)
     of_model = parameter_refs(model)
-    chosen = [(select_parameters(of_model, masks, what="masks"), masks) for masks in (before, after)]
+    chosen = [(select_parameters(model, of_model, masks, what="masks"), masks) for masks in (before, after)]
     refs = {name: users[0] for selected, _ in chosen for name, users in selected.items()}
     old, new = (dict(zip(selected, masks.values(), strict=True)) for selected, masks in chosen)
     for name, ref in refs.items():

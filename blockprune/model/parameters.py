@@ -5,15 +5,18 @@ modules share (tied weights) has the first of its names; references to all modul
 """
 
 import contextlib
+import gc
 import itertools
 import operator
 import re
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.utils import parametrize
 
 from blockprune.core._compat import has_one_original, originals, own_parametrizations, parameter_names, storage_id
@@ -162,6 +165,24 @@ def is_exported(module: nn.Module) -> bool:
     return callable(getattr(module, "block_mask", None))
 
 
+def exported_hint(model: nn.Module) -> str:
+    """The end of an error message about a weight that is no parameter: what to do if layers of the model are exported; else empty.
+
+    Example:
+        >>> from blockprune.model.parameters import exported_hint
+        >>> exported_hint(nn.Linear(2, 2))
+        ''
+    """
+    exported = [name for name, module in model.named_modules() if is_exported(module)]
+    if not exported:
+        return ""
+    shown = f"{', '.join(map(repr, exported[:3]))}{', ...' if len(exported) > 3 else ''}" if exported[0] else "the model itself"
+    return (
+        f"; exported layers ({shown}) have no parameter for their weight: blockprune.export.update(model, masks) gives them other masks, "
+        "and blockprune.export.dense(model) is a plain model"
+    )
+
+
 def stored_aliases(model: nn.Module) -> dict[str, list[str]]:
     """For each name of a stored parameter the names under which `functional_call` replaces it in all modules that use it.
 
@@ -221,34 +242,40 @@ def restore_order(owner: nn.Module, order: tuple[str, ...]) -> None:
         owner.register_parameter(name, parameter)
 
 
+_REPLICAS: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the DistributedDataParallel made since this module was imported
+
+
+def _note_replica(owner: nn.Module, name: str, module: nn.Module | None) -> None:
+    if isinstance(owner, nn.parallel.DistributedDataParallel):
+        _REPLICAS.add(owner)
+
+
+register_module_module_registration_hook(_note_replica)  # a wrapped model does not know its DistributedDataParallel
+
+
 def is_replicated(model: nn.Module) -> bool:
-    """Whether DistributedDataParallel refers to parameters of the model."""
+    """Whether DistributedDataParallel is in the model."""
     return any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
 
 
-def computed_attributes(model: nn.Module) -> Iterator[ParameterRef]:
-    """Plain tensors that a hook computes before each forward: of the old weight_norm and spectral_norm, and of torch.nn.utils.prune."""
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        own = {name for name, _ in module.named_parameters(recurse=False, remove_duplicate=False)}
-        for attr, value in vars(module).items():
-            is_computed = attr == "weight" or f"{attr}_orig" in own or {f"{attr}_g", f"{attr}_v"} <= own
-            if is_computed and isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                yield ParameterRef(f"{prefix}.{attr}" if prefix else attr, module, attr)
+def is_in_replica(model: nn.Module, refs: Iterable[ParameterRef]) -> bool:
+    """Whether DistributedDataParallel is in the model, or elsewhere refers to one of these parameters."""
+    own = {id(stored) for ref in refs for stored in ref.originals}
+
+    def is_wrapped() -> bool:
+        return any(id(p) in own for replica in list(_REPLICAS) for p in replica.parameters())
+
+    if is_replicated(model):
+        return True
+    if is_wrapped():
+        gc.collect()  # a wrapper refers to itself, so that deleting it does not free it at once
+    return is_wrapped()
 
 
 def check_not_lazy(name: str, weight: Tensor) -> None:
     """Raise a ValueError for a weight of a lazy layer that was never called."""
     if nn.parameter.is_lazy(weight):
         raise ValueError(f"{name}: this weight of a lazy layer has no shape yet; run the model on one batch first")
-
-
-def check_not_computed(model: nn.Module) -> None:
-    """Raise a ValueError if a hook has computed a tensor that `copy.deepcopy` cannot copy, because it has a gradient."""
-    if computed := [ref.name for ref in computed_attributes(model) if ref.stored.grad_fn is not None]:
-        raise ValueError(
-            f"{computed[0]}: a hook of the old weight_norm, spectral_norm or torch.nn.utils.prune computes this tensor, and torch cannot "
-            "copy it; remove the hook (remove_weight_norm, remove_spectral_norm, prune.remove) or use torch.nn.utils.parametrizations"
-        )
 
 
 def check_dense_gradients(name: str, ref: ParameterRef) -> None:
@@ -260,20 +287,25 @@ def check_dense_gradients(name: str, ref: ParameterRef) -> None:
         )
 
 
-def check_loaded(refs: Iterable[ParameterRef], function: str) -> None:
-    """Raise a ValueError if accelerate holds a parameter elsewhere between forwards: a mask here would read uninitialised memory."""
-    for ref in refs:
-        if ref.stored.is_meta and is_offloaded(ref.owner):
-            raise ValueError(
-                f"{ref.name} {ref.shape}: accelerate has offloaded this parameter, so {function} cannot use its values; load the model "
-                "without offloading, or call accelerate.hooks.remove_hook_from_submodules(model) first"
-            )
+def check_loaded(model: nn.Module, refs: Iterable[ParameterRef], function: str) -> None:
+    """Raise a ValueError if accelerate holds a parameter of a model elsewhere between forwards: here it has no values, and takes none."""
+    ref = next((ref for ref in refs if ref.stored.is_meta), None)
+    if ref is not None and any(map(is_offloaded, model.modules())):  # the hook may be that of a module around the layer
+        raise ValueError(
+            f"{ref.name} {ref.shape}: accelerate has offloaded this parameter, so {function} cannot use its values; load the model "
+            "without offloading, or call accelerate.hooks.remove_hook_from_submodules(model) first"
+        )
 
 
-def check_not_inference(refs: Iterable[ParameterRef]) -> None:
-    """Raise a ValueError if a parameter was made under `torch.inference_mode`, outside of which it cannot be changed or have gradients."""
+def check_not_inference(refs: Iterable[ParameterRef], *, outside: bool = False) -> None:
+    """Raise a ValueError if a parameter was made under `torch.inference_mode`, outside of which it cannot be changed or have gradients.
+
+    Args:
+        refs: the parameters.
+        outside: whether they are used outside of it, although it may be on.
+    """
     for ref in refs:
-        if ref.stored.is_inference() and not torch.is_inference_mode_enabled():
+        if ref.stored.is_inference() and (outside or not torch.is_inference_mode_enabled()):
             raise ValueError(
                 f"{ref.name} {ref.shape} was made under torch.inference_mode, and torch allows no change of it outside; copy the model "
                 "outside of torch.inference_mode: copy.deepcopy(model)"
@@ -291,16 +323,19 @@ def find_parameters(model: nn.Module, names: Iterable[str], *, what: str) -> dic
     Raises:
         KeyError: the model does not have a parameter of this name, or two names are those of one shared tensor.
     """
-    return select_parameters(parameter_refs(model), names, what=what)
+    return select_parameters(model, parameter_refs(model), names, what=what)
 
 
-def select_parameters(refs: Mapping[str, list[ParameterRef]], names: Iterable[str], *, what: str) -> dict[str, list[ParameterRef]]:
+def select_parameters(
+    model: nn.Module, refs: Mapping[str, list[ParameterRef]], names: Iterable[str], *, what: str
+) -> dict[str, list[ParameterRef]]:
     """`find_parameters` among the `parameter_refs` of a model."""
     canonical = {ref.name: name for name, shared in refs.items() for ref in shared}
     selected: dict[str, list[ParameterRef]] = {}
     for name in names:
         if name not in canonical:
-            raise KeyError(f"{what} names {name!r}, which is not a parameter of the model{suggest(str(name), canonical)}")
+            hint = f"{suggest(str(name), canonical)}{exported_hint(model)}"
+            raise KeyError(f"{what} names {name!r}, which is not a parameter of the model{hint}")
         if canonical[name] in selected:
             raise KeyError(f"{what} names one tied tensor twice: {name!r} is the same as {canonical[name]!r}; give it once")
         selected[canonical[name]] = refs[canonical[name]]

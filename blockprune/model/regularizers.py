@@ -17,7 +17,7 @@ from blockprune.core.precision import at_least_float32, no_autocast
 from blockprune.core.sharded_tensor import sharded_like, whole
 from blockprune.core.types import Data, Masks, Param, Weights, Where, check_masks
 from blockprune.model.masking import broadcastable, mask_blocks
-from blockprune.model.parameters import find_parameters
+from blockprune.model.parameters import ParameterRef, check_loaded, check_not_inference, find_parameters
 from blockprune.model.running import uncompiled
 from blockprune.model.selection import select
 
@@ -44,7 +44,8 @@ def group_lasso(model: nn.Module, *, where: Where, l1_ratio: float = 0.0) -> Ten
         One number, differentiable, in at least float32.
 
     Raises:
-        ValueError, TypeError: a rule that matches nothing, a block that does not fit, an ``l1_ratio`` outside [0, 1].
+        ValueError, TypeError: a rule that matches nothing, a block that does not fit, a weight that accelerate has offloaded, an
+            ``l1_ratio`` outside [0, 1].
 
     Example:
         >>> model = nn.Linear(4, 1, bias=False)
@@ -55,7 +56,7 @@ def group_lasso(model: nn.Module, *, where: Where, l1_ratio: float = 0.0) -> Ten
     l1_ratio = _checked_ratio(l1_ratio)
     penalties: list[Tensor] = []
     with no_autocast():
-        for ref, grid in select(model, where).values():
+        for ref, grid in _selected(model, where, "group_lasso").values():
             weight = at_least_float32(whole(ref.masked))
             norms = torch.linalg.vector_norm(tiles(weight, grid, fill=0), dim=1)  # [blocks]; its gradient is 0 for a block of zeros
             group = (norms * _root_of_elements(grid, norms).flatten()).sum()
@@ -87,7 +88,8 @@ def proximal_group_lasso(model: M, *, where: Where, strength: float, l1_ratio: f
         tensor([[1.5000, 2.0000, 0.0000, 0.0000]])
     """
     l1_ratio, strength = _checked_ratio(l1_ratio), check_number("strength", strength, "a number from 0 on", lowest=0)
-    selected = list(select(model, where).items())
+    selected = list(_selected(model, where, "proximal_group_lasso").items())
+    check_not_inference(ref for _, (ref, _) in selected)
     for name, (ref, _) in selected:
         if not ref.is_plain:
             raise ValueError(f"{name} {ref.shape}: another parametrization computes this weight; leave it out with `excluding`")
@@ -167,7 +169,7 @@ def admm(model: nn.Module, *, where: Where, prune: Callable[[Data], Masks], prev
     if previous is not None:
         _check_state("previous", previous)
     sums: dict[str, Param] = {}
-    for name, (ref, grid) in select(model, where).items():
+    for name, (ref, grid) in _selected(model, where, "admm").items():
         if previous is not None and name not in previous.duals:
             raise KeyError(f"previous lacks {name!r}, which `where` selects{suggest(name, previous.duals)}; give the same `where`")
         weight = at_least_float32(whole(ref.masked.detach())).clone()  # in half precision small differences would not add up
@@ -213,14 +215,23 @@ def admm_penalty(model: nn.Module, state: Admm, *, rho: float) -> Tensor:
     rho = check_number("rho", rho, "a number from 0 on", lowest=0)
     _check_state("state", state)
     penalties: list[Tensor] = []
+    found = find_parameters(model, state.targets, what="state")
+    check_loaded(model, [refs[0] for refs in found.values()], "regularizers.admm_penalty")
     with no_autocast():
-        for (name, (ref, *_)), key in zip(find_parameters(model, state.targets, what="state").items(), state.targets, strict=True):
+        for (name, (ref, *_)), key in zip(found.items(), state.targets, strict=True):
             for shape in (tuple(state.targets[key].shape), tuple(state.duals[key].shape)):
                 if ref.shape != shape:
                     raise ValueError(f"{name} {ref.shape}: the state has the shape {shape}; make it from this model")
             weight = at_least_float32(whole(ref.masked))
             penalties.append(rho / 2 * (weight - state.targets[key].to(weight) + state.duals[key].to(weight)).square().sum())
     return _total(penalties)
+
+
+def _selected(model: nn.Module, where: Where, function: str) -> dict[str, tuple[ParameterRef, BlockGrid]]:
+    """The parameters that a rule selects, with their blocks; raise a ValueError if accelerate has offloaded one."""
+    selected = select(model, where)
+    check_loaded(model, [ref for ref, _ in selected.values()], f"regularizers.{function}")
+    return selected
 
 
 def _root_of_elements(grid: BlockGrid, like: Tensor) -> Tensor:

@@ -19,8 +19,15 @@ from blockprune.core.patterns import Pattern, check_pattern, matches, suggest
 from blockprune.core.pipeline import as_code
 from blockprune.core.types import Where, check_prunable
 from blockprune.core.unit_permutation import UnitPermutation
+from blockprune.model.computed_weights import check_is_parameter
 from blockprune.model.hf_linears import is_transposed
-from blockprune.model.parameters import ParameterRef, check_not_lazy, computed_attributes, is_exported, parameter_refs
+from blockprune.model.parameters import (
+    ParameterRef,
+    check_not_lazy,
+    exported_hint,
+    is_exported,
+    parameter_refs,
+)
 
 
 class _Rule(partial[Any]):
@@ -257,7 +264,7 @@ def _named(name: str, owner: nn.Module, *, pattern: Pattern, block: tuple[int, .
 
 
 def _units(name: str, owner: nn.Module, *, axes: tuple[UnitPermutation, ...]) -> tuple[int, ...] | None:
-    shape = getattr(owner, name.rpartition(".")[2]).shape
+    shape = ParameterRef(name, owner, name.rpartition(".")[2]).shape
     runs = {tensor_axis: axis.run_length(name, shape[tensor_axis]) for axis in axes for tensor_axis in axis.tensor_axes(name, len(shape))}
     return tuple(runs.get(tensor_axis, -1) for tensor_axis in range(len(shape))) if runs else None
 
@@ -309,14 +316,8 @@ def select(model: nn.Module, where: Where) -> dict[str, tuple[ParameterRef, Bloc
         if not any(matches(pattern, name) for name in names):
             by_rule = [] if rule is None else [name for name in names if rule(name, owners[name]) is not None]
             hint = suggest(str(pattern), by_rule, listed="its rule selects") if by_rule else suggest(str(pattern), names)
-            raise ValueError(f"where: the pattern {pattern!r} matches no parameter{hint}{_tied_names(refs)}")
-    for ref in computed_attributes(model):
-        if where(ref.name, ref.owner) is not None:
-            raise ValueError(
-                f"{ref.name} {ref.shape}: this weight is no parameter; a hook of the old weight_norm, spectral_norm or "
-                "torch.nn.utils.prune computes it. Remove the hook (remove_weight_norm, remove_spectral_norm, prune.remove), use "
-                "torch.nn.utils.parametrizations, or leave the weight out with `excluding`"
-            )
+            raise ValueError(f"where: the pattern {pattern!r} matches no parameter{hint}{_tied_names(refs)}{exported_hint(model)}")
+    check_is_parameter(model, where)
     tied = {name: [alias.name for alias in aliases] for name, (_, *aliases) in refs.items() if aliases}
     rule = _with_aliases(where, tied) if tied else where
     selected: dict[str, tuple[ParameterRef, BlockGrid]] = {}
@@ -357,8 +358,10 @@ def _shape(ref: ParameterRef) -> tuple[int, ...] | str:
 
 
 def _why_nothing_matches(model: nn.Module) -> str:
-    """The end of an error message: layers of the model that look like Linears or convolutions, but are none."""
+    """The end of an error message: layers of the model that look like Linears or convolutions, but are none, or have been exported."""
     modules = list(model.modules())
+    if hint := exported_hint(model):
+        return hint
     if any(map(is_transposed, modules)):
         return "; its Conv1D are no Linears: bp.as_linears(model)"
     if any(isinstance(module, torch.jit.ScriptModule) for module in modules):

@@ -27,6 +27,7 @@ from blockprune.core.progress import progress_bar
 from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.calibration import Forward, default_forward
 from blockprune.model.mask_reading import read_masks
+from blockprune.model.parameters import check_loaded, parameter_refs
 from blockprune.model.running import without_compiled_code
 from blockprune.reorder.recording import RecordedRun
 from blockprune.reorder.tracing import AxisTracer, AxisUse, UsageCheck
@@ -58,7 +59,8 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
     a gate whose units alternate with the units that it multiplies; and those where the model's code treats a unit by its number. If the
     units of one axis can be reordered in two ways (an outer product that is flattened), only the first is returned. The example must show
     all that matters: axes that may be shared with a layer that it does not call are left out with a warning, and sequences of a single
-    token do not show the heads.
+    token do not show the heads. Buffers, and tensors in other attributes, that it does not use are not noticed; nor are tensors in objects
+    that are no module, list, tuple or dict, unless their values show the axis.
 
     Args:
         model: a model without masks; it is not changed (a copy, in float64 where the model can run in it, is traced).
@@ -71,8 +73,8 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
         Permutations that keep the order (0, 1, ...), those of residual streams first.
 
     Raises:
-        ValueError: a masked model, a model on the meta device or one that cannot be copied, an example that the model cannot run or for
-            which it returns no floating-point tensors.
+        ValueError: a masked model, a model on the meta device, one that accelerate has offloaded or that cannot be copied, an example that
+            the model cannot run or for which it returns no floating-point tensors.
 
     Example:
         >>> model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.BatchNorm1d(3), nn.Linear(3, 2)), torch.randn(5, 4)
@@ -84,8 +86,10 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
         raise ValueError("the model is masked; find the hidden axes of a plain model: bp.finalize(model)")
     if is_compiled_wrapper(model):
         raise ValueError("the model is a compiled wrapper; give the module that was compiled: model._orig_mod")
-    if meta := [name for name, p in model.named_parameters() if p.is_meta]:
-        raise ValueError(f"{meta[0]} is on the meta device and has no values; give a model with weights")
+    refs = [users[0] for users in parameter_refs(model).values()]
+    check_loaded(model, refs, "find_axes")
+    if meta := [ref for ref in refs if ref.stored.is_meta]:
+        raise ValueError(f"{meta[0].name} {meta[0].shape} is on the meta device and has no values; load the model's weights first")
     with torch.no_grad(), without_compiled_code():
         recorded = _varied_run(WorkingCopy.of(model, example, forward))
         checks = _checks(recorded)

@@ -12,7 +12,7 @@ from blockprune.core.grid import BlockGrid, block_elements, expand
 from blockprune.core.patterns import suggest
 from blockprune.core.types import BlockScore, Scores
 from blockprune.core.unit_permutation import UnitPermutation, checked_names
-from blockprune.model.parameters import check_own_memory, parameter_refs
+from blockprune.model.parameters import check_loaded, check_not_inference, check_own_memory, parameter_refs
 from blockprune.model.sharding import check_not_fully_sharded
 
 __all__ = ["permute", "sort_units"]
@@ -36,8 +36,8 @@ def permute(model: M, plan: Sequence[UnitPermutation], *, inplace: bool = False)
     Raises:
         KeyError: a name that the model does not have.
         ValueError: a masked or sharded model, a number of units that does not divide an axis, an axis that two permutations reorder, a
-            tensor that is tied to one that is not listed, a parameter that a parametrization computes; in place also one that shares its
-            memory.
+            tensor that is tied to one that is not listed, a parameter that a parametrization computes or that accelerate has offloaded; in
+            place also one that shares its memory.
         TypeError: a plan that is not a sequence of `UnitPermutation`.
 
     Example:
@@ -52,6 +52,8 @@ def permute(model: M, plan: Sequence[UnitPermutation], *, inplace: bool = False)
     permuted = model if inplace else copy.deepcopy(model)
     tensors, written = _named_tensors(permuted), list[_Written]()
     if inplace:
+        refs = {ref.name: ref for users in parameter_refs(model).values() for ref in users}
+        check_not_inference(refs[name] for name, _ in orders if name in refs)
         check_own_memory(model, [tensors[name] for name, _ in orders], "permute")
     with torch.no_grad():
         try:
@@ -169,6 +171,8 @@ def _orders_by_axis(model: nn.Module, plan: Sequence[UnitPermutation]) -> dict[t
     refs = [ref for shared in parameter_refs(model).values() for ref in shared]
     if masked := next((ref for ref in refs if ref.mask), None):
         raise ValueError(f"{masked.name}: the parameter {masked.shape} is masked; permute before masking, or `finalize` the model first")
+    named = {name for permutation in plan for _, name in _names_by_role(permutation)}
+    check_loaded(model, [ref for ref in refs if ref.name in named], "permute")
     computed, tensors = {ref.name for ref in refs if ref.parametrizations is not None}, _named_tensors(model)
     orders: dict[tuple[str, int], Tensor] = {}
     plan_number: dict[tuple[int, int], int] = {}  # by (tensor, axis)

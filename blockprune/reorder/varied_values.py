@@ -1,11 +1,16 @@
 """Other values for a model and its inputs, because values such as zeros and ones hide that an operation uses a tensor."""
 
+import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from blockprune.core._compat import tree_leaves
+
 CHUNK = 1 << 20  # elements whose values are changed at a time
+_OF_TORCH = frozenset(vars(nn.Module()))  # the names of a module's containers of parameters, buffers, modules and hooks
 Change = Callable[[Tensor, torch.Generator], Tensor]  # of an input; the random numbers are those of the generator
 
 
@@ -14,7 +19,7 @@ def vary_model(model: nn.Module, *, buffers: bool = True, generator: torch.Gener
     """Give a model, in place, other floating-point parameters and buffers, of similar size; none is zero, and no two entries are equal.
 
     Entries are multiplied by 0.5 to 1.5, and 1 to 5 % of the tensor's size is added. Buffers, such as variances, do not become smaller by
-    what is added.
+    what is added. Tensors in attributes that are no buffers (`tensors_in_attributes`) count as buffers.
 
     Example:
         >>> from blockprune.reorder.varied_values import vary_model
@@ -23,12 +28,40 @@ def vary_model(model: nn.Module, *, buffers: bool = True, generator: torch.Gener
         >>> bool(norm.weight.std() > 0), bool((norm.bias != 0).all())
         (True, True)
     """
-    tensors = {id(p): (p, True) for p in model.parameters()} | {id(b): (b, False) for b in model.buffers() if buffers}
+    attributes = (x for module in model.modules() for values in tensors_in_attributes(module).values() for x in values)
+    tensors: dict[int, tuple[Tensor, bool]] = {id(p): (p, True) for p in model.parameters()}
+    tensors |= {id(b): (b, False) for b in itertools.chain(model.buffers(), attributes) if buffers and id(b) not in tensors}
     for tensor, signed in tensors.values():
         if tensor.is_floating_point() and tensor.numel():
             size = _size(tensor)
             for part in tensor.split(max(1, CHUNK // tensor[0].numel())) if tensor.ndim else [tensor]:
                 part.copy_(_vary(part, size, signed=signed, generator=generator))
+
+
+def tensors_in_attributes(module: nn.Module) -> dict[str, list[Tensor]]:
+    """The plain tensors in each attribute of a module itself, also in lists, tuples and dicts, that are no parameters or buffers.
+
+    Example:
+        >>> from blockprune.reorder.varied_values import tensors_in_attributes
+        >>> layer = nn.Linear(2, 2)
+        >>> layer.tables = [torch.ones(2), {"more": torch.zeros(2)}]
+        >>> tensors_in_attributes(layer)
+        {'tables': [tensor([1., 1.]), tensor([0., 0.])]}
+    """
+    leaves = {name: _leaves(value) for name, value in vars(module).items() if name not in _OF_TORCH}
+    return {name: tensors for name, values in leaves.items() if (tensors := [x for x in values if _can_be_written(x)])}
+
+
+def _leaves(value: Any) -> list[Any]:
+    try:
+        return tree_leaves(value)
+    except RecursionError:  # a container that contains itself
+        return []
+
+
+def _can_be_written(x: Any) -> bool:
+    is_plain = type(x) is Tensor and x.layout == torch.strided and not (x.is_nested or x.is_meta or x.is_inference())
+    return is_plain and all(stride or size < 2 for stride, size in zip(x.stride(), x.shape, strict=True))
 
 
 def same_values(x: Tensor, generator: torch.Generator) -> Tensor:

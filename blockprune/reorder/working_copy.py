@@ -17,10 +17,11 @@ from blockprune.core._compat_hf import CACHE_ARGUMENTS
 from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.calibration import Forward
 from blockprune.model.experts import Experts, experts_in
+from blockprune.model.inputs import check_not_nested
 from blockprune.model.running import cuda_devices, disable_attention_fastpath, seeded, to_model_device
 from blockprune.model.sharding import check_not_fully_sharded
 from blockprune.reorder.permutation import permute
-from blockprune.reorder.varied_values import Change, same_values, vary_model
+from blockprune.reorder.varied_values import Change, same_values, tensors_in_attributes, vary_model
 
 SEED = 0  # every run of the model draws the same random numbers
 ALIKE = 0.05  # the largest difference of two outputs, as a share of their norm
@@ -188,9 +189,15 @@ def _assign_tokens_in_turn(experts: nn.Module, args: Any) -> Any:
 @contextlib.contextmanager
 def _noting_calls(model: nn.Module, called: set[nn.Module]) -> Iterator[None]:
     """Inside, the mixing layers that are called are added to a set."""
+
+    def note(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        check_not_nested(name, (args, kwargs), "replays of a layer")
+        called.add(module)
+
     with contextlib.ExitStack() as stack:
-        for module in filter(is_mixing, model.modules()):
-            stack.callback(module.register_forward_pre_hook(lambda module, args: called.add(module)).remove)
+        for name, module in model.named_modules():
+            if is_mixing(module):
+                stack.callback(module.register_forward_pre_hook(partial(note, name), with_kwargs=True).remove)
         yield
 
 
@@ -240,7 +247,7 @@ def _forward_in_float64(layer: nn.Module, forward: Callable[..., Any], /, *args:
 
 
 def _copy_values(source: nn.Module, target: nn.Module) -> None:
-    """Write the parameters and buffers of a model into those of a copy."""
+    """Write the parameters, the buffers and the tensors in attributes of a model into those of a copy."""
     with torch.no_grad():
         for of, to in zip(source.modules(), target.modules(), strict=True):
             present: Mapping[str, Tensor] = {**dict(to.named_parameters(recurse=False)), **dict(to.named_buffers(recurse=False))}
@@ -249,3 +256,8 @@ def _copy_values(source: nn.Module, target: nn.Module) -> None:
                     present[name].copy_(value)
                 else:  # the forward has assigned another buffer
                     setattr(to, name, value.to(present[name], copy=True))
+            others = tensors_in_attributes(to)
+            for name, values in tensors_in_attributes(of).items():
+                if [x.shape for x in values] == [x.shape for x in others.get(name, ())]:  # a forward may have added some
+                    for value, x in zip(values, others[name], strict=True):
+                        x.copy_(value)

@@ -109,4 +109,6 @@ def size_of(batch: Any) -> tuple[int, str]:
     first = next((x for x in tree_leaves(inputs) if isinstance(x, Tensor)), None)
     if first is not None and first.ndim == 2 and not first.is_floating_point():
         return first.numel(), "tokens"
-    return len(first) if first is not None and first.ndim else 1, "samples"
+    if first is not None and not first.numel():
+        return 0, "samples"
+    return first.size(0) if first is not None and first.ndim else 1, "samples"

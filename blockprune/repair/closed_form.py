@@ -11,7 +11,7 @@ from torch import Tensor
 from blockprune import statistics
 from blockprune.core.arguments import check_counts, check_function
 from blockprune.core.grid import expand
-from blockprune.core.hessian import layer_quadratic, upper_factor, workspace_bytes
+from blockprune.core.hessian import inverse_of_factor, layer_quadratic, upper_factor, workspace_bytes
 from blockprune.core.pipeline import requires
 from blockprune.core.progress import progress_bar
 from blockprune.core.types import BlockMask, Data, Masks, Param, Share, solve_all
@@ -174,9 +174,9 @@ def sparsegpt(data: Data, masks: Masks, *, damping: float = 0.01, columns_per_st
     with torch.no_grad():
         for name, mask in masks.items():
             q = layer_quadratic(name, data[name], damping=damping)
-            best, inverse = q.best.clone(), q.inverse
-            del q  # it holds more than the inverse
-            upper = upper_factor(inverse).to(best.dtype)  # [groups, k, k]
+            best, factor = q.best.clone(), q.cholesky
+            del q  # it holds as much as the inverse
+            upper = upper_factor(inverse_of_factor(factor)).to(best.dtype)  # [groups, k, k]
             pruned = ~expand(mask.keep.to(best.device), mask.grid).reshape(best.shape)  # [groups, rows, k]
             rows = _sparsegpt_update(best, pruned, upper, columns_per_step)
             repaired[name] = rows.reshape(data[name].weight.shape).to(data[name].weight.dtype)

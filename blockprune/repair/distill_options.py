@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from blockprune.core.arguments import check_counts, check_function, check_integer, check_number
+from blockprune.core.arguments import check_counts, check_function, check_number, check_seed
 from blockprune.model.mask_reading import parameter_masks
 from blockprune.model.parameters import check_not_lazy
+from blockprune.repair.distill_loss import check_loss
 
 SIGNATURES = {
-    "loss": "of the student's output, the teacher's output and the batch, such as losses.kl",
     "optimizer": "(parameters) -> optimizer, such as partial(torch.optim.AdamW, lr=1e-4)",
     "forward": "(model, batch) -> output",
     "callback": "(DistillState) -> None",
@@ -51,9 +51,12 @@ def check_schedule(steps: int, *, warmup: int, final_lr: float, clip: float | No
 
 
 def check_functions(**functions: Any) -> None:
-    """Raise for a function that cannot be called."""
+    """Raise for a function that cannot be called, or a loss that does not take what it is called with."""
     for name, function in functions.items():
-        check_function(name, function, SIGNATURES[name], optional=name == "callback")
+        if name == "loss":
+            check_loss(name, function)
+        else:
+            check_function(name, function, SIGNATURES[name], optional=name == "callback")
 
 
 def check_options(
@@ -66,7 +69,7 @@ def check_options(
         if not isinstance(mode, bool):
             module = "" if type(mode).__module__ == "builtins" else f"{type(mode).__module__}."  # NumPy's bool has the name of Python's
             raise TypeError(f"{name} is a {module}{type(mode).__name__}; it must be True or False")
-    check_integer("seed", seed)
+    check_seed("seed", seed)
     if teacher is not None and not isinstance(teacher, nn.Module):
         raise TypeError(f"teacher has the type {type(teacher).__name__}; give the dense model, or None if the loss needs no teacher")
     if teacher is model and parameter_masks(model):

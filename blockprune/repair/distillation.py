@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from blockprune.core.arguments import check_counts, check_integer, check_model
+from blockprune.core.arguments import check_counts, check_model, check_seed
 from blockprune.core.patterns import Pattern
 from blockprune.core.progress import progress_bar, show_values
 from blockprune.core.types import Masks, Weights, Where
 from blockprune.model.calibration import Forward, default_forward, several_batches
 from blockprune.model.mask_reading import read_masks
-from blockprune.model.running import PutBack, cuda_devices, preserve_state, to_model_device
+from blockprune.model.running import PutBack, cuda_devices, preserve_state
 from blockprune.repair.batch_stream import BatchStream, keep_generators, size_of
+from blockprune.repair.distill_loss import DistillLoss, loss_of
 from blockprune.repair.distill_options import (
     check_functions,
     check_options,
@@ -30,7 +31,6 @@ from blockprune.repair.distill_options import (
     optimizers_of,
     steps_of_one_pass,
 )
-from blockprune.repair.losses import DistillLoss
 from blockprune.repair.optimizers import limit_gradients
 from blockprune.repair.student import Student, make_student
 
@@ -162,8 +162,10 @@ def distill(
     Raises:
         KeyError, ValueError, TypeError: as `apply_masks`, for masks and weights.
         ValueError: batches that run out, a loss or gradient that is NaN or inf, a loss that has no gradient, options that do not fit each
-            other or the model, an optimizer without some of the parameters, a model that ``fully_shard`` has sharded.
-        TypeError: ``batches`` that is one tensor or mapping, a teacher that is no module, a loss that is no function or returns no tensor.
+            other or the model, an optimizer without some of the parameters, a model that ``fully_shard`` has sharded or accelerate has
+            offloaded, a block-sparse model whose kept weights are frozen, without a choice of what is trained.
+        TypeError: ``batches`` that is one tensor or mapping, a teacher that is no module, a loss that does not take these three arguments
+            or returns no tensor.
 
     Example:
         >>> import copy
@@ -180,7 +182,7 @@ def distill(
     check_options(model, teacher, seed=seed, train=train, autocast=autocast, checkpointing=checkpointing)
     accumulate, every = check_counts(1, accumulate=accumulate, every=every)
     steps, lora_rank = check_counts(1, optional=True, steps=steps, lora_rank=lora_rank)
-    batches = several_batches(batches)
+    batches = several_batches(batches, forward=forward)
     if length(batches) == 0:
         raise ValueError("batches has no batches; give a list or a DataLoader that has at least one")
     steps = steps_of_one_pass(batches, accumulate) if steps is None else steps
@@ -189,17 +191,17 @@ def distill(
     (patience,) = check_counts(0, optional=True, patience=patience)
     if patience is not None and held_out is None:
         raise ValueError(f"patience={patience} compares losses on held-out batches; give held_out=, too, or patience=None")
-    held_out = None if held_out is None else several_batches(held_out, "held_out")
+    held_out = None if held_out is None else several_batches(held_out, "held_out", forward=forward)
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(cuda_devices(model)), keep_generators(batches):
-        torch.manual_seed(check_integer("seed", seed))
+        torch.manual_seed(check_seed("seed", seed))
         student = make_student(model, masks, weights, where=where, lora_rank=lora_rank)
         if checkpointing and (enable := checkpointing_method(student.module)):
             enable({"use_reentrant": False})
         with contextlib.ExitStack() as stack:
             put_back = [stack.enter_context(preserve_state(student.module, trains=True))]
             put_back += [stack.enter_context(preserve_state(teacher))] if teacher is not None else []
-            loss_of = partial(_loss_of, student.module, teacher, forward=forward, loss=loss, autocast=autocast)
-            training = _Training(student, optimizer, batches, loss_of, put_back)
+            batch_loss = partial(loss_of, student.module, teacher, forward=forward, loss=loss, autocast=autocast)
+            training = _Training(student, optimizer, batches, batch_loss, put_back)
             if resume is None:
                 training.compare(held_out)
             else:
@@ -229,10 +231,10 @@ class _Training:
         student: Student,
         optimizer: MakeOptimizer,
         batches: Iterable[Any],
-        loss_of: Callable[[Any], Tensor],
+        batch_loss: Callable[[Any], Tensor],
         put_back: Sequence[PutBack],
     ) -> None:
-        self.student, self.loss_of, self.put_back = student, loss_of, put_back
+        self.student, self.batch_loss, self.put_back = student, batch_loss, put_back
         self.parameters = list(student.trained.values())
         self.optimizers = optimizers_of(optimizer(self.parameters), student.trained)
         self.highest_lrs = [group["lr"] for group in self._groups()]
@@ -248,20 +250,24 @@ class _Training:
         """One optimizer step."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        total = 0.0
+        total, empty = 0.0, ""
         for _ in range(accumulate):
             batch = next(self.stream)
-            loss = self.loss_of(batch) / accumulate
+            loss = self.batch_loss(batch) / accumulate
             if not loss.requires_grad:
                 raise ValueError("the loss does not depend on a parameter that is trained; is something detached, or where= too narrow?")
             loss.backward(inputs=self.parameters)  # not of other tensors, such as the batch
-            total += loss.item()
+            value = loss.item()
             size, self.unit = size_of(batch)
+            if not size and not math.isfinite(value):
+                empty = f"batch {self.stream.taken - 1} has no {self.unit}; leave out such batches"
+            total += value
             self.count += size
         self._put_buffers_back(quick=bool(self.losses))  # not in the first step after an evaluation
         if not math.isfinite(total):
             raise ValueError(
-                f"the training loss is {total} in step {self.step}; check the batches for NaN and inf, or take a lower learning rate"
+                f"the training loss is {total} in step {self.step}; "
+                + (empty or "check the batches for NaN and inf, or take a lower learning rate")
             )
         if not limit_gradients(self.parameters, clip):
             raise ValueError(
@@ -291,13 +297,17 @@ class _Training:
     def _held_out_loss(self, batches: Iterable[Any]) -> float:
         self.student.set_mode(False)
         with torch.no_grad(), torch.random.fork_rng(cuda_devices(self.student.module)), keep_generators(batches):
-            losses = [float(self.loss_of(batch)) for batch in batches]
+            losses, empty = [], ""
+            for number, batch in enumerate(batches):
+                losses.append(float(self.batch_loss(batch)))
+                size, unit = size_of(batch)
+                empty = f"batch {number} of held_out has no {unit}; leave out such batches" if not size else empty
         self._put_buffers_back(quick=False)
         mean = sum(losses) / len(losses) if losses else math.nan
         if not math.isfinite(mean):
-            cause = "the loss of a held-out batch is NaN or inf; check these batches, or take a lower learning rate"
-            empty = "held_out has no batches (any more); give a list or a DataLoader, which can be iterated at each evaluation, or None"
-            raise ValueError(f"step {self.step}: {cause if losses else empty}")
+            cause = "the loss of a held-out batch is NaN or inf; " + (empty or "check these batches, or take a lower learning rate")
+            none = "held_out has no batches (any more); give a list or a DataLoader, which can be iterated at each evaluation, or None"
+            raise ValueError(f"step {self.step}: {cause if losses else none}")
         return mean
 
     def best(self) -> dict[str, Tensor]:
@@ -356,38 +366,6 @@ class _Training:
 
 def _copies(weights: Weights) -> dict[str, Tensor]:
     return {name: x.clone() for name, x in weights.items()}
-
-
-def _loss_of(
-    student: nn.Module,
-    teacher: nn.Module | None,
-    batch: Any,
-    *,
-    forward: Forward,
-    loss: DistillLoss,
-    autocast: torch.dtype | None,
-) -> Tensor:
-    """The loss of a batch as a tensor without axes."""
-    target = None
-    if teacher is not None:
-        with torch.no_grad():
-            target = _output(teacher, to_model_device(teacher, batch), forward, autocast)
-    batch = to_model_device(student, batch)
-    value = loss(_output(student, batch, forward, autocast), target, batch)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"loss must return one number as a tensor, not {kind}; take its mean or sum")
-    if value.is_complex():
-        raise TypeError(f"loss must return a real number, not {value.dtype}; take its .abs() or .real")
-    return value.reshape(())
-
-
-def _output(module: nn.Module, batch: Any, forward: Forward, autocast: torch.dtype | None) -> Any:
-    if autocast is None:
-        return forward(module, batch)
-    device = next(module.parameters()).device.type
-    with torch.autocast(device, dtype=autocast):
-        return forward(module, batch)
 
 
 def _lr_factor(step: int, steps: int, warmup: int, final: float) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from blockprune.core.arguments import check_counts, check_function, check_integer, check_number
+from blockprune.core.arguments import check_counts, check_function, check_number, check_seed
 from blockprune.core.patterns import suggest
 from blockprune.core.types import BlockMask, Masks
 from blockprune.model.masking import mask_blocks
@@ -71,7 +71,7 @@ def finetune_layer(
     epochs, patience = check_counts(0, epochs=epochs, patience=patience)
     lr = float(check_number("lr", lr, "a finite number from 0 on", lowest=0))  # the schedule would write into a tensor
     held_out = float(check_number("held_out", held_out, "a number from 0 to 1, the share of the batches", lowest=0, highest=1))
-    seed = check_integer("seed", seed)
+    seed = check_seed("seed", seed)
     count = _training_batches(len(targets), held_out)
     layer = _MaskedLayer(run, parameters, masks)
     values = layer.trainable()

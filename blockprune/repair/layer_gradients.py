@@ -18,6 +18,7 @@ from blockprune.core.types import Data, Where
 from blockprune.model.calibration import Calibration, scalar_loss
 from blockprune.model.running import preserve_state, to_model_device
 from blockprune.model.selection import including_names, select
+from blockprune.model.sharding import raised_together
 from blockprune.repair.dense_reference import LayerBatch
 from blockprune.repair.hidden_states import HiddenStates, LayerBatches, Store, Tensors, in_memory, layer_calibration
 from blockprune.repair.skipped_layers import Forms, are_equal, replaced_forwards, run_loaded, skip
@@ -72,7 +73,7 @@ def collect_layer_by_layer(
         model: whose weights ``load`` provides; it is unchanged afterwards.
         collect: such as ``partial(collect.with_statistics, statistics=...)``.
         where: which parameters, in what blocks; all of them lie in layers.
-        calibration: batches, forward and loss.
+        calibration: batches, forward and loss; its batches are taken once and kept.
         layers: names of the layers, in order.
         receive: is given the data of each layer; it is dropped afterwards.
         load: loads one layer's weights at a time.
@@ -100,6 +101,8 @@ def collect_layer_by_layer(
     with preserve_state(model, learnt), torch.no_grad():
         for p in learnt:
             p.requires_grad_(False)  # torch would keep the inputs of layers, which a layer may overwrite
+        with raised_together(model, calibration.reduce):  # two passes need the same batches, and a DataLoader may shuffle in each
+            calibration = attrs.evolve(calibration, batches=list(calibration.batches))
         states = HiddenStates.of(model, order, calibration, keep_dense=False, load=load, store=store)
         inputs = [states.pruned]
         for number, layer in enumerate(order):

@@ -4,7 +4,7 @@ They read Hugging Face outputs (``logits``, ``hidden_states``, ``last_hidden_sta
 leave out padding: positions whose ``attention_mask`` is 0 and positions whose label is -100.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blockprune.core.arguments import check_counts, check_function, check_number
+from blockprune.core.arguments import check_counts, check_number
 from blockprune.core.precision import SMALLEST, at_least_float32
 from blockprune.repair import divergence
+from blockprune.repair.distill_loss import DistillLoss, check_loss
 from blockprune.repair.loss_positions import (
     IGNORED,
     are_next_tokens,
@@ -30,8 +31,6 @@ from blockprune.repair.loss_positions import (
 )
 
 __all__ = ["cosine", "cross_entropy", "hidden_states", "kl", "weighted"]
-
-DistillLoss = Callable[[Any, Any, Any], Tensor]  # (student's output, teacher's output, batch) -> one number
 
 
 def kl(
@@ -217,7 +216,7 @@ def weighted(terms: Mapping[DistillLoss, float]) -> DistillLoss:
 
     Raises:
         ValueError: no terms, a weight that is NaN or infinite.
-        TypeError: terms that are no mapping, a loss that is no function, a weight that is no number, or a tensor with axes.
+        TypeError: terms that are no mapping, a loss that does not take three arguments, a weight that is no number, or a tensor with axes.
 
     Example:
         >>> loss = bp.losses.weighted({bp.losses.kl: 1.0, bp.losses.cross_entropy: 0.5})
@@ -228,7 +227,7 @@ def weighted(terms: Mapping[DistillLoss, float]) -> DistillLoss:
     if not isinstance(terms, Mapping):
         raise TypeError(f"weighted: terms is a {type(terms).__name__}; give a mapping from losses to weights, such as {{losses.kl: 1.0}}")
     for loss in terms:
-        check_function("a loss of terms", loss, "of the student's output, the teacher's output and the batch, such as losses.kl")
+        check_loss("a loss of terms", loss)
     if not terms:
         raise ValueError("weighted: terms is empty; give at least one loss and its weight, such as {losses.kl: 1.0}")
     checked = [(loss, check_number(f"terms[{getattr(loss, '__name__', loss)}]", weight)) for loss, weight in terms.items()]
@@ -248,12 +247,14 @@ def _logits(output: Any, who: str) -> Tensor:
         raise TypeError(
             f"the {who}'s output ({_kind(output)}) has no logits; use a model with a head, or a forward that returns the logits as a tensor"
         )
+    _check_not_empty(who, logits)
     return logits
 
 
 def _hidden_states(output: Any, batch: Any, who: str) -> list[tuple[Tensor, Any]]:
     """The hidden states of an output, each with the batch that tells its padding."""
     if isinstance(output, Tensor):
+        _check_not_empty(who, output)
         return [(output, batch)]
     own, of_encoder, of_decoder = (entry(output, f"{part}hidden_states") for part in ("", "encoder_", "decoder_"))
     states = output if type(output) in (tuple, list) else own
@@ -265,18 +266,22 @@ def _hidden_states(output: Any, batch: Any, who: str) -> list[tuple[Tensor, Any]
             f"the {who}'s output ({_kind(output)}) has no hidden states; call the model with output_hidden_states=True, in distill with "
             "forward=lambda model, batch: model(**batch, output_hidden_states=True)"
         )
-    return [(x, own_batch) for part, own_batch in parts for x in part]
+    states = [(x, own_batch) for part, own_batch in parts for x in part]
+    _check_not_empty(who, *(x for x, _ in states))
+    return states
 
 
 def _embeddings(output: Any, batch: Any, who: str) -> tuple[Tensor, Tensor | None]:
     """The embeddings, and which samples have any position that is not padding; None if all do."""
     if isinstance(output, Tensor):
+        _check_not_empty(who, output)
         return output, None
     hidden = entry(output, "last_hidden_state")
     if not isinstance(hidden, Tensor):
         raise TypeError(
             f"the {who}'s output ({_kind(output)}) has no last_hidden_state; give a forward that returns the embeddings as a tensor"
         )
+    _check_not_empty(who, hidden)
     if hidden.ndim != 3:
         raise _no_embeddings(who, hidden)
     attention = attention_of(hidden[..., 0], decoder_batch(output, batch))
@@ -285,6 +290,12 @@ def _embeddings(output: Any, batch: Any, who: str) -> tuple[Tensor, Tensor | Non
     weights = attention.to(hidden.device)[..., None]
     sums = (at_least_float32(hidden).masked_fill(weights == 0, 0) * weights).sum(1)
     return sums / weights.sum(1).clamp_min(1), (attention != 0).any(1)
+
+
+def _check_not_empty(who: str, *outputs: Tensor) -> None:
+    """Raise for an output of a batch without samples, whose mean would be NaN."""
+    if empty := [x for x in outputs if not x.numel()]:
+        raise ValueError(f"the {who}'s output has shape {tuple(empty[0].shape)}, so the batch is empty; leave out such batches")
 
 
 def _no_embeddings(who: str, x: Tensor) -> ValueError:

@@ -13,9 +13,10 @@ from blockprune.core._compat import NormBase, convert_tensors
 from blockprune.core.patterns import Pattern, matches, suggest
 from blockprune.core.types import Masks, Weights, Where
 from blockprune.model.apply import apply_masks
+from blockprune.model.computed_weights import check_not_computed
 from blockprune.model.gates import GateBlocks
 from blockprune.model.mask_reading import parameter_masks
-from blockprune.model.parameters import ParameterRef, check_not_computed, distinct, parameter_refs
+from blockprune.model.parameters import ParameterRef, check_loaded, distinct, is_exported, parameter_refs
 from blockprune.model.selection import norms_and_biases, select
 from blockprune.model.sharding import check_not_fully_sharded
 
@@ -75,13 +76,17 @@ def make_student(
     """Copy a model, put masks and weights on the copy, and choose what is trained.
 
     Raises:
-        ValueError: ``where`` chooses no parameter, or one that another parametrization computes; a rank below 1, or nothing that it is for.
+        ValueError: ``where`` chooses no parameter, or one that another parametrization computes; a rank below 1, or nothing that it is for;
+            without both of them, kept weights of an exported layer that are frozen.
         KeyError, ValueError, TypeError: as `apply_masks`, for masks and weights.
     """
     check_not_fully_sharded(
         model, "distill trains a copy of the model (a loop of your own, with a loss of bp.losses, trains a sharded model)"
     )
     check_not_computed(model)
+    check_loaded(model, [refs[0] for refs in parameter_refs(model).values()], "distill")
+    if where is None and lora_rank is None:
+        _check_kept_weights_train(model)
     masks = parameter_masks(model) if masks is None else masks
     module = apply_masks(copy.deepcopy(model), masks, weights)
     dtypes = {name: refs[0].stored.dtype for name, refs in parameter_refs(module).items()}
@@ -115,6 +120,17 @@ def make_student(
     canonical = {ref.name: name for name, name_refs in refs.items() for ref in name_refs}
     returned = dict.fromkeys([*chosen, *(canonical[name] for name in weights or {})])
     return Student(module, trained, {name: refs[name][0] for name in returned}, dtypes)
+
+
+def _check_kept_weights_train(model: nn.Module) -> None:
+    """Raise for a block-sparse layer whose kept weights are no parameter: training would change its bias alone."""
+    frozen = [name for name, module in model.named_modules() if is_exported(module) and not getattr(module, "trainable", False)]
+    if frozen:
+        layer = f"layer {frozen[0]!r}" if frozen[0] else "the model"
+        raise ValueError(
+            f"{layer} is exported, and its kept weights are frozen; distill a model whose kept weights train, "
+            "export.block_sparse(model, trainable=True), or choose what is trained, such as where=bp.norms_and_biases"
+        )
 
 
 def _not_half_precision(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from blockprune.core.arguments import check_counts, check_integer
+from blockprune.core.arguments import check_counts, check_seed
 from blockprune.core.precision import at_least_float32, double, float32_if_in_range
 from blockprune.core.types import Param
 from blockprune.model.parameters import ParameterRef
@@ -83,7 +83,7 @@ def gate_hessian_diagonal(*, probes: int = 1, seed: int = 0) -> Statistic:
         gate_hessian_diagonal(probes=4, seed=0)
     """
     (probes,) = check_counts(1, meaning="a whole number of random vectors, at least 1", probes=probes)
-    seed = check_integer("seed", seed)
+    seed = check_seed("seed", seed)
     code = f"gate_hessian_diagonal(probes={probes}, seed={seed})"
     statistic = _of_gates("gate_hessian_diagonal", lambda gates: double(gates.curvature(probes, seed)).mean(0, keepdim=True), code=code)
     return attrs.evolve(statistic, made_by=(partial(gate_hessian_diagonal, probes=probes, seed=seed), ()))

@@ -84,6 +84,20 @@ def test_the_model_is_untouched_whatever_recipes_and_evaluations_do(is_masked: b
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_the_first_row_of_a_masked_model_is_that_of_the_dense_weights() -> None:
+    plain, masked = small(), small()
+    bp.apply_masks(masked, bp.recipes.magnitude(WHERE)(masked, 0.75).masks, straight_through=True)
+    tables: list[bp.Sweep] = []
+    chosen = {name: recipes()[name] for name in ("magnitude", "pipeline")}  # they score what is stored, so masks do not matter
+    swept = bp.sweep(masked, chosen, SPARSITIES, evaluate, callback=tables.append)
+    assert swept.dense == tables[0].dense == evaluate(plain) != evaluate(masked)
+    assert untimed(swept) == untimed(bp.sweep(plain, chosen, SPARSITIES, evaluate))
+    assert bp.sensitivity(masked, chosen["pipeline"], [0.5], lambda m: (m(X) - OUTPUT).square().mean()).dense == swept.dense["error"]
+    assert bp.sweep(masked, chosen, SPARSITIES, evaluate, resume=tables[2]).dense == swept.dense
+    (line,) = [line for line in swept.plot().lines if line.get_label() == "dense"]
+    assert set(line.get_ydata()) == {swept.dense["error"]}
+
+
 @cache
 def swept(names: tuple[str, ...], sparsities: tuple[float, ...]) -> bp.Sweep:
     return bp.sweep(small(), {name: recipes()[name] for name in names}, sparsities, evaluate)

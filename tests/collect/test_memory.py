@@ -1,6 +1,7 @@
 """Statistics take no more memory than they must, and have the same bits as if each layer were collected alone."""
 
 import copy
+import gc
 from collections.abc import Sequence
 
 import pytest
@@ -49,6 +50,20 @@ def test_layers_with_one_input_share_a_gram_of_the_same_bits(seed: int) -> None:
     assert grams["q.weight"] is grams["k.weight"]
     assert (grams["v.weight"] is grams["q.weight"]) == all(x.sum() > 0 for x in batches)
     assert grams["out.weight"] is not grams["q.weight"]
+
+
+def test_no_sums_but_the_newest_stay_in_memory() -> None:
+    counts: list[int] = []
+
+    def update(sums: statistics.Sums, call: statistics.Call) -> statistics.Sums:
+        alive = [x for x in gc.get_objects() if isinstance(x, Tensor) and x.shape == (1, 7, 7)]
+        counts.append(len({x.data_ptr() for x in alive}))
+        return {"n": sums["n"] + 1}
+
+    count = Statistic("count", "inputs", lambda ref, param: {"n": torch.zeros(())}, update, lambda sums, ref, param: sums["n"])
+    batches = [torch.randn(9, 7) for _ in range(3)]
+    gathered(nn.Linear(7, 2), batches, statistics.input_gram, count, where=bp.linears((2, 7)))
+    assert counts == [1] * 3
 
 
 @given(seeds)

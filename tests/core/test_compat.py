@@ -25,12 +25,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import blockprune as bp
-from blockprune.core import _compat, _compat_fsdp, _compat_hf, _compat_pruning
+from blockprune.core import _compat, _compat_dynamo, _compat_fsdp, _compat_hf, _compat_pruning
 from blockprune.native.library import address
 
 ROOT = Path(bp.__file__).parent
 COMPAT = Path(_compat.__file__)
-ALL_COMPAT = (_compat, _compat_fsdp, _compat_hf, _compat_pruning)
+ALL_COMPAT = (_compat, _compat_dynamo, _compat_fsdp, _compat_hf, _compat_pruning)
 
 
 @contextlib.contextmanager
@@ -102,6 +102,17 @@ def test_a_subclass_is_treated_as_a_parameter_is() -> None:
     with private("torch._C._disabled_torch_function_impl", "to pass changes in place of a masked weight on to the stored weight"):
         value = torch.ones(2).as_subclass(Value)
         assert (type(value), type(value * 2), type(value[0])) == (Value, Tensor, Tensor)
+
+
+def test_swapping_asks_both_tensors_first() -> None:
+    class Value(Tensor):
+        pass
+
+    asked: list[Tensor] = []
+    with private("torch.Tensor._use_count", "to refuse that torch.utils.swap_tensors takes a masked weight"):
+        setattr(Value, _compat.SWAP_CHECK, lambda self: asked.append(self) or 1)
+        torch.utils.swap_tensors(torch.ones(2).as_subclass(Value), torch.ones(2).as_subclass(Value))
+        assert len(asked) == 2
 
 
 def test_setting_is_param_makes_a_parameter() -> None:
@@ -485,6 +496,51 @@ def test_a_forward_of_fully_shard_that_an_error_has_ended_is_over() -> None:
             assert torch.equal(model(torch.ones(1, 2)), expected)
     finally:
         torch.distributed.destroy_process_group()
+
+
+class AnyLength(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.values, self.others = nn.Parameter(torch.ones(9)), nn.Parameter(torch.ones(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * _compat_dynamo.read_at_any_length(self, "values").sum() * _compat_dynamo.read_at_any_length(self, "others").sum()
+
+
+def test_compiled_models_take_lengths_of_parameters_as_variables() -> None:
+    graphs: list[Any] = []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    with private("torch._dynamo.comptime, torch._dynamo.config.force_parameter_static_shapes", "to update compiled block-sparse models"):
+        for marked in (True, False):
+            torch.compiler.reset()
+            model, before = AnyLength(), torch._dynamo.config.force_parameter_static_shapes
+            compiled = torch.compile(model, fullgraph=True, backend=count)
+            graphs.clear()
+            for length in range(9, 29):
+                assert compiled(torch.ones(2))[0] == len(model.values) * len(model.others)
+                model.values.data = torch.ones(length)
+                if marked:  # both are variables when one of them changes
+                    with private("torch._dynamo.maybe_mark_dynamic", "to compile block-sparse models once more, not once for each layer"):
+                        _compat_dynamo.vary_lengths(model.parameters())
+                if length > 20:
+                    model.others.data = torch.ones(length)
+            assert len(graphs) == (2 if marked else 3)
+            assert torch._dynamo.config.force_parameter_static_shapes is before
+
+
+def test_the_setting_of_lengths_comes_back_after_an_error() -> None:
+    before = torch._dynamo.config.force_parameter_static_shapes
+    torch.compiler.reset()
+    broken = AnyLength()
+    del broken.values
+    with pytest.raises(Exception, match="values"):
+        torch.compile(broken, fullgraph=True, backend="eager")(torch.ones(2))
+    torch.compile(AnyLength(), fullgraph=True, backend="eager")(torch.ones(2))
+    assert torch._dynamo.config.force_parameter_static_shapes is before
 
 
 def test_layers_that_read_their_childrens_weights_are_recognised() -> None:

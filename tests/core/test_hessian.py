@@ -17,7 +17,7 @@ from torch import nn
 
 import blockprune as bp
 from blockprune import collect, metric, reconstruct, statistics
-from blockprune.core.hessian import layer_quadratic, workspace_bytes
+from blockprune.core.hessian import inverse_of_factor, layer_quadratic, upper_factor, workspace_bytes
 from blockprune.core.types import Param
 
 
@@ -115,6 +115,19 @@ def test_nothing_is_written_to() -> None:
     close(q.means[0], (p.weight @ (normal((20, 6), 0) + 1).mean(0))[None])
     close(q.means[1], (normal((20, 6), 0) + 1).mean(0)[None])
     assert all(torch.equal(p.stats[name], value) for name, value in before.items())
+
+
+@given(st.integers(1, 3), st.integers(1, 40), seeds)
+def test_the_inverse_and_its_upper_factor_are_written_over_the_factor(groups: int, k: int, seed: int) -> None:
+    x = normal((groups, 3 * k, k), seed)
+    factor = torch.linalg.cholesky(x.mT @ x)
+    inverse = inverse_of_factor(factor)
+    expected = inverse.clone()
+    close(expected @ (x.mT @ x), torch.eye(k).double().expand(groups, k, k), atol=1e-6)
+    upper = upper_factor(inverse)
+    close(upper.mT @ upper, expected)
+    assert torch.equal(upper, upper.triu())
+    assert upper.data_ptr() == inverse.data_ptr() == factor.data_ptr()
 
 
 def test_torchs_cache_counts_as_free_memory_on_a_gpu() -> None:

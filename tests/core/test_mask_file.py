@@ -34,6 +34,18 @@ def test_what_is_saved_is_what_is_loaded_in_its_order(masks_: bp.Masks) -> None:
             }
 
 
+@given(masks(names=("w", "größe", 'a "b"\n\x01\x7f\u2028😀\\')))
+def test_the_same_masks_have_the_same_bytes(masks_: bp.Masks) -> None:
+    """Also those of names that JSON escapes; tensors begin at a multiple of eight bytes, as safetensors has them."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / str(i) for i in range(8)]
+        for path in files:
+            bp.save_masks(masks_, path)
+        assert len({path.read_bytes() for path in files}) == 1
+        assert int.from_bytes(files[0].read_bytes()[:8], "little") % 8 == 0
+        assert bp.load_masks(files[0]) == masks_
+
+
 def test_a_file_costs_a_bit_a_block_and_loaded_masks_outlive_it(tmp_path: Path) -> None:
     path = tmp_path / "m"
     mask = bp.BlockMask(torch.rand(512, 512) < 0.5, bp.BlockGrid((4096, 4096), (8, 8)))

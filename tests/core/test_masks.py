@@ -200,6 +200,11 @@ def test_a_result_where_masks_are_expected_is_an_error_with_the_masks_to_give(wh
     assert str(caught.value) == said
 
 
+def test_a_summary_of_a_model_names_what_counts_the_whole_model() -> None:
+    with pytest.raises(TypeError, match=r"masks is a Linear, .*; give bp.read_masks\(model\), .*: blockprune.export.count_model\(model\)"):
+        bp.summary(nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
 def test_tensors_where_masks_are_expected_are_an_error() -> None:
     with pytest.raises(TypeError, match=r"^masks\['w'\] is a Tensor, not a BlockMask; build one: BlockMask\(keep, grid\)$"):
         bp.sparsity({"w": MASK.keep})  # type: ignore[dict-item]

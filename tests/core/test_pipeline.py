@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 from functools import partial
+from itertools import permutations
 from typing import Any
 
 import attrs
@@ -289,6 +290,17 @@ def test_a_stage_that_returns_something_else_is_named(prune: bp.Pipeline, text: 
 def test_a_stage_that_is_no_function_is_refused_by_name(stage: str) -> None:
     with pytest.raises(TypeError, match=f"'{stage}' must be callable"):
         attrs.evolve(PRUNE, **{stage: "l1"})
+
+
+STAGES = (partial(collect.weights, where=bp.linears((2, 2))), metric.l1, partial(allocate.n_of_m, m=2))
+
+
+@pytest.mark.parametrize("stages", list(permutations(STAGES))[1:])
+def test_stages_in_another_order_are_refused_with_the_order(stages: tuple[Any, ...]) -> None:
+    with pytest.raises(
+        TypeError, match=r"is a function of bp.(collect|metric|allocate); give .* order Pipeline\(collect, metric, allocate\)"
+    ):
+        bp.Pipeline(*stages)
 
 
 @pytest.mark.parametrize(

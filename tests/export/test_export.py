@@ -792,6 +792,56 @@ def test_a_module_under_two_names_loads() -> None:
     close(loaded(x), sparse(x))
 
 
+class Tied(nn.Module):
+    """A tied tensor, and a layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.body, self.head = nn.Embedding(8, 8), nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+        self.head.weight, self.again = self.embedding.weight, self.body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.again(self.body(self.embedding(x))))
+
+
+@pytest.mark.parametrize("is_meta", [False, True])
+@pytest.mark.parametrize("options", [{}, {"trainable": True}, {"dtype": "int8"}, None], ids=["frozen", "trainable", "int8", "masked"])
+@given(st.data())
+def test_a_tied_tensor_may_have_any_one_of_its_names(options: dict[str, Any] | None, is_meta: bool, data: st.DataObject) -> None:
+    model, ids = masked(Tied()), torch.arange(8)
+    saved = model if options is None else export.block_sparse(model, backend="torch", **options)
+    state, names = saved.state_dict(), dict[int, list[str]]()
+    for name, tensor in [*saved.named_parameters(remove_duplicate=False), *saved.named_buffers(remove_duplicate=False)]:
+        names.setdefault(id(tensor), []).append(name)
+    for tied in names.values():
+        kept = data.draw(st.sampled_from(tied))
+        state = {name: x for name, x in state.items() if name == kept or name not in tied}
+    with torch.device("meta" if is_meta else "cpu"):
+        skeleton = Tied()
+    loaded = export.load_state_dict(skeleton, state).eval()
+    close(loaded(ids), saved(ids))
+    assert loaded.body is loaded.again
+    assert loaded.head.get_parameter("weight") is loaded.embedding.get_parameter("weight")
+    assert bp.read_masks(loaded) == bp.read_masks(model)
+    if options is None:
+        assert torch.equal(bp.load_masked(Tied(), state).eval()(ids), saved(ids))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        export.load_state_dict(skeleton, {name: x for name, x in state.items() if name not in ("embedding.weight", "head.weight")})
+
+
+def test_a_tied_buffer_that_is_not_saved_is_not_loaded() -> None:
+    def make() -> nn.Module:
+        model = nn.Sequential(nn.Linear(8, 8))
+        model.register_buffer("saved", torch.ones(2))
+        model.register_buffer("not_saved", model.saved, persistent=False)
+        return model
+
+    model = masked(make())
+    for saved in (model, export.block_sparse(model, backend="torch")):
+        assert bp.read_masks(export.load_state_dict(make(), saved.state_dict())) == bp.read_masks(model)
+    assert bp.read_masks(bp.load_masked(make(), model.state_dict())) == bp.read_masks(model)
+
+
 def test_a_model_on_the_meta_device_keeps_its_ties_and_must_be_loaded_completely() -> None:
     class Tied(nn.Module):
         def __init__(self, extra: bool) -> None:

@@ -362,6 +362,27 @@ class MeanOfTwo(torch.optim.Optimizer):
             last.copy_(torch.stack((p.grad, last[0])))
 
 
+@TRAINING_BACKENDS
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+@pytest.mark.parametrize("is_trainable", [True, False])
+def test_a_compiled_model_is_compiled_once_more_for_all_updates(backend: str, kind: str, is_trainable: bool) -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    is_linear = kind == "linear"
+    model = mlp() if is_linear else nn.Sequential(nn.Conv2d(4, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3))
+    where, x = (bp.linears((4, 4)), torch.randn(5, 24)) if is_linear else (bp.convs((4, 4)), torch.randn(2, 4, 6, 6))
+    prune = bp.recipes.magnitude(where)
+    sparse = export.block_sparse(bp.apply_masks(model, prune(model, 0.1).masks), backend=backend, trainable=is_trainable)
+    compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager")
+    for number in range(12):
+        changing = "0.weight" if number < 3 else "2.weight"  # one layer after the other
+        with torch.compiler.set_stance("fail_on_recompile" if number > 1 else "default"):
+            computed = torch.autograd.grad(compiled(x).square().sum(), list(sparse.parameters()))
+        expected = torch.autograd.grad(sparse(x).square().sum(), list(sparse.parameters()))
+        torch.testing.assert_close(computed, expected)
+        export.update(sparse, {changing: prune(export.dense(sparse), 0.2 + 0.05 * number).masks[changing]}, optimizer=None)
+
+
 def test_an_update_refuses_what_it_cannot_carry_over_and_changes_nothing() -> None:
     _, sparse = partly_masked()
     optimizer = MeanOfTwo(sparse.parameters(), {})
@@ -516,15 +537,48 @@ def test_bad_input_is_refused_and_changes_nothing() -> None:
         export.load_state_dict(mlp(), int8.state_dict(), trainable=True)
 
 
+def partly_empty() -> nn.Module:
+    """A masked model, all blocks of one of its layers pruned."""
+    torch.manual_seed(0)
+    model = masked(mlp().double())
+    masks = bp.read_masks(model)
+    return bp.apply_masks(model, {**masks, "2.weight": attrs.evolve(masks["2.weight"], keep=torch.zeros_like(masks["2.weight"].keep))})
+
+
+def sharded_by_layers(model: Any) -> Any:
+    for layer in (model[0], model[2]):
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def test_an_optimizer_that_trains_none_of_the_weights_is_refused() -> None:
+    dense, half = partly_masked()
+    frozen = export.block_sparse(masked(mlp()), backend="torch")
+    frozen.requires_grad_(True)
+    assert not [layer.values for layer in (frozen[0], frozen[2]) if layer.values.requires_grad]  # as the documentation says
+    for model in (frozen, dense, half):
+        masks, before = bp.read_masks(model), copy.deepcopy(model.state_dict())
+        others = {name: attrs.evolve(mask, keep=~mask.keep) for name, mask in masks.items()}
+        biases = torch.optim.AdamW([p for name, p in model.named_parameters() if name.endswith("bias")])
+        for old in (torch.optim.AdamW(mlp().parameters()), biases):
+            with pytest.raises(ValueError, match=r"block_sparse"):
+                export.update(model, others, optimizer=old)
+        assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"optimizer holds no weight that masks names, such as 0\.weight; .* trainable=True"):
+        export.update(half, {"0.weight": bp.read_masks(half)["0.weight"]}, optimizer=biases)
+    with pytest.raises(ValueError, match=r"optimizer holds no weight that masks names, such as 0\.weight; .* optimizer=None"):
+        export.update(frozen, bp.read_masks(frozen), optimizer=torch.optim.AdamW(frozen.parameters()))
+    export.update(frozen, bp.read_masks(frozen), optimizer=None)
+
+
 def run_rank(index: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=index, world_size=2)
     x = torch.randn(8, 24, generator=torch.Generator().manual_seed(3)).double()[index::2]
-    for kind, wrap in {"ddp": DistributedDataParallel, "fsdp": fully_shard}.items():
-        torch.manual_seed(0)
-        model = wrap(trainable(masked(mlp().double())))
+    for kind, wrap in {"ddp": DistributedDataParallel, "fsdp": fully_shard, "fsdp of layers": sharded_by_layers}.items():
+        model = wrap(trainable(partly_empty()))
         train(model, x, foreach=False)
-        if kind == "fsdp":
+        if kind != "ddp":
             with pytest.raises(ValueError, match="fully_shard has sharded this layer"):
                 export.update(model, bp.read_masks(masked(mlp())), optimizer=None)
         state = {key.removeprefix("module."): t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in model.state_dict().items()}
@@ -535,10 +589,9 @@ def run_rank(index: int, folder: str) -> None:
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     mp.spawn(run_rank, (str(tmp_path),), nprocs=2)
-    torch.manual_seed(0)
-    alone = trainable(masked(mlp().double()))
+    alone = trainable(partly_empty())
     train(alone, torch.randn(8, 24, generator=torch.Generator().manual_seed(3)).double())
-    for kind in ("ddp", "fsdp"):
+    for kind in ("ddp", "fsdp", "fsdp of layers"):
         for index in range(2):
             state = torch.load(tmp_path / f"{kind} {index}.pt")
             for name, right in alone.state_dict().items():

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import itertools
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import blockprune as bp
 from blockprune import export
+from blockprune.model.experts import is_stacked
 
 transformers = pytest.importorskip("transformers")
 import blockprune.hf  # noqa: E402 (needs transformers)
@@ -537,6 +539,70 @@ def test_corrupt_masks_are_refused(part: str, change: Callable[[Tensor], Any], m
     edit(tmp_path, **{key: change(load_file(tmp_path / "model.safetensors")[key])})
     with pytest.raises(ValueError, match=message):
         transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def gpt2() -> Any:
+    tokens = {"bos_token_id": 0, "eos_token_id": 0}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, **tokens))
+
+
+KINDS: dict[str, Callable[[Any], Any]] = {
+    "masked": lambda model: model,
+    "exported": lambda model: export.block_sparse(model, backend="torch"),
+    "trainable": lambda model: export.block_sparse(model, backend="torch", trainable=True),
+    "int8": lambda model: export.block_sparse(model, backend="torch", dtype="int8"),
+}
+
+
+PATTERNS = ["*.c_*.weight", "*.attn.c_proj.weight", "*.0.mlp.c_fc.weight"]  # c_proj is as wide as it is high
+
+
+@pytest.mark.parametrize(("kind", "pattern"), [*itertools.product(KINDS, PATTERNS), ("masked", "wte.weight")])
+def test_a_model_of_as_linears_comes_back(kind: str, pattern: str, tmp_path: Path) -> None:
+    model = KINDS[kind](masked(lambda: bp.as_linears(gpt2()), bp.named(f"transformer.{pattern}", (8, 8))))
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(output(loaded), output(model))
+    assert bp.read_masks(loaded) == bp.read_masks(model)
+    assert type(loaded.transformer.h[1].mlp.c_proj).__name__ != "Conv1D"
+    state = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(output(export.load_state_dict(bp.as_linears(gpt2()), state).eval()), output(model))
+    plain = bp.from_linears(bp.finalize(export.dense(loaded)), like=gpt2()).eval()
+    torch.testing.assert_close(output(plain), output(export.dense(model)))
+
+
+def test_masks_on_the_transposed_weights_themselves_come_back(tmp_path: Path) -> None:
+    model = masked(gpt2, bp.named("transformer.*.c_*.weight", (8, 8)))
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(output(loaded), output(model))
+    assert bp.read_masks(loaded) == bp.read_masks(model)
+
+
+@pytest.mark.parametrize("kind", ["masked", "exported"])
+def test_a_model_that_is_not_converted_names_as_linears(kind: str, tmp_path: Path) -> None:
+    KINDS[kind](masked(lambda: bp.as_linears(gpt2()), bp.named("transformer.*.c_*.weight", (8, 8)))).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"convert the model first: bp.as_linears\(model\)"):
+        export.load_state_dict(gpt2(), load_file(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["masked", "exported"])
+def test_experts_of_as_linears_are_refused_with_what_to_do_which_works(kind: str, tmp_path: Path) -> None:
+    def experts() -> Any:
+        return transformers.MixtralForCausalLM(
+            transformers.MixtralConfig(vocab_size=64, num_local_experts=4, num_key_value_heads=2, **SIZES)
+        ).eval()
+
+    if not any(map(is_stacked, experts().modules())):
+        pytest.skip("this transformers does not stack experts")
+    model = KINDS[kind](masked(lambda: bp.as_linears(experts()), bp.including(bp.linears((16, 16)), "model.layers.*")))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"experts of bp.as_linears, but MixtralForCausalLM stacks its experts.*load_masked or .*load_state"
+    ):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    load = bp.load_masked if kind == "masked" else export.load_state_dict
+    assert torch.equal(output(load(bp.as_linears(experts()), model.state_dict())), output(model))
 
 
 def test_a_model_of_other_sizes_or_of_another_class_is_refused(tmp_path: Path) -> None:

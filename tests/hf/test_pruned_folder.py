@@ -108,6 +108,37 @@ def test_files_of_earlier_versions_which_noted_nothing_are_made_again_with_a_war
     assert files == sorted(path.name for path in (tmp_path / "whole").glob("model-*"))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("file", ["config.json", "1_Pooling/config.json", "1_Pooling/deep/notes.txt", "model.safetensors.index.json"])
+def test_no_file_of_a_killed_process_is_left_and_others_stay(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny(tmp_path)
+    (source / "1_Pooling" / "deep").mkdir(parents=True)
+    for name in ("1_Pooling/config.json", "1_Pooling/deep/notes.txt", "1_Pooling/own.tmp", "own.tmp"):
+        (source / name).write_text("{}")
+    go = partial(prune_checkpoint, source, recipe=bp.recipes.magnitude(WHERE), sparsity=0.5)
+    masks = go(destination=tmp_path / "whole")
+    pruned, replace, remove = tmp_path / "pruned", os.replace, os.remove
+
+    def killed(unfinished: str, path: str) -> None:
+        if Path(path) == pruned / file:
+            raise Killed
+        replace(unfinished, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        patch.setattr(os, "remove", lambda path: None if str(path).endswith(".tmp") else remove(path))  # the process is dead
+        with pytest.raises(Killed):
+            go(destination=pruned)
+    assert len(list((pruned / file).parent.glob(f"{Path(file).name}.*.tmp"))) == 1
+    (pruned / "mine.0123456789abcdef.tmp").write_text("of a user")
+    assert go(destination=pruned) == masks == go(destination=pruned)
+    (pruned / "mine.0123456789abcdef.tmp").unlink()
+    read = [{str(path.relative_to(f)): path.read_bytes() for path in f.rglob("*") if path.is_file()} for f in (pruned, tmp_path / "whole")]
+    assert read[0] == read[1]
+    assert (pruned / "own.tmp").exists()
+
+
 # Several processes.
 
 

@@ -15,6 +15,7 @@ import torch
 from interruption import Stopped, stop_after
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import blockprune as bp
 from blockprune import recipes
@@ -99,9 +100,8 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """The bytes of all files, but the masks as such: the order of a header's entries is random."""
-    read = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "masks.safetensors"}
-    return {**read, "masks": bp.load_masks(folder / "masks.safetensors")} if (folder / "masks.safetensors").exists() else read
+    """The bytes of all files."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 # The same bits.
@@ -137,6 +137,17 @@ def test_hidden_states_in_files_and_a_step_of_finetuning_change_no_bit(parts: li
     assert prune_checkpoint(source, tmp_path / "pruned", recipe, 0.5, spill=True) == masks
     assert same(loaded(tmp_path / "pruned").state_dict(), weights)
     assert not [path for path in (tmp_path / "pruned").iterdir() if path.is_dir()]
+
+
+def test_a_loader_that_shuffles_is_the_recipe_on_the_loaded_model(tmp_path: Path) -> None:
+    source = saved(tmp_path)
+    loader = DataLoader([{key: x[i] for key, x in batch.items()} for batch in batches() for i in range(2)], batch_size=2, shuffle=True)  # type: ignore[arg-type]
+    recipe = recipes.obs(WHERE, bp.Calibration(loader, loss=loss, progress=False))
+    torch.manual_seed(1)
+    masks, weights = in_memory(source, recipe)
+    torch.manual_seed(1)
+    assert prune_checkpoint(source, tmp_path / "pruned", recipe, 0.5) == masks
+    assert same(loaded(tmp_path / "pruned").state_dict(), weights)
 
 
 def test_a_mapping_of_sparsities_and_a_single_file(tmp_path: Path) -> None:

@@ -241,3 +241,13 @@ def test_what_is_called_must_be_a_function() -> None:
         GradualPruning({}, CUBIC)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"schedule=0.5 must be a function step -> sparsity"):
         GradualPruning(MAGNITUDE, 0.5)  # type: ignore[arg-type]
+
+
+def test_a_callback_reads_as_it_would_be_written_in_one_line() -> None:
+    short = repr(GradualPruning(MAGNITUDE, CUBIC, every=100, end=1000))
+    assert short == f"GradualPruning(prune={MAGNITUDE!r}, schedule=cubic(final=0.75, end=6), every=100, end=1000)"
+    long = repr(GradualPruning(bp.recipes.obs(WHERE, CALIBRATION), CUBIC, decay=0.5, straight_through=True))
+    assert long.startswith("GradualPruning(prune=LayerByLayer(pipeline=Pipeline(collect=")
+    assert long.endswith("), schedule=cubic(final=0.75, end=6), straight_through=True, decay=0.5)")
+    assert "\n" not in long
+    assert " at 0x" not in long

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import blockprune as bp
+from blockprune import export
 from blockprune.model import apply as apply_module
 from blockprune.model import optimizer_state, parameters
 from blockprune.model.parameters import parameter_refs
@@ -637,3 +638,22 @@ def test_a_mask_without_values_is_refused() -> None:
     with pytest.raises(ValueError, match=r"weight: the parameter \(2, 4\) has a mask on the meta device, which has no values"):
         bp.apply_masks(model, {"weight": bp.BlockMask(torch.ones(1, 2, dtype=torch.bool, device="meta"), bp.BlockGrid((2, 4), (2, 2)))})
     assert type(model) is nn.Linear
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (bp.apply_masks, KeyError),
+        (lambda model, masks: bp.apply_masks(model, None, {"1.weight": torch.ones(8, 8)}), KeyError),
+        (bp.masked_parameters, KeyError),
+        (lambda model, masks: bp.recipes.magnitude(bp.linears((4, 4)))(model, 0.5), ValueError),
+        (lambda model, masks: bp.recipes.magnitude(bp.named("1.weight", (4, 4)))(model, 0.5), ValueError),
+    ],
+)
+def test_the_weight_of_an_exported_layer_is_refused_with_what_changes_it(call: Any, error: type[Exception], trainable: bool) -> None:
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8, bias=False))
+    masks = bp.recipes.magnitude(bp.linears((4, 4)))(model, 0.5).masks
+    exported = export.block_sparse(bp.apply_masks(model, masks), backend="torch", trainable=trainable)
+    with pytest.raises(error, match=r"exported layers \('1'\) have no .*export.update\(model, masks\).*export.dense\(model\)"):
+        call(exported, masks)

@@ -3,7 +3,7 @@
 import math
 import pickle
 import re
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import attrs
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import blockprune as bp
-from blockprune.model.calibration import as_calibration, default_forward, default_token_weights, scalar_loss
+from blockprune.model.calibration import as_calibration, default_forward, default_token_weights, scalar_loss, several_batches
 
 X = torch.ones(2, 4)
 
@@ -30,6 +30,24 @@ def half_loss(output: Tensor, batch: Any) -> Tensor:
 def test_batches_must_be_several(batches: Any, kind: str) -> None:
     with pytest.raises(TypeError, match=rf"batches is one {kind}; give an iterable of batches, such as \[batch\]"):
         bp.Calibration(batches)
+
+
+LABELS = torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize("batches", [(X, LABELS), [X, LABELS], ({"input_ids": LABELS}, X), (LABELS, X, X)])
+def test_one_batch_in_place_of_several_is_refused(batches: Any) -> None:
+    with pytest.raises(TypeError, match=rf"batches is a {type(batches).__name__} of .* and .*; if the .* is one batch .* give \[batch\]"):
+        bp.Calibration(batches)
+    bp.Calibration([batches])
+    bp.Calibration(batches, forward=lambda model, batch: model(batch))  # which may take both
+    with pytest.raises(TypeError, match="held_out is a"):
+        several_batches(batches, "held_out")
+
+
+@pytest.mark.parametrize("batches", [(X, X), (X, X.double(), X[0]), (LABELS, LABELS), [(X, LABELS), X], [{"x": X}, {"x": X}], ()])
+def test_batches_of_one_kind_are_several(batches: Any) -> None:
+    assert bp.Calibration(batches).batches is batches
 
 
 @pytest.mark.parametrize("per_sample", ["VMAP", "", None, True])
@@ -193,3 +211,12 @@ def test_a_loss_that_is_a_module_comes_with_a_remedy_that_calls_it() -> None:
 def test_a_loss_in_torchs_form_may_compare_the_output_with_the_batch() -> None:
     x = torch.ones(2, 3, requires_grad=True)
     assert scalar_loss(bp.Calibration([], loss=nn.functional.mse_loss), x, torch.zeros(2, 3), ["gate_grad"]).item() == 1
+
+
+def test_a_function_that_wraps_one_of_torch_is_in_the_users_form() -> None:
+    @wraps(nn.functional.mse_loss)
+    def loss(output: Tensor, batch: Any) -> Tensor:
+        return nn.functional.mse_loss(output, batch[1])
+
+    x = torch.ones(2, 3, requires_grad=True)
+    assert scalar_loss(bp.Calibration([], loss=loss), x, (x, torch.zeros(2, 3)), ["gate_grad"]).item() == 1

@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import grids, normal, seeds
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import blockprune as bp
 from blockprune import gates
+from blockprune.core.sharded_tensor import is_sharded, whole
 from blockprune.model.gate_kinds import Gate
 
 WHERE = bp.linears((2, 2))
@@ -402,6 +404,59 @@ def test_gates_compile() -> None:
     set_logits(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(X), model(X))
+
+
+# Models that fully_shard has sharded; tests/test_parallel.py trains them in two processes.
+
+
+def gated(make: Callable[[], Gate], masked: bool) -> Any:
+    torch.manual_seed(0)
+    model, where = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8)), bp.linears((4, 2))
+    if masked:
+        bp.apply_masks(model, bp.recipes.magnitude(where)(model, 0.3).masks)
+    gates.add(model, where=where, gate=make())
+    set_logits(model)
+    return model
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("parts", [(0, 2), (0,), ()])  # the layers that are sharded apart; the model as a whole has the others
+@pytest.mark.parametrize("make", [*KINDS.values(), partial(gates.n_of_m, 1, 2, axis=0)])
+def test_gates_of_a_sharded_model_are_those_of_the_plain_model(make: Any, parts: tuple[int, ...], masked: bool) -> None:
+    model, twin = gated(make, masked), gated(make, masked)
+    for part in parts:
+        fully_shard(model[part])
+    fully_shard(model)
+    x, costs = torch.randn(4, 8), {"0.weight": 1.0, "2.weight": 3.0}
+    where = bp.linears((4, 2))
+    for _ in range(2):
+        for net in (model, twin):
+            net.zero_grad()
+            torch.manual_seed(1)
+            penalty = gates.penalty(net, sparsity=0.9) + bp.regularizers.group_lasso(net, where=where)  # of whole and of sharded logits
+            (net(x).square().mean() + penalty).backward()
+            (gates.expected_sparsity(net, costs=costs) - 0.3).square().backward()
+        torch.testing.assert_close(gradients(model), gradients(twin))
+        with torch.no_grad():
+            net(x)  # whole copies stay after it
+        assert all(map(is_sharded, gates.parameters(model)))
+    scores, expected = gates.scores(model), gates.scores(twin)
+    assert scores == expected
+    masks = bp.allocate.per_model(scores, 0.5)
+    assert bp.regrow(masks, drop=scores, grow=scores, fraction=0.2) == bp.regrow(masks, drop=expected, grow=expected, fraction=0.2)
+    assert bp.collect.weights(model, where=where) == bp.collect.weights(twin, where=where)
+    with pytest.raises(ValueError, match=r"gates cannot be added to a model that fully_shard .* change the model first"):
+        gates.add(model, where=where)
+    with pytest.raises(ValueError, match=r"gates cannot be removed .* bp\.allocate\.per_model\(bp\.gates\.scores\(model\), sparsity\)\)"):
+        gates.remove(model)
+    state = bp.distributed.full_state_dict(bp.apply_masks(model, masks))
+    removed = bp.finalize(bp.apply_masks(gates.remove(twin), masks))
+    torch.testing.assert_close(state, dict(removed.state_dict()))
 
 
 # Bad input.

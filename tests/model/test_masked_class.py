@@ -201,3 +201,63 @@ def test_a_modules_own_way_of_copying_cannot_copy_another_parametrization() -> N
     model = bp.apply_masks(nn.Sequential(parametrizations.weight_norm(OwnCopy())), {"0.weight": MASK})
     with pytest.raises(RuntimeError, match=r"weight: the __deepcopy__ of ParametrizedOwnCopy .* another parametrization; remove"):
         copy.deepcopy(model)
+
+
+class Scaled(nn.Linear):
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        state[prefix + "weight"] = state[prefix + "weight"] * 2
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+class Renamed(nn.Linear):
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        _rename(self, state, prefix)
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+def _scale(_: nn.Module, state: Any, prefix: str, *args: Any) -> None:
+    state[prefix + "weight"] = state[prefix + "weight"] * 2
+
+
+def _rename(_: nn.Module, state: Any, prefix: str, *args: Any) -> None:
+    if f"{prefix}kernel" in state:
+        state[f"{prefix}weight"] = state.pop(f"{prefix}kernel")
+
+
+def hooked(hook: Any) -> nn.Linear:
+    layer = nn.Linear(8, 8)
+    layer.register_load_state_dict_pre_hook(hook)
+    return layer
+
+
+LAYERS = {
+    "plain": lambda: nn.Linear(8, 8),
+    "a method scales": lambda: Scaled(8, 8),
+    "a method renames": lambda: Renamed(8, 8),
+    "a hook scales": lambda: hooked(_scale),
+    "a hook renames": lambda: hooked(_rename),
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("kind", ["plain", "masked", "masked Hugging Face", "kernel"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_masked_layer_loads_what_the_plain_layer_loads(name: str, kind: str, strict: bool) -> None:
+    """Hooks and methods of the class see the weight under its plain name, in a checkpoint of a plain and of a masked model."""
+    plain, values = nn.Sequential(LAYERS[name]()), {"0.weight": torch.randn(8, 8), "0.bias": torch.randn(8)}
+    if kind == "kernel":
+        values["0.kernel"] = values.pop("0.weight")
+    if kind == "kernel" and "renames" not in name and (strict or "scales" in name):
+        pytest.skip("the plain layer cannot load it either")
+    model, state = bp.apply_masks(copy.deepcopy(plain), {"0.weight": MASK}), dict(values)
+    if kind.startswith("masked"):
+        saved = bp.apply_masks(nn.Sequential(nn.Linear(8, 8)), {"0.weight": MASK}, values)
+        state = dict(saved.state_dict())
+        if kind == "masked Hugging Face":
+            state["0.weight"] = saved[0].weight.detach().clone()
+    plain.load_state_dict(dict(values), strict=strict)
+    outcome = model.load_state_dict(state, strict=strict)
+    assert not outcome.unexpected_keys or kind == "kernel"
+    assert torch.equal(model[0].parametrizations.weight.original, plain[0].weight)
+    assert torch.equal(model[0].bias, plain[0].bias)
+    assert bp.read_masks(model) == {"0.weight": MASK}

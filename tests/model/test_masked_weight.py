@@ -198,6 +198,44 @@ def test_a_weight_that_another_parametrization_computes_cannot_be_changed() -> N
         nn.init.zeros_(layer.weight)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.apply_(lambda v: 2 * v + 1),
+        lambda w: w.map_(torch.ones(6, 4), lambda v, one: 2 * v + one),
+        lambda w: w.map2_(torch.ones(6, 4), torch.ones(6, 4), lambda v, one, other: 2 * v + one * other),
+    ],
+    ids=["apply_", "map_", "map2_"],
+)
+@pytest.mark.parametrize("inference", [False, True])
+def test_methods_whose_writes_torch_does_not_count_reach_the_stored_weight(change: Callable[[Tensor], object], inference: bool) -> None:
+    plain, masked = pair(bp.BlockMask(torch.tensor([[True, False], [True, True]]), GRID))
+    with torch.inference_mode(inference), torch.no_grad():
+        for weight in (plain.weight, masked.weight):
+            change(weight.detach())
+    kept = keep(bp.read_masks(masked)["weight"])
+    assert torch.equal(masked.weight[kept], plain.weight[kept])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.set_(torch.ones(6, 4)),
+        lambda w: w.resize_(2, 2),
+        lambda w: w.t_(),
+        lambda w: torch.utils.swap_tensors(w, nn.Parameter(torch.ones(6, 4))),
+        lambda w: torch.utils.swap_tensors(nn.Parameter(torch.ones(6, 4)), w),
+    ],
+    ids=["set_", "resize_", "t_", "swapped", "swapped with"],
+)
+def test_other_memory_or_another_shape_raises(change: Callable[[Tensor], object]) -> None:
+    _, masked = pair(bp.BlockMask(torch.tensor([[True, False], [True, True]]), GRID))
+    before = masked.weight.detach().clone()
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"masked weight \(6, 4\)"):
+        change(masked.weight)
+    assert torch.equal(masked.weight, before)
+
+
 def test_arrays_of_it_are_read_only() -> None:
     _, layer = pair(MASK)
     with pytest.raises(ValueError, match="read-only"):

@@ -509,15 +509,14 @@ class Record:
 def test_a_large_output_does_not_hide_a_change_of_another(last: Callable[[Tensor, Tensor], Any]) -> None:
     assert bp.find_axes(Offset(last), torch.randn(5, 4)) == []
     model = Offset(last)
-    with torch.no_grad():
-        model.own.zero_()
+    model.own = torch.zeros(())
     assert len(bp.find_axes(model, torch.randn(5, 4))) == 1
 
 
 def test_an_infinite_output_does_not_equal_a_finite_one() -> None:
     model = Offset(lambda y, hidden: torch.cat([y, y.masked_fill(hidden[:, :1] > 50, -torch.inf)], -1))
+    model.own = torch.zeros(())
     with torch.no_grad():
-        model.own.zero_()
         model.up.bias[0] = 100  # half of the outputs are infinite only if this unit is the first
     assert bp.find_axes(model, torch.randn(5, 4)) == []
 
@@ -558,17 +557,38 @@ def test_a_branch_that_the_example_multiplies_by_zero_keeps_its_axis_out(scale: 
             assert bp.find_axes(model, (x, scale), forward=run) == []
 
 
+@pytest.mark.parametrize("kind", ["attribute", "list", "dict in a tuple", "buffer"])
+def test_tensors_in_attributes_are_noticed_as_buffers_are(kind: str) -> None:
+    """The example multiplies by ones; a table of other numbers shows that the units are not alike."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, ones = nn.Linear(4, 8), nn.Linear(8, 3), torch.ones(8)
+            if kind == "buffer":
+                self.register_buffer("table", ones)
+            else:
+                self.table = {"list": [ones, torch.rand(8)], "dict in a tuple": (1, {0: ones}), "attribute": ones}[kind]
+
+        def forward(self, x: Tensor) -> Tensor:
+            table = {"list": lambda: self.table[0], "dict in a tuple": lambda: self.table[1][0]}.get(kind, lambda: self.table)()
+            return self.down(torch.relu(self.up(x)) * table)  # type: ignore[no-any-return]
+
+    model = Table()
+    assert bp.find_axes(model, torch.randn(5, 4)) == []
+    ones = {"list": lambda: model.table[0], "dict in a tuple": lambda: model.table[1][0]}.get(kind, lambda: model.table)()  # type: ignore
+    assert torch.equal(ones, torch.ones(8))
+
+
 def test_complex_outputs() -> None:
     model = Offset(lambda y, hidden: torch.complex(y, y.square()))
-    with torch.no_grad():
-        model.own.zero_()
+    model.own = torch.zeros(())
     assert len(bp.find_axes(model, torch.randn(5, 4))) == 1
 
 
 def test_an_output_in_a_dataclass_is_compared() -> None:
     model = Offset(lambda y, hidden: (y, Record(hidden)))
-    with torch.no_grad():
-        model.own.zero_()
+    model.own = torch.zeros(())
     assert bp.find_axes(model, torch.randn(5, 4)) == []
 
 
@@ -910,3 +930,10 @@ def test_other_threads_may_draw_random_numbers_meanwhile() -> None:
         found = bp.find_axes(model, x)
     assert [axis.rows for axis in found] == [axis.rows for axis in expected]
     assert len(found) == 2
+
+
+def test_an_attribute_may_contain_itself() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    model.history = []  # type: ignore[assignment]
+    model.history.append(model.history)  # type: ignore[union-attr, arg-type, operator]
+    assert len(bp.find_axes(model, torch.randn(3, 4))) == 1

@@ -2,18 +2,20 @@
 
 import copy
 import os
+import re
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import attrs
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import blockprune as bp
-from blockprune import losses
+from blockprune import export, losses
 
 SGD = partial(torch.optim.SGD, lr=0.05)
 ADAM = partial(torch.optim.AdamW, lr=1e-2)
@@ -342,6 +344,10 @@ def test_a_gradient_that_is_not_finite_is_an_error_before_the_step(clip: float |
         )
 
 
+def mean_square(student: Tensor, teacher: Tensor, batch: Any) -> Tensor:
+    return (student - teacher).square().mean()
+
+
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"steps": 0}, ValueError, "steps=0"),
     ({"accumulate": 0}, ValueError, "accumulate=0"),
@@ -364,6 +370,14 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"patience": -1, "held_out": tokens(1)}, ValueError, "patience=-1"),
     ({"autocast": torch.int8}, ValueError, "autocast=torch.int8"),
     ({"loss": "kl"}, TypeError, "loss='kl' must be a function"),
+    ({"seed": 2**70}, ValueError, "seed=1180591620717411303424 must be an integer from"),
+    ({"batches": [tokens(1)[0][:0]]}, ValueError, r"student's output has shape \(0, 6, 12\), so the batch is empty"),
+    (
+        {"batches": [*tokens(1), tokens(1)[0][:0]], "loss": mean_square},
+        ValueError,
+        "loss is nan in step 1; batch 1 has no tokens; leave out",
+    ),
+    ({"held_out": [*tokens(2), tokens(1)[0][:0]], "loss": mean_square}, ValueError, "step 0: .*; batch 2 of held_out has no tokens"),
     ({"batches": []}, ValueError, "batches has no batches"),
     ({"batches": iter([])}, ValueError, "unknown length"),
     ({"batches": iter([]), "steps": 1}, ValueError, "no more batches"),
@@ -628,3 +642,84 @@ def test_a_tensor_that_a_hook_computed_is_named() -> None:
     model(x)
     with pytest.raises(ValueError, match=r"0\.weight: a hook of the old weight_norm.*remove_weight_norm"):
         bp.distill(model, {}, None, [x], teacher=model, loss=losses.hidden_states)
+
+
+def two(student: Tensor, teacher: Tensor) -> Tensor:
+    return student.mean()
+
+
+class OfTwo(nn.Module):
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return student.mean()
+
+
+OTHER_FORMS: list[tuple[Any, str, str]] = [
+    (F.mse_loss, "mse_loss", "mse_loss(student, teacher)"),
+    (F.kl_div, "kl_div", "kl_div(student, teacher)"),
+    (F.cross_entropy, "cross_entropy", "cross_entropy(student, teacher)"),
+    (partial(F.l1_loss, reduction="sum"), "l1_loss", "l1_loss(student, teacher)"),
+    (torch.dist, "dist", "dist(student, teacher)"),
+    (nn.MSELoss(), "MSELoss", "loss_function(student, teacher), with loss_function = nn.MSELoss()"),
+    (nn.MSELoss, "MSELoss", "loss_function(student, teacher), with loss_function = nn.MSELoss()"),
+    (two, "two", "two(student, teacher)"),
+    (lambda student, teacher: student.mean(), "<lambda>", "..."),
+    (lambda student, teacher, batch, more: student.mean(), "<lambda>", "..."),
+    (OfTwo(), "OfTwo", "..."),
+]
+
+
+@pytest.mark.parametrize(("loss", "name", "call"), OTHER_FORMS, ids=[f"{name} {i}" for i, (_, name, _) in enumerate(OTHER_FORMS)])
+def test_a_loss_that_does_not_take_a_batch_is_refused_with_the_code_that_does(loss: Any, name: str, call: str) -> None:
+    model, masks, batches = problem()
+    message = f"{name} does not take (student's output, teacher's output, batch), which a loss is called with; give lambda student, "
+    with pytest.raises(TypeError, match=re.escape(f"loss={message}teacher, batch: {call}; or")):
+        bp.distill(model, masks, None, batches, teacher=model, loss=loss)
+    with pytest.raises(TypeError, match=re.escape(f"a loss of terms={message}teacher, batch: {call}; or")):
+        losses.weighted({losses.kl: 1.0, loss: 1.0})
+
+
+class OfThree(nn.Module):
+    def forward(self, student: Tensor, teacher: Tensor, batch: Any) -> Tensor:
+        return mean_square(student, teacher, batch)
+
+
+@wraps(F.mse_loss)
+def decorated(student: Tensor, teacher: Tensor, batch: Any) -> Tensor:
+    return F.mse_loss(student, teacher)
+
+
+OF_THREE = [OfThree(), partial(mean_square), lambda *outputs: F.mse_loss(*outputs[:2]), losses.weighted({mean_square: 1}), decorated]
+
+
+@pytest.mark.parametrize("loss", OF_THREE)
+def test_all_that_takes_three_arguments_is_a_loss(loss: Any) -> None:
+    model, masks, batches = problem()
+    options = {"teacher": seeded(Tied, seed=1), "steps": 2, "optimizer": SGD}
+    expected = bp.distill(model, masks, None, batches, loss=mean_square, **options)
+    assert same(bp.distill(model, masks, None, batches, loss=loss, **options), expected)
+
+
+def test_an_empty_batch_is_no_error_if_the_loss_is_a_number() -> None:
+    model, masks, batches = problem()
+    summed = lambda student, teacher, batch: (student - teacher).square().sum()  # noqa: E731
+    bp.distill(model, masks, None, [batches[0][:0], *batches], teacher=model, loss=summed)
+
+
+def test_kept_weights_that_are_frozen_are_not_left_out_without_a_word() -> None:
+    """Unless the caller chooses what is trained."""
+    dense = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    masked = bp.apply_masks(copy.deepcopy(dense), bp.recipes.magnitude(bp.linears((4, 4)))(dense, 0.5).masks)
+    batches = [torch.randn(4, 8)]
+    go = partial(bp.distill, masks=None, weights=None, batches=batches, teacher=dense, loss=mean_square)
+    for options in ({}, {"dtype": "int8"}):
+        frozen = export.block_sparse(masked, backend="native", **options)
+        before = fingerprint(frozen)
+        with pytest.raises(
+            ValueError, match=r"layer '0' is exported.* frozen; .*export\.block_sparse\(model, trainable=True\), or .*where="
+        ):
+            go(frozen)
+        assert same(fingerprint(frozen), before)
+        assert set(go(frozen, where=bp.norms_and_biases)) == {"0.bias", "2.bias"}
+    with pytest.raises(ValueError, match="the model is exported, and its kept weights are frozen"):
+        go(export.block_sparse(masked[0], backend="native"), teacher=dense[0])
+    assert set(go(export.block_sparse(masked, backend="native", trainable=True))) == {"0.values", "0.bias", "2.values", "2.bias"}

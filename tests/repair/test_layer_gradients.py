@@ -1,7 +1,7 @@
 """What is collected a layer at a time, from the last to the first, is what one pass over the whole model gives, to the bit."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -123,3 +123,31 @@ def test_a_loss_that_depends_on_more_than_the_last_layer_is_refused() -> None:
     where = bp.including(bp.linears((4, 4)), "layers.*")
     with pytest.raises(NotImplementedError, match=r"more than the hidden states of the last layer, 'layers.2'; .*budget=None"):
         by_layer(model(skip=True), where, calibration())
+
+
+class Shuffling:
+    """Batches in another order on each pass; ``first`` is the first one in all of them."""
+
+    def __init__(self, batches: Iterable[Any], first: Any = None) -> None:
+        self.batches, self.first = list(batches), first
+
+    def __iter__(self) -> Iterator[Any]:
+        order = torch.randperm(len(self.batches)).tolist()
+        return iter([*([] if self.first is None else [self.first]), *(self.batches[i] for i in order)])
+
+
+@pytest.mark.parametrize("has_first", [False, True], ids=["all", "all but the first"])
+@pytest.mark.parametrize("seed", range(3))
+def test_batches_in_another_order_on_each_pass_are_those_of_one_pass(seed: int, has_first: bool) -> None:
+    """Each batch has labels of its own, so that its loss needs the hidden states of this batch."""
+    network, where = model(), bp.including(bp.linears((4, 4)), "layers.*")
+    pairs = [(torch.randn(5, 6, 8), torch.randn(5, 6, 4)) for _ in range(4)]
+    loader = Shuffling(pairs[1:], pairs[0]) if has_first else Shuffling(pairs)
+    run = bp.Calibration(loader, loss=lambda output, batch: (output - batch[1]).square().mean(), progress=False)
+    torch.manual_seed(seed)
+    expected = LOOK(network, where=where, calibration=run)
+    torch.manual_seed(seed)
+    for data in by_layer(network, where, run):
+        for name, p in data.items():
+            for key, value in p.stats.items():
+                assert torch.equal(value, expected[name].stats[key]), (name, key)

@@ -55,6 +55,15 @@ def results(draw: st.DrawFn) -> bp.PruningResult:
 
 
 @given(results())
+def test_the_same_result_has_the_same_bytes(saved: bp.PruningResult) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / str(i) for i in range(8)]
+        for path in files:
+            bp.save_repair(saved, path)
+        assert len({path.read_bytes() for path in files}) == 1
+
+
+@given(results())
 def test_what_is_saved_is_what_is_loaded_in_its_order(saved: bp.PruningResult) -> None:
     with tempfile.TemporaryDirectory() as folder:
         bp.save_repair(saved, path := Path(folder) / "r.safetensors")
