@@ -1,14 +1,17 @@
 """Peak memory of pruning a checkpoint folder that is never loaded whole, against the size of the model; and time in several processes.
 
-python benchmarks/scale.py --gib 2 6 --recipe obs      # checkpoints of these sizes, with Llama's shapes and random bfloat16 weights
+python benchmarks/scale.py --gib 2 6      # checkpoints of these sizes, with Llama's shapes and random bfloat16 weights (see below)
 python benchmarks/scale.py --gib 0.3 --width 1024 --recipe obs --processes 1 2   # one thread each, which share the batches and the work
 python benchmarks/scale.py --tiny                      # seconds, for the test command
 
 Each model is pruned in a process of its own, whose peak resident memory is read from the system. The bound is
 1.5 x (one layer's weights + its statistics + the hidden states) + 1 GiB. The statistics of a weight with k inputs are two k x k matrices in
-float32: the products of its inputs, and of its inputs with those of the dense model. The hidden states are those of the dense and of the
-pruned model; with a budget, which needs those of all layers, they are kept in files. Of several processes, peak and seconds are those of
-the first one; the last column says whether the masks are those of the first row of the same model.
+float32: the products of its inputs, and of its inputs with those of the dense model. While a weight is repaired, four to five more are in
+memory, which the bound does not count. The hidden states are those of the dense and of the pruned model; with a budget, which needs those
+of all layers, they are kept in files. Of several processes, peak and seconds are those of the first one; the last column says whether the
+masks are those of the first row of the same model.
+
+A CPU without bfloat16 instructions takes hours, and so does OBS (--recipe obs) of weights with thousands of inputs, k^3 operations a band.
 """
 
 import argparse
