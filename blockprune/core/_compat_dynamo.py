@@ -19,7 +19,7 @@ def read_at_any_length(owner: nn.Module, name: str) -> Tensor:
     By itself it records a graph for each shape of a parameter, and gives up after eight. A setting says so for all parameters; it is read
     when a graph first uses a parameter, and has the other value while this one is used.
     """
-    if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+    if not torch.compiler.is_dynamo_compiling() or torch.compiler._is_exporting_flag:  # `is_exporting` is always true here in torch 2.11
         return cast(Tensor, getattr(owner, name))
     from torch._dynamo.comptime import comptime  # noqa: PLC0415 (slow, and torch.compile has imported it)
 
