@@ -244,16 +244,16 @@ class RunningFold:
 
 def _updated(s: Statistic, before: Sums, evidence: Any) -> Sums:
     """The new sums; the same object for layers that share the sums before, if the statistic allows it and the inputs are the same."""
-    results: dict[Any, Any] | None = evidence.shared if s.shared else None
-    total = next(iter(before.values()), None)
-    key = s.name, id(total)
-    if results is None or total is None or key not in results or results[key][0]() is not total:
+    if not s.shared or evidence.shared is None:
+        with no_autocast():
+            return s.update(before, evidence)
+    key = s.name, *map(id, before.values())
+    kept, new = evidence.shared.get(key, ((), None))
+    if new is None or any(ref() is not total for ref, total in zip(kept, before.values(), strict=True)):
         with no_autocast():
             new = s.update(before, evidence)
-        if results is None or total is None:
-            return new
-        results[key] = weakref.ref(total), new  # the sums before may be large, and are dropped where no layer has them any more
-    return cast(Sums, results[key][1])
+        evidence.shared[key] = [weakref.ref(total) for total in before.values()], new  # weak, because the sums before may be large
+    return cast(Sums, new)
 
 
 def _values(source: str, evidence: Any) -> list[Tensor]:

@@ -25,7 +25,7 @@ def read_at_any_length(owner: nn.Module, name: str) -> Tensor:
 
     comptime(_let_shapes_vary)
     tensor = cast(Tensor, getattr(owner, name))
-    tensor.size(0)
+    tensor.size(0)  # the graph uses it here, while the setting has the other value
     comptime(_restore)
     return tensor
 

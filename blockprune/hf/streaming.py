@@ -97,7 +97,7 @@ def prune_checkpoint(
         raise TypeError(
             f"recipe is a {type(recipe).__name__}; give a value of bp.recipes, such as bp.recipes.sparsegpt(where, calibration)"
         )
-    if not isinstance(model_class, type):
+    if not isinstance(model_class, type):  # a class is called to make a model, as any function is
         check_function("model_class", model_class, "(config) -> model, such as transformers.AutoModelForCausalLM", optional=True)
     check_function("callback", callback, "(name of a file) -> None", optional=True)
     _check_device(device)

@@ -48,9 +48,9 @@ def zero_new_blocks(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
     check_masks(masks)
     reshard(model)
     weights: dict[str, Tensor] = {}
-    found = find_parameters(model, masks, what="masks")
-    check_loaded(model, [refs[0] for refs in found.values()], "zero_new_blocks")
-    for (name, refs), mask in zip(found.items(), masks.values(), strict=True):
+    parameters = find_parameters(model, masks, what="masks")
+    check_loaded(model, [refs[0] for refs in parameters.values()], "zero_new_blocks")
+    for (name, refs), mask in zip(parameters.items(), masks.values(), strict=True):
         ref, present = refs[0], refs[0].mask
         if present is None or not ref.is_plain:
             reason = "has no mask, so that no block of it is new" if ref.is_plain else "is computed by another parametrization"

@@ -215,10 +215,10 @@ def admm_penalty(model: nn.Module, state: Admm, *, rho: float) -> Tensor:
     rho = check_number("rho", rho, "a number from 0 on", lowest=0)
     _check_state("state", state)
     penalties: list[Tensor] = []
-    found = find_parameters(model, state.targets, what="state")
-    check_loaded(model, [refs[0] for refs in found.values()], "regularizers.admm_penalty")
+    parameters = find_parameters(model, state.targets, what="state")
+    check_loaded(model, [refs[0] for refs in parameters.values()], "regularizers.admm_penalty")
     with no_autocast():
-        for (name, (ref, *_)), key in zip(found.items(), state.targets, strict=True):
+        for (name, (ref, *_)), key in zip(parameters.items(), state.targets, strict=True):
             for shape in (tuple(state.targets[key].shape), tuple(state.duals[key].shape)):
                 if ref.shape != shape:
                     raise ValueError(f"{name} {ref.shape}: the state has the shape {shape}; make it from this model")

@@ -21,13 +21,7 @@ from blockprune.core.types import Where, check_prunable
 from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.computed_weights import check_is_parameter
 from blockprune.model.hf_linears import is_transposed
-from blockprune.model.parameters import (
-    ParameterRef,
-    check_not_lazy,
-    exported_hint,
-    is_exported,
-    parameter_refs,
-)
+from blockprune.model.parameters import ParameterRef, check_not_lazy, exported_hint, is_exported, parameter_refs
 
 
 class _Rule(partial[Any]):

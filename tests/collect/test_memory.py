@@ -52,6 +52,28 @@ def test_layers_with_one_input_share_a_gram_of_the_same_bits(seed: int) -> None:
     assert grams["out.weight"] is not grams["q.weight"]
 
 
+def test_layers_share_sums_only_if_all_tensors_of_the_sums_are_the_same() -> None:
+    class Twice(nn.Module):
+        """Both layers get the same input; the second is called where the sum of the input is positive."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x) + (self.second(x) if x.sum() > 0 else 0)
+
+    def init(ref: object, param: object) -> statistics.Sums:
+        return {"constant": torch.ones(()), "calls": torch.zeros(())}
+
+    def update(sums: statistics.Sums, call: statistics.Call) -> statistics.Sums:
+        return {"constant": sums["constant"], "calls": sums["calls"] + 1}
+
+    calls = Statistic("calls", "inputs", init, update, lambda sums, ref, param: sums["calls"], shared=True)
+    data = gathered(Twice(), [-torch.ones(3, 4), torch.ones(3, 4), torch.ones(3, 4)], calls)
+    assert {name: p.stats["calls"].item() for name, p in data.items()} == {"first.weight": 3, "second.weight": 2}
+
+
 def test_no_sums_but_the_newest_stay_in_memory() -> None:
     counts: list[int] = []
 
