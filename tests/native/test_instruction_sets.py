@@ -1,6 +1,7 @@
 """The compiled loops on every instruction set that this processor has: sums over blocks, and Optimal Brain Surgeon."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,16 @@ from blockprune.native.library import BEST, INSTRUCTIONS, chosen_instructions
 BUILT = pytest.mark.skipif(native._library is None, reason=native.status)
 TERMS = [None, torch.abs, torch.square]
 BLOCKS = [(1, 1), (2, 2), (4, 4), (3, 8), (40, 16), (16, 32), (2, 5), (1, 64), (70, 131)]
+
+
+@BUILT
+@pytest.mark.parametrize("folder", ["", "spmm"])
+def test_no_code_runs_when_the_library_is_loaded(folder: str) -> None:
+    """Constructors of constants would be compiled for AVX-512, too, and end the process on every other processor."""
+    libraries = [*(Path(native.__file__).parent / folder).glob("kernels*.so")]
+    assert libraries
+    for library in libraries:
+        assert b"_GLOBAL__sub_I_" not in library.read_bytes(), f"{library.name}: a constant of a kernel file is not constexpr"
 
 
 @pytest.fixture(params=native.instructions() or [pytest.param("plain", marks=BUILT)])

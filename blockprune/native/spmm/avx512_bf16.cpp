@@ -19,8 +19,8 @@ namespace {
 #include "kernel_table.h"
 #include "conv_kernels.h"
 #include "gradient_kernels.h"
-const Kernels bf16 = float_kernels<Bf16Pairs, Bf16Columns, Bf16Words<DotPairs>>();
-const ConvKernels conv_bf16 = conv_kernels<Bf16Columns>();
+constexpr Kernels bf16 = float_kernels<Bf16Pairs, Bf16Columns, Bf16Words<DotPairs>>();
+constexpr ConvKernels conv_bf16 = conv_kernels<Bf16Columns>();
 }  // namespace
 END_TARGET
 

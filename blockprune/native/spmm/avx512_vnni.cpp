@@ -18,7 +18,7 @@ namespace {
 #include "int8.h"
 #include "int8_quads.h"
 #include "kernel_table.h"
-const Kernels int8 = kernels<Int8Pairs, Int8Columns>(4, gemv_int8);
+constexpr Kernels int8 = kernels<Int8Pairs, Int8Columns>(4, gemv_int8);
 }  // namespace
 END_TARGET
 

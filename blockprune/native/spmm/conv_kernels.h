@@ -253,6 +253,6 @@ static void conv_multiply(const Convolution& c, const Strip& strip, const void* 
     }
 }
 
-template <class K> static ConvKernels conv_kernels() {
+template <class K> static constexpr ConvKernels conv_kernels() {
     return {LANES, CONV_PANEL, TILE_ROWS, sizeof(typename K::Packed), copy_planes<K>, conv_multiply<K>};
 }

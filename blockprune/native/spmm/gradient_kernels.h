@@ -227,11 +227,11 @@ static void add_to_weights(const Word* const* columns, int64_t count, const Word
     add_tiles<Words, LANES, 16 / LANES, LANES == 16 ? 8 : LANES == 8 ? 6 : 2>(columns, count, dy, n, tile, height, out, add);
 }
 
-template <class T, class Words, class ReadX, class ReadDy> static GradientKernels gradient_kernels() {
+template <class T, class Words, class ReadX, class ReadDy> static constexpr GradientKernels gradient_kernels() {
     return {Words::PER_WORD, PACKED_INPUTS,    pack_columns<ReadX>, pack_columns<ReadDy>, unpack_columns<T>,
             round_all<T>,    pack_rows<ReadX>, Words::pack_weights, add_to_inputs<Words>, add_to_weights<Words>};
 }
-template <class T> static GradientKernels gradient_kernels() { return gradient_kernels<T, FloatWords<T>, Singles<T>, Singles<T>>(); }
+template <class T> static constexpr GradientKernels gradient_kernels() { return gradient_kernels<T, FloatWords<T>, Singles<T>, Singles<T>>(); }
 #if defined(DOT_PAIRS)
-static const GradientKernels gradient_pairs = gradient_kernels<uint16_t, PairWords, RowPairs, ColumnPairs>();
+static constexpr GradientKernels gradient_pairs = gradient_kernels<uint16_t, PairWords, RowPairs, ColumnPairs>();
 #endif

@@ -19,7 +19,7 @@ template <class K> static constexpr int64_t packed_bytes() { return K::template 
 
 // BlockType packs whole blocks, ColumnType single columns.
 template <class BlockType, class ColumnType>
-static Kernels kernels(int64_t gemv_rows, void (*gemv)(const Product&, const Slice&, float*, int64_t, int64_t)) {
+static constexpr Kernels kernels(int64_t gemv_rows, void (*gemv)(const Product&, const Slice&, float*, int64_t, int64_t)) {
     return {LANES * PANEL_VECTORS, BlockType::MIN_PANEL, {packed_bytes<BlockType>(), packed_bytes<ColumnType>()}, gemv_rows,
             [](const Product& p, const Slice& slice, int64_t begin, int64_t end, void* to) {
                 (p.width == 1 ? pack_panel<ColumnType> : pack_panel<BlockType>)(p, slice, begin, end, to);
@@ -29,11 +29,11 @@ static Kernels kernels(int64_t gemv_rows, void (*gemv)(const Product&, const Sli
             },
             gemv};
 }
-template <class BlockType, class ColumnType, class Words> static Kernels float_kernels() {
+template <class BlockType, class ColumnType, class Words> static constexpr Kernels float_kernels() {
     return kernels<BlockType, ColumnType>(Words::template VECTOR_ROWS<4>, gemv<Words>);
 }
 
 #if defined(DOT_QUADS)
-static const Kernels int8_quads = {LANES * PANEL_VECTORS, Int8Quads::MIN_PANEL, {packed_bytes<Int8Quads>(), packed_bytes<Int8Quads>()}, 4,
+static constexpr Kernels int8_quads = {LANES * PANEL_VECTORS, Int8Quads::MIN_PANEL, {packed_bytes<Int8Quads>(), packed_bytes<Int8Quads>()}, 4,
                                    pack_panel<Int8Quads>, gemm<Int8Quads, false>, GEMV_QUADS};
 #endif

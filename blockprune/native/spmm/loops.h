@@ -145,17 +145,17 @@ void add_to_weights(const Word* const* columns, int64_t count, const Word* dy, i
         }
 }
 
-template <class T> GradientKernels gradient_kernels() {
+template <class T> constexpr GradientKernels gradient_kernels() {
     return {1, 1, pack_columns<T>, pack_columns<T>, unpack_columns<T>, round_all<T>, pack_rows<T>, pack_weights<T>, add_to_inputs, add_to_weights};
 }
 
-const Kernels f32 = {0, 0, {0, 0}, 1, nullptr, nullptr, gemv<float>}, bf16 = {0, 0, {0, 0}, 1, nullptr, nullptr, gemv<uint16_t>};
-const Kernels int8 = {0, 0, {0, 0}, 1, nullptr, nullptr,
+constexpr Kernels f32 = {0, 0, {0, 0}, 1, nullptr, nullptr, gemv<float>}, bf16 = {0, 0, {0, 0}, 1, nullptr, nullptr, gemv<uint16_t>};
+constexpr Kernels int8 = {0, 0, {0, 0}, 1, nullptr, nullptr,
                       [](const Product& p, const Slice& slice, float* scratch, int64_t begin, int64_t end) {
                           (p.is_bf16 ? gemv_int8<uint16_t> : gemv_int8<float>)(p, slice, scratch, begin, end);
                       }};
-const GradientKernels gradient_f32 = gradient_kernels<float>(), gradient_bf16 = gradient_kernels<uint16_t>();
-const KernelSet set = {&f32, &bf16, &int8, nullptr, false, [](const void* x, bool is_bf16, int64_t cols, int8_t* out, float* scale) {
+constexpr GradientKernels gradient_f32 = gradient_kernels<float>(), gradient_bf16 = gradient_kernels<uint16_t>();
+constexpr KernelSet set = {&f32, &bf16, &int8, nullptr, false, [](const void* x, bool is_bf16, int64_t cols, int8_t* out, float* scale) {
                            if (is_bf16) quantize_row((const uint16_t*)x, cols, out, scale);
                            else quantize_row((const float*)x, cols, out, scale);
                        }, nullptr, nullptr, &gradient_f32, &gradient_bf16};

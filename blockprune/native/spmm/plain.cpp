@@ -23,11 +23,11 @@ namespace {
 #include "kernel_table.h"
 #include "conv_kernels.h"
 #include "gradient_kernels.h"
-const Kernels f32 = float_kernels<F32, F32, F32Words>(), bf16 = float_kernels<Bf16AsF32, Bf16AsF32, Bf16Words<DotAsF32>>();
-const Kernels int8 = kernels<Int8Pairs, Int8Columns>(4, gemv_int8);
-const ConvKernels conv_f32 = conv_kernels<F32>(), conv_bf16 = conv_kernels<Bf16AsF32>();
-const GradientKernels gradient_f32 = gradient_kernels<float>(), gradient_bf16 = gradient_kernels<uint16_t>();
-const KernelSet set = {&f32, &bf16, &int8, nullptr, false, quantize, &conv_f32, &conv_bf16, &gradient_f32, &gradient_bf16};
+constexpr Kernels f32 = float_kernels<F32, F32, F32Words>(), bf16 = float_kernels<Bf16AsF32, Bf16AsF32, Bf16Words<DotAsF32>>();
+constexpr Kernels int8 = kernels<Int8Pairs, Int8Columns>(4, gemv_int8);
+constexpr ConvKernels conv_f32 = conv_kernels<F32>(), conv_bf16 = conv_kernels<Bf16AsF32>();
+constexpr GradientKernels gradient_f32 = gradient_kernels<float>(), gradient_bf16 = gradient_kernels<uint16_t>();
+constexpr KernelSet set = {&f32, &bf16, &int8, nullptr, false, quantize, &conv_f32, &conv_bf16, &gradient_f32, &gradient_bf16};
 }  // namespace
 #else
 #include "loops.h"
