@@ -12,6 +12,7 @@
 #define PANEL_VECTORS 2  // vectors of the widest panel
 #define TILE_ROWS 6      // most rows of W in a tile several vectors wide
 #define ACCUMULATORS 8   // most rows of W in a tile one vector wide, and most vectors of sums in a gemv
+#define F32_BANDS_IN_TURNS 2  // bands that take turns in a gemv
 BEGIN_TARGET(TARGET_AVX2)
 namespace {
 #include "vectors.h"

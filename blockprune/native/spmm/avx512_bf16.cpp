@@ -11,6 +11,7 @@
 #define PANEL_VECTORS 2  // as in avx2.cpp
 #define TILE_ROWS 8
 #define ACCUMULATORS 16
+#define F32_BANDS_IN_TURNS 1
 BEGIN_TARGET(TARGET_AVX512_BF16)
 namespace {
 #include "vectors.h"

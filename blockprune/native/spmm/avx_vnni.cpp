@@ -10,6 +10,7 @@
 #define PANEL_VECTORS 2  // as in avx2.cpp
 #define TILE_ROWS 6
 #define ACCUMULATORS 8
+#define F32_BANDS_IN_TURNS 2
 BEGIN_TARGET(TARGET_AVX_VNNI)
 namespace {
 #include "vectors.h"

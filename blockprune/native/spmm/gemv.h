@@ -6,6 +6,7 @@
 struct F32Words {
     typedef float T;
     typedef uint64_t Word;
+    static const int BANDS = F32_BANDS_IN_TURNS;  // that one row of x is multiplied with
     template <int L> static constexpr int VECTOR_ROWS = L / 2;
     template <int L> INLINE F<L> broadcast(uint64_t word) { return (F<L>)(Q<L>{} + word); }
     template <int L> INLINE F<L> multiply_add(F<L> sum, F<L> w, F<L> x) { return sum + w * x; }
@@ -17,6 +18,7 @@ struct F32Words {
 template <class Dot> struct Bf16Words : Dot {
     typedef uint16_t T;
     typedef uint32_t Word;
+    static const int BANDS = 1;
     template <int L> static constexpr int VECTOR_ROWS = L;
     template <int L> INLINE F<L> broadcast(uint32_t word) { return (F<L>)(U<L>{} + word); }
     INLINE uint32_t join(const uint16_t* a, const uint16_t* b) { return *a | (uint32_t)*b << 16; }
@@ -42,6 +44,11 @@ template <class T> struct Band {
     Band(const Product& p, int64_t band)
         : height(p.height_of(band)), blocks(p.crow[band + 1] - p.crow[band]), col(p.col + p.crow[band]),
           w((const T*)p.values + p.start(band)) {}
+    Band part(int64_t first, int64_t count, int64_t width) const {  // some of its blocks; an even number of them before, or of columns
+        Band some = *this;
+        some.blocks = count, some.col += first, some.w += first * width * height;
+        return some;
+    }
 };
 
 // Calls pair(set, w, a, b) for each pair of kept columns, the sets in turn, then single(w, a) for an odd last column. SINGLE says that
@@ -75,36 +82,51 @@ INLINE void for_each_pair(const Product& p, const Band<T>& band, Pair pair, Sing
     }
 }
 
-// sums[i][r] for rows [top, top + NV * VECTOR_ROWS<L>) of a band and N rows of x
-template <class K, int L, int NV, int N, bool SINGLE>
-static void multiply_rows(const Product& p, const typename K::T* x, const Band<typename K::T>& band, int64_t top, float* sums) {
+// Calls multiply(band, part) for parts of some bands of one height, which together are all of them. Two bands take turns, because
+// processors with AVX2 fetch two arrays ahead faster than one, and faster by themselves than with prefetch instructions.
+template <bool SINGLE, int BANDS, class T, class Multiply>
+INLINE void in_turns(const Product& p, const Band<T> (&bands)[BANDS], Multiply multiply) {
+    int64_t j = 0;
+    if constexpr (BANDS == 2) {
+        const int64_t step = SINGLE ? 16 : 1, both = std::min(bands[0].blocks, bands[1].blocks);
+        for (; j + step <= both; j += step) UNROLL for (int b = 0; b < BANDS; b++) multiply(b, bands[b].part(j, step, p.width));
+    }
+    UNROLL for (int b = 0; b < BANDS; b++) multiply(b, bands[b].part(j, bands[b].blocks - j, p.width));
+}
+
+// sums[b][i][r] for rows [top, top + NV * VECTOR_ROWS<L>) of some bands and N rows of x
+template <class K, int L, int NV, int N, bool SINGLE, int BANDS>
+static void multiply_rows(const Product& p, const typename K::T* x, const Band<typename K::T> (&bands)[BANDS], int64_t top, float* sums) {
     typedef typename K::T T;
-    constexpr int ROWS = K::template VECTOR_ROWS<L>, SETS = N * NV >= 8 ? 1 : N * NV >= 4 ? 2 : N * NV >= 2 ? 4 : 8;
-    F<L> acc[SETS][N][NV] = {};
-    float last[N][NV * ROWS] = {};
-    for_each_pair<SETS, SINGLE>(
-        p, band,
-        [&](int s, const T* w, int64_t a, int64_t b) __attribute__((always_inline)) {
-            UNROLL for (int v = 0; v < NV; v++) prefetch_after(w + 2 * (top + v * ROWS));
-            UNROLL for (int i = 0; i < N; i++) {
-                const T* row = x + i * p.cols;
-                const F<L> words = K::template broadcast<L>(SINGLE ? K::join(row + a, row + b) : load<typename K::Word>(row + a));
-                UNROLL for (int v = 0; v < NV; v++)
-                    acc[s][i][v] = K::template multiply_add<L>(acc[s][i][v], load<F<L>>(w + 2 * (top + v * ROWS)), words);
-            }
-        },
-        [&](const T* w, int64_t a) {
-            for (int i = 0; i < N; i++)
-                for (int r = 0; r < NV * ROWS; r++) last[i][r] = load_float(w + top + r) * load_float(x + i * p.cols + a);
-        });
-    UNROLL for (int i = 0; i < N; i++) {
+    constexpr bool IN_TURNS = N == 1 && K::BANDS > 1;  // also where this band is left over: its sums are added in the same order
+    constexpr int ROWS = K::template VECTOR_ROWS<L>, VECTORS = N * NV * (IN_TURNS ? K::BANDS : 1);
+    constexpr int SETS = VECTORS >= 8 ? 1 : VECTORS >= 4 ? 2 : VECTORS >= 2 ? 4 : 8;
+    F<L> acc[BANDS][SETS][N][NV] = {};
+    float last[BANDS][N][NV * ROWS] = {};
+    in_turns<SINGLE>(p, bands, [&](int b, const Band<T>& part) __attribute__((always_inline)) {
+        for_each_pair<SETS, SINGLE>(
+            p, part,
+            [&](int s, const T* w, int64_t first, int64_t second) __attribute__((always_inline)) {
+                UNROLL for (int v = 0; !IN_TURNS && v < NV; v++) prefetch_after(w + 2 * (top + v * ROWS));
+                UNROLL for (int i = 0; i < N; i++) {
+                    const T* row = x + i * p.cols;
+                    const F<L> words = K::template broadcast<L>(SINGLE ? K::join(row + first, row + second) : load<typename K::Word>(row + first));
+                    UNROLL for (int v = 0; v < NV; v++)
+                        acc[b][s][i][v] = K::template multiply_add<L>(acc[b][s][i][v], load<F<L>>(w + 2 * (top + v * ROWS)), words);
+                }
+            },
+            [&](const T* w, int64_t column) {
+                for (int i = 0; i < N; i++)
+                    for (int r = 0; r < NV * ROWS; r++) last[b][i][r] = load_float(w + top + r) * load_float(x + i * p.cols + column);
+            });
+    });
+    UNROLL for (int b = 0; b < BANDS; b++) UNROLL for (int i = 0; i < N; i++, sums += bands[0].height) {
         float all[NV * L];
         UNROLL for (int v = 0; v < NV; v++) {
-            UNROLL for (int s = 1; s < SETS; s++) acc[0][i][v] += acc[s][i][v];
-            store(all + v * L, acc[0][i][v]);
+            UNROLL for (int s = 1; s < SETS; s++) acc[b][0][i][v] += acc[b][s][i][v];
+            store(all + v * L, acc[b][0][i][v]);
         }
-        for (int r = 0; r < NV * ROWS; r++)
-            sums[i * band.height + top + r] = last[i][r] + (L == ROWS ? all[r] : all[2 * r] + all[2 * r + 1]);
+        for (int r = 0; r < NV * ROWS; r++) sums[top + r] = last[b][i][r] + (L == ROWS ? all[r] : all[2 * r] + all[2 * r + 1]);
     }
 }
 
@@ -128,15 +150,24 @@ static void multiply_last_rows(const Product& p, const typename K::T* x, const B
     for (int r = 0; r < ROWS; r++) sums[top + r] = acc[r][0] + acc[r][1];
 }
 
+// Whole tiles of two or four vectors, of some bands of one height, from their first row on. Returns the next row.
+template <class K, int N, bool SINGLE, int BANDS>
+static int64_t multiply_tiles(const Product& p, const typename K::T* x, const Band<typename K::T> (&bands)[BANDS], float* sums) {
+    constexpr int ROWS = K::template VECTOR_ROWS<LANES>;
+    int64_t r = 0;
+    if constexpr (BANDS * N * 4 <= ACCUMULATORS)
+        for (; r + 4 * ROWS <= bands[0].height; r += 4 * ROWS) multiply_rows<K, LANES, 4, N, SINGLE>(p, x, bands, r, sums);
+    if constexpr (BANDS * N * 2 <= ACCUMULATORS)
+        for (; r + 2 * ROWS <= bands[0].height; r += 2 * ROWS) multiply_rows<K, LANES, 2, N, SINGLE>(p, x, bands, r, sums);
+    return r;
+}
+
 // The rows of a band from r on: in vectors of L lanes, then of fewer, and the last ones for each row of x by itself.
 template <class K, int L, int N, bool SINGLE>
 static void multiply_band(const Product& p, const typename K::T* x, const Band<typename K::T>& band, int64_t r, float* sums) {
     constexpr int ROWS = K::template VECTOR_ROWS<L>;
-    if constexpr (L == LANES && N * 4 <= ACCUMULATORS)
-        for (; r + 4 * ROWS <= band.height; r += 4 * ROWS) multiply_rows<K, L, 4, N, SINGLE>(p, x, band, r, sums);
-    if constexpr (L == LANES && N * 2 <= ACCUMULATORS)
-        for (; r + 2 * ROWS <= band.height; r += 2 * ROWS) multiply_rows<K, L, 2, N, SINGLE>(p, x, band, r, sums);
-    for (; r + ROWS <= band.height; r += ROWS) multiply_rows<K, L, 1, N, SINGLE>(p, x, band, r, sums);
+    const Band<typename K::T> bands[1] = {band};
+    for (; r + ROWS <= band.height; r += ROWS) multiply_rows<K, L, 1, N, SINGLE>(p, x, bands, r, sums);
     if constexpr (L > 4) return multiply_band<K, L / 2, N, SINGLE>(p, x, band, r, sums);
     for (int64_t i = 0; i < N; i++, x += p.cols, sums += band.height) {
         if (r + 1 == band.height) multiply_last_rows<K, 1, SINGLE>(p, x, band, sums);
@@ -239,10 +270,25 @@ static void gemv_bands(const Product& p, const Slice& slice, float* scratch, int
         std::memcpy(padded + i * stride, x + i * p.cols, p.cols * sizeof(T));
         std::memset(padded + i * stride + p.cols, 0, (stride - p.cols) * sizeof(T));
     }
-    for (int64_t b = begin; b < end; b++) {
-        const Band<T> band(p, b);
-        if (!low || !multiply_low_band<K, N>(p, padded, stride, band, scratch)) multiply_band<K, LANES, N, SINGLE>(p, x, band, 0, scratch);
-        store_sums<T>(p, slice, b * p.height, band.height, scratch);
+    int64_t b = begin;
+    if constexpr (N == 1 && K::BANDS == 2)
+        for (; !low && b + 2 <= end && p.height_of(b + 1) == p.height; b += 2) {
+            const Band<T> bands[2] = {{p, b}, {p, b + 1}};
+            const int64_t done = multiply_tiles<K, N, SINGLE>(p, x, bands, scratch);
+            for (int64_t i = 0; i < 2; i++) {
+                float* sums = scratch + i * p.height;
+                if (done < p.height) multiply_band<K, LANES, N, SINGLE>(p, x, bands[i], done, sums);
+                store_sums<T>(p, slice, (b + i) * p.height, p.height, sums);
+            }
+        }
+    for (; b < end; b++) {
+        const Band<T> bands[1] = {{p, b}};
+        const int64_t height = bands[0].height;
+        if (!low || !multiply_low_band<K, N>(p, padded, stride, bands[0], scratch)) {
+            const int64_t done = multiply_tiles<K, N, SINGLE>(p, x, bands, scratch);
+            if (done < height) multiply_band<K, LANES, N, SINGLE>(p, x, bands[0], done, scratch);
+        }
+        store_sums<T>(p, slice, b * p.height, height, scratch);
     }
 }
 

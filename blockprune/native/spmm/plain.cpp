@@ -8,6 +8,7 @@
 #define INSTRUCTIONS "instructions_plain.h"
 #define LANES 4
 #define ACCUMULATORS 8  // as in avx2.cpp
+#define F32_BANDS_IN_TURNS 1
 #if defined(__aarch64__)
 #define PANEL_VECTORS 4
 #define TILE_ROWS 4

@@ -84,7 +84,7 @@ struct Kernels {
     void (*gemm)(const Product&, const Panel*, int64_t count, const Range& bands, const Range& columns, void* scratch);
     // Multiplies a slice of 1 to 4 rows of x with bands [begin, end); `scratch` holds gemv_scratch(...) floats.
     void (*gemv)(const Product&, const Slice&, float* scratch, int64_t begin, int64_t end);
-    int64_t max_inputs = 256;       // rows of x that bands are multiplied with before the next rows
+    int64_t max_inputs = 128;       // rows of x that bands are multiplied with before the next rows
     int64_t panels_bytes = 196608;  // of these rows as they are packed, that bands are multiplied with before the next columns
     int64_t max_gemv_inputs = 4;    // up to how many rows of x `gemv` may be used
 };
