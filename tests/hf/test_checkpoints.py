@@ -546,11 +546,12 @@ def gpt2() -> Any:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, **tokens))
 
 
+BACKEND = export.backends().rows[0].name if export.backends().rows[0].available else "torch"  # that of loaded layers
 KINDS: dict[str, Callable[[Any], Any]] = {
     "masked": lambda model: model,
-    "exported": lambda model: export.block_sparse(model, backend="torch"),
-    "trainable": lambda model: export.block_sparse(model, backend="torch", trainable=True),
-    "int8": lambda model: export.block_sparse(model, backend="torch", dtype="int8"),
+    "exported": lambda model: export.block_sparse(model, backend=BACKEND),
+    "trainable": lambda model: export.block_sparse(model, backend=BACKEND, trainable=True),
+    "int8": lambda model: export.block_sparse(model, backend=BACKEND, dtype="int8"),
 }
 
 
