@@ -18,6 +18,7 @@ from torch import Tensor
 import blockprune as bp
 from blockprune import export
 from blockprune.model.experts import is_stacked
+from blockprune.native import spmm
 
 transformers = pytest.importorskip("transformers")
 import blockprune.hf  # noqa: E402 (needs transformers)
@@ -53,6 +54,7 @@ MAKE: dict[str, Callable[[], Any]] = {
     "vit": vit,
 }
 LAYERS = bp.including(bp.linears((16, 16)), "*layer*.[01].*")
+BACKEND = "native" if spmm.instructions() else "torch"  # that of loaded layers
 
 
 def masked(make: Callable[[], Any], where: bp.Where = LAYERS) -> Any:
@@ -62,7 +64,7 @@ def masked(make: Callable[[], Any], where: bp.Where = LAYERS) -> Any:
 
 
 def exported(make: Callable[[], Any] = llama, where: bp.Where = LAYERS, dtype: str | None = None) -> Any:
-    return export.block_sparse(masked(make, where), backend="native", dtype=dtype)
+    return export.block_sparse(masked(make, where), backend=BACKEND, dtype=dtype)
 
 
 def output(model: Any) -> Tensor:
@@ -182,7 +184,7 @@ def test_a_fresh_process_loads_the_folders(tmp_path: Path) -> None:
 def test_the_file_is_as_large_as_the_kept_share(tmp_path: Path) -> None:
     sizes = {**SIZES, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 1}
     model = masked(lambda: transformers.LlamaModel(transformers.LlamaConfig(vocab_size=8, **sizes)), bp.linears((16, 16)))
-    export.block_sparse(model, backend="native").save_pretrained(tmp_path / "sparse")
+    export.block_sparse(model, backend=BACKEND).save_pretrained(tmp_path / "sparse")
     bp.finalize(model).save_pretrained(tmp_path / "dense")
     sparse, dense = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("sparse", "dense"))
     elements = sum(p.numel() for p in bp.finalize(model).parameters())
@@ -242,7 +244,7 @@ def test_a_loaded_model_is_treated_as_a_plain_one(tmp_path: Path) -> None:
 
 def test_the_configuration_names_blockprune_only_while_there_are_blocks(tmp_path: Path) -> None:
     model = masked(llama)
-    sparse = export.block_sparse(model, backend="native")
+    sparse = export.block_sparse(model, backend=BACKEND)
     plain = llama()
     for marked in (model, sparse, copy.deepcopy(sparse), export.load_state_dict(plain, sparse.state_dict())):
         assert marked.config.quantization_config == {"quant_method": "blockprune", "format": 1}
@@ -339,7 +341,7 @@ def test_a_base_model_without_masks_again_leaves_the_mark_of_a_pruned_head(kind:
     model = masked(llama, bp.linears((16, 16)))
     bp.apply_masks(model.model, {})
     if kind == "exported":
-        model = export.block_sparse(model, backend="native")
+        model = export.block_sparse(model, backend=BACKEND)
         bp.apply_masks(model.model, {})
     assert all(config is model.config for config in configs_in(model))
     model.save_pretrained(tmp_path)
@@ -455,7 +457,7 @@ def test_without_blockprune_transformers_refuses_an_exported_model_and_loads_zer
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = masked(llama)
-    export.block_sparse(model, backend="native").save_pretrained(tmp_path / "exported")
+    export.block_sparse(model, backend=BACKEND).save_pretrained(tmp_path / "exported")
     with pytest.raises(RuntimeError, match="mismatch"):
         transformers.LlamaForCausalLM.from_pretrained(tmp_path / "exported")
     model.save_pretrained(tmp_path / "masked")
@@ -546,7 +548,6 @@ def gpt2() -> Any:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, **tokens))
 
 
-BACKEND = export.backends().rows[0].name if export.backends().rows[0].available else "torch"  # that of loaded layers
 KINDS: dict[str, Callable[[Any], Any]] = {
     "masked": lambda model: model,
     "exported": lambda model: export.block_sparse(model, backend=BACKEND),
