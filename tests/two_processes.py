@@ -12,13 +12,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 RANKS = 2
-multiprocessing.set_forkserver_preload(["blockprune", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"])
+multiprocessing.set_forkserver_preload(  # what is not installed is left out
+    ["blockprune.hf", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "transformers.models.llama.modeling_llama"]
+)
 
 
 def in_two_processes(function: Callable[..., Any], folder: Path, *args: Any, seconds: int = 60) -> list[Any]:
     """What ``function(rank, folder, *args)`` returns on each rank of a gloo group; an operation that takes longer than this fails.
 
-    They are forked from a server that imports torch once for all calls, and never runs it.
+    They are forked from a server that imports torch and transformers once for all calls, and never runs them.
     """
     mp.start_processes(_run, (function, str(folder), args, seconds), nprocs=RANKS, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import reference
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import PALETTES, drawn, dtypes, grids, seeds, sparsities
 from torch import Tensor, nn
+from two_processes import RANKS, in_two_processes
 
 import blockprune as bp
 
@@ -239,12 +238,8 @@ def test_a_resumed_run_continues_bit_for_bit() -> None:
     assert torch.equal(model.weight, again.weight)
 
 
-RANKS = 2
-
-
-def run_rank(index: int, folder: str) -> None:
+def run_rank(index: int, _: str) -> tuple[Tensor, Tensor]:
     """RigL on a rank's own batches; gradients are averaged before they are scored."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=index, world_size=RANKS)
     model, x, y, masks = planted(0)
     wrapped = nn.parallel.DistributedDataParallel(bp.apply_masks(model, masks, straight_through=True))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -256,13 +251,11 @@ def run_rank(index: int, folder: str) -> None:
         after = bp.regrow(before, drop=bp.metric.l1(data), grow=bp.metric.gradient_magnitude(data), fraction=0.3)
         bp.apply_masks(model, after, bp.zero_new_blocks(model, after), straight_through=True)
         bp.reset_state(optimizer, model, before, after)
-    torch.save((bp.read_masks(model)["weight"].keep, model.weight.detach().as_subclass(Tensor)), f"{folder}/{index}.pt")
-    dist.destroy_process_group()
+    return bp.read_masks(model)["weight"].keep, model.weight.detach().as_subclass(Tensor)
 
 
 @pytest.mark.slow
 def test_two_processes_choose_the_same_masks(tmp_path: Path) -> None:
-    mp.spawn(run_rank, (str(tmp_path),), nprocs=RANKS)
-    first, second = (torch.load(tmp_path / f"{index}.pt", weights_only=True) for index in range(RANKS))
+    first, second = in_two_processes(run_rank, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not torch.equal(first[0], planted(0)[3]["weight"].keep)

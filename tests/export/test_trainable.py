@@ -10,8 +10,6 @@ from typing import Any
 import attrs
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from two_processes import in_two_processes
 
 import blockprune as bp
 from blockprune import export
@@ -571,9 +570,8 @@ def test_an_optimizer_that_trains_none_of_the_weights_is_refused() -> None:
     export.update(frozen, bp.read_masks(frozen), optimizer=None)
 
 
-def run_rank(index: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=index, world_size=2)
+def run_rank(index: int, _: str) -> dict[str, dict[str, Tensor]]:
+    states = {}
     x = torch.randn(8, 24, generator=torch.Generator().manual_seed(3)).double()[index::2]
     for kind, wrap in {"ddp": DistributedDataParallel, "fsdp": fully_shard, "fsdp of layers": sharded_by_layers}.items():
         model = wrap(trainable(partly_empty()))
@@ -581,19 +579,18 @@ def run_rank(index: int, folder: str) -> None:
         if kind != "ddp":
             with pytest.raises(ValueError, match="fully_shard has sharded this layer"):
                 export.update(model, bp.read_masks(masked(mlp())), optimizer=None)
-        state = {key.removeprefix("module."): t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in model.state_dict().items()}
-        torch.save(state, f"{folder}/{kind} {index}.pt")
-    dist.destroy_process_group()
+        state = model.state_dict().items()
+        states[kind] = {key.removeprefix("module."): t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in state}
+    return states
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    mp.spawn(run_rank, (str(tmp_path),), nprocs=2)
     alone = trainable(partly_empty())
     train(alone, torch.randn(8, 24, generator=torch.Generator().manual_seed(3)).double())
-    for kind in ("ddp", "fsdp", "fsdp of layers"):
-        for index in range(2):
-            state = torch.load(tmp_path / f"{kind} {index}.pt")
+    for states in in_two_processes(run_rank, tmp_path):
+        assert states.keys() == {"ddp", "fsdp", "fsdp of layers"}
+        for kind, state in states.items():
             for name, right in alone.state_dict().items():
                 torch.testing.assert_close(state[name], right, msg=f"{kind} {name}")
 
