@@ -14,6 +14,7 @@ budgets.py distributes one sparsity over the parameters, and ranking.py rounds a
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 
 import attrs
@@ -78,6 +79,8 @@ def per_row(
     coupled: Coupled = (),
 ) -> Masks:
     """Prune the blocks with the lowest scores of each row of blocks, so that all rows are equally sparse.
+
+    A row is pruned in whole blocks, so few blocks a row reach few sparsities: a row of two blocks 0, 50 or 100 %.
 
     Args:
         scores, sparsity, budget, max_sparsity, min_keep, coupled: as in `per_layer`.
@@ -345,6 +348,12 @@ def _prune_in_banks(shared: SharedMask, sparsity: float, bank: Sequence[int], *,
         raise type(error)(
             f"{shared.names[0]}: bank={tuple(bank)}, a tile of blocks, does not fit {tuple(shared.score.shape)} blocks: {error}"
         ) from None
+    if tuple(bank) == (1,) and math.prod(grid.block) == 1 < grid.blocks and 0 < sparsity < 1 and not round_down:
+        warnings.warn(
+            f"{shared.names[0]}: a row is a single block, which is pruned or kept as a whole: all of them where the sparsity is "
+            "above 0.5, else none. Prune smaller blocks, or compare the blocks of the whole parameter (bp.allocate.per_layer)",
+            stacklevel=2,
+        )
     if grid.blocks == 1:
         elements = shared.elements.flatten()
         return prune_lowest(shared.score.flatten(), elements, sparsity * shared.total, round_down=round_down).view(shared.score.shape)

@@ -3,7 +3,7 @@
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from blockprune.collect.block_gates import gate_derivatives
 from blockprune.core._compat import ConvNd, disable_checkpointing, is_view, tree_leaves
 from blockprune.core.progress import progress_bar
 from blockprune.core.sharded_tensor import whole
-from blockprune.model.calibration import Calibration, default_forward, scalar_loss
+from blockprune.model.calibration import Calibration, check_batch, scalar_loss
 from blockprune.model.experts import Experts, experts_in
 from blockprune.model.inputs import InputHooks, check_not_nested, input_axis, input_hooks, value_key, weight_inputs
 from blockprune.model.parameters import ParameterRef, check_not_inference, find_parameters
@@ -50,8 +50,7 @@ def add_batches(model: nn.Module, fold: Fold, calibration: Calibration) -> Fold:
             for weight in weights:
                 weight.requires_grad_(False)
         for number, raw in enumerate(in_step(model, progress_bar(calibration.batches, "collect", calibration.progress))):
-            if not isinstance(raw, (Tensor, Mapping, tuple, list)) and calibration.forward is default_forward:
-                raise TypeError(f"batch {number} is a {type(raw).__name__}; give tensors, tuples or mappings, or pass forward=")
+            check_batch(number, raw, calibration.forward)
             batch = to_model_device(model, raw)
             for name in fold.data:
                 running.count(name, batches=1)

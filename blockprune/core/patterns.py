@@ -11,8 +11,8 @@ Pattern = str | re.Pattern[str]
 
 
 def matches(pattern: Pattern, name: str) -> bool:
-    """Whether a name matches a glob (a string), or contains a match of a regular expression (``re.compile(...)``)."""
-    return fnmatch.fnmatchcase(name, pattern) if isinstance(pattern, str) else pattern.search(name) is not None
+    """Whether a name is this string, matches it as a glob, or contains a match of a regular expression (``re.compile(...)``)."""
+    return pattern == name or fnmatch.fnmatchcase(name, pattern) if isinstance(pattern, str) else pattern.search(name) is not None
 
 
 def check_pattern(pattern: Any) -> None:

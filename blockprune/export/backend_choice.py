@@ -25,7 +25,7 @@ from blockprune.export.timed_layers import DEFAULT_ROWS
 from blockprune.export.timing import cold_copies, time_interleaved
 from blockprune.model.apply import finalize
 from blockprune.model.calibration import Forward, default_forward
-from blockprune.model.running import preserve_state
+from blockprune.model.running import copy_batch, preserve_state
 
 MAX_ERROR = 0.03  # relative, of a layer's outputs in int8; dense SmolLM2 then has 0.8 % more perplexity, and 3.4 % without a limit
 INT8_BACKENDS = ("native", "torch", "dense")
@@ -246,7 +246,7 @@ def _record_inputs(
             if candidate.ref.mask is not None:
                 handles.append(candidate.ref.mask.register_forward_hook(partial(record_read, candidate.layer)))
         with preserve_state(model), torch.no_grad():
-            forward(model, batch)
+            forward(model, copy_batch(batch))
     finally:
         for handle in handles:
             handle.remove()
@@ -299,7 +299,7 @@ def _training_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
     layer.requires_grad_()
     x = x.detach().clone().requires_grad_()
     with torch.no_grad():
-        grad = torch.randn_like(layer(x))
+        grad = _filled(torch.empty_like(layer(x)))
 
     def step() -> None:
         torch.autograd.grad(layer(x), [x, *layer.parameters()], grad)

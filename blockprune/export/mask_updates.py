@@ -31,8 +31,9 @@ def update(model: M, masks: Masks, *, optimizer: Optimizer | Sequence[Optimizer]
 
     A block that both masks keep has the same values as before, and in the optimizer the same state. A new block starts at zero, or with the
     values of ``weights``, and with the state that a new parameter gets (`bp.reset_state`). The kept weights of a layer remain the same
-    Parameter, without a gradient, whose length changes. So give all optimizers that hold them, call `update` on averages of the model (an
-    EMA) with the same masks, and wrap the model in DistributedDataParallel again.
+    Parameter, without a gradient, whose length changes. So give all optimizers that hold them, call `update` on averages of the model with
+    the same masks (``ema.module`` of an `AveragedModel`), because averages and states of other blocks are used without an error where as
+    many are kept, and wrap the model in DistributedDataParallel again.
 
     This holds for weights that stayed masked, too, whose new blocks lose the values that were stored for them. Their masks, whether named
     or not, keep the options ``straight_through`` and ``decay`` of `apply_masks`.
@@ -50,7 +51,7 @@ def update(model: M, masks: Masks, *, optimizer: Optimizer | Sequence[Optimizer]
         KeyError: a name that is no block-sparse or masked weight of the model, or weights without a mask.
         ValueError: a mask or weight of another shape than the layer's; a weight with NaN or inf, or on the meta device; a layer of int8; a
             layer that `fully_shard` has sharded; two masks for one layer; an optimizer without the kept weights of a layer, or for layers
-            that are not trainable, or whose state is not one number for each kept weight (LBFGS, Adafactor).
+            that are not trainable, or whose state is not one number for each kept weight (LBFGS).
         TypeError: a mask that is no `BlockMask`, a weight that is no tensor.
             After any error the model and the optimizer are as they were before the call.
 

@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from blockprune.core._compat import tree_leaves, tree_map_only
+from blockprune.core._compat import tree_leaves
 from blockprune.core.arguments import check_counts
 from blockprune.core.precision import multiplies_bfloat16
 from blockprune.core.table import Rows, Table
@@ -27,6 +27,7 @@ from blockprune.model.apply import apply_masks
 from blockprune.model.calibration import Forward, default_forward
 from blockprune.model.mask_reading import parameter_masks
 from blockprune.model.parameters import is_exported
+from blockprune.model.running import copy_batch
 from blockprune.model.sharding import check_not_fully_sharded
 
 INT8_FORMS = ("dense int8", "dense int8, row by row")  # torch's, and that of block-sparse layers
@@ -196,7 +197,7 @@ def _default_dtypes(own: str, on_cpu: bool) -> tuple[str, ...]:
 def _runs(model: nn.Module, forward: Forward, inputs: Any) -> bool:
     try:
         with torch.no_grad():
-            forward(model, _to_dtype(inputs, _dtype(model)))
+            forward(model, copy_batch(inputs, _dtype(model)))
     except Exception:
         return False
     return True
@@ -224,7 +225,7 @@ def _milliseconds(models: Mapping[str, nn.Module], *, inputs: Any, forward: Forw
     with torch.no_grad():
         for name, model in models.items():
             device = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0, device="cpu")).device
-            call = partial(forward, model, _to_dtype(inputs, _dtype(model)))
+            call = partial(forward, model, copy_batch(inputs, _dtype(model)))
             calls[name] = synchronized(cuda_graphed(call) if graph and device.type == "cuda" else call, device)
         return {name: 1e3 * seconds for name, seconds in median_seconds(calls, rounds=rounds).items()}
 
@@ -274,10 +275,6 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _to_dtype(inputs: Any, dtype: torch.dtype) -> Any:
-    return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, inputs)
 
 
 def _mebibytes(model: nn.Module) -> float:

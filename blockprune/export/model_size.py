@@ -1,11 +1,14 @@
 """The size of a whole model with its masks: parameters and multiply-adds, dense and kept."""
 
-from collections.abc import Mapping
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from blockprune.core.masks import summary
@@ -14,7 +17,7 @@ from blockprune.export.conversion import dense
 from blockprune.model.calibration import Forward, default_forward
 from blockprune.model.mask_reading import read_masks
 from blockprune.model.parameters import parameter_refs
-from blockprune.model.running import preserve_state
+from blockprune.model.running import copy_batch, disable_attention_fastpath, preserve_state
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
@@ -64,8 +67,8 @@ def count_model(model: nn.Module, *, inputs: Any = None, forward: Forward = defa
     """Count the parameters of a masked or exported model and, given inputs, the multiply-adds of one call; `summary` counts masks alone.
 
     A Linear or a convolution with a masked weight takes the kept share of its multiply-adds whenever it is called. `MultiheadAttention` and
-    others that read the weights of their layers count as dense. `torch.utils.flop_counter` counts the dense model; it does not know every
-    operation, and element-wise ones count as none.
+    others that read the weights of their layers count as dense. `torch.utils.flop_counter` counts the dense model: matrix products and
+    convolutions, also those of attention and recurrent layers, but not `Bilinear` and operations of your own.
 
     Args:
         model: with or without masks; it is not changed.
@@ -100,13 +103,22 @@ def count_model(model: nn.Module, *, inputs: Any = None, forward: Forward = defa
 
     handles = [layer.register_forward_hook(add_saved, with_kwargs=True) for layer in sparsities]
     try:
-        with torch.no_grad(), preserve_state(plain), counter:
-            forward(plain, inputs)
+        with torch.no_grad(), preserve_state(plain), _countable(), counter:
+            forward(plain, copy_batch(inputs))
     finally:
         for handle in handles:
             handle.remove()
     total = int(counter.get_total_flops()) // 2
     return ModelSize(parameters, parameters - pruned, total, round(total - saved))
+
+
+@contextlib.contextmanager
+def _countable() -> Iterator[None]:
+    """Attention and LSTMs as products that the counter knows."""
+    with disable_attention_fastpath(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TF32 acceleration")  # which `flags` sets, too
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
 
 
 def _multiply_adds(layer: nn.Module, input: Tensor, output: Tensor) -> int:

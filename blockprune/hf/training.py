@@ -21,7 +21,8 @@ class GradualPruning(TrainerCallback):
     """A callback of `transformers.Trainer` that gives the model new masks every ``every`` optimizer steps.
 
     With a rising schedule this is gradual pruning (AGP, Zhu & Gupta 1710.01878). With a constant one the masks are dynamic: a `Pipeline`
-    scores the stored dense weights, so a pruned block can come back, with the weights that it had when it was pruned.
+    scores the stored dense weights, so a pruned block can come back, with the weights that are stored for it: those that it had when it was
+    pruned, as far as the optimizer's momentum and weight decay have not changed them.
 
     Pass it to the constructor of the Trainer: the model then has masks before a checkpoint is loaded, so ``resume_from_checkpoint``
     continues with the masks and the dense weights of the checkpoint. ``trainer.save_model`` writes both.

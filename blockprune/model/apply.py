@@ -57,7 +57,8 @@ def apply_masks(
             (Jayakumar et al. 2106.03517). This option holds until the next call, and is not saved with the model.
         decay: with ``straight_through``, this number times the stored values of the pruned blocks that gradients reach is added to their
             gradients (SR-STE, Zhou et al. 2102.04010). It is added once for each read of the weight in a backward pass, so twice if a
-            forward uses the weight twice or two batches are accumulated, and it is not scaled with the loss.
+            forward uses the weight twice or two batches are accumulated, and it is not scaled with the loss. Apply it before `gates.add`:
+            of a weight that has gates already, the decay is that of their product.
 
     Raises:
         KeyError: the model does not have a parameter of this name, two names are those of one tied tensor, or ``straight_through`` has a
@@ -80,7 +81,10 @@ def apply_masks(
     refs = parameter_refs(model)  # they say what is masked at the time at which they are asked
     requested = masks_of_refs(refs) if masks is None and weights is not None else cast(Masks, masks)
     new_masks = _checked_masks(
-        model, refs, requested, remedy="for the result of a recipe, call apply_masks(model, result.masks, result.weights)"
+        model,
+        refs,
+        requested,
+        remedy="for the result of a recipe, call apply_masks(model, result.masks, result.weights); {} removes all masks",
     )
     check_loaded(model, [*(users[0] for _, _, users in new_masks), *(ref for ref, _ in masked_refs(refs))], "apply_masks")
     check_not_inference(users[0] for _, _, users in new_masks)

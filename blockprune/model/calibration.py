@@ -49,6 +49,20 @@ def inputs_of(batch: Any) -> Any:
     return batch[0] if _is_sequence(batch) else batch
 
 
+def check_batch(number: int, batch: Any, forward: Forward) -> None:
+    """Raise unless this is something that `default_forward` passes on, or the user passes it on.
+
+    Raises:
+        TypeError: such as an array.
+
+    Example:
+        >>> from blockprune.model.calibration import check_batch, default_forward
+        >>> check_batch(0, torch.ones(2), default_forward)
+    """
+    if not isinstance(batch, (Tensor, Mapping, tuple, list)) and forward is default_forward:
+        raise TypeError(f"batch {number} is a {type(batch).__name__}; give tensors, tuples or mappings, or pass forward=")
+
+
 def _check_arguments(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], batch: Sequence[Any]) -> None:
     """Raise if a model does not take the inputs of a batch of inputs and targets, as where the batch holds several inputs."""
     try:
@@ -137,8 +151,8 @@ class Calibration:
             batches several times, so give it a list or a DataLoader, not a generator.
         loss: (output, batch) -> one number with a gradient. By default it is the output's own ``loss`` (Hugging Face models return one if
             the batch has labels).
-        forward: (model, batch) -> output. By default a tensor is passed on, a mapping is spread as keyword arguments, and of a tuple or
-            list the first element is passed on.
+        forward: (model, batch) -> output. By default a tensor or a named tuple is passed on, a mapping is spread as keyword arguments,
+            and of another tuple or list the first element is passed on.
         token_weights: batch -> the weight of each token in statistics, ``[batch, positions]``, or None to count each token once. By
             default it is the batch's ``attention_mask``, so that padding does not count. Weights are at least 0. If the batch has several
             entries with tokens, return a mapping from names of entries (or patterns) to weights; a layer's rows have the weights of the

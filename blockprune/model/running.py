@@ -5,7 +5,7 @@ import copy
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -33,6 +33,20 @@ def _to_device(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if isinstance(batch, (tuple, list)):
         values = [_to_device(value, device, dtype) for value in batch]
         return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)  # a namedtuple takes its fields one by one
+    return batch
+
+
+def copy_batch(batch: Any, dtype: torch.dtype | None = None) -> Any:
+    """A copy of the batch, which a model may write into: tensors stay where they are, floating-point ones in this dtype if one is given."""
+    if isinstance(batch, Tensor):
+        return batch.to(dtype if dtype and batch.is_floating_point() else batch.dtype, copy=True)
+    if isinstance(batch, MutableMapping):  # such as a BatchEncoding, whose fields a forward may read as attributes
+        copied = copy.copy(batch)
+        copied.update({key: copy_batch(value, dtype) for key, value in batch.items()})
+        return copied
+    if isinstance(batch, (tuple, list)):
+        values = [copy_batch(value, dtype) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     return batch
 
 

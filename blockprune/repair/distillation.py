@@ -206,6 +206,8 @@ def distill(
                 training.compare(held_out)
             else:
                 training.restore(resume)
+                if training.step > steps:
+                    raise ValueError(f"resume: its state is of step {training.step}, after steps={steps}; give more steps")
             bar = progress_bar(range(training.step, steps), "distill", progress, initial=training.step, total=steps)
             start, first = time.monotonic(), training.count
             for step in bar:

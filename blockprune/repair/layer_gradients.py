@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from blockprune.core._compat import disable_checkpointing
 from blockprune.core.types import Data, Where
-from blockprune.model.calibration import Calibration, scalar_loss
+from blockprune.model.calibration import Calibration, check_batch, scalar_loss
 from blockprune.model.running import preserve_state, to_model_device
 from blockprune.model.selection import including_names, select
 from blockprune.model.sharding import raised_together
@@ -143,6 +143,7 @@ def _head_gradients(
     last = order[-1].name
     with load(None):
         for number, raw in enumerate(calibration.batches):
+            check_batch(number, raw, calibration.forward)
             batch = to_model_device(model, raw)
             if not number:
                 with replaced_forwards(order, partial(run_loaded, load, forms)):

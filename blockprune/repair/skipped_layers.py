@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.core._compat import tree_leaves
-from blockprune.model.calibration import Calibration
+from blockprune.model.calibration import Calibration, check_batch
 from blockprune.model.running import to_model_device
 from blockprune.model.token_streams import hidden_token_weights
 from blockprune.repair.transformer_layers import CapturedBatch, Layer, LoadWeights, capture_layer_inputs
@@ -42,6 +42,7 @@ def capture_batches(
         running = None if load is None else partial(run_loaded, load, forms)
         may_skip = None if load else False
         for number, raw in enumerate(calibration.batches):
+            check_batch(number, raw, calibration.forward)
             batch = to_model_device(model, raw)
             capture = partial(capture_layer_inputs, model, order, calibration.forward, batch)
             with replaced_forwards(order, partial(skip, forms) if may_skip else running):

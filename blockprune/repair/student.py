@@ -98,7 +98,7 @@ def make_student(
     if lora_rank is not None and not low_rank:
         raise ValueError(
             f"lora_rank={lora_rank} is for masked matrices, and none of the trained parameters, such as {chosen[0]!r}, is masked and has "
-            "two axes; give masks, another where=, or lora_rank=None"
+            "two axes; give masks (to a block-sparse model in its masked form, export.dense(model)), another where=, or lora_rank=None"
         )
     _keep_kept_values(refs)
     if lora_rank is not None:

@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from functools import partial
@@ -36,6 +37,22 @@ ALLOCATORS: dict[str, Callable[..., bp.Masks]] = {
     "limited": partial(per_model, max_sparsity=0.7, min_keep=2),
 }
 flat = any_scores(rank=(2, 4))  # of two axes or more, so that every allocator applies
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* a row is a single block")  # as in many of the drawn grids
+
+
+def test_rows_of_a_single_block_are_named() -> None:
+    model, x = nn.Sequential(nn.Linear(16, 32)), torch.randn(8, 16)
+    for block in ((1,), (4, -1), (16, 16)):
+        with pytest.warns(UserWarning, match=r"0\.weight: a row is a single block.*bp\.allocate\.per_layer"):
+            masks = bp.recipes.wanda(bp.linears(block), [x])(model, 0.5).masks
+        assert bp.sparsity(masks) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert bp.sparsity(bp.recipes.wanda(bp.linears((1,)), [x], allocate=bp.allocate.per_layer)(model, 0.5).masks) == 0.5
+        assert bp.sparsity(bp.recipes.wanda(bp.linears((8, 8)), [x])(model, 0.5).masks) == 0.5
+        bp.recipes.wanda(bp.linears((1,)), [x])(model, 0.0)
 
 
 def score(values: Any, block: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> bp.BlockScore:

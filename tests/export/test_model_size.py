@@ -1,5 +1,8 @@
 """Parameters and multiply-adds of whole models, against counts by hand."""
 
+from collections import UserDict
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -95,7 +98,60 @@ def test_buffers_and_modes_of_the_model_stay() -> None:
 
 
 def test_a_share_of_nothing_is_no_sparsity() -> None:
-    size = export.count_model(nn.LSTM(4, 4), inputs=torch.randn(3, 2, 4))  # an operation that torch's counter does not know
+    size = export.count_model(nn.Embedding(4, 4), inputs=torch.ones(3, 2).long())  # which multiplies nothing
     assert (size.multiply_adds, size.multiply_adds_kept) == (0, 0)
     assert "100.0%" not in repr(size)
     assert export.count_model(nn.ReLU()).sparsity == 0
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "by_hand"),
+    [
+        (nn.LSTM(8, 16), torch.ones(5, 2, 8), 5 * 2 * 64 * (8 + 16)),
+        (nn.GRU(8, 16), torch.ones(5, 2, 8), 5 * 2 * 48 * (8 + 16)),
+        (nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), torch.ones(1, 10, 16), 10 * 16 * (48 + 16 + 64) + 2 * 10 * 10 * 16),
+    ],
+)
+@pytest.mark.parametrize("trains", [False, True])
+def test_recurrent_layers_and_attention_count(layer: nn.Module, x: Tensor, by_hand: int, trains: bool) -> None:
+    assert export.count_model(layer.train(trains), inputs=x).multiply_adds == by_hand
+    assert torch.backends.mkldnn.enabled
+
+
+class Writes(nn.Module):
+    """A model that writes into its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        result: Tensor = self.fc(x.mul_(scale))
+        return result
+
+
+@pytest.mark.filterwarnings("ignore:0 of 1 masked layers")
+@pytest.mark.parametrize("kind", [dict, UserDict, tuple])
+def test_no_function_changes_the_inputs(kind: Any) -> None:
+    mask = bp.BlockMask(torch.eye(4).bool(), bp.BlockGrid((64, 64), (16, 16)))
+    model = bp.apply_masks(Writes().eval(), {"fc.weight": mask})
+    x, scale = torch.randn(8, 64), torch.tensor(2.0)
+    inputs: Any = ((x, scale),) if kind is tuple else kind({"x": x, "scale": scale})
+    before = x.clone()
+    sparse = export.block_sparse(model, backend="torch")
+    export.count_model(model, inputs=inputs)
+    export.benchmark(model, sparse, inputs=inputs, rounds=1)
+    export.choose(model, inputs=inputs, rounds=1)
+    export.block_sparse(model, inputs=inputs, dtype="int8")
+    export.recommend_blocks({"fc.weight": mask}, model=model, inputs=inputs, blocks=[(16, 16)], sparsities=[0.5], rounds=1)
+    export.cost_table({"fc.weight": mask}, model=model, inputs=inputs, rounds=1)
+    assert torch.equal(x, before)
+    assert scale == 2
+
+
+def test_choosing_layers_that_train_draws_no_random_numbers_of_torch() -> None:
+    mask = bp.BlockMask(torch.eye(4).bool(), bp.BlockGrid((64, 64), (16, 16)))
+    model = bp.apply_masks(nn.Linear(64, 64), {"weight": mask})
+    state = torch.random.get_rng_state()
+    export.choose(model, training=True, rounds=1)
+    assert torch.equal(torch.random.get_rng_state(), state)

@@ -150,6 +150,7 @@ def per_band(keep: Tensor) -> Tensor:
     return keep.flatten(1)
 
 
+@pytest.mark.filterwarnings("ignore:.* a row is a single block")  # as in some of the drawn layers
 @EITHER
 @given(linears(), st.lists(st.floats(0, 1), min_size=2, max_size=4), st.sampled_from(["per_row", "per_layer", "per_model"]))
 def test_masks_of_rising_sparsity_nest_and_are_prefixes_of_each_bands_order(
@@ -179,6 +180,7 @@ def test_an_early_stop_gives_the_same_masks_up_to_that_sparsity(kind: str, block
                 assert bp.allocate.per_row(stopped, sparsity) == bp.allocate.per_row(scores, sparsity), (most, sparsity)
 
 
+@pytest.mark.filterwarnings("ignore:.* a row is a single block")  # as in some of the drawn layers
 @EITHER
 @given(linears(), st.floats(0, 1), seeds)
 def test_an_early_stop_of_any_layer_gives_the_same_masks_and_finite_rising_scores(compiled: bool, p: Param, most: float, seed: int) -> None:

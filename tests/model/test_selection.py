@@ -413,3 +413,11 @@ def test_norms_and_biases_are_not_the_kept_values_of_an_exported_layer() -> None
 def test_what_is_no_rule_is_named_with_what_would_do(make: Callable[[], Any], text: str) -> None:
     with pytest.raises(TypeError, match=text):
         make()
+
+
+def test_a_name_that_looks_like_a_pattern_names_its_parameter() -> None:
+    model = nn.ModuleDict({"in[0]": nn.Linear(3, 8), "out": nn.Linear(8, 8)})
+    for rule in (bp.excluding(bp.linears((4, 4)), "in[0].weight"), bp.named("out.weight", (4, 4))):
+        assert bp.collect.weights(model, where=rule).keys() == {"out.weight"}
+    assert bp.collect.weights(model, where=bp.named("in[0].weight", (4, 3))).keys() == {"in[0].weight"}
+    assert bp.collect.weights(model, where=bp.including(bp.linears((1, 1)), "in[0].weight")).keys() == {"in[0].weight"}

@@ -231,6 +231,16 @@ def test_a_state_of_other_optimizers_is_refused() -> None:
         call(optimizer=SGD, resume=states[0])
 
 
+def test_a_state_of_a_later_step_is_refused() -> None:
+    model, masks, batches = problem()
+    states: list[bp.DistillState] = []
+    call = partial(bp.distill, model, masks, None, batches, teacher=model, loss=losses.kl)
+    last = call(steps=3, callback=states.append)
+    with pytest.raises(ValueError, match="resume: its state is of step 3, after steps=2; give more steps"):
+        call(steps=2, resume=states[-1])
+    assert same(call(steps=3, resume=states[-1]), last)
+
+
 def test_muon_takes_the_weights_of_linears_and_keeps_the_masks() -> None:
     model, masks, batches = problem()
     wide = nn.Embedding(64, 2).weight

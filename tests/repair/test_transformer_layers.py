@@ -152,3 +152,10 @@ def test_arguments_that_an_earlier_layer_computes_are_warned_of(kind: str, stale
     if stale:
         assert f"layer {min(stale)!r} is given 'e', which earlier layers compute" in str(caught[0].message)
         assert ("(the same holds for 1 more)" in str(caught[0].message)) == (len(stale) == 2)
+
+
+@pytest.mark.parametrize("recipe", [bp.recipes.wanda, bp.recipes.sparsegpt, bp.recipes.obs])
+def test_a_batch_that_is_no_tensor_is_named(recipe: Any) -> None:
+    model, batches = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), [torch.ones(2, 4), torch.ones(2, 4).numpy()]
+    with pytest.raises(TypeError, match="batch 1 is a ndarray; give tensors, tuples or mappings, or pass forward="):
+        recipe(bp.linears((2, 2)), bp.Calibration(batches, loss=lambda output, _: output.sum()))(model, 0.5)
