@@ -40,9 +40,10 @@ def copy_batch(batch: Any, dtype: torch.dtype | None = None) -> Any:
     """A copy of the batch, which a model may write into: tensors stay where they are, floating-point ones in this dtype if one is given."""
     if isinstance(batch, Tensor):
         return batch.to(dtype if dtype and batch.is_floating_point() else batch.dtype, copy=True)
-    if isinstance(batch, MutableMapping):  # such as a BatchEncoding, whose fields a forward may read as attributes
-        copied = copy.copy(batch)
-        copied.update({key: copy_batch(value, dtype) for key, value in batch.items()})
+    if isinstance(batch, Mapping):
+        copied = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)  # a BatchEncoding, which has attributes, stays such
+        for key, value in batch.items():
+            copied[key] = copy_batch(value, dtype)
         return copied
     if isinstance(batch, (tuple, list)):
         values = [copy_batch(value, dtype) for value in batch]
