@@ -134,7 +134,14 @@ def per_bank(
     caps, min_blocks = layer_limits(scores, max_sparsity, min_keep)
     keep: dict[SharedMask, Tensor] = {}
     for shared in all_shared:
-        prune = _prune_in_banks(shared, shared.sparsity(sparsities), bank)
+        wanted = shared.sparsity(sparsities)
+        if bank == (1,) and 0 < wanted < 1 and shared.score[0].numel() == 1 < len(shared.score):
+            warnings.warn(
+                f"{shared.names[0]}: a row is a single block, which is pruned or kept as a whole: all of them where the sparsity is "
+                "above 0.5, else none. Prune smaller blocks, or compare the blocks of the whole parameter (bp.allocate.per_layer)",
+                stacklevel=2,
+            )
+        prune = _prune_in_banks(shared, wanted, bank)
         if max_sparsity is not None:
             prune &= _prune_in_banks(shared, min(caps[name] for name in shared.names), bank, round_down=True)
         if any(min_blocks[name] for name in shared.names):
@@ -348,12 +355,6 @@ def _prune_in_banks(shared: SharedMask, sparsity: float, bank: Sequence[int], *,
         raise type(error)(
             f"{shared.names[0]}: bank={tuple(bank)}, a tile of blocks, does not fit {tuple(shared.score.shape)} blocks: {error}"
         ) from None
-    if tuple(bank) == (1,) and math.prod(grid.block) == 1 < grid.blocks and 0 < sparsity < 1 and not round_down:
-        warnings.warn(
-            f"{shared.names[0]}: a row is a single block, which is pruned or kept as a whole: all of them where the sparsity is "
-            "above 0.5, else none. Prune smaller blocks, or compare the blocks of the whole parameter (bp.allocate.per_layer)",
-            stacklevel=2,
-        )
     if grid.blocks == 1:
         elements = shared.elements.flatten()
         return prune_lowest(shared.score.flatten(), elements, sparsity * shared.total, round_down=round_down).view(shared.score.shape)

@@ -22,32 +22,31 @@ def to_model_device(model: nn.Module, batch: Any, dtype: torch.dtype | None = No
     """A copy of the batch, which a model may write into: tensors on its device, floating-point ones in its dtype or this one; dicts."""
     present = (p for p in model.parameters() if p.is_floating_point() and not p.is_meta)  # accelerate may have offloaded some
     like = next(present, torch.zeros((), device=torch.get_default_device()))
-    return _to_device(batch, like.device, dtype or like.dtype)
-
-
-def _to_device(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device, dtype if batch.is_floating_point() else None, copy=True)
-    if isinstance(batch, Mapping):
-        return {key: _to_device(value, device, dtype) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        values = [_to_device(value, device, dtype) for value in batch]
-        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)  # a namedtuple takes its fields one by one
-    return batch
+    wanted = dtype or like.dtype
+    return _map_tensors(batch, lambda x: x.to(like.device, wanted if x.is_floating_point() else None, copy=True), lambda _: {})
 
 
 def copy_batch(batch: Any, dtype: torch.dtype | None = None) -> Any:
     """A copy of the batch, which a model may write into: tensors stay where they are, floating-point ones in this dtype if one is given."""
+
+    def copied(mapping: Mapping[Any, Any]) -> Any:  # a BatchEncoding, which has attributes, stays one
+        return copy.copy(mapping) if isinstance(mapping, MutableMapping) else dict(mapping)
+
+    return _map_tensors(batch, lambda x: x.to(dtype if dtype and x.is_floating_point() else x.dtype, copy=True), copied)
+
+
+def _map_tensors(batch: Any, change: Callable[[Tensor], Tensor], new_mapping: Callable[[Mapping[Any, Any]], Any]) -> Any:
+    """The batch with other tensors; ``new_mapping`` makes the mapping that the changed values of a mapping are stored in."""
     if isinstance(batch, Tensor):
-        return batch.to(dtype if dtype and batch.is_floating_point() else batch.dtype, copy=True)
+        return change(batch)
     if isinstance(batch, Mapping):
-        copied = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)  # a BatchEncoding, which has attributes, stays such
+        changed = new_mapping(batch)
         for key, value in batch.items():
-            copied[key] = copy_batch(value, dtype)
-        return copied
+            changed[key] = _map_tensors(value, change, new_mapping)
+        return changed
     if isinstance(batch, (tuple, list)):
-        values = [copy_batch(value, dtype) for value in batch]
-        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+        values = [_map_tensors(value, change, new_mapping) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)  # a namedtuple takes its fields one by one
     return batch
 
 
