@@ -93,6 +93,7 @@ def test_least_squares_of_every_kind_of_layer_and_blocks_that_span_groups(kind: 
         close(got, reference.least_squares(p, elementwise(mask), 0.01), atol=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore:.* a row is a single block")  # as in some of the drawn layers
 @EITHER
 @given(linears(), st.floats(0, 1), st.sampled_from([0.01, 1.0]))
 def test_on_its_own_masks_it_gives_the_weights_that_obs_ends_with(compiled: bool, p: Param, sparsity: float, damping: float) -> None:
@@ -106,6 +107,7 @@ def test_on_its_own_masks_it_gives_the_weights_that_obs_ends_with(compiled: bool
         close(got[band.at], reference.obs_weights(p.weight[band.at], hessian, band.blocks, order), atol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:.* a row is a single block")  # as in some of the drawn layers
 @EVERY
 def test_the_scores_of_pruned_blocks_bound_the_error_that_is_left(kind: str, block: tuple[int, ...]) -> None:
     _, _, name, data = collected(kind, block)
