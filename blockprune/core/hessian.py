@@ -32,11 +32,6 @@ class LayerQuadratic:
     means: tuple[Tensor, Tensor] | None  # of target outputs [groups, rows] and inputs [groups, k], if a bias can compensate for them
 
     @property
-    def inverse(self) -> Tensor:
-        """H^-1 in float64, ``[groups, k, k]``."""
-        return inverse_of_factor(self.cholesky.clone())
-
-    @property
     def best(self) -> Tensor:
         """The weight that minimizes the error when nothing is pruned, ``[groups, rows, k]``."""
         if not self.has_target:

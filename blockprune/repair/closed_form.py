@@ -85,25 +85,30 @@ def _least_squares(  # noqa: PLR0917
     name: str, p: Param, mask: BlockMask, damping: float, memory: int | None, share: Share
 ) -> dict[str, Tensor]:
     q, memory = layer_quadratic(name, p, damping=damping), workspace_bytes(p.weight.device, memory)
-    _, rows, k = q.weight.shape
+    present, target_product, has_target, means = q.weight, q.target_product, q.has_target, q.means
+    rows, k = present.shape[1:]
     height = math.gcd(mask.grid.block[0], rows)  # rows that share a mask and a Hessian
     keep = expand(mask.keep.to(p.weight.device), mask.grid).reshape(-1, height, k)[:, 0]  # [bands, k]
     kept, pruned = keep.sum(1).double(), (~keep).sum(1).double()
     if 2 * pruned.pow(3).sum() < kept.pow(3).sum():  # the systems of pruned inputs are smaller, but take float64: twice as long
-        inverse = q.inverse
-        best = q.target_product.double() @ inverse if q.has_target else q.weight.double()
+        factor = q.cholesky
+        del q  # with the Hessian; each of the two is as large as the inputs' Gram matrix
+        inverse = inverse_of_factor(factor)
+        best = target_product.double() @ inverse if has_target else present.double()
         correction = _solve_bands(inverse, ~keep, best.reshape(-1, height, k), memory, share)  # best_P ([H^-1]_PP)^-1
         weight = (best - correction.reshape(best.shape) @ inverse).reshape(-1, height, k)
         weight = torch.where(keep[:, None], weight, 0)
     else:
-        weight = _solve_bands(q.hessian, keep, q.target_product.reshape(-1, height, k), memory, share)
-        if not q.has_target:  # where nothing is pruned, the weight to the bit
-            weight[kept == k] = q.weight.reshape(-1, height, k)[kept == k]
+        hessian = q.hessian
+        del q  # with the factor
+        weight = _solve_bands(hessian, keep, target_product.reshape(-1, height, k), memory, share)
+        if not has_target:  # where nothing is pruned, the weight to the bit
+            weight[kept == k] = present.reshape(-1, height, k)[kept == k]
     weight = weight.reshape(p.weight.shape)
     repaired = {name: weight.to(p.weight.dtype)}
-    if q.means:
-        output_mean, input_mean = q.means
-        present_mean = (weight.to(input_mean).reshape(q.weight.shape) @ input_mean[:, :, None])[:, :, 0]
+    if means:
+        output_mean, input_mean = means
+        present_mean = (weight.to(input_mean).reshape(present.shape) @ input_mean[:, :, None])[:, :, 0]
         shift = (output_mean - present_mean).flatten()
         repaired[_bias_name(name)] = (p.stats["bias"].to(shift) + shift).to(p.stats["bias"].dtype)
     return repaired
