@@ -144,6 +144,8 @@ class BlockSparseLinear(nn.Module):
         return ExportedWeight.read(unpack(self.packed_weight), self.name)
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.is_nested:
+            return self._of_nested(input)
         if input.ndim == 0 or input.shape[-1] != self.shape[1]:
             raise ValueError(
                 f"{self.prefix}an input of shape {tuple(input.shape)} does not fit a weight of shape {self.shape}: its last axis must be "
@@ -156,6 +158,18 @@ class BlockSparseLinear(nn.Module):
                 return out
         self.check_devices(input, weight[0])
         return linear(input, bias, *weight)
+
+    def _of_nested(self, input: Tensor) -> Tensor:
+        """The product with a jagged tensor, whose rows stand one after the other in its values."""
+        if input.layout != torch.jagged:
+            raise TypeError(
+                f"{self.prefix}a nested tensor of layout {input.layout} is not supported; make it with layout=torch.jagged, or pad it with "
+                "torch.nested.to_padded_tensor"
+            )
+        jagged: Any = input
+        axis = next(i for i, size in enumerate(jagged.shape) if isinstance(size, torch.SymInt))
+        out = self(jagged.values())
+        return torch.nested.nested_tensor_from_jagged(out, jagged.offsets(), jagged.lengths(), jagged_dim=axis)
 
     def check_devices(self, input: Tensor, values: Tensor) -> None:
         """Raise RuntimeError if some of the input, the kept weights and the bias have numbers, and others, on the meta device, have not."""

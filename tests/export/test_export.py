@@ -91,6 +91,29 @@ def test_a_linear_equals_the_masked_one(backend: str, matrix: Matrix, batch: tup
 
 
 @BOTH_BACKENDS
+@pytest.mark.parametrize("trailing", [(), (2,)])
+def test_rows_of_a_jagged_tensor_are_multiplied_as_rows(backend: str, trailing: tuple[int, ...]) -> None:
+    model = masked(nn.Linear(24, 8))
+    sparse, expected = exported(model, backend), expected_model(model, backend)
+    rows = [normal((n, *trailing, 24), n).float() for n in (3, 0, 5)]
+    jagged = torch.nested.nested_tensor(rows, layout=torch.jagged, requires_grad=True)
+    out = sparse(jagged)
+    assert out.shape == (*jagged.shape[:-1], 8)
+    for product, of_sequence in zip(out.unbind(), rows, strict=True):
+        close(product, expected(of_sequence))
+    out.values().sum().backward()
+    assert jagged.grad is not None
+    close(jagged.grad.values(), expected.weight.sum(0).expand_as(jagged.values()))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_of_another_layout_are_refused_with_a_remedy() -> None:
+    sparse = exported(nn.Sequential(masked(nn.Linear(24, 8))), "torch")
+    with pytest.raises(TypeError, match=r"^0: a nested tensor of layout torch.strided is not supported; make it with layout=torch.jagged"):
+        sparse(torch.nested.nested_tensor([normal((3, 24), 0), normal((5, 24), 0)], layout=torch.strided))
+
+
+@BOTH_BACKENDS
 @pytest.mark.parametrize("block", [(4, 4), (4,), (-1, 2), (3, 1, 1), (1, 1, 2, 3), (2, 2, -1, 1)])
 @pytest.mark.parametrize(
     "options",
