@@ -1,6 +1,7 @@
 """Laws over the ways in which people build and run models; each kind was once a fault."""
 
 import copy
+import dataclasses
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -436,6 +437,9 @@ NEEDS_VALUES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], object]]]
                 "distill": lambda m: bp.distill(m, {}, None, [BATCH], teacher=with_masks(), loss=bp.losses.kl, steps=1),
                 "load an exported model": lambda m: export.load_state_dict(m, exported_state()),
                 "full_state_dict": bp.distributed.full_state_dict,
+                "benchmark": lambda m: export.benchmark(m, inputs=BATCH, rounds=1),
+                "rowwise_int8": export.rowwise_int8,
+                "dynamic_int8": export.dynamic_int8,
                 "weights of data": lambda m: collect.weights(m, where=bp.linears((4, 4)), lazy=True),
             },
         ),
@@ -583,3 +587,187 @@ def test_public_values_print_in_a_few_lines_and_without_their_numbers() -> None:
 
 
 # Progress bars show in notebooks, on a terminal, and wherever they are asked for.
+
+
+# Casts of parameters, which autocast keeps until its outermost region ends.
+
+
+def _finalized(model: nn.Module) -> nn.Module:
+    return bp.finalize(bp.apply_masks(model, {"0.weight": mask(8, 8)}), inplace=True)
+
+
+def _permuted(model: nn.Module) -> nn.Module:
+    bp.permute(model, [bp.UnitPermutation(torch.randperm(8), rows=("0.weight",))], inplace=True)
+    return model
+
+
+CHANGES_IN_PLACE: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "new weights": lambda model: bp.apply_masks(model, None, {"0.weight": torch.zeros(8, 8)}),
+    "finalize": _finalized,
+    "permute": _permuted,
+    "proximal": lambda model: bp.regularizers.proximal_group_lasso(model, where=bp.linears((4, 4)), strength=0.5),
+    "gates": lambda model: bp.gates.remove(bp.gates.add(model, where=bp.linears((4, 4)), initial=0.0)),
+    "load_masked": lambda model: bp.load_masked(model, nn.Sequential(nn.Linear(8, 8)).state_dict()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_IN_PLACE)
+def test_within_one_autocast_a_model_computes_with_the_weights_that_were_changed_in_place(change: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = model(BATCH)
+        changed = CHANGES_IN_PLACE[change](model)
+        output = changed(BATCH)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(output, changed(BATCH))
+        assert not torch.equal(output, before)
+
+
+def test_distill_within_an_autocast_trains_as_without() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    masks = bp.recipes.magnitude(bp.linears((4, 4)))(model, 0.5).masks
+    train = partial(bp.distill, model, masks, None, [BATCH], teacher=model, loss=bp.losses.kl, steps=5, autocast=torch.bfloat16)
+    expected = train(progress=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weights = train(progress=False)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+# A forward that belongs to another module, so that a copy would not run itself.
+
+COPYING: dict[str, Callable[[nn.Module], Any]] = {
+    "finalize": bp.finalize,
+    "block_sparse": lambda model: export.block_sparse(bp.apply_masks(model, {"0.weight": mask(8, 8)}), backend="torch"),
+    "permute": lambda model: bp.permute(model, [bp.UnitPermutation(torch.randperm(8), rows=("0.weight",))]),
+    "sweep": lambda model: bp.sweep(model, {"l1": bp.recipes.magnitude(bp.linears((4, 4)))}, [0.5], lambda m: m(BATCH).sum().item()),
+    "distill": lambda model: bp.distill(model, {"0.weight": mask(8, 8)}, None, [BATCH], teacher=None, loss=lambda s, t, b: s.sum()),
+    "as_linears": bp.as_linears,
+}
+FORWARDS: dict[str, Callable[[Any], Any]] = {
+    "compiled": lambda forward: torch.compile(forward, backend="eager"),
+    "decorated": torch.no_grad(),
+    "decorated twice": lambda forward: torch.no_grad()(torch.enable_grad()(forward)),
+}
+
+
+@pytest.mark.parametrize("kind", FORWARDS)
+@pytest.mark.parametrize("function", COPYING)
+def test_a_model_whose_copies_would_run_the_model_itself_is_not_copied(function: str, kind: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.forward = FORWARDS[kind](model.forward)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"its attribute forward is a function that holds a module \(Sequential\).*model.compile\(\)"):
+        COPYING[function](model)
+
+
+def test_a_forward_that_copies_of_a_model_take_along_is_no_obstacle() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.forward = partial(nn.Sequential.forward, model)  # type: ignore[method-assign]
+    finalized = bp.finalize(model)
+    with torch.no_grad():
+        finalized[0].weight.zero_()
+    assert torch.equal(finalized(BATCH), finalized[0].bias.expand(64, 8))
+    assert not torch.equal(model(BATCH), finalized(BATCH))
+
+
+# What a forward changes besides buffers.
+
+
+class Momentum(nn.Module):
+    """A second encoder that follows the first, as in MoCo."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.second.weight.mul_(0.9).add_(self.first.weight, alpha=0.1)
+        return self.first(x) - self.second(x)
+
+
+@pytest.mark.filterwarnings("ignore:first.weight .* the forward calls its Linear, and also computes with this weight")
+@pytest.mark.filterwarnings("ignore:0 of . masked layers became block-sparse")
+def test_parameters_that_the_forward_changes_are_named() -> None:
+    model, where = Momentum(), bp.named("first.weight", (4, 4))
+    with pytest.warns(UserWarning, match=r"second.weight \(8, 8\): the forward changes these parameters in place"):
+        collect.with_statistics(model, where=where, statistics=[statistics.input_sq], batches=[BATCH])
+    bp.apply_masks(model, {"first.weight": mask(8, 8)})
+    with pytest.warns(UserWarning, match=r"second.weight \(8, 8\): the forward changes these parameters in place"):
+        export.choose(model, inputs=BATCH, rounds=1)
+
+
+def test_a_change_in_place_that_changes_no_value_is_none() -> None:
+    class Clamped(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.bias.clamp_(-10, 10)
+            return super().forward(input)
+
+    collect.with_statistics(Clamped(8, 8), where=bp.linears((4, 4)), statistics=[statistics.input_sq], batches=[BATCH])
+
+
+class Remembering:
+    """A batch that the forward changes, as it changes the cache of a language model."""
+
+    def __init__(self) -> None:
+        self.inputs = [BATCH.clone()]
+
+
+def grow(model: nn.Module, batch: Remembering) -> Tensor:
+    batch.inputs[0].mul_(2)
+    batch.inputs.append(batch.inputs[0])
+    return model(torch.cat(batch.inputs))
+
+
+def test_an_object_that_is_a_batch_is_copied_for_each_run() -> None:
+    model, batch = nn.Linear(8, 8), Remembering()
+    run = partial(collect.with_statistics, model, where=bp.linears((4, 4)), statistics=[statistics.input_sq], forward=grow)
+    first, second = (run(batches=[batch])["weight"].stats["input_sq"] for _ in range(2))
+    assert torch.equal(first, second)
+    assert len(batch.inputs) == 1
+    assert torch.equal(batch.inputs[0], BATCH)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    x: Tensor
+    weight: float
+
+
+def test_a_dataclass_is_moved_to_the_models_type() -> None:
+    model, batch = nn.Linear(8, 8).double(), Pair(BATCH.float(), 2.0)
+    options: dict[str, Any] = {"forward": lambda model, b: model(b.x), "loss": lambda output, b: b.weight * output.square().mean()}
+    data = collect.with_statistics(model, where=bp.linears((4, 4)), statistics=[statistics.weight_grad], batches=[batch], **options)
+    assert data["weight"].stats["weight_grad"].dtype == torch.float64
+    assert batch.x.dtype == torch.float32
+
+
+class Labelled(Tensor):
+    length: int
+
+
+def test_attributes_of_a_tensor_subclass_reach_the_forward() -> None:
+    batch = BATCH.as_subclass(Labelled)
+    batch.length = 2
+    options: dict[str, Any] = {"forward": lambda model, b: model(b[: getattr(b, "length", 64)].as_subclass(Tensor))}
+    data = collect.with_statistics(nn.Linear(8, 8), where=bp.linears((4, 4)), statistics=[statistics.input_sq], batches=[batch], **options)
+    torch.testing.assert_close(data["weight"].stats["input_sq"].flatten(), BATCH[:2].square().mean(0))
+
+
+# Tensors that are tied after one of them was masked.
+
+
+@pytest.mark.filterwarnings("ignore:0 of 1 masked layers became block-sparse")
+@pytest.mark.parametrize(
+    "function",
+    [bp.read_masks, bp.finalize, export.block_sparse, partial(bp.finalize, inplace=True), lambda model: bp.apply_masks(model, None, {})],
+)
+def test_a_tensor_that_was_tied_after_masking_is_named(function: Callable[[nn.Module], Any]) -> None:
+    model: Any = nn.ModuleDict({"embedding": nn.Embedding(8, 8), "head": nn.Linear(8, 8, bias=False)})
+    bp.apply_masks(model, {"head.weight": mask(8, 8)})
+    model["head"].weight = model["embedding"].weight
+    with pytest.raises(ValueError, match=r"head.weight \(8, 8\) is masked, but embedding.weight, which is the same tensor, is not"):
+        function(model)
+    bp.apply_masks(model, {"embedding.weight": mask(8, 8)})
+    function(model)
+    bp.apply_masks(model, {})

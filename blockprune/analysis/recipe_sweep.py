@@ -1,6 +1,5 @@
 """Evaluate every recipe at every sparsity: reached sparsity, time, and scores of the pruned model."""
 
-import copy
 import json
 import math
 import numbers
@@ -20,6 +19,7 @@ from blockprune.core.progress import progress_bar
 from blockprune.core.table import Rows, Table
 from blockprune.core.types import masks_and_weights
 from blockprune.model.apply import apply_masks
+from blockprune.model.copying import copy_model
 from blockprune.model.mask_reading import parameter_masks
 from blockprune.model.sharding import check_not_fully_sharded
 
@@ -213,12 +213,12 @@ def sweep(
 
 def _dense_scores(model: nn.Module, evaluate: Evaluate) -> dict[str, float]:
     """The scores of a copy whose masks keep all blocks; masks cannot be removed from a model in DistributedDataParallel."""
-    dense = copy.deepcopy(model)
+    dense = copy_model(model)
     return _as_scores(evaluate(apply_masks(dense, all_kept(parameter_masks(dense)))))
 
 
 def _row(model: nn.Module, name: str, recipe: Recipe, sparsity: float, *, evaluate: Evaluate, dense: Mapping[str, float]) -> SweepRow:
-    pruned = copy.deepcopy(model)  # a new one for each row: a recipe or an evaluation may change what it is called with
+    pruned = copy_model(model)  # a new one for each row: a recipe or an evaluation may change what it is called with
     start = time.perf_counter()
     masks, weights = masks_and_weights(recipe(pruned, sparsity), f"recipe {name!r}")
     seconds = time.perf_counter() - start

@@ -1,6 +1,7 @@
 """Sums of statistics over batches. They can be added before they are divided."""
 
 import operator
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast, get_args
@@ -17,6 +18,11 @@ from blockprune.statistics import GateDerivatives, Source, Statistic, Sums
 
 TINY = 1e-12  # the square of a smaller number may be too small for float32
 GRADIENTS = ("output_grad", "weight_grad", "gates")  # the kinds of evidence that need a gradient of the loss
+# the library's own statistics of gradients; in a statistic of a user, 0 may mean anything
+SIZES_OF_GRADIENTS = {
+    *("gate_fisher", "gate_flow", "gate_grad", "gate_hessian_diagonal", "gate_hessian_grad"),
+    *("output_grad_gram", "output_grad_sq", "weight_grad", "weight_grad_sq"),
+}
 
 
 @attrs.frozen(eq=False)
@@ -113,6 +119,7 @@ def _check_data(fold: Fold) -> None:
     """Raise if a statistic has no data of a parameter, and say why."""
     missing = {name: s for s in reversed(fold.statistics) for name in fold.data if _has_no_data(fold, name, s)}
     if not missing:
+        _warn_of_zeros(fold)
         return
     name = next(name for name in fold.data if name in missing)
     counts, statistic = fold.counts[name], missing[name]
@@ -139,6 +146,24 @@ def _check_data(fold: Fold) -> None:
         + (f" (the same holds for {len(alike)} more: {listed})" if alike else "")
         + f"; {remedy}"
     )
+
+
+def _warn_of_zeros(fold: Fold) -> None:
+    """Warn of parameters whose gradients are all exactly 0, because that is no sign of unimportance."""
+    for s in fold.statistics:
+        if s.name in SIZES_OF_GRADIENTS and (zero := [name for name in fold.data if _is_zero(fold.sums[name, s.name])]):
+            listed = ", ".join(f"{name} {fold.data[name].grid.shape}" for name in zero[:4]) + ", ..." * (len(zero) > 4)
+            warnings.warn(
+                f"{listed}: all that {s.name!r} adds up is exactly 0, so all blocks score 0 and their order decides which are pruned. "
+                "Either gradients are too small for the type of the model (multiply the loss by a constant, or convert the model to "
+                "float64), or an operation such as sign, round, a saturated clamp, a dead ReLU or a factor of 0 stops them (leave these "
+                "weights out with `excluding`, or use a metric of inputs such as metric.wanda)",
+                stacklevel=2,
+            )
+
+
+def _is_zero(sums: Sums) -> bool:
+    return not any(bool(total.any()) for key, total in sums.items() if key != "n")
 
 
 def _has_no_data(fold: Fold, name: str, s: Statistic) -> bool:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blockprune.core._compat import disable_checkpointing, tree_leaves, tree_map
 from blockprune.core.grid import BlockGrid, expand
-from blockprune.core.precision import double
+from blockprune.core.precision import SMALLEST, double
 from blockprune.model.calibration import Calibration, scalar_loss
 from blockprune.model.inputs import InputHooks, check_not_nested
 from blockprune.model.masking import mask_blocks
@@ -103,12 +104,19 @@ class _GatedModel:
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         return scalar_loss(self.calibration, self.calibration.forward(model, batch), batch, self.needs)
 
-    def run(self, gates: GateValues, function: Callable[[nn.Module], T], *, absolute: bool = False) -> T:
+    def run(
+        self,
+        gates: GateValues,
+        function: Callable[[nn.Module], T],
+        *,
+        absolute: bool = False,
+        buffers: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> T:
         """``function(model)`` while the weights are multiplied by their gates; with ``absolute``, while all parameters are positive."""
         weights = {name: w.abs() if absolute else w for name, w in self.weights.items()}
         frozen = {name: p.abs() if absolute else p for name, p in self.frozen.items()}
         gated = {self.refs[name].stored_name: weights[name] * expand(gate, self.grids[name]) for name, gate in gates.items()}
-        replacements = {f"model.{name}": x for name, x in under_all_names({**frozen, **gated}, self.aliases).items()}
+        replacements = {f"model.{name}": x for name, x in under_all_names({**frozen, **buffers, **gated}, self.aliases).items()}
         with contextlib.ExitStack() as stack:
             stack.enter_context(disable_checkpointing())
             for name, _, module in self.hooks:
@@ -126,6 +134,28 @@ class _GatedModel:
         with torch.enable_grad():
             return dict(zip(gates, self.run(gates, gradients, absolute=absolute), strict=True))
 
+    def _own_gradient(self, total: Callable[[nn.Module], Tensor]) -> dict[str, Tensor | None]:
+        """The gradient, or an error that says what else can be used."""
+        try:
+            return self.gradient(total)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RuntimeError(
+                f"gates of this model have no gradient: {reason}. If an autograd.Function in it differentiates by itself, as gradient "
+                "checkpointing of another library does, turn that off, or use a metric of activations, such as metric.wanda"
+            ) from error
+
+    def _checked(self, derivatives: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same derivatives; raise a ValueError for those that float32 holds with few digits, or with none."""
+        for name, x in derivatives.items():
+            largest = float(x.abs().max()) if x.numel() and x.dtype != torch.float64 else 0.0
+            if 0 < largest < SMALLEST:
+                raise ValueError(
+                    f"{name} {self.grids[name].shape}: its derivatives are at most {largest:.1e}, below what float32 holds; "
+                    "multiply the loss by a constant, or convert the model to float64"
+                )
+        return derivatives
+
     def _differentiable_gates(self) -> dict[str, Tensor]:
         return {name: ones.clone().requires_grad_() for name, ones in self.ones.items()}
 
@@ -139,25 +169,24 @@ class _GatedModel:
         def loss(sample: Any, model: nn.Module) -> Tensor:
             return self.loss(model, tree_map(lambda x, whole: x[None] if _has_samples(whole) else x, sample, self.batch))
 
-        def sample_loss(gates: GateValues, sample: Any) -> Tensor:
-            return self.run(gates, partial(loss, sample))
+        def sample_loss(gates: GateValues, buffers: Mapping[str, Tensor], sample: Any) -> Tensor:
+            return self.run(gates, partial(loss, sample), buffers=buffers)  # of vmap, which refuses to write into them through ``.data``
 
         count = _samples(self.batch)
         if not count:
             return {name: ones.new_zeros(0, *ones.shape) for name, ones in self.ones.items()}
         if self.calibration.per_sample == "loop":
             samples = [_sample(self.batch, i) for i in range(count)]
-            gradients = [self._or_zeros(self.gradient(partial(loss, sample))) for sample in samples]
-            return {name: torch.stack([g[name] for g in gradients]) for name in self.ones}
+            gradients = [self._or_zeros(self._own_gradient(partial(loss, sample))) for sample in samples]
+            return self._checked({name: torch.stack([g[name] for g in gradients]) for name in self.ones})
         axes = tree_map(lambda x: 0 if _has_samples(x) else None, self.batch)
-        over_samples = partial(vmap, in_dims=(None, axes), randomness="different", chunk_size=self.calibration.chunk_size)
+        over_samples = partial(vmap, in_dims=(None, None, axes), randomness="different", chunk_size=self.calibration.chunk_size)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "There is a performance drop")  # an operation without a batching rule
-                return over_samples(grad(sample_loss))(self.ones, self.batch)  # type: ignore[no-any-return]
+                return self._checked(over_samples(grad(sample_loss))(self.ones, dict(self.model.named_buffers()), self.batch))
         except RuntimeError as error:
-            with contextlib.suppress(RuntimeError):  # without vmap the error of a loss that is no tensor says more
-                self.gradient(partial(loss, _sample(self.batch, 0)))
+            self._own_gradient(partial(loss, _sample(self.batch, 0)))  # without vmap the error of a loss that is no tensor says more
             reason = str(error).strip().splitlines()[0]
             raise RuntimeError(f"vmap cannot run this model: {reason}. Pass per_sample='loop', which is slower but equal") from error
 
@@ -186,7 +215,7 @@ class _GatedModel:
             return torch.autograd.grad(slope, list(gates.values()), allow_unused=True)
 
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # others have no second derivative
-            return self._or_zeros(dict(zip(gates, self.run(gates, products), strict=True)))
+            return self._checked(self._or_zeros(dict(zip(gates, self.run(gates, products), strict=True))))
 
     def curvature(self, probes: int, seed: int) -> dict[str, Tensor]:
         """``v * (H v)`` for random signs v, ``[probes, *size]``; computed once."""
@@ -206,7 +235,13 @@ class _GatedModel:
     @cached_property
     def flow(self) -> dict[str, Tensor]:
         """The gradient of the summed output of the network of ``|weights|`` on an input of ones."""
-        return self._or_zeros(self.gradient(self._summed_output, absolute=True))
+        flow = self._or_zeros(self.gradient(self._summed_output, absolute=True))
+        if too_large := [name for name, x in flow.items() if not x.isfinite().all()]:
+            raise ValueError(
+                f"{too_large[0]} {self.grids[too_large[0]].shape}: 'gate_flow' overflows {str(flow[too_large[0]].dtype)[6:]}, because it "
+                "multiplies the absolute values of all weights on a path through the network; convert the model to float64: model.double()"
+            )
+        return self._checked(flow)
 
     def _summed_output(self, model: nn.Module) -> Tensor:
         ones = tree_map(_sample_of_ones, self.batch)

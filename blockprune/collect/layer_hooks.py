@@ -23,7 +23,7 @@ from blockprune.model.experts import Experts, experts_in
 from blockprune.model.inputs import InputHooks, check_not_nested, input_axis, input_hooks, value_key, weight_inputs
 from blockprune.model.parameters import ParameterRef, check_not_inference, find_parameters
 from blockprune.model.product_check import check_product
-from blockprune.model.running import disable_attention_fastpath, preserve_state, to_model_device
+from blockprune.model.running import disable_attention_fastpath, preserve_state, to_model_device, warn_of_writes
 from blockprune.model.sharding import in_step, without_broadcasts
 from blockprune.model.token_streams import TokenStreams, token_streams
 from blockprune.model.weight_reads import WeightReads
@@ -45,7 +45,7 @@ def add_batches(model: nn.Module, fold: Fold, calibration: Calibration) -> Fold:
     fold = running.fold  # the sums that it began with are dropped as they are replaced
     weights = [ref.stored for ref in fold.refs.values()]
     check_not_inference(fold.refs.values(), outside=True)  # `preserve_state` turns it off
-    with preserve_state(model, weights), disable_attention_fastpath(), without_broadcasts(model):
+    with preserve_state(model, weights), warn_of_writes(model), disable_attention_fastpath(), without_broadcasts(model):
         if of_loss and not sources & {"weight_grad", "gates"}:  # gradients of weights would keep the inputs of all layers in memory
             for weight in weights:
                 weight.requires_grad_(False)
@@ -146,14 +146,17 @@ class _LayerObserver:
             self._add(name, "output", call)
         if "output_grad" in self.sources and raw.requires_grad:  # of this value, even if it is overwritten in place later
             raw = raw if is_tuple or not is_view(raw) else raw.clone()  # torch would forget the hooks of a view
-            without_inputs = attrs.evolve(call, inputs=[])  # which need not stay in memory until the backward pass
-            raw.register_hook(lambda g: self._add(name, "output_grad", attrs.evolve(without_inputs, output_grad=_matrix(ref, whole(g)))))
+            raw.register_hook(partial(self._add_gradient, name, ref, attrs.evolve(call, inputs=[])))  # inputs need not stay in memory
             self.outputs.append(get_gradient_edge(raw))
         return None if is_tuple else raw
 
     def _add(self, name: str, source: Source, evidence: Any) -> None:
         if source in self.sources:
             self.running.add(name, source, evidence, self.number)
+
+    def _add_gradient(self, name: str, ref: ParameterRef, call: Call, gradient: Tensor | None) -> None:
+        if gradient is not None:  # as the backward of an autograd.Function may return
+            self._add(name, "output_grad", attrs.evolve(call, output_grad=_matrix(ref, whole(gradient))))
 
     def _with_shared_results(self, call: Call) -> Call:
         """The call, with the results of the call before it if both have the same inputs, such as those of queries, keys and values."""

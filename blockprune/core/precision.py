@@ -27,6 +27,22 @@ def no_autocast() -> Iterator[None]:
         yield
 
 
+def forget_casts() -> None:
+    """Let `torch.autocast`, if it is on, cast parameters anew that were changed in place: it keeps its casts until its outermost end.
+
+    Example:
+        >>> from blockprune.core.precision import forget_casts
+        >>> layer, x = nn.Linear(1, 1, bias=False), torch.ones(1, 1)
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+        ...     before = layer(x)
+        ...     _ = nn.init.ones_(layer.weight)
+        ...     forget_casts()
+        ...     layer(x).item()
+        1.0
+    """
+    torch.clear_autocast_cache()
+
+
 def multiplies_bfloat16(device: torch.device | str = "cpu") -> bool:
     """Whether a device has instructions that multiply bfloat16; a CPU without them is slower in bfloat16 than in float32.
 

@@ -19,13 +19,13 @@ from blockprune.export.choice_table import Choice, Choices, backends, warn_if_al
 from blockprune.export.dense_baselines import dense_int8_kernels, dense_layer_calls
 from blockprune.export.ops import BACKENDS, int8_backend
 from blockprune.export.packing import pack_int8, pack_weight
-from blockprune.export.quantization import output_error, wants_int8
+from blockprune.export.quantization import is_quantizable, output_error, wants_int8
 from blockprune.export.sparse_convs import sparse_layer_like
 from blockprune.export.timed_layers import DEFAULT_ROWS
 from blockprune.export.timing import cold_copies, time_interleaved
 from blockprune.model.apply import finalize
 from blockprune.model.calibration import Forward, default_forward
-from blockprune.model.running import copy_batch, preserve_state
+from blockprune.model.running import copy_batch, preserve_state, warn_of_writes
 
 MAX_ERROR = 0.03  # relative, of a layer's outputs in int8; dense SmolLM2 then has 0.8 % more perplexity, and 3.4 % without a limit
 INT8_BACKENDS = ("native", "torch", "dense")
@@ -193,7 +193,9 @@ def _int8_error(candidate: Candidate, x: Tensor | None) -> float | None:
     if weight.ndim != 2 or x is None:
         return None
     sample = x.detach().reshape(-1, weight.shape[1])
-    return output_error(sample[:: max(1, len(sample) // _ERROR_ROWS)], weight) if bool(weight.isfinite().all()) else float("nan")
+    if not is_quantizable(weight):
+        return math.inf if bool(weight.isfinite().all()) else math.nan
+    return output_error(sample[:: max(1, len(sample) // _ERROR_ROWS)], weight)
 
 
 def _error_note(inputs: Any, error: float | None) -> str:
@@ -245,7 +247,7 @@ def _record_inputs(
             handles.append(candidate.module.register_forward_pre_hook(partial(record_call, candidate), with_kwargs=True))
             if candidate.ref.mask is not None:
                 handles.append(candidate.ref.mask.register_forward_hook(partial(record_read, candidate.layer)))
-        with preserve_state(model), torch.no_grad():
+        with preserve_state(model), warn_of_writes(model), torch.no_grad():
             forward(model, copy_batch(batch))
     finally:
         for handle in handles:

@@ -15,9 +15,11 @@ from blockprune.core.sharded_tensor import is_sharded
 from blockprune.export.module_replacement import replace_modules
 from blockprune.export.ops import int8_backend
 from blockprune.export.packing import pack_int8
+from blockprune.export.quantization import is_quantizable
 from blockprune.export.sparse_layers import Int8BlockSparseLinear
 from blockprune.model.apply import finalize
 from blockprune.model.hf_checkpoint import prepare_checkpoints
+from blockprune.model.parameters import check_loaded, parameter_refs
 from blockprune.model.sharding import check_not_fully_sharded
 
 M = TypeVar("M", bound=nn.Module)
@@ -109,7 +111,7 @@ def dynamic_int8(model: nn.Module) -> nn.Module:
     """
     check_not_fully_sharded(model, "dynamic_int8 rounds whole weights", nor_dtensors=True)
     plain = nn.Sequential(finalize(model))
-    _check_has_values(plain[0])
+    _check_has_values(plain[0], "dynamic_int8")
     kept = _irreplaceable(plain[0])
     forms: dict[Any, Any] = {nn.Linear: torch.ao.quantization.default_dynamic_qconfig}
     forms |= {name: None for name, module in plain.named_modules(remove_duplicate=False) if module in kept}
@@ -137,11 +139,11 @@ def rowwise_int8(model: M) -> M:
         True
     """
     plain = finalize(model)
-    _check_has_values(plain)
+    _check_has_values(plain, "rowwise_int8")
     names, kept = {module: name for name, module in plain.named_modules()}, _irreplaceable(plain)
 
     def replacement(module: nn.Module) -> nn.Module | None:
-        if type(module) is not nn.Linear or module in kept or not bool(module.weight.isfinite().all()):
+        if type(module) is not nn.Linear or module in kept or not is_quantizable(module.weight):
             return None
         layer = Int8BlockSparseLinear(pack_int8(module.weight), module.bias, "native", module.weight.dtype)
         layer.name = names[module]
@@ -171,7 +173,8 @@ def _warn_of_kept(kept: dict[nn.Module, str]) -> None:
         warnings.warn(f"Linears that a layer of int8 cannot replace stay as they are ({reasons}); {len(kept)} in all", stacklevel=3)
 
 
-def _check_has_values(model: nn.Module) -> None:
+def _check_has_values(model: nn.Module, function: str) -> None:
+    check_loaded(model, [refs[0] for refs in parameter_refs(model).values()], function)
     for name, module in model.named_modules():
         if type(module) is nn.Linear and module.weight.is_meta:
             weight = f"{name}.weight" if name else "weight"

@@ -29,11 +29,24 @@ def wants_int8(dtype: object) -> bool:
     return dtype is not None
 
 
+def is_quantizable(weight: Tensor) -> bool:
+    """Whether float32 holds the scale of each row: the weight is finite, and no row is too large or too small for it.
+
+    Example:
+        >>> from blockprune.export.quantization import is_quantizable
+        >>> [is_quantizable(torch.tensor([[size]], dtype=torch.float64)) for size in (1.0, 0.0, 1e-60, 1e60)]
+        [True, True, False, False]
+    """
+    largest = weight.detach().abs().amax(1)
+    scale = largest.float() / TOP
+    return bool((largest.isfinite() & scale.isfinite() & ((scale > 0) == (largest > 0))).all())
+
+
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers of int8 from -127 to 127, ``[rows, columns]``, and the scale of each row, float32 ``[rows]``: ``weight ~ numbers * scale``.
 
     Raises:
-        ValueError: a weight that is not finite.
+        ValueError: a weight that is not `is_quantizable`.
 
     Example:
         >>> from blockprune.export.quantization import quantize_weight
@@ -41,10 +54,10 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
         (tensor([[127,  -1],
                 [  0,   0]], dtype=torch.int8), tensor([1., 1.]))
     """
+    if not is_quantizable(weight):
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} is not finite, or not in the range of float32, so it has no int8 form")
     exact = weight.detach().float()
     scale = exact.abs().amax(1) / TOP
-    if not bool(scale.isfinite().all()):
-        raise ValueError(f"a weight of shape {tuple(weight.shape)} is not finite, so it has no int8 form")
     scale = torch.where(scale > 0, scale, 1)
     return (exact / scale[:, None]).round().clamp(-TOP, TOP).to(torch.int8), scale
 

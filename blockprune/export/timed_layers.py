@@ -24,7 +24,7 @@ from blockprune.export.sparse_convs import sparse_layer_like
 from blockprune.export.timing import cold_copies, time_interleaved
 from blockprune.model.calibration import Forward
 from blockprune.model.parameters import ParameterRef, find_parameters, is_exported
-from blockprune.model.running import copy_batch, preserve_state
+from blockprune.model.running import copy_batch, preserve_state, warn_of_writes
 
 DEFAULT_ROWS = 128  # input rows of a layer in one call, where no inputs are given
 
@@ -222,7 +222,7 @@ def _record_layers(refs: Mapping[str, Sequence[ParameterRef]], model: nn.Module,
     owners = [(name, owner) for name, shared in refs.items() for owner in dict.fromkeys(ref.owner for ref in shared)]
     handles = [owner.register_forward_pre_hook(partial(record, name), with_kwargs=True) for name, owner in owners]
     try:
-        with preserve_state(model), torch.no_grad():
+        with preserve_state(model), warn_of_writes(model), torch.no_grad():
             forward(model, copy_batch(batch))
     finally:
         for handle in handles:

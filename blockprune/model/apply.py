@@ -1,6 +1,5 @@
 """Put masks on a model and take them off again, with ``torch.nn.utils.parametrize``. `apply_masks` changes the model in place."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
@@ -12,11 +11,12 @@ from blockprune.core._compat import data_address, storage_id
 from blockprune.core.arguments import check_number
 from blockprune.core.grid import BlockGrid
 from blockprune.core.patterns import suggest
+from blockprune.core.precision import forget_casts
 from blockprune.core.sharded_tensor import is_sharded, sharded_like, whole
 from blockprune.core.types import BlockMask, Masks, Weights, check_masks
-from blockprune.model.computed_weights import check_not_computed
+from blockprune.model.copying import copy_model
 from blockprune.model.hf_checkpoint import prepare_checkpoints
-from blockprune.model.mask_reading import Refs, masked_refs, masks_of_refs
+from blockprune.model.mask_reading import Refs, check_tied_masks, masked_refs, masks_of_refs
 from blockprune.model.masked_class import add_mask_methods, has_mask_methods, mask_index, own_class, refs_of_module, remove_mask_methods
 from blockprune.model.masking import mask_blocks, zeros_in_pruned_blocks
 from blockprune.model.parameters import (
@@ -116,6 +116,7 @@ def apply_masks(
                 ref.stored.copy_(weight)
             raise
         finally:
+            forget_casts()
             follow_parameters(model)
     prepare_checkpoints(model)
     return model
@@ -197,8 +198,8 @@ def finalize(model: M, *, inplace: bool = False) -> M:
         (<class 'torch.nn.modules.linear.Linear'>, 0, 'ParametrizedLinear')
     """
     refs = parameter_refs(model)
+    check_tied_masks(refs)
     check_loaded(model, [ref for ref, _ in masked_refs(refs)], "finalize")
-    check_not_computed(model)
     check_copyable(model)
     if inplace:
         masks = masked_refs(refs)
@@ -215,7 +216,7 @@ def finalize(model: M, *, inplace: bool = False) -> M:
             ref.masked.detach()  # a read writes changes through views of earlier reads into the stored weight
         with zeros_in_pruned_blocks([(ref.stored, mask.keep, mask.grid) for ref, mask in masks]):
             return apply_masks(model, {})
-    plain = copy.deepcopy(model)
+    plain = copy_model(model)
     with torch.no_grad():
         for ref, mask in masked_refs(parameter_refs(plain)):
             if ref.is_plain:

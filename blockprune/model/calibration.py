@@ -147,8 +147,9 @@ class Calibration:
     arguments.
 
     Args:
-        batches: an iterable of tensors, tuples or mappings. Each batch is moved to the model's device and dtype. A recipe runs over the
-            batches several times, so give it a list or a DataLoader, not a generator.
+        batches: an iterable of tensors, tuples, mappings or dataclasses. What follows is called with a copy of each batch: tensors on the
+            model's device, floating-point ones in its dtype, mappings as dicts, other objects as they are. A recipe runs over the batches
+            several times, so give it a list or a DataLoader, not a generator.
         loss: (output, batch) -> one number with a gradient. By default it is the output's own ``loss`` (Hugging Face models return one if
             the batch has labels).
         forward: (model, batch) -> output. By default a tensor or a named tuple is passed on, a mapping is spread as keyword arguments,
@@ -158,7 +159,8 @@ class Calibration:
             entries with tokens, return a mapping from names of entries (or patterns) to weights; a layer's rows have the weights of the
             first entry in the mapping that flows into the layer. Rows are recognized by their axes: [batch, positions], maybe with more
             axes behind; [positions, batch] if both sizes differ; or both in one axis, in the order of [batch, positions]. A model that
-            works on [positions, batch] with as many samples as positions, or on both in one axis in that order, needs weights of its own.
+            works on [positions, batch] with as many samples as positions, or on both in one axis in that order, needs weights of its own;
+            so does one whose layers get samples or tokens in another order than the batch has, or rows of something else with these sizes.
         per_sample: "vmap" computes the gradients of several samples at a time; "loop" computes one sample at a time, with the same result,
             for models that `torch.func.vmap` cannot run.
             Gradients of samples (``gate_grad``, ``gate_fisher``) take axis 0 of every tensor of a batch for the samples, except of tensors

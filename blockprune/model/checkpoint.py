@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from blockprune.core.arguments import check_model
 from blockprune.core.grid import BlockGrid, expand, pool
+from blockprune.core.precision import forget_casts
 from blockprune.core.sharded_tensor import sharded_like, whole
 from blockprune.core.types import BlockMask, Where, check_prunable
 from blockprune.model.apply import apply_masks
@@ -116,6 +117,8 @@ def load_masked(model: M, state: Mapping[str, Tensor]) -> M:
             if is_masked_anew:
                 apply_masks(model, before)
             raise
+        finally:
+            forget_casts()
     return model
 
 
@@ -174,6 +177,7 @@ def _mask_modules(model: nn.Module) -> dict[str, list[MaskBlocks]]:
 
 _EXPORTED_PARTS = ("values", "crow", "col", "layout")  # the names of an exported layer's tensors in a state dict
 # the names of a mask in a state dict
+_WRAPPED = "_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module"  # names that wrappers of torch give to what they wrap
 _MASK = re.compile(r"(|.*\.)parametrizations\.([^.]+)\.\d+\.(keep|_extra_state)")
 
 
@@ -235,17 +239,24 @@ def _tied_names(model: nn.Module) -> dict[str, list[str]]:
 
 
 def without_wrapper(state: Mapping[str, Tensor]) -> str:
-    """What to do about a state dict whose names begin with that of a wrapper; empty if they do not.
+    """What to do about a state dict whose names have that of a wrapper; empty if they do not.
 
     Example:
         >>> from blockprune.model.checkpoint import without_wrapper
         >>> without_wrapper({"module.weight": torch.ones(2)})
         "its names begin with 'module.', of a wrapper; strip it: {key.removeprefix('module.'): x for key, x in state.items()}"
     """
-    match = re.match(r"((module|_orig_mod)\.)+", min(state, default=""))
-    if match is None or not all(name.startswith(match[0]) for name in state):
-        return ""
-    return f"its names begin with {match[0]!r}, of a wrapper; strip it: {{key.removeprefix({match[0]!r}): x for key, x in state.items()}}"
+    match = re.match(rf"((module|{_WRAPPED})\.)+", min(state, default=""))
+    if match is not None and all(name.startswith(match[0]) for name in state):
+        return (
+            f"its names begin with {match[0]!r}, of a wrapper; strip it: {{key.removeprefix({match[0]!r}): x for key, x in state.items()}}"
+        )
+    inner = next((match[0] for name in state if (match := re.search(rf"(?<![^.])({_WRAPPED})\.", name))), None)
+    return (
+        ""
+        if inner is None
+        else f"its names have {inner!r}, of a wrapper; strip it: {{key.replace({inner!r}, ''): x for key, x in state.items()}}"
+    )
 
 
 def _mask_in_state(name: str, ref: ParameterRef, keep: Any, block: Any) -> BlockMask:

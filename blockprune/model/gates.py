@@ -15,7 +15,7 @@ from blockprune.core._compat import functorch_is_active
 from blockprune.core.arguments import check_model, check_number
 from blockprune.core.grid import BlockGrid, block_elements
 from blockprune.core.patterns import resolve_by_name
-from blockprune.core.precision import at_least_float32, no_autocast
+from blockprune.core.precision import at_least_float32, forget_casts, no_autocast
 from blockprune.core.sharded_tensor import is_sharded, whole
 from blockprune.core.types import BlockScore, Where
 from blockprune.model.gate_kinds import Gate, hard_concrete, n_of_m, soft_movement
@@ -225,6 +225,7 @@ def remove(model: M, *, fold: bool = True) -> M:
                 _remove_gates(ref)
             if folded is not None:
                 stored.copy_(folded)
+    forget_casts()
     return model
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from blockprune.core._compat_hf import conv1d_outputs, experts_are_transposed, use_eager_experts
+from blockprune.model.copying import copy_model
 from blockprune.model.experts import is_stacked, stack_state_dict, unstack_experts
 from blockprune.model.parameters import check_loaded, parameter_refs
 from blockprune.model.sharding import check_not_fully_sharded
@@ -67,7 +68,7 @@ def as_linears(model: M) -> M:
         (Linear(in_features=4, out_features=6, bias=True), True)
     """
     check_not_fully_sharded(model, "as_linears changes a copy of the model")
-    model = copy.deepcopy(model)
+    model = copy_model(model)
     modules = dict(model.named_modules())
     to_convert: dict[str, Any] = {name: module for name, module in modules.items() if is_transposed(module) or is_stacked(module)}
     owners = {id(p): name for name, module in modules.items() if not is_transposed(module) for p in module.parameters(recurse=False)}

@@ -29,8 +29,25 @@ def parameter_masks(model: nn.Module) -> dict[str, BlockMask]:
 
 
 def masks_of_refs(refs: Refs) -> dict[str, BlockMask]:
-    """Copies of the masks on these parameters, by canonical name."""
+    """Copies of the masks on these parameters, by canonical name.
+
+    Raises:
+        ValueError: as `check_tied_masks`.
+    """
+    check_tied_masks(refs)
     return {name: BlockMask(mask.keep.clone(), mask.grid) for name, users in refs.items() if (mask := users[0].mask)}
+
+
+def check_tied_masks(refs: Refs) -> None:
+    """Raise a ValueError if only some of the modules that use a tensor mask it, because it was tied after masking."""
+    for first, *others in refs.values():
+        for ref in others:
+            if (first.mask is None) != (ref.mask is None):
+                masked, plain = (first.name, ref.name) if first.mask else (ref.name, first.name)
+                raise ValueError(
+                    f"{masked} {ref.shape} is masked, but {plain}, which is the same tensor, is not, because they were tied after masking; "
+                    f"call bp.apply_masks(model, masks) again, with the mask under the name {first.name!r}, or without it"
+                )
 
 
 def _masks_of_exported_layers(model: nn.Module) -> dict[str, BlockMask]:

@@ -160,8 +160,8 @@ class MaskedWeight(Tensor):
     the view is deleted. An optimizer does not wait for it: a step before that makes the next read raise once, or warn that it is lost.
     A view of a read that requires gradients is noticed until the weight is read again, and then when it is deleted.
     Changes through a memory address (DLPack, ``data_ptr``, ``untyped_storage()``), through the ``data``, ``detach()``, ``apply_`` or
-    ``map_`` of a view, through a view in inference mode, and within a compiled function, cannot be noticed: they are lost. NumPy arrays of
-    the weight are read-only, and ``torch.utils.swap_tensors`` raises.
+    ``map_`` of a view, through a view of another type or in inference mode, through ``nn.Parameter(weight.data)``, and within a compiled
+    function, cannot be noticed: they are lost. NumPy arrays of the weight are read-only, and ``torch.utils.swap_tensors`` raises.
 
     ``requires_grad``, ``grad`` and hooks are those of the stored parameter.
     """

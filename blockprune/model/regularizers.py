@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from blockprune.core.arguments import check_function, check_number
 from blockprune.core.grid import BlockGrid, block_elements, pool, tiles
 from blockprune.core.patterns import suggest
-from blockprune.core.precision import at_least_float32, no_autocast
+from blockprune.core.precision import at_least_float32, forget_casts, no_autocast
 from blockprune.core.sharded_tensor import sharded_like, whole
 from blockprune.core.types import Data, Masks, Param, Weights, Where, check_masks
 from blockprune.model.masking import broadcastable, mask_blocks
@@ -102,6 +102,7 @@ def proximal_group_lasso(model: M, *, where: Where, strength: float, l1_ratio: f
             if ref.mask is not None:  # the rule may have different blocks than the mask
                 shrunk = mask_blocks(shrunk, ref.mask.keep, ref.mask.grid) + mask_blocks(stored, ~ref.mask.keep, ref.mask.grid)
             ref.stored.copy_(sharded_like(shrunk, ref.stored))
+    forget_casts()
     return model
 
 

@@ -2,19 +2,23 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import itertools
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from blockprune.core._compat import all_buffers, version_counter
+from blockprune.core._compat import all_buffers, storage_id, version_counter
+from blockprune.core.sharded_tensor import is_sharded
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 PutBack = Callable[..., None]  # what `buffers_as_now` returns
 
 
@@ -36,18 +40,36 @@ def copy_batch(batch: Any, dtype: torch.dtype | None = None) -> Any:
 
 
 def _map_tensors(batch: Any, change: Callable[[Tensor], Tensor], new_mapping: Callable[[Mapping[Any, Any]], Any]) -> Any:
-    """The batch with other tensors; ``new_mapping`` makes the mapping that the changed values of a mapping are stored in."""
+    """A copy of the batch with other tensors in its mappings, tuples, lists and dataclasses; other objects are copied with theirs.
+
+    ``new_mapping`` makes the mapping that the changed values of a mapping are stored in.
+    """
     if isinstance(batch, Tensor):
-        return change(batch)
+        tensor = change(batch)
+        if type(batch) is type(tensor) is not Tensor:
+            vars(tensor).update(vars(batch))  # a subclass may have attributes
+        return tensor
     if isinstance(batch, Mapping):
-        changed = new_mapping(batch)
+        mapping = new_mapping(batch)
         for key, value in batch.items():
-            changed[key] = _map_tensors(value, change, new_mapping)
-        return changed
+            mapping[key] = _map_tensors(value, change, new_mapping)
+        return mapping
     if isinstance(batch, (tuple, list)):
         values = [_map_tensors(value, change, new_mapping) for value in batch]
         return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)  # a namedtuple takes its fields one by one
-    return batch
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        changed = copy.copy(batch)
+        for field in dataclasses.fields(batch):
+            object.__setattr__(changed, field.name, _map_tensors(getattr(batch, field.name), change, new_mapping))
+        return changed
+    return batch if isinstance(batch, nn.Module) else _copy_if_possible(batch)
+
+
+def _copy_if_possible(value: T) -> T:
+    try:
+        return copy.deepcopy(value)  # a cache, for example, grows in the forward
+    except Exception:  # such as that of a generator
+        return value
 
 
 @contextlib.contextmanager
@@ -77,6 +99,33 @@ def preserve_state(model: nn.Module, weights: Sequence[Tensor] = (), *, trains: 
             for p, flag in flags:
                 p.requires_grad_(flag)
             put_back()
+
+
+@contextlib.contextmanager
+def warn_of_writes(model: nn.Module) -> Iterator[None]:
+    """Warn at the end if the forward has changed parameters in place; to put them back, all parameters would have to be copied before.
+
+    Example:
+        >>> from blockprune.model.running import warn_of_writes
+        >>> with warn_of_writes(nn.Linear(2, 2)):
+        ...     pass
+    """
+    restored = {storage_id(p) for p in weights_written_by_forward(model)}
+    before = [(name, p, _version(p), _checksum(p)) for name, p in model.named_parameters() if storage_id(p) not in restored]
+    yield
+    written = [f"{name} {tuple(p.shape)}" for name, p, version, sums in before if version != _version(p) and sums != _checksum(p)]
+    if written:
+        warnings.warn(
+            f"{', '.join(written[:4])}{', ...' if len(written) > 4 else ''}: the forward changes these parameters in place, so running the "
+            "model has changed it; let the forward do that in training mode only, or give a copy of the model",
+            stacklevel=3,
+        )
+
+
+def _checksum(x: Tensor) -> float:
+    """A number that changes with the values; 0 where they are not to be read, such as those of other ranks."""
+    is_plain = x.layout == torch.strided and x.is_floating_point() and not (x.is_meta or is_sharded(x) or nn.parameter.is_lazy(x))
+    return float(x.detach().sum(dtype=torch.float64)) if is_plain else 0.0
 
 
 def weights_written_by_forward(model: nn.Module) -> list[Tensor]:

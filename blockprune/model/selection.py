@@ -304,6 +304,7 @@ def select(model: nn.Module, where: Where) -> dict[str, tuple[ParameterRef, Bloc
             sparse, of integers, or another tensor subclass with values of its own.
     """
     _check_rule("where", where)
+    check_is_parameter(model, where)
     refs = parameter_refs(model)
     owners = {ref.name: ref.owner for shared in refs.values() for ref in shared}
     for pattern, rule, names in _patterns(where, selecting=list(refs), excluding=list(owners)):
@@ -311,7 +312,6 @@ def select(model: nn.Module, where: Where) -> dict[str, tuple[ParameterRef, Bloc
             by_rule = [] if rule is None else [name for name in names if rule(name, owners[name]) is not None]
             hint = suggest(str(pattern), by_rule, listed="its rule selects") if by_rule else suggest(str(pattern), names)
             raise ValueError(f"where: the pattern {pattern!r} matches no parameter{hint}{_tied_names(refs)}{exported_hint(model)}")
-    check_is_parameter(model, where)
     tied = {name: [alias.name for alias in aliases] for name, (_, *aliases) in refs.items() if aliases}
     rule = _with_aliases(where, tied) if tied else where
     selected: dict[str, tuple[ParameterRef, BlockGrid]] = {}

@@ -1,6 +1,5 @@
 """Reorder the hidden units, heads or channels of a model, so that unimportant ones share blocks; the model's outputs stay the same."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -10,8 +9,10 @@ from torch import Tensor, nn
 
 from blockprune.core.grid import BlockGrid, block_elements, expand
 from blockprune.core.patterns import suggest
+from blockprune.core.precision import forget_casts
 from blockprune.core.types import BlockScore, Scores
 from blockprune.core.unit_permutation import UnitPermutation, checked_names
+from blockprune.model.copying import copy_model
 from blockprune.model.parameters import check_loaded, check_not_inference, check_own_memory, parameter_refs
 from blockprune.model.sharding import check_not_fully_sharded
 
@@ -49,7 +50,7 @@ def permute(model: M, plan: Sequence[UnitPermutation], *, inplace: bool = False)
     """
     orders = _orders_by_axis(model, plan)
     check_not_fully_sharded(model, "permute reorders whole parameters", nor_dtensors=True)
-    permuted = model if inplace else copy.deepcopy(model)
+    permuted = model if inplace else copy_model(model)
     tensors, written = _named_tensors(permuted), list[_Written]()
     if inplace:
         refs = {ref.name: ref for users in parameter_refs(model).values() for ref in users}
@@ -66,6 +67,7 @@ def permute(model: M, plan: Sequence[UnitPermutation], *, inplace: bool = False)
             for tensor in reversed(written if inplace else []):
                 tensor.restore()
             raise
+        forget_casts()
         for (name, axis), order in orders.items():
             if (gradient := tensors[name].grad) is not None:
                 tensors[name].grad = _reordered(gradient, axis, order)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from blockprune.core.arguments import check_counts, check_model, check_seed
 from blockprune.core.patterns import Pattern
+from blockprune.core.precision import forget_casts
 from blockprune.core.progress import progress_bar, show_values
 from blockprune.core.types import Masks, Weights, Where
 from blockprune.model.calibration import Forward, default_forward, several_batches
@@ -280,6 +281,7 @@ class _Training:
             group["lr"] = lr * lr_factor
         for optimizer in self.optimizers:
             optimizer.step()
+        forget_casts()  # of an autocast around `distill`
         self.step += 1
         self.losses.append(total)
 

@@ -1,6 +1,5 @@
 """The masked copy of a model that `distill` trains."""
 
-import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -13,7 +12,7 @@ from blockprune.core._compat import NormBase, convert_tensors
 from blockprune.core.patterns import Pattern, matches, suggest
 from blockprune.core.types import Masks, Weights, Where
 from blockprune.model.apply import apply_masks
-from blockprune.model.computed_weights import check_not_computed
+from blockprune.model.copying import copy_model
 from blockprune.model.gates import GateBlocks
 from blockprune.model.mask_reading import parameter_masks
 from blockprune.model.parameters import ParameterRef, check_loaded, distinct, is_exported, parameter_refs
@@ -83,12 +82,11 @@ def make_student(
     check_not_fully_sharded(
         model, "distill trains a copy of the model (a loop of your own, with a loss of bp.losses, trains a sharded model)"
     )
-    check_not_computed(model)
     check_loaded(model, [refs[0] for refs in parameter_refs(model).values()], "distill")
     if where is None and lora_rank is None:
         _check_kept_weights_train(model)
     masks = parameter_masks(model) if masks is None else masks
-    module = apply_masks(copy.deepcopy(model), masks, weights)
+    module = apply_masks(copy_model(model), masks, weights)
     dtypes = {name: refs[0].stored.dtype for name, refs in parameter_refs(module).items()}
     if any(dtype.is_floating_point and dtype.itemsize < 4 for dtype in dtypes.values()):
         convert_tensors(module, _not_half_precision)

@@ -107,6 +107,7 @@ def test_a_layer_that_no_gradient_reaches_is_named(kind: str, statistic: statist
     assert "never calls" not in message
 
 
+@pytest.mark.filterwarnings("ignore:a.weight .* adds up is exactly 0")
 @pytest.mark.parametrize("kind", REACHED)
 @pytest.mark.parametrize("statistic", GRADIENTS, ids=lambda s: s.name)
 def test_a_gradient_of_zero_and_a_checkpointed_one_are_data(kind: str, statistic: statistics.Statistic) -> None:
@@ -118,6 +119,76 @@ def test_a_gradient_of_zero_and_a_checkpointed_one_are_data(kind: str, statistic
     if not (kind == "dead ReLU" and statistic.name == "gate_flow"):  # of |weights| and ones, so that the ReLU is not dead
         for name, param in run(plain, statistic).items():
             torch.testing.assert_close(data[name].stats[statistic.name], param.stats[statistic.name])
+
+
+class Stopped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:  # type: ignore[override]
+        return None
+
+
+@pytest.mark.parametrize("statistic", GRADIENTS, ids=lambda s: s.name)
+def test_a_function_without_a_gradient_lets_none_reach_a_layer(statistic: statistics.Statistic) -> None:
+    model = Model(lambda m, x: m.b(Stopped.apply(m.a(x).tanh()))).double()
+    with pytest.raises(ValueError, match=rf"^a.weight \(8, 8\): no gradient of the loss reaches it.* no data for '{statistic.name}'"):
+        run(model, statistic)
+
+
+@pytest.mark.parametrize("per_sample", ["vmap", "loop"])
+@pytest.mark.parametrize("name", ["sign", "factor of 0"])
+@pytest.mark.parametrize("statistic", [s for s in GRADIENTS if s.name != "gate_flow"], ids=lambda s: s.name)
+def test_gradients_that_are_all_zero_are_named(statistic: statistics.Statistic, name: str, per_sample: str) -> None:
+    model = Model(lambda m, x: m.b(x + (m.a(x).sign() if name == "sign" else 0 * m.a(x).tanh()))).double()
+    with pytest.warns(UserWarning, match=rf"^a.weight \(8, 8\): all that '{statistic.name}' adds up is exactly 0, so all blocks score 0"):
+        run(model, statistic, per_sample)
+
+
+class Checkpointed(torch.autograd.Function):
+    """Checkpointing of another library, which differentiates with respect to parameters by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.function, ctx.x, ctx.parameters = function, x.detach(), parameters
+        with torch.no_grad():
+            return function(x)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        with torch.enable_grad():
+            x = ctx.x.detach().requires_grad_()
+            return None, *torch.autograd.grad(ctx.function(x), (x, *ctx.parameters), grad)
+
+
+@pytest.mark.parametrize("per_sample", ["vmap", "loop"])
+def test_what_gates_cannot_be_differentiated_through_says_what_else_can_be_used(per_sample: str) -> None:
+    model = Model(lambda m, x: m.b(Checkpointed.apply(m.a, x, *m.a.parameters()).tanh())).double()
+    with pytest.raises(RuntimeError, match=r"gates of this model have no gradient: .* If an autograd.Function .*metric.wanda"):
+        run(model, statistics.gate_fisher, per_sample)
+
+
+class Assigning(nn.Linear):
+    """A forward that assigns the memory of a buffer, at which vmap would end the process."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 4)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = super().forward(input)
+        self.mean.data = 0.9 * self.mean.data + 0.1 * output.mean(0)  # type: ignore[has-type]
+        return output - self.mean
+
+
+def test_a_buffer_whose_memory_the_forward_assigns_is_refused_by_vmap_alone() -> None:
+    model = Assigning().double()
+    with pytest.raises(RuntimeError, match=r"vmap cannot run this model: .*\.data.*Pass per_sample='loop'"):
+        run(model, statistics.gate_fisher, "vmap")
+    assert run(model, statistics.gate_fisher, "loop")["weight"].stats["gate_fisher"].all()
+    assert not model.mean.any()
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

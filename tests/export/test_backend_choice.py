@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import normal
 from test_export import MAY_STAY_DENSE, close, masked, mlp, random_masks
 from torch import nn
 
@@ -556,6 +558,23 @@ def test_the_error_of_int8_is_that_of_the_inputs_or_says_that_they_are_random() 
     for inputs, reason in ((torch.full((4, 24), torch.nan), not_finite), (torch.randn(0, 24), "inputs do not reach it")):
         (choice,) = backend_choice.fixed_backend(model, "torch", dtype="int8", inputs=inputs).rows
         assert (choice.dtype, choice.reason) == ("", reason)
+
+
+@pytest.mark.parametrize("size", [1e-60, 1e60])
+def test_weights_beyond_float32_have_no_int8_form(size: float) -> None:
+    model = nn.Sequential(nn.Linear(24, 24, bias=False)).double()
+    with torch.no_grad():
+        model[0].weight.mul_(size)
+    masked(model)
+    (choice,) = backend_choice.fixed_backend(model, "torch", dtype="int8").rows
+    assert (choice.dtype, choice.reason) == (
+        "",
+        "its error in int8, inf%, is above max_error=3.00%; error on random inputs: give inputs= for that on real ones",
+    )
+    with pytest.raises(ValueError, match=r"a weight of shape \(24, 24\) is not finite, or not in the range of float32"):
+        export.block_sparse(model, backend="torch", dtype="int8", max_error=math.inf)
+    x = normal((4, 24), 0)
+    torch.testing.assert_close(export.rowwise_int8(model)(x), model(x))
 
 
 CALLS = {"rows": lambda x: x, "larger rows": lambda x: x * 3 + x[:1], "none": lambda x: x[:0], "nan": lambda x: x * torch.nan}

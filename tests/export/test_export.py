@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -619,8 +620,7 @@ class Linear(nn.Linear):
 def test_a_layer_that_does_more_than_a_product_stays_dense() -> None:
     x = torch.randn(2, 8)
     patched, backward = nn.Linear(8, 8), nn.Linear(8, 8)
-    old = patched.forward
-    patched.forward = lambda input: 10 * old(input)  # type: ignore[method-assign]
+    patched.forward = types.MethodType(lambda self, input: 10 * nn.Linear.forward(self, input), patched)  # type: ignore[method-assign]
     backward.register_full_backward_hook(lambda *_: None)
     for layer in (Linear(8, 8), patched, backward):
         model = masked(nn.Sequential(layer))

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_export import MAY_STAY_DENSE
 from torch import Tensor, nn
 
 import blockprune as bp
@@ -149,6 +150,7 @@ def test_no_function_changes_the_inputs(kind: Any) -> None:
     assert scale == 2
 
 
+@MAY_STAY_DENSE
 def test_choosing_layers_that_train_draws_no_random_numbers_of_torch() -> None:
     mask = bp.BlockMask(torch.eye(4).bool(), bp.BlockGrid((64, 64), (16, 16)))
     model = bp.apply_masks(nn.Linear(64, 64), {"weight": mask})

@@ -134,3 +134,26 @@ def test_a_gram_matrix_that_cannot_be_one_is_named(use: Any) -> None:
 
 
 KEEP = bp.BlockMask(torch.tensor([[True, False], [True, True]]), bp.BlockGrid((4, 4), (2, 2)))
+
+
+@pytest.mark.parametrize("name", ["fisher", "obd", "snip", "grasp"])
+@pytest.mark.parametrize("scale", [1e-38, 1e-42])
+@pytest.mark.parametrize("per_sample", ["vmap", "loop"])
+def test_derivatives_of_gates_that_float32_hardly_holds_are_refused(name: str, scale: float, per_sample: str) -> None:
+    function, statistic = OF_LOSS[name]
+    options: dict[str, Any] = {"where": bp.linears((4, 4)), "statistics": [statistic], "batches": [normal((8, 8), 0)]}
+    options |= {"loss": lambda output, batch: scale * output.square().mean(), "per_sample": per_sample}
+    with pytest.raises(ValueError, match=r"0.weight \(8, 8\): its derivatives are at most .*, below what float32 holds; multiply the loss"):
+        collect.with_statistics(model(), **options)
+    assert_same_order(
+        function(collect.with_statistics(model().double(), **options)),
+        function(collect.with_statistics(model().double(), **options | {"loss": lambda output, batch: output.square().mean()})),
+    )
+
+
+def test_a_flow_beyond_float32_names_its_cause_and_not_the_batch() -> None:
+    deep = nn.Sequential(*(nn.Linear(64, 64) for _ in range(70)))
+    options: dict[str, Any] = {"where": bp.linears((16, 16)), "statistics": [statistics.gate_flow], "batches": [normal((2, 64), 0)]}
+    with pytest.raises(ValueError, match=r"0.weight \(64, 64\): 'gate_flow' overflows float32, .*model.double\(\)"):
+        collect.with_statistics(deep, **options)
+    assert metric.synflow(collect.with_statistics(deep.double(), **options))["0.weight"].value.isfinite().all()

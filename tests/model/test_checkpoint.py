@@ -128,10 +128,14 @@ def test_a_state_of_an_exported_or_of_a_wrapped_model_says_what_to_do() -> None:
     bp.apply_masks(model, bp.recipes.magnitude(bp.linears((2, 2)))(model, 0.5).masks)
     with pytest.raises(ValueError, match=r"exported model: give it to export.load_state_dict\(model, state\)"):
         bp.load_masked(plain(), export.block_sparse(model, backend="torch").state_dict())
-    for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."):
         for state in (model.state_dict(), plain().state_dict()):
             with pytest.raises(ValueError, match=rf"names begin with '{prefix}', of a wrapper; strip it"):
                 bp.load_masked(plain(), {prefix + key: x for key, x in state.items()})
+    for wrapper in ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"):
+        for state in (model.state_dict(), plain().state_dict()):
+            with pytest.raises(ValueError, match=rf"its names have '{wrapper}\.', of a wrapper; strip it: {{key.replace"):
+                bp.load_masked(plain(), {key.replace("0.", f"0.{wrapper}.", 1): x for key, x in state.items()})
     with pytest.raises(ValueError, match="give the state dict of a masked model of the same class"):
         bp.load_masked(plain(), {})
 

@@ -47,10 +47,20 @@ class Assigned(nn.Linear):
         return super().forward(input)
 
 
+class Fixed(nn.Linear):
+    """The weight is a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        weight = self._parameters.pop("weight").data  # type: ignore[union-attr]
+        self.register_buffer("weight", weight)
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a property": (Halved, "the property Halved.weight computes it. Make it an nn.Parameter"),
     "a property of another name": (Other, "the property Other.weight computes it. Make it an nn.Parameter"),
     "a forward": (Assigned, "code that assigns a tensor to the Assigned computes it. Make it an nn.Parameter"),
+    "a buffer": (Fixed, "a buffer of the Fixed holds it. Make it an nn.Parameter, with requires_grad=False"),
     "an old hook": (
         lambda: nn.utils.spectral_norm(nn.Linear(8, 8)),
         "a hook of the old weight_norm, spectral_norm or torch.nn.utils.prune computes it. Remove the hook",
@@ -64,8 +74,9 @@ def test_the_message_says_what_computes_a_weight(name: str) -> None:
     make, message = CASES[name]
     model, x = nn.Sequential(make(), nn.Linear(8, 8)), torch.ones(2, 8)
     model(x)
-    with pytest.raises(ValueError, match=rf"0.weight \(8, 8\): this weight is no parameter; {message}.*`excluding`"):
-        bp.recipes.magnitude(WHERE)(model, 0.5)
+    for where in (WHERE, bp.named("0.weight", (4, 4))):
+        with pytest.raises(ValueError, match=rf"0.weight \(8, 8\): this weight is no parameter; {message}.*`excluding`"):
+            bp.recipes.magnitude(where)(model, 0.5)
     assert list(bp.recipes.magnitude(bp.excluding(WHERE, "0.*"))(model, 0.5).masks) == ["1.weight"]
 
 
