@@ -589,6 +589,32 @@ def test_public_values_print_in_a_few_lines_and_without_their_numbers() -> None:
 # Progress bars show in notebooks, on a terminal, and wherever they are asked for.
 
 
+class Table(nn.Module):
+    """A buffer that grows on demand, as a table of positions does, in whatever mode the model runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.register_buffer("table", torch.ones(0, 8), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.table) < len(x):
+            self.table = torch.ones(len(x), 8)
+        return self.fc(x) * self.table[: len(x)]  # type: ignore[no-any-return]
+
+
+def test_a_buffer_that_was_made_under_inference_mode_is_named_where_gradients_need_it() -> None:
+    model = Table()
+    with torch.inference_mode():
+        model(BATCH)
+    run = partial(collect.with_statistics, where=bp.linears((4, 4)), batches=[BATCH], loss=lambda output, batch: output.square().mean())
+    for statistic in (statistics.weight_grad, statistics.output_grad_sq, statistics.gate_fisher):
+        with pytest.raises(ValueError, match=r"^table \(64, 8\): this buffer was made under torch.inference_mode.*copy.deepcopy"):
+            run(model, statistics=[statistic])
+        run(copy.deepcopy(model), statistics=[statistic])
+    run(model, statistics=[statistics.input_sq])
+
+
 # Casts of parameters, which autocast keeps until its outermost region ends.
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from blockprune.collect.accumulate import Fold, RunningFold
+from blockprune.collect.accumulate import GRADIENTS, Fold, RunningFold
 from blockprune.collect.block_gates import gate_derivatives
 from blockprune.core._compat import ConvNd, disable_checkpointing, is_view, tree_leaves
 from blockprune.core.progress import progress_bar
@@ -45,6 +45,8 @@ def add_batches(model: nn.Module, fold: Fold, calibration: Calibration) -> Fold:
     fold = running.fold  # the sums that it began with are dropped as they are replaced
     weights = [ref.stored for ref in fold.refs.values()]
     check_not_inference(fold.refs.values(), outside=True)  # `preserve_state` turns it off
+    if sources & {*GRADIENTS}:
+        _check_buffers(model)
     with preserve_state(model, weights), warn_of_writes(model), disable_attention_fastpath(), without_broadcasts(model):
         if of_loss and not sources & {"weight_grad", "gates"}:  # gradients of weights would keep the inputs of all layers in memory
             for weight in weights:
@@ -65,6 +67,16 @@ def add_batches(model: nn.Module, fold: Fold, calibration: Calibration) -> Fold:
                     running.add(name, "gates", gates, number)
                     running.count(name, calls=int(gates.called()))
     return running.fold
+
+
+def _check_buffers(model: nn.Module) -> None:
+    """Raise a ValueError for a buffer that autograd cannot save."""
+    for name, buffer in model.named_buffers():
+        if buffer.is_inference() and buffer.is_floating_point():
+            raise ValueError(
+                f"{name} {tuple(buffer.shape)}: this buffer was made under torch.inference_mode, so torch computes no gradients with it; "
+                "copy the model outside of torch.inference_mode: copy.deepcopy(model)"
+            )
 
 
 class _LayerObserver:

@@ -54,7 +54,9 @@ def block_sparse(
     biases and all other parameters. With ``trainable=True`` the kept weights are parameters too, with names such as ``fc.values`` and one
     axis, so that a training step computes and stores nothing for pruned blocks. Make the optimizer from the new model's parameters.
     `update` gives such a model other masks, also where `torch.compile` has compiled it, and
-    ``bp.apply_masks(export.dense(sparse), bp.read_masks(sparse))`` is the masked model again. A model that is saved and loaded is frozen
+    ``bp.apply_masks(export.dense(sparse), bp.read_masks(sparse))`` is the masked model again. Which blocks are kept is in no buffer, so
+    `torch.func.functional_call` with the parameters and buffers of another exported model, and ``stack_module_state`` of several, compute
+    with the blocks of the model that is called: use masked models for that. A model that is saved and loaded is frozen
     until ``export.load_state_dict(model, model.state_dict(), trainable=True)``.
 
     A layer that has no block-sparse form, or that is faster dense, becomes a plain layer with zeros; if it is to train, it stays masked, so
