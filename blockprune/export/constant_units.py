@@ -1,6 +1,7 @@
 """Which units of a model are constant, and which may be read by something that the example does not use."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from blockprune.core._compat import ConvNd
 from blockprune.export.coupled_channels import LayerSide, channel_axes, first_line, is_depthwise, mixes_channels
-from blockprune.export.input_dependence import InputDependence
+from blockprune.export.input_dependence import OTHER_VALUES, InputDependence
 
 Run = Callable[[nn.Module], list[Tensor]]  # model -> the output tensors on the example
 
@@ -50,39 +51,44 @@ def constant_inputs(model: nn.Module, run: Run) -> tuple[dict[str, Tensor], dict
 def _input_ranges(model: nn.Module, run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The lowest and the highest value of each input channel ``[channels]``, by layer; NaN for those that depend on the model's inputs.
 
-    If an input decides a branch in Python, the model runs again with all such conditions true, and then false. Both are empty if the
-    operations of the model cannot be followed.
+    If Python reads conditions that depend on an input, the model runs again with all of them true, and then false; if it reads such
+    numbers, with larger and with smaller ones. A layer that neither of these reaches has only zeros as constants. Both results are empty
+    if the operations of the model cannot be followed.
     """
     lowest: dict[str, Tensor] = {}
     highest: dict[str, Tensor] = {}
 
-    def record_range(name: str, layer: nn.Module, x: Tensor, dependence: InputDependence) -> None:
+    def record_range(name: str, layer: nn.Module, x: Tensor, dependence: InputDependence, calls: Counter[str]) -> None:
         if x.numel():
             value = torch.where(dependence.marks(x), torch.nan, x).movedim(_channel_axis(layer), -1).flatten(0, -2)
             lowest[name] = torch.minimum(value.amin(0), lowest.get(name, value[0]))
             highest[name] = torch.maximum(value.amax(0), highest.get(name, value[0]))
+            calls[name] += 1
 
-    def hook(layer: nn.Module, args: Any, kwargs: Any, *, name: str, dependence: InputDependence) -> None:
-        dependence.paused(record_range, name, layer, args[0] if args else kwargs["input"], dependence)
+    def hook(layer: nn.Module, args: Any, kwargs: Any, *, name: str, dependence: InputDependence, calls: Counter[str]) -> None:
+        dependence.paused(record_range, name, layer, args[0] if args else kwargs["input"], dependence, calls)
 
-    def follow(truth: bool | None) -> int:
-        dependence = InputDependence(model, truth)
+    def follow(dependence: InputDependence) -> Counter[str]:
+        calls = Counter[str]()
         with contextlib.ExitStack() as stack:
             for name, layer in prunable_layers(model):
                 if mixes_channels(layer):
-                    record = partial(hook, name=name, dependence=dependence)
+                    record = partial(hook, name=name, dependence=dependence, calls=calls)
                     stack.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
             stack.enter_context(dependence)
-            run(model)
-        return dependence.reads
+            with contextlib.suppress(Exception) if dependence.has_other_values else contextlib.nullcontext():
+                run(model)  # with other values the model may not run; the units that it has read until then are recorded
+        return calls
 
     try:
-        conditions = follow(None)
+        calls = follow(dependence := InputDependence(model))
     except Exception:  # for example, tensors without a storage; then only zero weights show which units are not needed
         return {}, {}
-    for truth in (True, False) if conditions else ():
-        with contextlib.suppress(Exception):  # the model may not run with this value; the units that it has read until then are recorded
-            follow(truth)
+    for kind in [kind for kind, count in dependence.reads.items() if count]:
+        others = [follow(InputDependence(model, kind, change)) for change in OTHER_VALUES[kind]]
+        for name in lowest if kind == "number" else ():
+            if all(other[name] < calls[name] for other in others):  # zeros survive slices, shifts and factors
+                lowest[name] = torch.where((lowest[name] == 0) & (highest[name] == 0), lowest[name], torch.nan)
     return lowest, highest
 
 

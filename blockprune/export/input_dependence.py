@@ -1,11 +1,13 @@
 """Which values inside a model depend on its inputs, and which on its weights alone."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Literal
 
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from blockprune.core._compat import DispatchMode, storage_id, tree_leaves, tree_map_only, writes_arguments
 
@@ -21,7 +23,14 @@ _LIKE = {f"{kind}{ending}" for kind in ("zeros", "ones", "full") for ending in (
 _OVERWRITES = {"copy", "fill", "zero"}
 _PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "linear": (0, 1), "convolution": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
 _READS = {"local_scalar_dense", "equal"}  # give a value to Python
-MAX_READS = 10_000  # of one run with fixed truth values, in which a loop may not end
+_READS_OF_ALL = (Tensor.tolist, Tensor.numpy, Tensor.__array__)  # give values to Python without an operation
+MAX_READS = 10_000  # of one run with other values, in which a loop may not end
+
+Kind = Literal["bool", "number"]  # of a value that Python reads
+OTHER_VALUES: dict[Kind, Sequence[Callable[[Tensor], Tensor]]] = {
+    "bool": (torch.ones_like, torch.zeros_like),
+    "number": (lambda x: x + 1, lambda x: x - 1),
+}
 
 
 class InputDependence(DispatchMode):
@@ -30,11 +39,13 @@ class InputDependence(DispatchMode):
     An element is unmarked if it is computed from parameters, buffers and constants alone. Every other tensor counts as an input, wherever
     it comes from. Zero times anything is zero, and the average of equal values, as attention computes it, is this value.
 
-    If an input decides a branch in Python, constants that are made afterwards are marked. Other branches can be taken by `truth`.
+    If Python reads a value that depends on an input, constants that are made afterwards are marked. What else it does with the value, such
+    as a branch or a slice, another run with other values (`OTHER_VALUES`) shows.
 
     Args:
         model: whose parameters and buffers are no inputs.
-        truth: what every condition on the inputs is in Python, instead of its own value.
+        kind: of the values that depend on the inputs and that Python reads otherwise.
+        change: the tensor of which it reads them instead.
 
     Example:
         >>> from blockprune.export.input_dependence import InputDependence
@@ -46,16 +57,21 @@ class InputDependence(DispatchMode):
         tensor([[ True, False,  True]])
     """
 
-    def __init__(self, model: nn.Module, truth: bool | None = None) -> None:
+    def __init__(self, model: nn.Module, kind: Kind | None = None, change: Callable[[Tensor], Tensor] = torch.clone) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.reads = 0  # how often Python has read a value that depends on the inputs
+        self.reads: dict[Kind, int] = {"bool": 0, "number": 0}  # how often Python has read values that depend on the inputs
         self._used: set[int] = set()  # the storages that operations have used
-        self._truth = truth
+        self._kind, self._change, self._reads_of_all = kind, change, _ReadsOfAll(self)
         self._records: dict[int, tuple[Tensor, Tensor]] = {}  # by storage: a tensor that keeps it, and the mark of each element
         self._averages: set[int] = set()  # the storages of results of softmax
         self._paused = False
         for tensor in (*model.parameters(), *model.buffers()):
             self._record(tensor, marked=False)
+
+    @property
+    def has_other_values(self) -> bool:
+        """Whether Python reads other values than the tensors have."""
+        return self._kind is not None
 
     def marks(self, x: Tensor) -> Tensor:
         """Which elements of a tensor depend on the inputs: bool, with the shape of the tensor."""
@@ -70,11 +86,20 @@ class InputDependence(DispatchMode):
 
     def paused(self, function: Any, *args: Any) -> Any:
         """Call a function whose operations are not followed."""
-        self._paused = True
+        before, self._paused = self._paused, True
         try:
             return function(*args)
         finally:
-            self._paused = False
+            self._paused = before
+
+    def __enter__(self) -> "InputDependence":
+        self._reads_of_all.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        self._reads_of_all.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         """Run one operation, and mark the elements of its result."""
@@ -87,10 +112,10 @@ class InputDependence(DispatchMode):
         marks = [self.marks(x) for x in inputs]
         marked = any(bool(m.any()) for m in marks)
         if name in _READS and marked:
-            return self._read(func, args, kwargs)
+            return self.read(args[0] if name == "local_scalar_dense" else torch.tensor(func(*args, **kwargs), device="cpu")).item()
         is_attention = name.startswith("scaled_dot_product")  # tagged as random because of dropout, after which values differ anyway
         is_random = (torch.Tag.nondeterministic_seeded in func.tags and not is_attention) or "empty" in name
-        may_differ = is_random or (self.reads > 0 and _uses_numbers(func, args, kwargs))
+        may_differ = is_random or (any(self.reads.values()) and _uses_numbers(func, args, kwargs))
         marked |= may_differ
         first = None if may_differ else torch.tensor(False, device="cpu")  # None stands for a result of which all elements are marked
         if marked and not may_differ:
@@ -116,12 +141,28 @@ class InputDependence(DispatchMode):
     def _mark(self, x: Tensor, marks: Tensor) -> None:
         self.marks(x).copy_(marks.to(x.device).expand(x.shape))
 
-    def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
-        self.reads += 1
-        if self._truth is not None and self.reads > MAX_READS:
-            raise RuntimeError("a loop does not end with this truth value")
-        value = func(*args, **kwargs)
-        return self._truth if isinstance(value, bool) and self._truth is not None else value
+    def read(self, x: Tensor) -> Tensor:
+        """What Python reads of a tensor, with another value if it depends on the inputs."""
+        if not self.marks(x).any():
+            return x
+        kind: Kind = "bool" if x.dtype == torch.bool else "number"
+        self.reads[kind] += 1
+        if self.has_other_values and sum(self.reads.values()) > MAX_READS:
+            raise RuntimeError("a loop does not end with these values")
+        return self._change(x) if kind == self._kind else x
+
+
+class _ReadsOfAll(TorchFunctionMode):
+    """Shows `InputDependence` what Python reads of a tensor as a whole, as by ``tolist``, which is no operation."""
+
+    def __init__(self, dependence: InputDependence) -> None:
+        super().__init__()
+        self._dependence = dependence
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READS_OF_ALL:
+            args = (self._dependence.paused(self._dependence.read, args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def _name(func: Any) -> str:

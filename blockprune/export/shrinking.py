@@ -11,9 +11,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from blockprune.core._compat import tree_leaves
+from blockprune.core._compat import tree_leaves, tree_map
 from blockprune.core.table import Rows, Table
-from blockprune.export.constant_units import Run, constant_inputs, is_empty, prunable_layers, unused_reasons
+from blockprune.export.constant_units import constant_inputs, is_empty, prunable_layers, unused_reasons
 from blockprune.export.coupled_channels import (
     ChannelGroup,
     CouplingGraph,
@@ -24,15 +24,22 @@ from blockprune.export.coupled_channels import (
     mixes_channels,
     update_head_counts,
 )
+from blockprune.export.output_check import Change, OutputCheck, RunExample
 from blockprune.export.uniform_widths import UniformWidths, uniform_widths
 from blockprune.model.apply import finalize
 from blockprune.model.calibration import Forward, default_forward
 from blockprune.model.hf_checkpoint import model_config
 from blockprune.model.mask_reading import read_masks
-from blockprune.model.running import cuda_devices, disable_attention_fastpath, float64_copy, preserve_state, seeded, to_model_device
+from blockprune.model.running import (
+    cuda_devices,
+    disable_attention_fastpath,
+    float64_copy,
+    keep_unfilled_buffers,
+    preserve_state,
+    seeded,
+    to_model_device,
+)
 from blockprune.model.sharding import check_not_fully_sharded
-
-TOLERANCE = 1e-5  # relative to the largest output; outputs are compared in float64, so rounding does not matter
 
 GroupKey = frozenset[tuple[LayerSide, frozenset[int]]]  # a group, by the channels' indices in the given model
 
@@ -113,10 +120,22 @@ def shrink(model: nn.Module, example: Any, *, forward: Forward = default_forward
     the outputs on the example must stay the same, to 1e-5 of the largest output. Units that fail the check are kept, and so are units that
     the graph cannot follow and units that a layer may read which the example does not use.
 
+    What Python decides is no operation, so the model also runs with other values of it, where it can: conditions on inputs become true and
+    false; numbers that Python reads of inputs (``int()``, ``item()``, ``tolist()``, ``numpy()``), and ints and floats in the example,
+    become a little larger and smaller; axes of the example become shorter. Units that this changes are kept; where
+    the model runs with no other numbers of inputs, only zeros count as constants. What these runs cannot show is not seen:
+
+    * bools and other objects in the example, and numbers and tensors in them; axes of length 1; lengths that values decide
+      (``x[mask].shape``); values for which the forward does something else only if they change more;
+    * arguments that the example leaves out. Where these call layers or parameters that the example does not use, units that may be read
+      there are kept; but not where they call the same layers more often or not at all, or operations alone. Let ``forward`` return the
+      outputs of several such calls.
+
     Args:
         model: with masks; it is not changed. Sizes that a model keeps elsewhere are not updated, but for a Hugging Face ``config``.
-        example: a batch of several items that the model can run, and that uses all of its layers; the smaller model runs any batch. What
-            the forward does in a branch that the example does not take is not seen, unless the branch has a module or a parameter.
+        example: a batch of several items that the model can run, and that uses all of its layers; the smaller model runs any batch, but for
+            what the model decides as described above. There is a warning if the model runs with no other ints and floats than those in the
+            example; give those that never change in ``forward``.
         forward: (model, example) -> output, as in `Calibration`.
         uniform: give all layers of a Hugging Face model the widths that its configuration can express, and write them there, so that
             ``save_pretrained`` and ``from_pretrained`` work; the result says what this costs. If False, each layer has its own widths, and
@@ -149,7 +168,7 @@ def shrink(model: nn.Module, example: Any, *, forward: Forward = default_forward
     with preserve_state(plain):
         working, run = _float64_model(plain, example, forward)
         with torch.no_grad():
-            check = partial(_output_change, run, run(working))
+            check = OutputCheck.of(working, to_model_device(working, example), run)
             reasons_of_unused = unused_reasons(working, run)
         state = _State(working)
         while True:  # removed units may leave others unread or constant
@@ -224,12 +243,14 @@ class _State:
         return [remaining[i] for i in indices]
 
 
-def _float64_model(plain: nn.Module, example: Any, forward: Forward) -> tuple[nn.Module, Run]:
+def _float64_model(plain: nn.Module, example: Any, forward: Forward) -> tuple[nn.Module, RunExample]:
     """A copy, in float64 if the model can run so, and a function that runs it on the example."""
 
-    def run(model: nn.Module) -> list[Tensor]:
-        with seeded(0, cuda_devices(model)), disable_attention_fastpath():
-            return [leaf for leaf in tree_leaves(forward(model, to_model_device(model, example))) if isinstance(leaf, Tensor)]
+    def run(model: nn.Module, change: Change | None = None) -> list[Tensor]:
+        batch = to_model_device(model, example)
+        with seeded(0, cuda_devices(model)), disable_attention_fastpath(), keep_unfilled_buffers(model):
+            output = forward(model, tree_map(change, batch) if change else batch)
+        return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
     with torch.no_grad():
         working, outputs = float64_copy(plain, run)
@@ -289,21 +310,6 @@ def _add_constants_to_bias(layer: Any, constants: Tensor, indices: list[int]) ->
             weight = weight.movedim(channel_axes(layer), (0, 1)).flatten(2).sum(2)  # [outputs, inputs]
         shift = weight[:, indices] @ values.to(weight.dtype)
         layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias + shift)
-
-
-@torch.no_grad()
-def _output_change(run: Run, expected: list[Tensor], model: nn.Module) -> str:
-    """How the outputs of a smaller model differ from the expected ones; empty if they do not."""
-    outputs = run(model)
-    if [x.shape for x in outputs] != [x.shape for x in expected]:
-        return "without it the outputs have different shapes"
-    for output, target in zip(outputs, expected, strict=True):
-        x, y = (t.double() if t.is_floating_point() else t for t in (output, target))
-        change = (x - y).abs().max().item() if x.is_floating_point() and x.numel() else 0.0 if torch.equal(x, y) else torch.inf
-        largest = y.abs().max().item() if y.is_floating_point() and y.numel() else 0.0
-        if not change <= TOLERANCE * largest:  # NaN is a change
-            return f"without it the outputs change (by {change:.1g})"
-    return ""
 
 
 def _units(plain: nn.Module, layer_side: LayerSide, indices: Iterable[int], reason: str = "") -> Units:

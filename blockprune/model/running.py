@@ -206,6 +206,30 @@ def _restore_buffers(module: nn.Module, before: Mapping[str, tuple[Tensor | None
             setattr(module, name, buffer)
 
 
+@contextlib.contextmanager
+def keep_unfilled_buffers(model: nn.Module) -> Iterator[None]:
+    """Put back None where a forward fills buffers that are None, and the other attributes of their modules, such as a flag that says so.
+
+    Example:
+        >>> from blockprune.model.running import keep_unfilled_buffers
+        >>> layer = nn.Linear(2, 2)
+        >>> layer.register_buffer("table", None)
+        >>> with keep_unfilled_buffers(layer):
+        ...     layer.table = torch.ones(2)
+        >>> layer.table is None
+        True
+    """
+    names = {module: [name for name, (buffer, _) in all_buffers(module).items() if buffer is None] for module in model.modules()}
+    attributes = {module: dict(vars(module)) for module, unfilled in names.items() if unfilled}
+    try:
+        yield
+    finally:
+        for module, before in attributes.items():
+            vars(module).update(before)
+            for name in names[module]:
+                setattr(module, name, None)
+
+
 def cuda_devices(model: nn.Module) -> list[int]:
     """The GPUs that hold parameters or buffers of a model; running it may change their random number generators."""
     return sorted({p.device.index or 0 for p in itertools.chain(model.parameters(), model.buffers()) if p.device.type == "cuda"})

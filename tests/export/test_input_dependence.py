@@ -143,5 +143,5 @@ def test_a_loop_that_would_not_end_with_another_truth_value_is_stopped(monkeypat
             x = x - 1
 
     x = torch.ones(2)
-    with InputDependence(nn.Linear(2, 2), truth=True), pytest.raises(RuntimeError, match="does not end"):
+    with InputDependence(nn.Linear(2, 2), "bool", torch.ones_like), pytest.raises(RuntimeError, match="does not end"):
         loop(x)

@@ -534,6 +534,155 @@ def test_a_unit_that_an_input_of_any_type_switches_off_in_the_example_stays(kind
         torch.testing.assert_close(run(shrunk.model, other), run(model, other), atol=1e-5, rtol=1e-5)
 
 
+# Values that Python decides with, and that no operation shows.
+
+
+def zero_beyond(h: Tensor, lengths: Any) -> Tensor:
+    h = h.clone()
+    for row, length in enumerate(lengths):
+        h[row, length:] = 0
+    return h
+
+
+def repeated(h: Tensor, times: int) -> Tensor:
+    for _ in range(times):
+        h = h * 0.9
+    return h
+
+
+X = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+FULL, SHORT = torch.tensor([5, 5]), torch.tensor([5, 2])
+READS: dict[str, tuple[Callable[[Tensor, Any], Tensor], Any, Any]] = {  # each with an example, and another batch
+    "lengths by tolist": (lambda h, n: zero_beyond(h, n.tolist()), (X, FULL), (X, SHORT)),
+    "lengths by numpy": (lambda h, n: zero_beyond(h, n.numpy()), (X, FULL), (X, SHORT)),
+    "lengths by int": (lambda h, n: zero_beyond(h, [int(k) for k in n]), (X, FULL), (X, SHORT)),
+    "lengths of a mask": (lambda h, n: zero_beyond(h, n.sum(1).tolist()), (X, torch.ones(2, 5).bool()), (X, torch.ones(2, 5).tril() > 0)),
+    "lengths as a list": (zero_beyond, (X, [5, 5]), (X, [5, 2])),
+    "shift": (lambda h, n: h.roll(int(n), -1), (X, torch.tensor(0)), (X, torch.tensor(3))),
+    "rounds": (lambda h, n: repeated(h, n.item()), (X, torch.tensor(1)), (X, torch.tensor(2))),
+    "columns": (lambda h, n: torch.cat([h[..., n:], h[..., :n]], -1), (X, torch.tensor(0)), (X, torch.tensor(3))),
+    "pad": (lambda h, n: nn.functional.pad(h, (0, 0, int(n), 0)), (X, torch.tensor(0)), (X, torch.tensor(2))),
+    "step": (lambda h, n: (h + n).tanh(), (X, 0), (X, 3)),
+    "step in a dict": (lambda h, n: (h + n["step"]).tanh(), (X, {"step": 0}), (X, {"step": 3})),
+    "divisor": (lambda h, n: h / n, (X, 1.0), (X, 3.0)),
+    "rounds of an int": (repeated, (X, 1), (X, 0)),
+    "pad to a multiple": (lambda h, n: nn.functional.pad(h, (0, 0, 0, -h.shape[1] % n)), (X, 5), (X[:, :4], 5)),
+    "pad to an even length": (lambda h, n: nn.functional.pad(h, (0, 0, 0, -h.shape[1] % 2)), (X[:, :4], None), (X, None)),
+    "length as a factor": (lambda h, n: h / h.shape[1] ** 0.5, (X, None), (X[:, :2], None)),
+    "batch size as a factor": (lambda h, n: h / len(h), (X, None), (X[:1], None)),
+}
+
+
+class Between(nn.Module):
+    """An operation between two layers."""
+
+    def __init__(self, operation: Callable[[Tensor, Any], Tensor]) -> None:
+        super().__init__()
+        self.i, self.o, self.operation = nn.Linear(6, 8), nn.Linear(8, 3), operation
+
+    def forward(self, x: Tensor, other: Any) -> Tensor:
+        out: Tensor = self.o(self.operation(self.i(x).sigmoid(), other))
+        return out
+
+
+def run_all(model: nn.Module, batch: Any) -> Tensor:
+    out: Tensor = model(*batch)
+    return out
+
+
+@pytest.mark.parametrize("kind", READS)
+def test_a_constant_that_python_changes_by_a_value_of_the_batch_stays(kind: str) -> None:
+    torch.manual_seed(0)
+    operation, batch, other = READS[kind]
+    model = masked(Between(operation), out={"i": [0, 1, 2]})
+    shrunk = shrink(model, batch, forward=run_all)
+    for inputs in (batch, other):
+        torch.testing.assert_close(run_all(shrunk.model, inputs), run_all(model, inputs), atol=1e-5, rtol=1e-5)
+    assert ("i", "outputs") in kept(shrunk)
+
+
+@pytest.mark.parametrize("kind", ["lengths as a list", "pad", "divisor", "pad to a multiple", "length as a factor"])
+def test_zeros_that_python_does_not_change_are_removed(kind: str) -> None:
+    operation, batch, other = READS[kind]
+    model = Between(lambda h, n: operation(h - 0.5, n))
+    nn.init.zeros_(model.i.bias)
+    model = masked(model, out={"i": [0, 1, 2]})
+    shrunk = shrink(model, batch, forward=run_all)
+    assert removed(shrunk)["i", "outputs"] == (0, 1, 2)
+    torch.testing.assert_close(run_all(shrunk.model, other), run_all(model, other), atol=1e-5, rtol=1e-5)
+
+
+def test_constants_stay_behind_a_number_that_the_model_cannot_run_with_otherwise() -> None:
+    model = Between(lambda h, n: h.view(*h.shape[:-1], int(n)))
+    nn.init.constant_(model.i.bias[:1].data, -1e3)
+    shrunk = shrink(masked(model, out={"i": [0, 1]}), (X, torch.tensor(8)), forward=run_all)
+    assert not shrunk.removed
+    assert ("i", "outputs") in kept(shrunk)
+
+
+def test_there_is_a_warning_if_the_model_runs_with_no_other_number() -> None:
+    model = masked(Between(lambda h, n: h.unflatten(1, (n, -1)).flatten(1, 2)), out={"i": [0, 1]})
+    with pytest.warns(UserWarning, match=r"no other numbers than those of the example \(5\).*forward="):
+        shrink(model, (X, 5), forward=run_all)
+    shrunk = shrink(model, X, forward=lambda model, x: model(x, 5))
+    assert removed(shrunk)["i", "outputs"] == (0, 1)
+
+
+class Looped(nn.Module):
+    """A layer that is called as often as an argument says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.a, self.o = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, steps: int = 1) -> Tensor:
+        h = self.i(x).relu()
+        for _ in range(steps):
+            h = self.a(h).relu()
+        out: Tensor = self.o(h)
+        return out
+
+
+@pytest.mark.parametrize(("i", "a"), [([0, 1, 2], [0, 1, 2]), ([0, 1, 2], [4, 5]), ([3], [])])
+@pytest.mark.parametrize("in_example", [True, False])
+def test_a_layer_that_other_batches_call_more_often_or_not_at_all(i: list[int], a: list[int], in_example: bool) -> None:
+    torch.manual_seed(0)
+    model, x = masked(Looped(), out={"i": i, "a": a}), torch.randn(4, 6)
+    if in_example:
+        shrunk = shrink(model, (x, 1), forward=run_all)
+    else:  # what the documentation says
+        shrunk = shrink(model, x, forward=lambda model, x: [model(x, steps) for steps in (0, 1, 2)])
+    for steps in (0, 1, 2, 5):
+        torch.testing.assert_close(shrunk.model(x, steps), model(x, steps), atol=1e-5, rtol=1e-5)
+
+
+class Filled(nn.Module):
+    """A buffer of the hidden layer's width that the first forward fills."""
+
+    def __init__(self, flag: bool, width: int) -> None:
+        super().__init__()
+        self.layers, self.flag, self.is_filled, self.width = mlp(nn.ReLU), flag, False, width
+        self.register_buffer("table", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layers[0](x)
+        if (self.flag and not self.is_filled) or self.table is None:
+            self.table, self.is_filled = x.new_full((h.shape[self.width],), 2.0), True
+        out: Tensor = self.layers[1:](h * (self.table if self.width else self.table[0]))
+        return out
+
+
+@pytest.mark.parametrize("flag", [True, False])
+@pytest.mark.parametrize("width", [0, -1])
+def test_a_buffer_that_the_forward_fills_is_empty_again(flag: bool, width: int) -> None:
+    model = masked(Filled(flag, width), out={"layers.0": [1, 2]}, into={"layers.2": [1, 2]})
+    shrunk = shrink(model, torch.randn(5, 4, dtype=torch.float64))
+    assert removed(shrunk)["layers.0", "outputs"] == (1, 2)
+    assert shrunk.model.table is None
+    assert model.table is None
+    assert same(shrunk, model, torch.randn(7, 4, dtype=torch.float64))
+
+
 def test_a_unit_that_depends_on_one_token_id_stays() -> None:
     class Marked(nn.Module):
         def __init__(self) -> None:
