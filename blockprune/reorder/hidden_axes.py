@@ -37,6 +37,7 @@ from blockprune.reorder.working_copy import SEED, Values, WorkingCopy
 __all__ = ["find_axes"]
 
 TOLERANCE = 1e-5  # of an output's value or of the median: the rounding errors of a model that always computes in float32
+INTEGER_SEEDS = (SEED, SEED + 1, SEED + 2)  # random booleans of a few units may be equal
 
 Check = tuple[Values, Change]  # the values of the model, and a change of its inputs
 Consumers = Mapping[str, Mapping[str, AxisUse]]  # layer -> the modules that use its units, and how
@@ -59,8 +60,9 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
     a gate whose units alternate with the units that it multiplies; and those where the model's code treats a unit by its number. If the
     units of one axis can be reordered in two ways (an outer product that is flattened), only the first is returned. The example must show
     all that matters: axes that may be shared with a layer that it does not call are left out with a warning, and sequences of a single
-    token do not show the heads. Buffers, and tensors in other attributes, that it does not use are not noticed; nor are tensors in objects
-    that are no module, list, tuple or dict, unless their values show the axis.
+    token do not show the heads. Integers and booleans with other values of which the model does not run count as constants. Buffers, and
+    tensors in other attributes, that the example does not use are not noticed; nor are tensors in objects that are no module, list, tuple
+    or dict, unless their values show the axis.
 
     Args:
         model: a model without masks; it is not changed (a copy, in float64 where the model can run in it, is traced).
@@ -148,6 +150,13 @@ def _checks(recorded: RecordedRun) -> list[Check]:
         with contextlib.suppress(Exception):  # for example, an integer is no index any more
             recorded.run(change)
             checks.append((recorded.values, change))
+    if recorded.values != "own":
+        expected = recorded.copied.find_integers()
+        for seed in INTEGER_SEEDS if recorded.copied.integers else ():
+            with contextlib.suppress(Exception):
+                recorded.copied.set_values(seed)
+                if not all(map(torch.equal, recorded.copied.run(), expected)):
+                    checks.append((seed, same_values))
     return sorted(checks, key=lambda check: check[0] == "own")  # so that the values change once
 
 

@@ -217,10 +217,10 @@ def _hookable_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _unhooked_parameters(model: nn.Module, hooked: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """The floating-point parameters whose hidden axes, if any, the inputs and outputs of the hooked modules do not show."""
+    """The real parameters whose hidden axes, if any, the inputs and outputs of the hooked modules do not show."""
     covered = {id(p) for m in hooked for p in m.parameters() if is_mixing(m) or is_depthwise(m) or p.ndim == 1}
     named = model.named_parameters(remove_duplicate=False)
-    return {name: p for name, p in named if id(p) not in covered and p.is_floating_point()}
+    return {name: p for name, p in named if id(p) not in covered and not p.is_complex()}
 
 
 def _first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:

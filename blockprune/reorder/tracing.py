@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from blockprune.reorder.recording import RecordedRun, named_tensors
+from blockprune.reorder.varied_values import vary_inputs
 from blockprune.reorder.working_copy import SEED
 
 
@@ -210,14 +211,20 @@ class UsageCheck:
 
     def _unused(self, names: Sequence[str]) -> list[str]:
         """The modules and parameters on which no output depends, by bisection: many can be changed in one run."""
-        saved = [(t, t.clone()) for name in names for t in self._tensors(name) if t.is_floating_point()]
+        saved = [(t, t.clone()) for name in names for t in self._tensors(name)]
         for t, _ in saved:
-            change = torch.rand(t.shape, generator=self.generator, device="cpu")  # a softmax ignores a constant shift
-            t.add_(1 + change.to(t))
-        outputs = self.recorded.run() if names else self.recorded.outputs
+            if t.is_floating_point():
+                change = torch.rand(t.shape, generator=self.generator, device="cpu")  # a softmax ignores a constant shift
+                t.add_(1 + change.to(t))
+            else:
+                t.copy_(vary_inputs(t, self.generator))
+        try:
+            outputs = self.recorded.run() if names else self.recorded.outputs
+        except Exception:  # for example, an integer is no index any more
+            outputs = []
         for t, value in saved:
             t.copy_(value)
-        if all(map(torch.equal, outputs, self.recorded.outputs)):
+        if len(outputs) == len(self.recorded.outputs) and all(map(torch.equal, outputs, self.recorded.outputs)):
             return [*names]
         middle = len(names) // 2
         return [*self._unused(names[:middle]), *self._unused(names[middle:])] if middle else []

@@ -28,14 +28,29 @@ def vary_model(model: nn.Module, *, buffers: bool = True, generator: torch.Gener
         >>> bool(norm.weight.std() > 0), bool((norm.bias != 0).all())
         (True, True)
     """
-    attributes = (x for module in model.modules() for values in tensors_in_attributes(module).values() for x in values)
-    tensors: dict[int, tuple[Tensor, bool]] = {id(p): (p, True) for p in model.parameters()}
-    tensors |= {id(b): (b, False) for b in itertools.chain(model.buffers(), attributes) if buffers and id(b) not in tensors}
-    for tensor, signed in tensors.values():
+    parameters = {*model.parameters()}
+    for tensor in _all_tensors(model) if buffers else model.parameters():
         if tensor.is_floating_point() and tensor.numel():
-            size = _size(tensor)
+            size, signed = _size(tensor), tensor in parameters
             for part in tensor.split(max(1, CHUNK // tensor[0].numel())) if tensor.ndim else [tensor]:
                 part.copy_(_vary(part, size, signed=signed, generator=generator))
+
+
+def integers_and_booleans(model: nn.Module) -> list[Tensor]:
+    """The parameters, buffers and tensors in attributes that are integers or booleans.
+
+    Example:
+        >>> from blockprune.reorder.varied_values import integers_and_booleans
+        >>> integers_and_booleans(nn.BatchNorm1d(2))
+        [tensor(0)]
+    """
+    return [x for x in _all_tensors(model) if x.numel() and not (x.is_floating_point() or x.is_complex())]
+
+
+def _all_tensors(model: nn.Module) -> list[Tensor]:
+    """The parameters, buffers and tensors in attributes, each once."""
+    attributes = (x for module in model.modules() for values in tensors_in_attributes(module).values() for x in values)
+    return [*{id(x): x for x in itertools.chain(model.parameters(), model.buffers(), attributes)}.values()]
 
 
 def tensors_in_attributes(module: nn.Module) -> dict[str, list[Tensor]]:

@@ -21,13 +21,21 @@ from blockprune.model.inputs import check_not_nested
 from blockprune.model.running import cuda_devices, disable_attention_fastpath, seeded, to_model_device
 from blockprune.model.sharding import check_not_fully_sharded
 from blockprune.reorder.permutation import permute
-from blockprune.reorder.varied_values import Change, same_values, tensors_in_attributes, vary_model
+from blockprune.reorder.varied_values import (
+    Change,
+    integers_and_booleans,
+    same_values,
+    tensors_in_attributes,
+    vary_inputs,
+    vary_model,
+)
 
 SEED = 0  # every run of the model draws the same random numbers
 ALIKE = 0.05  # the largest difference of two outputs, as a share of their norm
 LINEAR_ELEMENTS = 1 << 22  # of a Linear's weight that are in float64 at one time
 
-Values = Literal["own", "varied", "varied parameters"]  # those of the given model, or others, also or not in buffers
+# those of the given model, or others, also or not in buffers; a number is the seed of integers and booleans beside varied parameters
+Values = Literal["own", "varied", "varied parameters"] | int
 
 
 @attrs.define(eq=False)
@@ -46,6 +54,7 @@ class WorkingCopy:
         values: which values the copy has at present.
         casts: whether casts in the model's own code, such as that of a norm to float32, are casts to float64 instead; not where that
             changes what the model computes, because it looks at the type or overflows.
+        integers: the tensors of `integers_and_booleans` that can have other values (`find_integers`).
 
     Example:
         >>> from blockprune.model.calibration import default_forward
@@ -62,6 +71,7 @@ class WorkingCopy:
     dtype: torch.dtype | None
     values: Values = "own"
     casts: bool = False
+    integers: Sequence[Tensor] = ()
 
     @classmethod
     def of(cls, source: nn.Module, example: Any, forward: Forward) -> "WorkingCopy":
@@ -118,7 +128,41 @@ class WorkingCopy:
             _copy_values(self.source, self.model)
             if values != "own":
                 vary_model(self.model, buffers=values == "varied", generator=torch.Generator().manual_seed(SEED))
+            if isinstance(values, int):
+                generator = torch.Generator().manual_seed(values)
+                with torch.no_grad():
+                    for x in self.integers:
+                        x.copy_(vary_inputs(x, generator))
             self.values = values
+
+    def find_integers(self) -> list[Tensor]:
+        """Note the integers and booleans with other values of which the model runs, with outputs that are as finite as before.
+
+        Others may be indices, or masks without which a softmax has no finite value.
+
+        Returns:
+            the outputs before.
+        """
+        self.set_values("varied parameters")
+        before = self.run()
+
+        def add(tensors: Sequence[Tensor]) -> None:
+            accepted = self.integers
+            self.set_values("own")
+            self.integers = [*accepted, *tensors]
+            self.set_values(SEED)
+            with contextlib.suppress(Exception):
+                if [bool(y.isfinite().all()) for y in self.run()] == [bool(y.isfinite().all()) for y in before]:
+                    return
+            self.integers = accepted
+            if middle := len(tensors) // 2:
+                add(tensors[:middle])
+                add(tensors[middle:])
+
+        if tensors := integers_and_booleans(self.model):
+            add(tensors)
+        self.set_values("own")
+        return before
 
     @contextlib.contextmanager
     def permuted(self, plan: Sequence[UnitPermutation]) -> Iterator[None]:

@@ -580,6 +580,85 @@ def test_tensors_in_attributes_are_noticed_as_buffers_are(kind: str) -> None:
     assert torch.equal(ones, torch.ones(8))
 
 
+def hold(module: nn.Module, kind: str, value: Tensor) -> None:
+    """Give a module a tensor as a buffer, a parameter or an attribute."""
+    if kind == "buffer":
+        module.register_buffer("held", value)
+    else:
+        vars(module).pop("held", None)
+        module.held = value if kind == "attribute" else nn.Parameter(value, requires_grad=False)
+
+
+class Tasks(nn.Module):
+    """A mask of the units for each task; that of the first task, or of all, changes nothing."""
+
+    def __init__(self, kind: str, dtype: torch.dtype, units: int, *, used: bool = True) -> None:
+        super().__init__()
+        self.up, self.down, self.used = nn.Linear(6, units), nn.Linear(units, 3), used
+        masks = torch.arange(3 * units).view(3, units) % 3 > 0
+        masks[0] = True
+        hold(self, kind, masks.to(dtype))
+
+    def forward(self, x: Tensor, task: int) -> Tensor:
+        hidden = self.up(x).relu()
+        out: Tensor = self.down(hidden * self.held[task] if self.used or task else hidden)
+        return out
+
+
+def of_task(model: nn.Module, batch: Any) -> Tensor:
+    out: Tensor = model(*batch)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["buffer", "parameter", "attribute"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32])
+@pytest.mark.parametrize("units", [4, 8])
+def test_masks_that_change_nothing_in_the_example_are_noticed_in_any_type(kind: str, dtype: torch.dtype, units: int) -> None:
+    torch.manual_seed(0)
+    model, x = Tasks(kind, dtype, units), torch.randn(5, 6)
+    before = model.held.clone()
+    axes = bp.find_axes(model, (x, 0), forward=of_task, progress=False)
+    assert torch.equal(model.held, before)
+    assert [axis.columns for axis in axes] == ([("down.weight", "held")] if kind == "parameter" else [])
+    permuted = bp.permute(model, [attrs.evolve(axis, order=torch.randperm(units)) for axis in axes])
+    for task in range(3):
+        torch.testing.assert_close(of_task(permuted, (x, task)), of_task(model, (x, task)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_a_parameter_of_any_type_that_the_example_does_not_use_is_named(dtype: torch.dtype) -> None:
+    model = Tasks("parameter", dtype, 8, used=False)
+    with pytest.warns(UserWarning, match="the example does not use held, which may share the axis of 8 units"):
+        assert bp.find_axes(model, (torch.randn(5, 6), 0), forward=of_task, progress=False) == []
+
+
+class Attentive(nn.Module):
+    """Attention with a causal mask, a table of relative positions and positions that are indices: none has the hidden units."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.embed, self.position, self.bias = nn.Embedding(11, 8), nn.Embedding(6, 8), nn.Embedding(11, 1)
+        self.v, self.o, self.up, self.down, self.head = (nn.Linear(a, b) for a, b in ((8, 6), (6, 8), (8, 12), (12, 8), (8, 3)))
+        self.tables = nn.ModuleDict({"mask": nn.Module(), "relative": nn.Module(), "positions": nn.Module()})
+        hold(self.tables["mask"], kind, torch.ones(6, 6).tril().bool())
+        hold(self.tables["relative"], kind, torch.arange(6)[:, None] - torch.arange(6) + 5)
+        hold(self.tables["positions"], kind, torch.arange(6))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) + self.position(self.tables["positions"].held)
+        scores = x @ x.mT + self.bias(self.tables["relative"].held)[..., 0]
+        x = x + self.o(scores.masked_fill(~self.tables["mask"].held, -torch.inf).softmax(-1) @ self.v(x))
+        out: Tensor = self.head(x + self.down(self.up(x).relu()))
+        return out
+
+
+@pytest.mark.parametrize("kind", ["buffer", "parameter", "attribute"])
+def test_tables_of_indices_and_masks_of_tokens_keep_no_axis_from_being_found(kind: str) -> None:
+    torch.manual_seed(0)
+    axes = bp.find_axes(Attentive(kind), torch.randint(11, (2, 6)), progress=False)
+    assert [axis.columns for axis in axes] == [("o.weight",), ("down.weight",)]
+
+
 def test_complex_outputs() -> None:
     model = Offset(lambda y, hidden: torch.complex(y, y.square()))
     model.own = torch.zeros(())
