@@ -165,6 +165,19 @@ def is_exported(module: nn.Module) -> bool:
     return callable(getattr(module, "block_mask", None))
 
 
+def scripted_hint(model: nn.Module) -> str:
+    """The end of an error message: what to do if a module with parameters is scripted or traced; else empty.
+
+    Example:
+        >>> from blockprune.model.parameters import scripted_hint
+        >>> scripted_hint(nn.Linear(2, 2))
+        ''
+    """
+    if not any(isinstance(module, torch.jit.ScriptModule) and [*module.parameters()] for module in model.modules()):
+        return ""
+    return "; it is scripted or traced, which hides the types of its layers: give the model before torch.jit.script or torch.jit.trace"
+
+
 def exported_hint(model: nn.Module) -> str:
     """The end of an error message about a weight that is no parameter: what to do if layers of the model are exported; else empty.
 

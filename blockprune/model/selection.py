@@ -21,7 +21,7 @@ from blockprune.core.types import Where, check_prunable
 from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.computed_weights import check_is_parameter
 from blockprune.model.hf_linears import is_transposed
-from blockprune.model.parameters import ParameterRef, check_not_lazy, exported_hint, is_exported, parameter_refs
+from blockprune.model.parameters import ParameterRef, check_not_lazy, exported_hint, is_exported, parameter_refs, scripted_hint
 
 
 class _Rule(partial[Any]):
@@ -358,8 +358,8 @@ def _why_nothing_matches(model: nn.Module) -> str:
         return hint
     if any(map(is_transposed, modules)):
         return "; its Conv1D are no Linears: bp.as_linears(model)"
-    if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
-        return "; it is scripted or traced, which hides the types of its layers: give the model before torch.jit.script or torch.jit.trace"
+    if hint := scripted_hint(model):
+        return hint
     quantized = sorted({_type_name(module) for module in modules if ".quantized." in type(module).__module__})
     return f"; its layers {', '.join(quantized)} are quantized: prune the model before it is quantized" if quantized else ""
 

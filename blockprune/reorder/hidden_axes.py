@@ -27,7 +27,7 @@ from blockprune.core.progress import progress_bar
 from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.calibration import Forward, default_forward
 from blockprune.model.mask_reading import read_masks
-from blockprune.model.parameters import check_loaded, parameter_refs
+from blockprune.model.parameters import check_loaded, parameter_refs, scripted_hint
 from blockprune.model.running import without_compiled_code
 from blockprune.reorder.recording import RecordedRun
 from blockprune.reorder.tracing import AxisTracer, AxisUse, UsageCheck
@@ -60,7 +60,7 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
     a gate whose units alternate with the units that it multiplies; and those where the model's code treats a unit by its number. If the
     units of one axis can be reordered in two ways (an outer product that is flattened), only the first is returned. The example must show
     all that matters: axes that may be shared with a layer that it does not call are left out with a warning, and sequences of a single
-    token do not show the heads. Integers and booleans with other values of which the model does not run count as constants. Buffers, and
+    token do not show the heads. Integers and booleans count as constants if the model does not run with other values of them. Buffers, and
     tensors in other attributes, that the example does not use are not noticed; nor are tensors in objects that are no module, list, tuple
     or dict, unless their values show the axis.
 
@@ -75,8 +75,8 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
         Permutations that keep the order (0, 1, ...), those of residual streams first.
 
     Raises:
-        ValueError: a masked model, a model on the meta device, one that accelerate has offloaded or that cannot be copied, an example that
-            the model cannot run or for which it returns no floating-point tensors.
+        ValueError: a masked or scripted model, a model on the meta device, one that accelerate has offloaded or that cannot be copied, an
+            example that the model cannot run or for which it returns no floating-point tensors.
 
     Example:
         >>> model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.BatchNorm1d(3), nn.Linear(3, 2)), torch.randn(5, 4)
@@ -88,6 +88,8 @@ def find_axes(model: nn.Module, example: Any, *, forward: Forward = default_forw
         raise ValueError("the model is masked; find the hidden axes of a plain model: bp.finalize(model)")
     if is_compiled_wrapper(model):
         raise ValueError("the model is a compiled wrapper; give the module that was compiled: model._orig_mod")
+    if hint := scripted_hint(model):
+        raise ValueError(f"find_axes cannot trace the model{hint}")
     refs = [users[0] for users in parameter_refs(model).values()]
     check_loaded(model, refs, "find_axes")
     if meta := [ref for ref in refs if ref.stored.is_meta]:

@@ -16,6 +16,7 @@ from blockprune.core._compat import ConvNd, DispatchMode, is_cast, tree_leaves, 
 from blockprune.core._compat_hf import CACHE_ARGUMENTS
 from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.calibration import Forward
+from blockprune.model.computed_weights import check_not_computed
 from blockprune.model.experts import Experts, experts_in
 from blockprune.model.inputs import check_not_nested
 from blockprune.model.running import cuda_devices, disable_attention_fastpath, seeded, to_model_device
@@ -81,6 +82,7 @@ class WorkingCopy:
             ValueError: the model cannot be copied, cannot run the example, or returns no floating-point tensors.
         """
         check_not_fully_sharded(source, "find_axes runs a copy of the model", nor_dtensors=True)
+        check_not_computed(source)
         try:
             own = cls(source, _evaluation_copy(source), example, forward, None)
         except RuntimeError as error:  # for example, a module stores a tensor that it computed with a gradient
@@ -136,12 +138,12 @@ class WorkingCopy:
             self.values = values
 
     def find_integers(self) -> list[Tensor]:
-        """Note the integers and booleans with other values of which the model runs, with outputs that are as finite as before.
+        """Note the integers and booleans that can have other values: the model then runs, and its outputs are as finite as before.
 
         Others may be indices, or masks without which a softmax has no finite value.
 
         Returns:
-            the outputs before.
+            The outputs with varied parameters alone.
         """
         self.set_values("varied parameters")
         before = self.run()

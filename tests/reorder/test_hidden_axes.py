@@ -474,6 +474,27 @@ def test_errors_say_what_to_do(model: nn.Module, example: Tensor, says: list[str
     assert all(part in str(caught.value) for part in says)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["script", "trace", "part"])
+def test_a_scripted_or_traced_model_is_refused_with_the_remedy(kind: str) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(5, 4)
+    if kind == "part":
+        model[2] = torch.jit.script(model[2])
+    else:
+        model = torch.jit.script(model) if kind == "script" else torch.jit.trace(model, x)
+    with pytest.raises(ValueError, match=r"find_axes cannot trace the model; it is scripted or traced.*give the model before torch\.jit"):
+        bp.find_axes(model, x)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("hook", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
+def test_a_weight_that_an_old_hook_has_computed_is_named_with_the_remedy(hook: Callable[[nn.Module], nn.Module]) -> None:
+    model, x = nn.Sequential(hook(nn.Linear(4, 6)), nn.ReLU(), nn.Linear(6, 2)), torch.randn(5, 4)
+    model(x)
+    with pytest.raises(ValueError, match=r"0\.weight: a hook of the old weight_norm.*Remove the hook"):
+        bp.find_axes(model, x)
+
+
 def test_outputs_without_tensors() -> None:
     with pytest.raises(ValueError, match="no floating-point tensors to compare"):
         bp.find_axes(nn.Linear(3, 2), torch.ones(1, 3), forward=lambda model, x: model(x).tolist())
