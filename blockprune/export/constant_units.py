@@ -1,6 +1,7 @@
 """Which units of a model are constant, and which may be read by something that the example does not use."""
 
 import contextlib
+import copy
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -68,7 +69,7 @@ def _input_ranges(model: nn.Module, run: Run) -> tuple[dict[str, Tensor], dict[s
     def hook(layer: nn.Module, args: Any, kwargs: Any, *, name: str, dependence: InputDependence, calls: Counter[str]) -> None:
         dependence.paused(record_range, name, layer, args[0] if args else kwargs["input"], dependence, calls)
 
-    def follow(dependence: InputDependence) -> Counter[str]:
+    def follow(model: nn.Module, dependence: InputDependence) -> Counter[str]:
         calls = Counter[str]()
         with contextlib.ExitStack() as stack:
             for name, layer in prunable_layers(model):
@@ -81,11 +82,12 @@ def _input_ranges(model: nn.Module, run: Run) -> tuple[dict[str, Tensor], dict[s
         return calls
 
     try:
-        calls = follow(dependence := InputDependence(model))
+        calls = follow(model, dependence := InputDependence(model))
     except Exception:  # for example, tensors without a storage; then only zero weights show which units are not needed
         return {}, {}
     for kind in [kind for kind, count in dependence.reads.items() if count]:
-        others = [follow(InputDependence(model, kind, change)) for change in OTHER_VALUES[kind]]
+        copies = [(copy.deepcopy(model), change) for change in OTHER_VALUES[kind]]  # a model may note the values that it has met
+        others = [follow(copied, InputDependence(copied, kind, change)) for copied, change in copies]
         for name in lowest if kind == "number" else ():
             if all(other[name] < calls[name] for other in others):  # zeros survive slices, shifts and factors
                 lowest[name] = torch.where((lowest[name] == 0) & (highest[name] == 0), lowest[name], torch.nan)

@@ -1,8 +1,8 @@
 """Whether a smaller model has the outputs of the given one, on an example and on others that are made from it."""
 
-import contextlib
+import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.core._compat import tree_leaves
-from blockprune.model.running import preserve_state
 
 TOLERANCE = 1e-5  # relative to the largest output; outputs are compared in float64, so rounding does not matter
 MAX_SIZES = 8  # of an example that are changed
@@ -65,11 +64,8 @@ class OutputCheck:
     @torch.no_grad()
     def __call__(self, smaller: nn.Module) -> str:
         for change, expected in self.expected:
-            if change is None:
-                outputs, where = self.run(smaller), ""
-            else:
-                with _without_traces(smaller):
-                    outputs, where = self.run(smaller, change), " with other sizes or numbers in the example"
+            outputs = _run_copy(self.run, smaller, change) if change else self.run(smaller)
+            where = " with other sizes or numbers in the example" if change else ""
             if failure := _difference(outputs, expected):
                 return f"without it the outputs {failure}{where}"
         return ""
@@ -78,18 +74,17 @@ class OutputCheck:
 def _outputs(run: RunExample, model: nn.Module, change: Change) -> tuple[Change, list[Tensor]] | None:
     """A change and the outputs with it; None if the model does not run with it, or has outputs that are not finite."""
     try:
-        with _without_traces(model):
-            outputs = run(model, change)
+        outputs = _run_copy(run, model, change)
     except Exception:  # the model's own code may raise anything on other sizes and numbers
         return None
     return (change, outputs) if outputs and all(bool(x.isfinite().all()) for x in outputs) else None
 
 
-@contextlib.contextmanager
-def _without_traces(model: nn.Module) -> Iterator[None]:
-    with preserve_state(model), torch.no_grad(), warnings.catch_warnings():
+def _run_copy(run: RunExample, model: nn.Module, change: Change) -> list[Tensor]:
+    """Run a copy of the model, because some models note sizes that they have met, such as a window that is smaller than the usual one."""
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        return run(copy.deepcopy(model), change)
 
 
 def _larger(leaf: Any) -> Any:

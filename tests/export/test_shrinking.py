@@ -628,6 +628,28 @@ def test_there_is_a_warning_if_the_model_runs_with_no_other_number() -> None:
     assert removed(shrunk)["i", "outputs"] == (0, 1)
 
 
+class Windows(nn.Module):
+    """It notes the smallest length that it has met, as Swin does, and so runs longer inputs otherwise afterwards."""
+
+    def __init__(self, length: Callable[[Tensor], int]) -> None:
+        super().__init__()
+        self.i, self.o, self.window, self.length = nn.Linear(6, 8), nn.Linear(8, 3), 4, length
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.window = min(self.window, self.length(x))
+        out: Tensor = self.o(self.i(x).tanh()[:, : self.window].cumsum(1))
+        return out
+
+
+@pytest.mark.parametrize("length", [lambda x: x.shape[1], lambda x: int(x.isfinite().sum() // 18)])
+def test_other_sizes_and_numbers_leave_no_trace_in_the_model(length: Callable[[Tensor], int]) -> None:
+    model, x = masked(Windows(length), into={"o": [0, 1]}), torch.randn(3, 4, 6)
+    shrunk = shrink(model, x)
+    assert removed(shrunk)["i", "outputs"] == (0, 1)
+    assert shrunk.model.window == 4
+    assert same(shrunk, model, x)
+
+
 class Looped(nn.Module):
     """A layer that is called as often as an argument says."""
 
