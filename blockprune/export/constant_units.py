@@ -86,8 +86,10 @@ def _input_ranges(model: nn.Module, run: Run) -> tuple[dict[str, Tensor], dict[s
     except Exception:  # for example, tensors without a storage; then only zero weights show which units are not needed
         return {}, {}
     for kind in [kind for kind, count in dependence.reads.items() if count]:
-        copies = [(copy.deepcopy(model), change) for change in OTHER_VALUES[kind]]  # a model may note the values that it has met
-        others = [follow(copied, InputDependence(copied, kind, change)) for copied, change in copies]
+        others = []
+        for change in OTHER_VALUES[kind]:
+            copied = copy.deepcopy(model)  # a model may note the values that it has met
+            others.append(follow(copied, InputDependence(copied, kind, change)))
         for name in lowest if kind == "number" else ():
             if all(other[name] < calls[name] for other in others):  # zeros survive slices, shifts and factors
                 lowest[name] = torch.where((lowest[name] == 0) & (highest[name] == 0), lowest[name], torch.nan)
