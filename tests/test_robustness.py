@@ -668,6 +668,8 @@ COPYING: dict[str, Callable[[nn.Module], Any]] = {
     "sweep": lambda model: bp.sweep(model, {"l1": bp.recipes.magnitude(bp.linears((4, 4)))}, [0.5], lambda m: m(BATCH).sum().item()),
     "distill": lambda model: bp.distill(model, {"0.weight": mask(8, 8)}, None, [BATCH], teacher=None, loss=lambda s, t, b: s.sum()),
     "as_linears": bp.as_linears,
+    "find_axes": lambda model: bp.find_axes(model, BATCH),
+    "shrink": lambda model: export.shrink(bp.apply_masks(model, {"0.weight": mask(8, 8)}), BATCH),
 }
 FORWARDS: dict[str, Callable[[Any], Any]] = {
     "compiled": lambda forward: torch.compile(forward, backend="eager"),

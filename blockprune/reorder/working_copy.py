@@ -1,7 +1,6 @@
 """A copy of a model that computes in float64 but stores its layers' weights in float32, and whose values can be exchanged."""
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -16,7 +15,7 @@ from blockprune.core._compat import ConvNd, DispatchMode, is_cast, tree_leaves, 
 from blockprune.core._compat_hf import CACHE_ARGUMENTS
 from blockprune.core.unit_permutation import UnitPermutation
 from blockprune.model.calibration import Forward
-from blockprune.model.computed_weights import check_not_computed
+from blockprune.model.copying import copy_model
 from blockprune.model.experts import Experts, experts_in
 from blockprune.model.inputs import check_not_nested
 from blockprune.model.running import cuda_devices, disable_attention_fastpath, seeded, to_model_device
@@ -82,7 +81,6 @@ class WorkingCopy:
             ValueError: the model cannot be copied, cannot run the example, or returns no floating-point tensors.
         """
         check_not_fully_sharded(source, "find_axes runs a copy of the model", nor_dtensors=True)
-        check_not_computed(source)
         try:
             own = cls(source, _evaluation_copy(source), example, forward, None)
         except RuntimeError as error:  # for example, a module stores a tensor that it computed with a gradient
@@ -219,7 +217,7 @@ def _are_alike(actual: Tensor, expected: Tensor) -> bool:
 
 
 def _evaluation_copy(model: nn.Module) -> nn.Module:
-    copied = copy.deepcopy(model).eval()
+    copied = copy_model(model).eval()
     for experts in experts_in(copied).values():
         experts.register_forward_pre_hook(_assign_tokens_in_turn)
     return copied
