@@ -304,8 +304,8 @@ def select(model: nn.Module, where: Where) -> dict[str, tuple[ParameterRef, Bloc
             sparse, of integers, or another tensor subclass with values of its own.
     """
     _check_rule("where", where)
-    check_is_parameter(model, where)
     refs = parameter_refs(model)
+    check_is_parameter(model, where)
     owners = {ref.name: ref.owner for shared in refs.values() for ref in shared}
     for pattern, rule, names in _patterns(where, selecting=list(refs), excluding=list(owners)):
         if not any(matches(pattern, name) for name in names):
