@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import gc
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,6 +20,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import blockprune as bp
 from blockprune import allocate, collect, export, metric, reconstruct, statistics
+from blockprune.model.running import copy_batch, to_model_device
 
 BATCH = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
 
@@ -671,10 +673,24 @@ COPYING: dict[str, Callable[[nn.Module], Any]] = {
     "find_axes": lambda model: bp.find_axes(model, BATCH),
     "shrink": lambda model: export.shrink(bp.apply_masks(model, {"0.weight": mask(8, 8)}), BATCH),
 }
+
+
+def _with_default(forward: Any) -> Any:
+    return lambda x, own=forward: own(x)
+
+
+def _in_a_list(forward: Any) -> Any:
+    forwards = [forward]
+    return lambda x: forwards[-1](x) if forwards else x
+
+
 FORWARDS: dict[str, Callable[[Any], Any]] = {
     "compiled": lambda forward: torch.compile(forward, backend="eager"),
     "decorated": torch.no_grad(),
     "decorated twice": lambda forward: torch.no_grad()(torch.enable_grad()(forward)),
+    "bound": lambda forward: types.MethodType(lambda self, x: forward(x), forward.__self__),
+    "a default": _with_default,
+    "a list": _in_a_list,
 }
 
 
@@ -683,8 +699,31 @@ FORWARDS: dict[str, Callable[[Any], Any]] = {
 def test_a_model_whose_copies_would_run_the_model_itself_is_not_copied(function: str, kind: str) -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     model.forward = FORWARDS[kind](model.forward)  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match=r"its attribute forward is a function that holds a module \(Sequential\).*model.compile\(\)"):
+    with pytest.raises(ValueError, match=r"its attribute forward is a function that holds a Sequential of the model.*module.compile\(\)"):
         COPYING[function](model)
+
+
+OTHER_FORWARDS: dict[str, Callable[[nn.Module], Any]] = {
+    "a module outside of the model": lambda _: _with_default(nn.ReLU()),
+    "itself": lambda _: _recursive(),
+    "bound": lambda module: types.MethodType(torch.no_grad()(nn.Identity.forward), module),
+}
+
+
+def _recursive() -> Any:
+    def forward(x: Tensor, depth: int = 0) -> Tensor:
+        return x if depth else forward(x, 1) + (0 if depth < 2 else later)
+
+    if not forward:
+        later = 1
+    return forward
+
+
+@pytest.mark.parametrize("kind", OTHER_FORWARDS)
+def test_other_functions_as_a_forward_are_no_obstacle(kind: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Identity())
+    model[1].forward = OTHER_FORWARDS[kind](model[1])  # type: ignore[method-assign, assignment]
+    assert torch.equal(bp.finalize(model)(BATCH), model(BATCH))
 
 
 def test_a_forward_that_copies_of_a_model_take_along_is_no_obstacle() -> None:
@@ -724,6 +763,14 @@ def test_parameters_that_the_forward_changes_are_named() -> None:
         export.choose(model, inputs=BATCH, rounds=1)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("form", [Tensor.to_sparse, Tensor.to_sparse_csr, Tensor.to_mkldnn])
+def test_parameters_whose_values_cannot_be_read_are_no_obstacle(form: Any) -> None:
+    model = nn.Linear(8, 8)
+    model.register_parameter("other", nn.Parameter(form(torch.eye(4)), requires_grad=False))
+    collect.with_statistics(model, where=bp.linears((4, 4)), statistics=[statistics.input_sq], batches=[BATCH])
+
+
 def test_a_change_in_place_that_changes_no_value_is_none() -> None:
     class Clamped(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
@@ -747,6 +794,26 @@ def grow(model: nn.Module, batch: Remembering) -> Tensor:
     return model(torch.cat(batch.inputs))
 
 
+class Task:
+    """A batch that brings its model along."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.x, self.seen = model, BATCH, list[int]()
+
+    def run(self) -> Tensor:
+        self.seen.append(len(self.x))
+        return self.model(self.x)  # type: ignore[no-any-return]
+
+
+def test_an_object_that_holds_a_module_is_passed_on_as_it_is() -> None:
+    model = nn.Linear(8, 8)
+    task = Task(model)
+    collect.with_statistics(
+        model, where=bp.linears((4, 4)), statistics=[statistics.input_sq], batches=[task], forward=lambda _, batch: batch.run()
+    )
+    assert task.seen == [64]
+
+
 def test_an_object_that_is_a_batch_is_copied_for_each_run() -> None:
     model, batch = nn.Linear(8, 8), Remembering()
     run = partial(collect.with_statistics, model, where=bp.linears((4, 4)), statistics=[statistics.input_sq], forward=grow)
@@ -768,6 +835,13 @@ def test_a_dataclass_is_moved_to_the_models_type() -> None:
     data = collect.with_statistics(model, where=bp.linears((4, 4)), statistics=[statistics.weight_grad], batches=[batch], **options)
     assert data["weight"].stats["weight_grad"].dtype == torch.float64
     assert batch.x.dtype == torch.float32
+
+
+def test_a_jagged_batch_has_its_own_memory_and_the_models_type() -> None:
+    jagged = torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)], layout=torch.jagged)
+    moved = to_model_device(nn.Linear(8, 8).double(), jagged)
+    assert moved.values().dtype == torch.float64
+    assert copy_batch(jagged).values().data_ptr() != jagged.values().data_ptr()
 
 
 class Labelled(Tensor):

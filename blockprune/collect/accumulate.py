@@ -18,10 +18,15 @@ from blockprune.statistics import GateDerivatives, Source, Statistic, Sums
 
 TINY = 1e-12  # the square of a smaller number may be too small for float32
 GRADIENTS = ("output_grad", "weight_grad", "gates")  # the kinds of evidence that need a gradient of the loss
-# the library's own statistics of gradients; in a statistic of a user, 0 may mean anything
-SIZES_OF_GRADIENTS = {
-    *("gate_fisher", "gate_flow", "gate_grad", "gate_hessian_diagonal", "gate_hessian_grad"),
-    *("output_grad_gram", "output_grad_sq", "weight_grad", "weight_grad_sq"),
+# the library's own statistics of first derivatives; in a statistic of a user, and of a curvature, 0 may mean anything
+OWN_GRADIENT_STATISTICS = {
+    "gate_fisher",
+    "gate_flow",
+    "gate_grad",
+    "output_grad_gram",
+    "output_grad_sq",
+    "weight_grad",
+    "weight_grad_sq",
 }
 
 
@@ -101,6 +106,8 @@ def compute(fold: Fold) -> Data:
 def compute_once(fold: Fold) -> Data:
     """`compute` of a fold that is not used afterwards: its sums are removed from it as they are divided, so that memory is not doubled."""
     _check_data(fold)
+    _check_derivatives(fold)
+    _warn_of_zeros(fold)
     remaining = cast(dict[tuple[str, str], Sums], fold.sums)
     stats: dict[str, dict[str, Tensor]] = {name: {} for name in fold.data}
     for s in fold.statistics:
@@ -119,7 +126,6 @@ def _check_data(fold: Fold) -> None:
     """Raise if a statistic has no data of a parameter, and say why."""
     missing = {name: s for s in reversed(fold.statistics) for name in fold.data if _has_no_data(fold, name, s)}
     if not missing:
-        _warn_of_zeros(fold)
         return
     name = next(name for name in fold.data if name in missing)
     counts, statistic = fold.counts[name], missing[name]
@@ -150,20 +156,37 @@ def _check_data(fold: Fold) -> None:
 
 def _warn_of_zeros(fold: Fold) -> None:
     """Warn of parameters whose gradients are all exactly 0, because that is no sign of unimportance."""
-    for s in fold.statistics:
-        if s.name in SIZES_OF_GRADIENTS and (zero := [name for name in fold.data if _is_zero(fold.sums[name, s.name])]):
-            listed = ", ".join(f"{name} {fold.data[name].grid.shape}" for name in zero[:4]) + ", ..." * (len(zero) > 4)
-            warnings.warn(
-                f"{listed}: all that {s.name!r} adds up is exactly 0, so all blocks score 0 and their order decides which are pruned. "
-                "Either gradients are too small for the type of the model (multiply the loss by a constant, or convert the model to "
-                "float64), or an operation such as sign, round, a saturated clamp, a dead ReLU or a factor of 0 stops them (leave these "
-                "weights out with `excluding`, or use a metric of inputs such as metric.wanda)",
-                stacklevel=2,
-            )
+    own = [s.name for s in fold.statistics if s.name in OWN_GRADIENT_STATISTICS]
+    zero = [name for name in fold.data if not _is_pruned(fold.refs[name]) and any(_largest(fold.sums[name, s]) == 0 for s in own)]
+    if zero:
+        listed = ", ".join(f"{name} {fold.data[name].grid.shape}" for name in zero[:4]) + ", ..." * (len(zero) > 4)
+        warnings.warn(
+            f"{listed}: all gradients are exactly 0 ({', '.join(own)}), so all blocks score 0 and their order decides which are pruned. "
+            "Weights behind these may be 0 (a zero-initialized branch, a new LoRA), an operation such as sign, round, a saturated clamp or "
+            "a dead ReLU may stop the gradients, or they are too small for the type of the model (multiply the loss by a constant, or "
+            "convert the model to float64). Leave these weights out with `excluding`, or use a metric of inputs such as metric.wanda",
+            stacklevel=3,
+        )
 
 
-def _is_zero(sums: Sums) -> bool:
-    return not any(bool(total.any()) for key, total in sums.items() if key != "n")
+def _is_pruned(ref: ParameterRef) -> bool:
+    return ref.mask is not None and not bool(ref.mask.keep.any())
+
+
+def _check_derivatives(fold: Fold) -> None:
+    """Raise for derivatives of gates, added up in float64, that float32 hardly held."""
+    for name, ref in fold.refs.items():
+        for s in fold.statistics:
+            largest = _largest(fold.sums[name, s.name]) if s.source == "gates" and ref.stored.dtype != torch.float64 else 0.0
+            if 0 < largest < (SMALLEST**2 if s.name in ("gate_fisher", "gate_hessian_grad") else SMALLEST):
+                raise ValueError(
+                    f"{name} {fold.data[name].grid.shape}: {s.name!r} adds up to at most {largest:.1e}, from derivatives of which float32 "
+                    "keeps few digits; multiply the loss by a constant, or convert the model to float64"
+                )
+
+
+def _largest(sums: Sums) -> float:
+    return max((float(total.abs().max()) for key, total in sums.items() if key != "n" and total.numel()), default=1.0)
 
 
 def _has_no_data(fold: Fold, name: str, s: Statistic) -> bool:

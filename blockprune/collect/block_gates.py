@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cached_property, partial
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blockprune.core._compat import disable_checkpointing, tree_leaves, tree_map
 from blockprune.core.grid import BlockGrid, expand
-from blockprune.core.precision import SMALLEST, double
+from blockprune.core.precision import double
 from blockprune.model.calibration import Calibration, scalar_loss
 from blockprune.model.inputs import InputHooks, check_not_nested
 from blockprune.model.masking import mask_blocks
@@ -67,6 +66,10 @@ def gate_derivatives(  # noqa: PLR0917 (it has one caller)
     return {name: gated.derivatives(name) for name in grids}
 
 
+class NoGradientError(RuntimeError):
+    """Autograd cannot differentiate the loss of a model with respect to gates."""
+
+
 class _GatedModel:
     """A model whose chosen weights are multiplied by gates, and the loss of one batch as a function of them."""
 
@@ -89,6 +92,11 @@ class _GatedModel:
         self.weights = {name: _without_pruned(ref) for name, ref in refs.items()}
         self.ones = {name: torch.ones(grids[name].size, dtype=w.dtype, device=w.device) for name, w in self.weights.items()}
         self.frozen = {name: p.detach() for name, p in model.named_parameters()}  # so that autograd records the gates only
+        self.buffers = dict(model.named_buffers())
+        self.buffer_names: dict[str, list[str]] = {name: [] for name in self.buffers}
+        first = {id(buffer): name for name, buffer in self.buffers.items()}
+        for name, buffer in model.named_buffers(remove_duplicate=False):
+            self.buffer_names[first[id(buffer)]].append(name)
         self.curvatures: dict[tuple[int, int], dict[str, Tensor]] = {}  # by probes and seed
 
     def derivatives(self, name: str) -> GateDerivatives:
@@ -110,13 +118,19 @@ class _GatedModel:
         function: Callable[[nn.Module], T],
         *,
         absolute: bool = False,
-        buffers: Mapping[str, Tensor] = MappingProxyType({}),
+        buffers: Mapping[str, Tensor] | None = None,
     ) -> T:
-        """``function(model)`` while the weights are multiplied by their gates; with ``absolute``, while all parameters are positive."""
+        """``function(model)`` while the weights are multiplied by their gates; with ``absolute``, while all parameters are positive.
+
+        The model has copies of its buffers, so that each run begins with the same ones. Within torch.func they must be arguments: it lets
+        a function write into these, and not into tensors that it captures.
+        """
         weights = {name: w.abs() if absolute else w for name, w in self.weights.items()}
         frozen = {name: p.abs() if absolute else p for name, p in self.frozen.items()}
         gated = {self.refs[name].stored_name: weights[name] * expand(gate, self.grids[name]) for name, gate in gates.items()}
-        replacements = {f"model.{name}": x for name, x in under_all_names({**frozen, **buffers, **gated}, self.aliases).items()}
+        replacements = {f"model.{name}": x for name, x in under_all_names({**frozen, **gated}, self.aliases).items()}
+        copies = {name: x.clone() for name, x in (self.buffers if buffers is None else buffers).items()}
+        replacements |= {f"model.{alias}": copies[name] for name, names in self.buffer_names.items() for alias in names}
         with contextlib.ExitStack() as stack:
             stack.enter_context(disable_checkpointing())
             for name, _, module in self.hooks:
@@ -129,32 +143,20 @@ class _GatedModel:
         gates = self._differentiable_gates()
 
         def gradients(model: nn.Module) -> Sequence[Tensor | None]:
-            return torch.autograd.grad(total(model), list(gates.values()), allow_unused=True)
+            value = total(model)
+            try:
+                return torch.autograd.grad(value, list(gates.values()), allow_unused=True)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise NoGradientError(
+                    f"gates of this model have no gradient: {str(error).strip().splitlines()[0]}. If an autograd.Function in it "
+                    "differentiates by itself, as gradient checkpointing of another library does, turn that off, or use a metric of "
+                    "activations, such as metric.wanda"
+                ) from error
 
         with torch.enable_grad():
             return dict(zip(gates, self.run(gates, gradients, absolute=absolute), strict=True))
-
-    def _own_gradient(self, total: Callable[[nn.Module], Tensor]) -> dict[str, Tensor | None]:
-        """The gradient, or an error that says what else can be used."""
-        try:
-            return self.gradient(total)
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise RuntimeError(
-                f"gates of this model have no gradient: {reason}. If an autograd.Function in it differentiates by itself, as gradient "
-                "checkpointing of another library does, turn that off, or use a metric of activations, such as metric.wanda"
-            ) from error
-
-    def _checked(self, derivatives: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same derivatives; raise a ValueError for those that float32 holds with few digits, or with none."""
-        for name, x in derivatives.items():
-            largest = float(x.abs().max()) if x.numel() and x.dtype != torch.float64 else 0.0
-            if 0 < largest < SMALLEST:
-                raise ValueError(
-                    f"{name} {self.grids[name].shape}: its derivatives are at most {largest:.1e}, below what float32 holds; "
-                    "multiply the loss by a constant, or convert the model to float64"
-                )
-        return derivatives
 
     def _differentiable_gates(self) -> dict[str, Tensor]:
         return {name: ones.clone().requires_grad_() for name, ones in self.ones.items()}
@@ -170,23 +172,28 @@ class _GatedModel:
             return self.loss(model, tree_map(lambda x, whole: x[None] if _has_samples(whole) else x, sample, self.batch))
 
         def sample_loss(gates: GateValues, buffers: Mapping[str, Tensor], sample: Any) -> Tensor:
-            return self.run(gates, partial(loss, sample), buffers=buffers)  # of vmap, which refuses to write into them through ``.data``
+            return self.run(gates, partial(loss, sample), buffers=buffers)
 
         count = _samples(self.batch)
         if not count:
             return {name: ones.new_zeros(0, *ones.shape) for name, ones in self.ones.items()}
         if self.calibration.per_sample == "loop":
             samples = [_sample(self.batch, i) for i in range(count)]
-            gradients = [self._or_zeros(self._own_gradient(partial(loss, sample))) for sample in samples]
-            return self._checked({name: torch.stack([g[name] for g in gradients]) for name in self.ones})
+            gradients = [self._or_zeros(self.gradient(partial(loss, sample))) for sample in samples]
+            return {name: torch.stack([g[name] for g in gradients]) for name in self.ones}
         axes = tree_map(lambda x: 0 if _has_samples(x) else None, self.batch)
         over_samples = partial(vmap, in_dims=(None, None, axes), randomness="different", chunk_size=self.calibration.chunk_size)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "There is a performance drop")  # an operation without a batching rule
-                return self._checked(over_samples(grad(sample_loss))(self.ones, dict(self.model.named_buffers()), self.batch))
+                return over_samples(grad(sample_loss))(self.ones, self.buffers, self.batch)  # type: ignore[no-any-return]
         except RuntimeError as error:
-            self._own_gradient(partial(loss, _sample(self.batch, 0)))  # without vmap the error of a loss that is no tensor says more
+            try:  # without vmap the error of a loss that is no tensor says more
+                self.gradient(partial(loss, _sample(self.batch, 0)))
+            except NoGradientError:
+                raise
+            except RuntimeError:
+                pass
             reason = str(error).strip().splitlines()[0]
             raise RuntimeError(f"vmap cannot run this model: {reason}. Pass per_sample='loop', which is slower but equal") from error
 
@@ -215,7 +222,7 @@ class _GatedModel:
             return torch.autograd.grad(slope, list(gates.values()), allow_unused=True)
 
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # others have no second derivative
-            return self._checked(self._or_zeros(dict(zip(gates, self.run(gates, products), strict=True))))
+            return self._or_zeros(dict(zip(gates, self.run(gates, products), strict=True)))
 
     def curvature(self, probes: int, seed: int) -> dict[str, Tensor]:
         """``v * (H v)`` for random signs v, ``[probes, *size]``; computed once."""
@@ -241,7 +248,7 @@ class _GatedModel:
                 f"{too_large[0]} {self.grids[too_large[0]].shape}: 'gate_flow' overflows {str(flow[too_large[0]].dtype)[6:]}, because it "
                 "multiplies the absolute values of all weights on a path through the network; convert the model to float64: model.double()"
             )
-        return self._checked(flow)
+        return flow
 
     def _summed_output(self, model: nn.Module) -> Tensor:
         ones = tree_map(_sample_of_ones, self.batch)

@@ -29,7 +29,7 @@ class OutputCheck:
     """How the outputs of a smaller model differ from those of the given one; empty if they do not.
 
     Python hides from the operations of a model what depends on sizes, and on numbers in the example. So the check also takes examples with
-    other numbers, and with less of each size, if the model runs with them.
+    other numbers, and with shorter axes, if the model runs with them.
 
     Args:
         run: the function that runs a model.
@@ -49,7 +49,7 @@ class OutputCheck:
         if numbers and not with_numbers:
             warnings.warn(
                 f"the model runs with no other numbers than those of the example ({', '.join(map(str, numbers[:4]))}), so what depends on "
-                "them counts as constant, and the smaller model is right for these numbers only; if they never change, give them in "
+                "them counts as constant, and the smaller model may be right for these numbers only; if they never change, give them in "
                 "forward= and not in the example",
                 stacklevel=3,
             )
@@ -92,7 +92,9 @@ def _larger(leaf: Any) -> Any:
 
 
 def _smaller(leaf: Any) -> Any:
-    return leaf - 1 if type(leaf) is int else leaf / 2 if type(leaf) is float else leaf
+    if type(leaf) is int:
+        return max(1, leaf - 1) if leaf > 0 else leaf - 1  # a length of 0 is often an error
+    return leaf / 2 if type(leaf) is float else leaf
 
 
 def _cut(leaf: Any, *, size: int, new: int) -> Any:

@@ -176,8 +176,8 @@ def _mask_modules(model: nn.Module) -> dict[str, list[MaskBlocks]]:
 
 
 _EXPORTED_PARTS = ("values", "crow", "col", "layout")  # the names of an exported layer's tensors in a state dict
-# the names of a mask in a state dict
 _WRAPPED = "_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module"  # names that wrappers of torch give to what they wrap
+# the names of a mask in a state dict
 _MASK = re.compile(r"(|.*\.)parametrizations\.([^.]+)\.\d+\.(keep|_extra_state)")
 
 
@@ -252,11 +252,9 @@ def without_wrapper(state: Mapping[str, Tensor]) -> str:
             f"its names begin with {match[0]!r}, of a wrapper; strip it: {{key.removeprefix({match[0]!r}): x for key, x in state.items()}}"
         )
     inner = next((match[0] for name in state if (match := re.search(rf"(?<![^.])({_WRAPPED})\.", name))), None)
-    return (
-        ""
-        if inner is None
-        else f"its names have {inner!r}, of a wrapper; strip it: {{key.replace({inner!r}, ''): x for key, x in state.items()}}"
-    )
+    if inner is None:
+        return ""
+    return f"its names have {inner!r}, of a wrapper; strip it: {{key.replace({inner!r}, ''): x for key, x in state.items()}}"
 
 
 def _mask_in_state(name: str, ref: ParameterRef, keep: Any, block: Any) -> BlockMask:

@@ -46,7 +46,7 @@ def check_tied_masks(refs: Refs) -> None:
                 masked, plain = (first.name, ref.name) if first.mask else (ref.name, first.name)
                 raise ValueError(
                     f"{masked} {ref.shape} is masked, but {plain}, which is the same tensor, is not, because they were tied after masking; "
-                    f"call bp.apply_masks(model, masks) again, with the mask under the name {first.name!r}, or without it"
+                    f"call bp.apply_masks(model, {{}}), which takes the mask off, and apply a mask again, under the name {first.name!r}"
                 )
 
 

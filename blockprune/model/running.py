@@ -13,8 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from blockprune.core._compat import all_buffers, storage_id, version_counter
-from blockprune.core.sharded_tensor import is_sharded
+from blockprune.core._compat import all_buffers, version_counter
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,7 +46,7 @@ def _map_tensors(batch: Any, change: Callable[[Tensor], Tensor], new_mapping: Ca
     if isinstance(batch, Tensor):
         tensor = change(batch)
         if type(batch) is type(tensor) is not Tensor:
-            vars(tensor).update(vars(batch))  # a subclass may have attributes
+            vars(tensor).update({key: value for key, value in vars(batch).items() if key not in vars(tensor)})  # a user's attributes
         return tensor
     if isinstance(batch, Mapping):
         mapping = new_mapping(batch)
@@ -60,15 +59,30 @@ def _map_tensors(batch: Any, change: Callable[[Tensor], Tensor], new_mapping: Ca
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         changed = copy.copy(batch)
         for field in dataclasses.fields(batch):
-            object.__setattr__(changed, field.name, _map_tensors(getattr(batch, field.name), change, new_mapping))
+            if hasattr(batch, field.name):
+                object.__setattr__(changed, field.name, _map_tensors(getattr(batch, field.name), change, new_mapping))
         return changed
-    return batch if isinstance(batch, nn.Module) else _copy_if_possible(batch)
+    leaves = list(_leaves_in(batch))
+    holds_tensors = any(isinstance(leaf, Tensor) for leaf in leaves) and not any(isinstance(leaf, nn.Module) for leaf in leaves)
+    return _copy_if_possible(batch) if holds_tensors else batch
+
+
+def _leaves_in(value: Any, depth: int = 4) -> Iterator[Any]:
+    """What an object has in its attributes, and what these have in theirs."""
+    if isinstance(value, (Tensor, nn.Module, type)) or not depth:
+        yield value
+    elif isinstance(value, Mapping):
+        yield from itertools.chain.from_iterable(_leaves_in(item, depth) for item in value.values())
+    elif isinstance(value, (list, tuple)):
+        yield from itertools.chain.from_iterable(_leaves_in(item, depth) for item in value)
+    elif hasattr(value, "__dict__") and not callable(value):
+        yield from _leaves_in(vars(value), depth - 1)
 
 
 def _copy_if_possible(value: T) -> T:
     try:
         return copy.deepcopy(value)  # a cache, for example, grows in the forward
-    except Exception:  # such as that of a generator
+    except Exception:  # such as that of a lock
         return value
 
 
@@ -110,28 +124,33 @@ def warn_of_writes(model: nn.Module) -> Iterator[None]:
         >>> with warn_of_writes(nn.Linear(2, 2)):
         ...     pass
     """
-    restored = {storage_id(p) for p in weights_written_by_forward(model)}
-    before = [(name, p, _version(p), _checksum(p)) for name, p in model.named_parameters() if storage_id(p) not in restored]
+    restored = {id(p) for embedding in _renormalized(model) for p in embedding.parameters()}
+    before = {name: (p, _sample(p)) for name, p in model.named_parameters() if type(p) is nn.Parameter and id(p) not in restored}
     yield
-    written = [f"{name} {tuple(p.shape)}" for name, p, version, sums in before if version != _version(p) and sums != _checksum(p)]
-    if written:
+    if written := [f"{name} {tuple(p.shape)}" for name, (p, sample) in before.items() if not torch.equal(sample, _sample(p))]:
         warnings.warn(
             f"{', '.join(written[:4])}{', ...' if len(written) > 4 else ''}: the forward changes these parameters in place, so running the "
             "model has changed it; let the forward do that in training mode only, or give a copy of the model",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
-def _checksum(x: Tensor) -> float:
-    """A number that changes with the values; 0 where they are not to be read, such as those of other ranks."""
-    is_plain = x.layout == torch.strided and x.is_floating_point() and not (x.is_meta or is_sharded(x) or nn.parameter.is_lazy(x))
-    return float(x.detach().sum(dtype=torch.float64)) if is_plain else 0.0
+def _sample(x: Tensor) -> Tensor:
+    """A copy of at most some 1,000 elements; none of a tensor whose values cannot be read one by one."""
+    if x.layout != torch.strided or x.is_meta or not x.is_contiguous():
+        return torch.empty(0, device="cpu")
+    flat = x.detach().view(-1)
+    return flat[:: max(1, len(flat) // 1000)].nan_to_num().clone()
+
+
+def _renormalized(model: nn.Module) -> list[nn.Module]:
+    """The embeddings with ``max_norm``."""
+    return [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None]
 
 
 def weights_written_by_forward(model: nn.Module) -> list[Tensor]:
     """The weights of embeddings with ``max_norm``, which their forward changes in place."""
-    embeddings = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None]
-    return [p.detach() for embedding in embeddings for p in embedding.parameters()]
+    return [p.detach() for embedding in _renormalized(model) for p in embedding.parameters()]
 
 
 def buffers_as_now(model: nn.Module, others: Sequence[Tensor] = ()) -> PutBack:
