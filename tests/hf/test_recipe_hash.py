@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import functools
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -24,11 +25,6 @@ pytest.importorskip("transformers")
 from blockprune.hf.recipe_hash import data_hash, recipe_hash
 
 WHERE = bp.linears((4, 4))
-PROGRAM = """
-import torch, blockprune as bp
-from blockprune.hf.recipe_hash import recipe_hash
-print(recipe_hash(bp.recipes.sparsegpt(bp.linears((4, 4)), bp.Calibration([torch.ones(2, 4)]))))
-"""
 OWN_CODE = """
 import dataclasses, enum, functools, re, torch, blockprune as bp
 from torch import nn
@@ -49,6 +45,7 @@ class Metric:
 def constant(): return POWER
 def scores(data): return {n: constant() * MODEL(s.value) for n, s in bp.metric.l1(data).items() if n not in NAMES}
 print(recipe_hash([Metric(), bp.Calibration([Batch(torch.ones(2))]), constant, Kind.A, Batch]))
+print(recipe_hash(bp.recipes.sparsegpt(bp.linears((4, 4)), bp.Calibration([torch.ones(2, 4)]))))
 """
 
 
@@ -207,19 +204,18 @@ def test_batches_that_cannot_be_read_are_refused(batch: Any) -> None:
 
 
 @pytest.mark.slow
-def test_own_code_has_the_same_hash_in_every_process(tmp_path: Path) -> None:
-    def run(program: str) -> str:
-        (tmp_path / "program.py").write_text(program)
-        return subprocess.run([sys.executable, tmp_path / "program.py"], check=True, capture_output=True, text=True).stdout.strip()
+def test_recipes_and_own_code_have_the_same_hash_in_every_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def here(code: str) -> list[str]:
+        program.write_text(code)
+        runpy.run_path(str(program), run_name="__main__")
+        return capsys.readouterr().out.split()
 
-    hashes = [run(OWN_CODE), run(OWN_CODE), run(OWN_CODE.replace("= 2.0,", "= 3.0,"))]
-    assert hashes[0] == hashes[1] != hashes[2]
-
-
-@pytest.mark.slow
-def test_another_process_has_the_same_hash() -> None:
-    output = subprocess.run([sys.executable, "-c", PROGRAM], check=True, capture_output=True, text=True).stdout.strip()
-    assert output == recipe_hash(bp.recipes.sparsegpt(WHERE, bp.Calibration([torch.ones(2, 4)])))
+    program = tmp_path / "program.py"
+    own, recipe = here(OWN_CODE)
+    assert recipe == recipe_hash(bp.recipes.sparsegpt(WHERE, bp.Calibration([torch.ones(2, 4)])))
+    done = subprocess.run([sys.executable, program], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == [own, recipe]
+    assert here(OWN_CODE.replace("= 2.0,", "= 3.0,"))[0] != own
 
 
 def test_what_a_run_or_another_job_changes_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
