@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <vector>
 
 static std::mt19937 rng(0);
 static int draw(int low, int high) { return low + (int)(rng() % (unsigned)(high - low + 1)); }
@@ -34,6 +35,11 @@ struct Numbers {
             std::memcpy(&x, memory.get() + 4 * i, 4);
         }
         return x;
+    }
+    std::vector<float> all() const {
+        std::vector<float> numbers(count);
+        for (int64_t i = 0; i < count; i++) numbers[i] = get(i);
+        return numbers;
     }
     void fill() {
         for (int64_t i = 0; i < count; i++) set(i, (float)draw(-3, 3));

@@ -25,7 +25,7 @@ RUNS = [  # sanitizer, folder of the loops, flags, and the rounds of each progra
     ("address,undefined", LOOPS / "spmm", PLAIN, {"spmm_check": 300}),
     ("address,undefined", LOOPS, [], {"loops_check": 60}),
     ("address,undefined", LOOPS, PLAIN, {"loops_check": 60}),
-    ("thread", LOOPS / "spmm", PLAIN, {"spmm_check": 30}),
+    ("thread", LOOPS / "spmm", [*PLAIN, "-O1"], {"spmm_check": 30}),
     ("thread", LOOPS / "spmm", ["-DPLAIN_VECTORS_ALONE"], {"conv_check": 5}),
     ("thread", LOOPS, PLAIN, {"loops_check": 30}),
 ]
