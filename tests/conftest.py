@@ -16,6 +16,14 @@ settings.register_profile("thorough", settings.get_profile("laws"), max_examples
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "laws"))
 
 
+# Files with tests of half a minute. They come first, so that no worker waits at the end while another one runs such a test.
+LONGEST = ("test_sanitizers.py", "test_notebooks.py", "test_benchmarks.py", "test_devices.py", "test_guides.py", "test_checkpoints.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)  # otherwise the order stays
+
+
 @pytest.fixture
 def without_blockprune_hf(monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformers as it is before ``import blockprune.hf``, which other tests import."""

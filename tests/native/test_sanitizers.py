@@ -55,7 +55,8 @@ def build(folder: Path, loops: Path, checks: Iterable[str], flags: Sequence[str]
 
 @pytest.mark.parametrize(("sanitizer", "loops", "more", "rounds"), RUNS)
 def test_sanitizers_find_nothing(sanitizer: str, loops: Path, more: list[str], rounds: dict[str, int], tmp_path: Path) -> None:
-    flags = ["-std=c++17", "-O0", ONCE, "-DSANITIZED", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-pthread", *NO_AVX512, *more]
+    checks = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    flags = ["-std=c++17", "-O0", ONCE, "-DSANITIZED", *checks, "-pthread", *NO_AVX512, *more]
     for program, count in zip(build(tmp_path, loops, rounds, flags), rounds.values(), strict=True):
         done = subprocess.run([str(program), str(count)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
