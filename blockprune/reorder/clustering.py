@@ -274,10 +274,14 @@ def _candidate_pairs(insertion_costs: Mapping[int, Tensor], position: Tensor, gr
     The estimate is the sum of the changes if each of the two units is inserted into the block of its partner.
     """
     changes = {count: costs - costs.gather(1, (position // count)[:, None]) for count, costs in insertion_costs.items()}
+    of_blocks = {count: change.mT.contiguous() for count, change in changes.items()}  # whose rows are read several times as fast as columns
     pairs, estimates = [], []
     for rows in torch.arange(len(position), device=position.device).split(_temporary_rows(position, len(position))):
         estimate = torch.stack(
-            [change[rows][:, position // count] + change[:, position[rows] // count].mT for count, change in changes.items()]
+            [
+                change[rows].index_select(1, position // count) + of_blocks[count][position[rows] // count]
+                for count, change in changes.items()
+            ]
         ).sum(0)  # [rows, units]
         same_blocks = torch.stack([position[rows][:, None] // count == position // count for count in changes]).all(0)
         estimate[same_blocks | (position[rows][:, None] // group_size != position // group_size)] = torch.inf
