@@ -18,11 +18,13 @@ from blockprune.statistics import GateDerivatives, Source, Statistic, Sums
 
 TINY = 1e-12  # the square of a smaller number may be too small for float32
 GRADIENTS = ("output_grad", "weight_grad", "gates")  # the kinds of evidence that need a gradient of the loss
-# the library's own statistics of first derivatives; in a statistic of a user, and of a curvature, 0 may mean anything
+# the library's own statistics of derivatives of the loss; in a statistic of a user, 0 may mean anything
 OWN_GRADIENT_STATISTICS = {
     "gate_fisher",
     "gate_flow",
     "gate_grad",
+    "gate_hessian_diagonal",
+    "gate_hessian_grad",
     "output_grad_gram",
     "output_grad_sq",
     "weight_grad",
@@ -155,16 +157,17 @@ def _check_data(fold: Fold) -> None:
 
 
 def _warn_of_zeros(fold: Fold) -> None:
-    """Warn of parameters whose gradients are all exactly 0, because that is no sign of unimportance."""
+    """Warn of parameters whose derivatives are all exactly 0, because that is no sign of unimportance."""
     own = [s.name for s in fold.statistics if s.name in OWN_GRADIENT_STATISTICS]
     zero = [name for name in fold.data if not _is_pruned(fold.refs[name]) and any(_largest(fold.sums[name, s]) == 0 for s in own)]
     if zero:
         listed = ", ".join(f"{name} {fold.data[name].grid.shape}" for name in zero[:4]) + ", ..." * (len(zero) > 4)
         warnings.warn(
-            f"{listed}: all gradients are exactly 0 ({', '.join(own)}), so all blocks score 0 and their order decides which are pruned. "
-            "Weights behind these may be 0 (a zero-initialized branch, a new LoRA), an operation such as sign, round, a saturated clamp or "
-            "a dead ReLU may stop the gradients, or they are too small for the type of the model (multiply the loss by a constant, or "
-            "convert the model to float64). Leave these weights out with `excluding`, or use a metric of inputs such as metric.wanda",
+            f"{listed}: all derivatives of the loss are exactly 0 ({', '.join(own)}), so all blocks score 0 and their order decides which "
+            "are pruned. Weights behind these may be 0 (a zero-initialized branch, a new LoRA), an operation such as sign, round, a "
+            "saturated clamp or a dead ReLU may stop the gradients, the loss may be linear, or they are too small for the type of the "
+            "model (multiply the loss by a constant, or convert the model to float64). Leave these weights out with `excluding`, or use a "
+            "metric of inputs such as metric.wanda",
             stacklevel=3,
         )
 
