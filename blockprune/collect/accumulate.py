@@ -163,7 +163,7 @@ def _warn_of_zeros(fold: Fold) -> None:
     if zero:
         listed = ", ".join(f"{name} {fold.data[name].grid.shape}" for name in zero[:4]) + ", ..." * (len(zero) > 4)
         warnings.warn(
-            f"{listed}: all derivatives of the loss are exactly 0 ({', '.join(own)}), so all blocks score 0 and their order decides which "
+            f"{listed}: all derivatives are exactly 0 ({', '.join(own)}), so all blocks score 0 and their order decides which "
             "are pruned. Weights behind these may be 0 (a zero-initialized branch, a new LoRA), an operation such as sign, round, a "
             "saturated clamp or a dead ReLU may stop the gradients, the loss may be linear, or they are too small for the type of the "
             "model (multiply the loss by a constant, or convert the model to float64). Leave these weights out with `excluding`, or use a "

@@ -30,7 +30,7 @@ def wants_int8(dtype: object) -> bool:
 
 
 def is_quantizable(weight: Tensor) -> bool:
-    """Whether float32 holds the scale of each row: the weight is finite, and no row is too large or too small for it.
+    """Whether float32, in which the scales are, holds each row: it is finite, and no float64 is too large or too small for it.
 
     Example:
         >>> from blockprune.export.quantization import is_quantizable
@@ -38,8 +38,8 @@ def is_quantizable(weight: Tensor) -> bool:
         [True, True, False, False]
     """
     largest = weight.detach().abs().amax(1)
-    scale = largest.float() / TOP
-    return bool((largest.isfinite() & scale.isfinite() & ((scale > 0) == (largest > 0))).all())
+    rounded = largest.float()
+    return bool((rounded.isfinite() & ((rounded > 0) == (largest > 0))).all())
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
