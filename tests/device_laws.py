@@ -263,7 +263,6 @@ def _register() -> None:
             pass
 
 
-@pytest.mark.filterwarnings("ignore:0.q.weight .* all derivatives are exactly 0")  # of attention to inputs of ones, as in SynFlow
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_gives_on_another_device_what_it_gives_on_the_cpu(stage: str, make: Callable[[], nn.Module]) -> None:

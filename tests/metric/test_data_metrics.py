@@ -222,7 +222,6 @@ def test_snip_is_the_share_of_the_derivatives_over_the_model() -> None:
     assert sum(float(total(metric.snip(data), name).sum()) for name in data) == pytest.approx(1)
 
 
-@pytest.mark.filterwarnings("ignore:a.weight .* all derivatives are exactly 0")
 def test_snip_of_a_model_without_slope_is_zero() -> None:
     model, x = seeded(Tiny), normal((2, 5), 0)
     options: dict[str, Any] = {"where": bp.linears(BLOCK), "statistics": [statistics.gate_grad], "batches": [x]}
