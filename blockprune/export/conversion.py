@@ -27,7 +27,7 @@ from blockprune.model.checkpoint import exported_layers, masks_in_state, with_ti
 from blockprune.model.hf_checkpoint import prepare_checkpoints
 from blockprune.model.hf_linears import is_transposed
 from blockprune.model.mask_reading import parameter_masks
-from blockprune.model.parameters import check_loaded, parameter_refs
+from blockprune.model.parameters import check_all_loaded, parameter_refs
 from blockprune.model.sharding import check_not_fully_sharded
 
 M = TypeVar("M", bound=nn.Module)
@@ -210,7 +210,7 @@ def load_state_dict(model: M, state: Mapping[str, Tensor], *, strict: bool = Tru
         True
     """
     _check_state(state)
-    check_loaded(model, [refs[0] for refs in parameter_refs(model).values()], "export.load_state_dict")
+    check_all_loaded(model, "export.load_state_dict")
     plain = finalize(model)
     modules = dict(plain.named_modules(remove_duplicate=False))
     new: dict[nn.Module, nn.Module] = {}

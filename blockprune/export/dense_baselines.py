@@ -19,7 +19,7 @@ from blockprune.export.quantization import is_quantizable
 from blockprune.export.sparse_layers import Int8BlockSparseLinear
 from blockprune.model.apply import finalize
 from blockprune.model.hf_checkpoint import prepare_checkpoints
-from blockprune.model.parameters import check_loaded, parameter_refs
+from blockprune.model.parameters import check_all_loaded
 from blockprune.model.sharding import check_not_fully_sharded
 
 M = TypeVar("M", bound=nn.Module)
@@ -174,7 +174,7 @@ def _warn_of_kept(kept: dict[nn.Module, str]) -> None:
 
 
 def _check_has_values(model: nn.Module, function: str) -> None:
-    check_loaded(model, [refs[0] for refs in parameter_refs(model).values()], function)
+    check_all_loaded(model, function)
     for name, module in model.named_modules():
         if type(module) is nn.Linear and module.weight.is_meta:
             weight = f"{name}.weight" if name else "weight"

@@ -26,7 +26,7 @@ from blockprune.export.timing import cuda_graphed, median_seconds, synchronized
 from blockprune.model.apply import apply_masks
 from blockprune.model.calibration import Forward, default_forward
 from blockprune.model.mask_reading import parameter_masks
-from blockprune.model.parameters import check_loaded, is_exported, parameter_refs
+from blockprune.model.parameters import check_all_loaded, is_exported
 from blockprune.model.running import copy_batch
 from blockprune.model.sharding import check_not_fully_sharded
 
@@ -134,7 +134,7 @@ def benchmark(
         raise ValueError(f"names has {len(names)} entries for {len(others)} models; give one name for each, or none")
     (rounds,) = check_counts(1, rounds=rounds)
     check_not_fully_sharded(model, "benchmark times copies of the model", nor_dtensors=True)
-    check_loaded(model, [refs[0] for refs in parameter_refs(model).values()], "benchmark")
+    check_all_loaded(model, "benchmark")
     plain = dense(model)
     baselines = _dense_baselines(plain, dtypes, compiled)
     if dtypes is None:

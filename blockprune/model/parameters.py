@@ -310,6 +310,11 @@ def check_loaded(model: nn.Module, refs: Iterable[ParameterRef], function: str) 
         )
 
 
+def check_all_loaded(model: nn.Module, function: str) -> None:
+    """`check_loaded` for all parameters of a model."""
+    check_loaded(model, [refs[0] for refs in parameter_refs(model).values()], function)
+
+
 def check_not_inference(refs: Iterable[ParameterRef], *, outside: bool = False) -> None:
     """Raise a ValueError if a parameter was made under `torch.inference_mode`, outside of which it cannot be changed or have gradients.
 

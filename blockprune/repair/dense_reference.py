@@ -68,9 +68,6 @@ class LayerBatch:
     token_weights: Tensor | None = None
     seed: int = 0  # of the random numbers that the layer draws
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "LayerBatch":
-        return self  # collectors run a copy of each batch, but this one refers to the layer itself
-
     def run(self) -> Tensor:
         """The layer's output."""
         with seeded(self.seed, cuda_devices(self.layer.module)):
@@ -148,9 +145,6 @@ class ReferenceBatch:
     dense_residuals: Mapping[str, list[Tensor]]  # the residual stream that a weight's output is added to, by name and call, [n, outputs]
     routes: dict[str, list[Any]]  # the choices of the routers, for each call of a module of experts
     residual_error: dict[str, list[Tensor]]  # dense_residuals minus the pruned layer's own
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ReferenceBatch":
-        return self
 
     @classmethod
     def of(cls, pruned: LayerBatch, dense: LayerBatch, hooks: InputHooks, trace: LayerTrace) -> "ReferenceBatch":

@@ -15,7 +15,7 @@ from blockprune.model.apply import apply_masks
 from blockprune.model.copying import copy_model
 from blockprune.model.gates import GateBlocks
 from blockprune.model.mask_reading import parameter_masks
-from blockprune.model.parameters import ParameterRef, check_loaded, distinct, is_exported, parameter_refs
+from blockprune.model.parameters import ParameterRef, check_all_loaded, distinct, is_exported, parameter_refs
 from blockprune.model.selection import norms_and_biases, select
 from blockprune.model.sharding import check_not_fully_sharded
 
@@ -82,7 +82,7 @@ def make_student(
     check_not_fully_sharded(
         model, "distill trains a copy of the model (a loop of your own, with a loss of bp.losses, trains a sharded model)"
     )
-    check_loaded(model, [refs[0] for refs in parameter_refs(model).values()], "distill")
+    check_all_loaded(model, "distill")
     if where is None and lora_rank is None:
         _check_kept_weights_train(model)
     masks = parameter_masks(model) if masks is None else masks
